@@ -1,0 +1,79 @@
+// The Python module llmopt._C: tiers, memory, programs. The only file that sees pybind11.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "cpu/dispatch.h"
+#include "runtime/program.h"
+
+namespace py = pybind11;
+using namespace llmopt;
+
+namespace {
+
+using OperandTuple = std::tuple<int, int, ExprId, std::vector<ExprId>, std::vector<ExprId>>;
+using StepTuple = std::tuple<std::string, std::vector<OperandTuple>, std::vector<ExprId>, std::vector<float>>;
+
+std::unique_ptr<Program> make_program(const std::string& tier_name, int num_symbols, int num_externals,
+                                      std::vector<std::vector<int64_t>> exprs, std::vector<std::vector<ExprId>> slots,
+                                      const std::vector<std::pair<bool, int>>& buffers, const std::vector<StepTuple>& steps) {
+  std::vector<Buffer> buffer_rows;
+  for (auto [external, index] : buffers) buffer_rows.push_back({external, index});
+  std::vector<StepSpec> specs;
+  for (const auto& [op, operands, ints, floats] : steps) {
+    StepSpec spec{op, {}, ints, floats};
+    for (const auto& [buffer, dtype, offset, size, stride] : operands)
+      spec.operands.push_back({buffer, static_cast<DType>(dtype), offset, size, stride});
+    specs.push_back(std::move(spec));
+  }
+  return std::make_unique<Program>(tier(tier_name), num_symbols, num_externals, std::move(exprs), std::move(slots),
+                                   std::move(buffer_rows), std::move(specs));
+}
+
+void run_program(Program& p, const std::vector<int64_t>& externals, const std::vector<int64_t>& symbols, int threads) {
+  py::gil_scoped_release release;
+  p.run(externals, symbols, threads, nullptr);
+}
+
+std::vector<int64_t> profile_program(Program& p, const std::vector<int64_t>& externals,
+                                     const std::vector<int64_t>& symbols, int threads) {
+  std::vector<int64_t> step_ns;
+  py::gil_scoped_release release;
+  p.run(externals, symbols, threads, &step_ns);
+  return step_ns;
+}
+
+std::vector<std::string> tier_names(bool supported_only) {
+  std::vector<std::string> names;
+  for (const Tier& t : tiers())
+    if (!supported_only || t.supported()) names.push_back(t.name);
+  return names;
+}
+
+std::vector<std::string> tier_ops(const std::string& name) {
+  std::vector<std::string> ops;
+  for (const KernelFamily* family : tier(name).families)
+    for (int i = 0; i < family->count; ++i) ops.push_back(family->kernels[i].op);
+  return ops;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Native half of llmopt: CPU kernels and the plan executor.";
+  m.def("tiers", &tier_names, py::arg("supported_only") = true, "CPU tiers, best first.");
+  m.def("tier_ops", &tier_ops, py::arg("tier"), "Names of the ops a tier has kernels for.");
+  m.def("panel_width", [](const std::string& t) { return tier(t).panel_width(); }, py::arg("tier"),
+        "Columns of one packed weight panel (NR) in a tier.");
+  py::class_<Memory>(m, "Memory", "Zeroed, aligned memory; huge pages when large.")
+      .def(py::init<size_t>(), py::arg("bytes"))
+      .def_property_readonly("address", [](const Memory& a) { return reinterpret_cast<int64_t>(a.data()); })
+      .def_property_readonly("bytes", &Memory::bytes);
+  py::class_<Program>(m, "Program", "A native segment of a plan.")
+      .def(py::init(&make_program), py::arg("tier"), py::arg("num_symbols"), py::arg("num_externals"), py::arg("exprs"),
+           py::arg("slots"), py::arg("buffers"), py::arg("steps"))
+      .def("run", &run_program, py::arg("externals"), py::arg("symbols"), py::arg("threads"))
+      .def("profile", &profile_program, py::arg("externals"), py::arg("symbols"), py::arg("threads"),
+           "Like run; returns nanoseconds per step.")
+      .def_property_readonly("num_steps", &Program::num_steps)
+      .def_property_readonly("arena_bytes", &Program::arena_bytes);
+}

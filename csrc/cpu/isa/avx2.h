@@ -1,0 +1,114 @@
+// Vec for the AVX2 tier: 8 floats in a ymm register. Tails go through a small stack buffer.
+#pragma once
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace {
+
+constexpr int kLanes = 8;
+constexpr int kVecRegisters = 16;
+
+struct Vec {
+  __m256 v;
+};
+struct Mask {
+  __m256 m;
+};
+
+inline __m256i tail_mask(int n) {
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), lane);
+}
+
+inline Vec vzero() { return {_mm256_setzero_ps()}; }
+inline Vec vset(float x) { return {_mm256_set1_ps(x)}; }
+inline Vec vload(const float* p) { return {_mm256_loadu_ps(p)}; }
+inline Vec vload_n(const float* p, int n) { return {_mm256_maskload_ps(p, tail_mask(n))}; }
+inline void vstore(float* p, Vec a) { _mm256_storeu_ps(p, a.v); }
+inline void vstore_n(float* p, Vec a, int n) { _mm256_maskstore_ps(p, tail_mask(n), a.v); }
+
+inline Vec vadd(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
+inline Vec vsub(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
+inline Vec vmul(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
+inline Vec vdiv(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
+inline Vec vfma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+// Like the instruction: where either side is NaN the result is b.
+inline Vec vmax(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
+inline Vec vmin(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
+inline Vec vsqrt(Vec a) { return {_mm256_sqrt_ps(a.v)}; }
+inline Vec vabs(Vec a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
+inline Vec vneg(Vec a) { return {_mm256_xor_ps(a.v, _mm256_set1_ps(-0.0f))}; }
+inline Vec vround(Vec a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+inline Vec vfloor(Vec a) { return {_mm256_floor_ps(a.v)}; }
+// a * 2^n for integral n in two half steps, so that results down to the denormals and up to inf come out right.
+inline Vec vscale2(Vec a, Vec n) {
+  Vec m = vmin(vset(254.0f), vmax(vset(-254.0f), n));
+  __m256i whole = _mm256_cvtps_epi32(m.v);
+  __m256i half = _mm256_srai_epi32(whole, 1);
+  __m256i rest = _mm256_sub_epi32(whole, half);
+  const __m256i bias = _mm256_set1_epi32(127);
+  __m256 f1 = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(half, bias), 23));
+  __m256 f2 = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(rest, bias), 23));
+  return {_mm256_mul_ps(_mm256_mul_ps(a.v, f1), f2)};
+}
+
+inline Mask vlt(Vec a, Vec b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)}; }
+inline Mask vle(Vec a, Vec b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_LE_OQ)}; }
+inline Mask veq(Vec a, Vec b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ)}; }
+inline Vec vselect(Mask m, Vec yes, Vec no) { return {_mm256_blendv_ps(no.v, yes.v, m.m)}; }
+
+inline float vreduce_add(Vec a) {
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
+}
+inline float vreduce_max(Vec a) {
+  __m128 s = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  s = _mm_max_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_max_ss(s, _mm_shuffle_ps(s, s, 1)));
+}
+inline float vreduce_min(Vec a) { return -vreduce_max(vneg(a)); }
+
+inline void copy_halves(uint16_t* to, const uint16_t* from, int n) {
+  for (int i = 0; i < n; ++i) to[i] = from[i];
+}
+inline __m128i load_halves(const uint16_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
+inline void store_halves(uint16_t* p, __m128i h) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), h); }
+inline Vec widen_bf16(__m128i h) { return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16))}; }
+// Round to nearest even; NaN stays NaN (quiet).
+inline __m128i narrow_bf16(Vec a) {
+  __m256i u = _mm256_castps_si256(a.v);
+  __m256i lsb = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+  __m256i r = _mm256_srli_epi32(_mm256_add_epi32(u, _mm256_add_epi32(lsb, _mm256_set1_epi32(0x7FFF))), 16);
+  __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q));
+  r = _mm256_blendv_epi8(r, _mm256_set1_epi32(0x7FC0), nan);
+  return _mm_packus_epi32(_mm256_castsi256_si128(r), _mm256_extracti128_si256(r, 1));
+}
+
+inline Vec vload_f16(const uint16_t* p) { return {_mm256_cvtph_ps(load_halves(p))}; }
+inline Vec vload_f16_n(const uint16_t* p, int n) {
+  uint16_t b[8] = {};
+  copy_halves(b, p, n);
+  return vload_f16(b);
+}
+inline void vstore_f16(uint16_t* p, Vec a) { store_halves(p, _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT)); }
+inline void vstore_f16_n(uint16_t* p, Vec a, int n) {
+  uint16_t b[8];
+  vstore_f16(b, a);
+  copy_halves(p, b, n);
+}
+inline Vec vload_bf16(const uint16_t* p) { return widen_bf16(load_halves(p)); }
+inline Vec vload_bf16_n(const uint16_t* p, int n) {
+  uint16_t b[8] = {};
+  copy_halves(b, p, n);
+  return vload_bf16(b);
+}
+inline void vstore_bf16(uint16_t* p, Vec a) { store_halves(p, narrow_bf16(a)); }
+inline void vstore_bf16_n(uint16_t* p, Vec a, int n) {
+  uint16_t b[8];
+  vstore_bf16(b, a);
+  copy_halves(p, b, n);
+}
+
+}  // namespace

@@ -1,0 +1,173 @@
+// Vec for the scalar tier: four floats in plain loops that any compiler can turn into the baseline's instructions.
+#pragma once
+#include <cstdint>
+
+namespace {
+
+constexpr int kLanes = 4;
+constexpr int kVecRegisters = 16;
+
+struct Vec {
+  float v[kLanes];
+};
+struct Mask {
+  bool m[kLanes];
+};
+
+template <class F>
+inline Vec each(F f) {
+  Vec r;
+  for (int i = 0; i < kLanes; ++i) r.v[i] = f(i);
+  return r;
+}
+inline uint32_t float_bits(float x) {
+  uint32_t u;
+  __builtin_memcpy(&u, &x, 4);
+  return u;
+}
+inline float bits_float(uint32_t u) {
+  float x;
+  __builtin_memcpy(&x, &u, 4);
+  return x;
+}
+
+inline Vec vzero() { return Vec{{0, 0, 0, 0}}; }
+inline Vec vset(float x) { return Vec{{x, x, x, x}}; }
+inline Vec vload(const float* p) {
+  return each([&](int i) { return p[i]; });
+}
+inline Vec vload_n(const float* p, int n) {
+  return each([&](int i) { return i < n ? p[i] : 0.0f; });
+}
+inline void vstore(float* p, Vec a) {
+  for (int i = 0; i < kLanes; ++i) p[i] = a.v[i];
+}
+inline void vstore_n(float* p, Vec a, int n) {
+  for (int i = 0; i < n; ++i) p[i] = a.v[i];
+}
+
+inline Vec vadd(Vec a, Vec b) {
+  return each([&](int i) { return a.v[i] + b.v[i]; });
+}
+inline Vec vsub(Vec a, Vec b) {
+  return each([&](int i) { return a.v[i] - b.v[i]; });
+}
+inline Vec vmul(Vec a, Vec b) {
+  return each([&](int i) { return a.v[i] * b.v[i]; });
+}
+inline Vec vdiv(Vec a, Vec b) {
+  return each([&](int i) { return a.v[i] / b.v[i]; });
+}
+inline Vec vfma(Vec a, Vec b, Vec c) {
+  return each([&](int i) { return a.v[i] * b.v[i] + c.v[i]; });
+}
+// Like the x86 instruction: where either side is NaN the result is b.
+inline Vec vmax(Vec a, Vec b) {
+  return each([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
+}
+inline Vec vmin(Vec a, Vec b) {
+  return each([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
+}
+inline Vec vsqrt(Vec a) {
+  return each([&](int i) { return __builtin_sqrtf(a.v[i]); });
+}
+inline Vec vabs(Vec a) {
+  return each([&](int i) { return __builtin_fabsf(a.v[i]); });
+}
+inline Vec vneg(Vec a) {
+  return each([&](int i) { return -a.v[i]; });
+}
+inline Vec vround(Vec a) {
+  return each([&](int i) { return __builtin_nearbyintf(a.v[i]); });
+}
+inline Vec vfloor(Vec a) {
+  return each([&](int i) { return __builtin_floorf(a.v[i]); });
+}
+// a * 2^n for integral n; clamped so that the conversion is defined for every n, NaN included.
+inline Vec vscale2(Vec a, Vec n) {
+  return each([&](int i) {
+    float m = n.v[i] > -300.0f ? n.v[i] : -300.0f;
+    m = m < 300.0f ? m : 300.0f;
+    return __builtin_ldexpf(a.v[i], static_cast<int>(m));
+  });
+}
+
+inline Mask vlt(Vec a, Vec b) {
+  Mask r;
+  for (int i = 0; i < kLanes; ++i) r.m[i] = a.v[i] < b.v[i];
+  return r;
+}
+inline Mask vle(Vec a, Vec b) {
+  Mask r;
+  for (int i = 0; i < kLanes; ++i) r.m[i] = a.v[i] <= b.v[i];
+  return r;
+}
+inline Mask veq(Vec a, Vec b) {
+  Mask r;
+  for (int i = 0; i < kLanes; ++i) r.m[i] = a.v[i] == b.v[i];
+  return r;
+}
+inline Vec vselect(Mask m, Vec yes, Vec no) {
+  return each([&](int i) { return m.m[i] ? yes.v[i] : no.v[i]; });
+}
+
+inline float vreduce_add(Vec a) { return (a.v[0] + a.v[1]) + (a.v[2] + a.v[3]); }
+inline float vreduce_max(Vec a) {
+  float m = a.v[0];
+  for (int i = 1; i < kLanes; ++i) m = a.v[i] > m ? a.v[i] : m;
+  return m;
+}
+inline float vreduce_min(Vec a) { return -vreduce_max(vneg(a)); }
+
+// IEEE 754 binary16 → binary32, all cases.
+inline float f16_to_f32(uint16_t h) {
+  uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16;
+  uint32_t exponent = (h >> 10) & 31, fraction = h & 1023;
+  if (exponent == 31) return bits_float(sign | 0x7F800000u | (fraction << 13));
+  if (exponent == 0) {
+    float magnitude = static_cast<float>(fraction) * 5.9604644775390625e-8f;  // 2^-24
+    return bits_float(sign | float_bits(magnitude));
+  }
+  return bits_float(sign | ((exponent + 112) << 23) | (fraction << 13));
+}
+// binary32 → binary16, round to nearest even; overflow gives inf, NaN stays NaN.
+inline uint16_t f32_to_f16(float x) {
+  uint32_t u = float_bits(x), sign = (u >> 16) & 0x8000;
+  uint32_t magnitude = u & 0x7FFFFFFFu;
+  if (magnitude > 0x7F800000u) return static_cast<uint16_t>(sign | 0x7E00);
+  if (magnitude >= 0x477FF000u) return static_cast<uint16_t>(sign | 0x7C00);
+  if (magnitude < 0x38800000u) {  // subnormal result: let the float adder round
+    float shifted = bits_float(magnitude) + 0.5f;
+    return static_cast<uint16_t>(sign | (float_bits(shifted) - 0x3F000000u));
+  }
+  uint32_t rounded = magnitude + 0xFFF + ((magnitude >> 13) & 1);
+  return static_cast<uint16_t>(sign | ((rounded - 0x38000000u) >> 13));
+}
+inline uint16_t f32_to_bf16(float x) {
+  uint32_t u = float_bits(x);
+  if ((u & 0x7FFFFFFFu) > 0x7F800000u) return 0x7FC0;
+  return static_cast<uint16_t>((u + 0x7FFF + ((u >> 16) & 1)) >> 16);
+}
+
+inline Vec vload_f16(const uint16_t* p) {
+  return each([&](int i) { return f16_to_f32(p[i]); });
+}
+inline Vec vload_f16_n(const uint16_t* p, int n) {
+  return each([&](int i) { return i < n ? f16_to_f32(p[i]) : 0.0f; });
+}
+inline void vstore_f16_n(uint16_t* p, Vec a, int n) {
+  for (int i = 0; i < n; ++i) p[i] = f32_to_f16(a.v[i]);
+}
+inline void vstore_f16(uint16_t* p, Vec a) { vstore_f16_n(p, a, kLanes); }
+inline Vec vload_bf16(const uint16_t* p) {
+  return each([&](int i) { return bits_float(static_cast<uint32_t>(p[i]) << 16); });
+}
+inline Vec vload_bf16_n(const uint16_t* p, int n) {
+  return each([&](int i) { return i < n ? bits_float(static_cast<uint32_t>(p[i]) << 16) : 0.0f; });
+}
+inline void vstore_bf16_n(uint16_t* p, Vec a, int n) {
+  for (int i = 0; i < n; ++i) p[i] = f32_to_bf16(a.v[i]);
+}
+inline void vstore_bf16(uint16_t* p, Vec a) { vstore_bf16_n(p, a, kLanes); }
+
+}  // namespace

@@ -1,0 +1,178 @@
+#include "runtime/program.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cstdint>
+#include <stdexcept>
+#include <utility>
+
+#include "runtime/expr.h"
+
+namespace llmopt {
+
+// What one run needs and the next may reuse. A context belongs to one thread at a time.
+struct Program::Context {
+  const Program* program = nullptr;
+  std::vector<int64_t> values, stack, slot_offset, ints;
+  std::vector<Tensor> tensors;
+  std::vector<Step> steps;
+  std::vector<int> phases;
+  Memory arena, workspace, local;
+  std::vector<int64_t>* step_ns = nullptr;
+};
+
+struct Program::ContextLease {
+  explicit ContextLease(Program& p) : program(p) {
+    std::lock_guard<std::mutex> lock(p.mutex_);
+    if (p.idle_.empty()) {
+      context = std::make_unique<Context>();
+      return;
+    }
+    context = std::move(p.idle_.back());
+    p.idle_.pop_back();
+  }
+  ~ContextLease() {
+    std::lock_guard<std::mutex> lock(program.mutex_);
+    program.idle_.push_back(std::move(context));
+  }
+  Program& program;
+  std::unique_ptr<Context> context;
+};
+
+Program::Program(const Tier& tier, int num_symbols, int num_externals, std::vector<std::vector<int64_t>> exprs,
+                 std::vector<std::vector<ExprId>> slots, std::vector<Buffer> buffers, std::vector<StepSpec> steps)
+    : num_symbols_(num_symbols),
+      num_externals_(num_externals),
+      exprs_(std::move(exprs)),
+      slots_(std::move(slots)),
+      buffers_(std::move(buffers)),
+      steps_(std::move(steps)) {
+  for (const auto& code : exprs_)
+    for (size_t i = 0; i < code.size(); ++i) {
+      const bool has_operand = code[i] == kConst || code[i] == kSymbol;
+      if (code[i] == kSymbol && (i + 1 >= code.size() || code[i + 1] < 0 || code[i + 1] >= num_symbols_))
+        throw std::invalid_argument("a size expression names a symbol that does not exist");
+      if (has_operand) ++i;
+    }
+  const int num_exprs = static_cast<int>(exprs_.size());
+  for (const auto& slot : slots_)
+    for (ExprId e : slot)
+      if (e < 0 || e >= num_exprs) throw std::invalid_argument("an arena slot names an expression that does not exist");
+  for (const Buffer& b : buffers_)
+    if (b.index < 0 || b.index >= (b.external ? num_externals_ : static_cast<int>(slots_.size())))
+      throw std::invalid_argument("a buffer names memory that does not exist");
+  for (const StepSpec& step : steps_) {
+    const Kernel* kernel = tier.find(step.op);
+    if (!kernel) throw std::invalid_argument("tier " + std::string(tier.name) + " has no kernel for op '" + step.op + "'");
+    kernels_.push_back(kernel);
+    for (const Operand& operand : step.operands) check(operand);
+    for (ExprId e : step.ints)
+      if (e < 0 || e >= num_exprs) throw std::invalid_argument("an attribute names an expression that does not exist");
+  }
+}
+
+Program::~Program() = default;
+
+void Program::check(const Operand& o) const {
+  if (o.buffer == -1) return;
+  if (o.buffer < 0 || o.buffer >= static_cast<int>(buffers_.size()))
+    throw std::invalid_argument("an operand names a buffer that does not exist");
+  if (o.size.size() != o.stride.size() || o.size.size() > kMaxDims)
+    throw std::invalid_argument("an operand needs as many strides as sizes and at most 6 of each");
+  const int num_exprs = static_cast<int>(exprs_.size());
+  auto bad = [&](ExprId e) { return e < 0 || e >= num_exprs; };
+  if (bad(o.offset) || std::any_of(o.size.begin(), o.size.end(), bad) || std::any_of(o.stride.begin(), o.stride.end(), bad))
+    throw std::invalid_argument("an operand names an expression that does not exist");
+}
+
+void Program::resolve(Context& c, const std::vector<int64_t>& externals, const std::vector<int64_t>& symbols, int threads) {
+  c.values.resize(exprs_.size());
+  for (size_t i = 0; i < exprs_.size(); ++i) c.values[i] = evaluate(exprs_[i], symbols, c.stack);
+
+  size_t arena = 0;
+  c.slot_offset.resize(slots_.size());
+  for (size_t i = 0; i < slots_.size(); ++i) {
+    int64_t bytes = 0;
+    for (ExprId e : slots_[i]) bytes = std::max(bytes, c.values[e]);
+    c.slot_offset[i] = static_cast<int64_t>(arena);
+    arena += (static_cast<size_t>(bytes) + 255) / 256 * 256;  // 256: neighbours never share a line or its pair
+  }
+  c.arena.reserve(arena);
+
+  size_t num_tensors = 0, num_ints = 0;
+  for (const StepSpec& s : steps_) num_tensors += s.operands.size(), num_ints += s.ints.size();
+  c.tensors.resize(num_tensors);
+  c.ints.resize(num_ints);
+  c.steps.resize(steps_.size());
+  c.phases.resize(steps_.size());
+  Tensor* t = c.tensors.data();
+  int64_t* attr = c.ints.data();
+  size_t workspace = 0;
+  for (size_t k = 0; k < steps_.size(); ++k) {
+    const StepSpec& spec = steps_[k];
+    Step& step = c.steps[k];
+    step = {t, attr, spec.floats.data(), static_cast<int32_t>(spec.operands.size()),
+            static_cast<int32_t>(spec.ints.size()), static_cast<int32_t>(spec.floats.size())};
+    for (const Operand& o : spec.operands) {
+      Tensor& out = *t++;
+      out = Tensor{};
+      if (o.buffer < 0) continue;
+      const Buffer& b = buffers_[o.buffer];
+      char* base = b.external ? reinterpret_cast<char*>(externals[b.index]) : c.arena.data() + c.slot_offset[b.index];
+      static constexpr int kItem[] = {4, 2, 2, 8, 4, 1, 1, 1};
+      out.data = base + c.values[o.offset] * kItem[static_cast<int>(o.dtype)];
+      out.dtype = o.dtype;
+      out.ndim = static_cast<int32_t>(o.size.size());
+      for (int d = 0; d < out.ndim; ++d) {
+        out.size[d] = c.values[o.size[d]];
+        out.stride[d] = c.values[o.stride[d]];
+      }
+    }
+    for (ExprId e : spec.ints) *attr++ = c.values[e];
+    c.phases[k] = kernels_[k]->phases(step, threads);
+    if (kernels_[k]->workspace) workspace = std::max(workspace, kernels_[k]->workspace(step, threads));
+  }
+  c.workspace.reserve(workspace);
+  c.local.reserve(kLocalBytes * static_cast<size_t>(threads));
+}
+
+void Program::body(Team& team, int thread, void* context) {
+  Context& c = *static_cast<Context*>(context);
+  const Program& p = *c.program;
+  const Scratch scratch{c.workspace.data(), c.local.data() + kLocalBytes * static_cast<size_t>(thread)};
+  const bool timed = thread == 0 && c.step_ns;
+  auto last = std::chrono::steady_clock::now();
+  for (size_t k = 0; k < c.steps.size(); ++k) {
+    const Kernel& kernel = *p.kernels_[k];
+    const Step& step = c.steps[k];
+    for (int phase = 0; phase < c.phases[k]; ++phase) {
+      const int64_t chunks = kernel.chunks(step, phase, team.threads());
+      for (int64_t i = team.next_chunk(); i < chunks; i = team.next_chunk())
+        kernel.run(step, phase, i, team.threads(), scratch);
+      team.barrier();
+    }
+    if (!timed) continue;
+    auto now = std::chrono::steady_clock::now();
+    (*c.step_ns)[k] = std::chrono::duration_cast<std::chrono::nanoseconds>(now - last).count();
+    last = now;
+  }
+}
+
+void Program::run(const std::vector<int64_t>& externals, const std::vector<int64_t>& symbols, int threads,
+                  std::vector<int64_t>* step_ns) {
+  if (static_cast<int>(externals.size()) != num_externals_ || static_cast<int>(symbols.size()) != num_symbols_)
+    throw std::invalid_argument("a program was run with " + std::to_string(externals.size()) + " addresses and " +
+                                std::to_string(symbols.size()) + " sizes; it needs " + std::to_string(num_externals_) +
+                                " and " + std::to_string(num_symbols_));
+  ContextLease lease(*this);
+  Context& c = *lease.context;
+  c.program = this;
+  c.step_ns = step_ns;
+  if (step_ns) step_ns->assign(steps_.size(), 0);
+  threads = std::max(threads, 1);
+  resolve(c, externals, symbols, threads);
+  arena_bytes_ = c.arena.bytes();
+  parallel(threads, &Program::body, &c);
+}
+
+}  // namespace llmopt

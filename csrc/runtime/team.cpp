@@ -1,0 +1,57 @@
+#include "runtime/team.h"
+
+#include <omp.h>
+#include <sched.h>
+
+#include <memory>
+
+namespace llmopt {
+namespace {
+
+// A few microseconds of spinning: two orders above a hand-over between running cores, well below a time slice.
+constexpr int kSpins = 2000;
+
+inline void relax() {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_ia32_pause();
+#endif
+}
+
+}  // namespace
+
+void Team::barrier() {
+  if (threads_ == 1) {
+    chunk_solo_ = 0;
+    return;
+  }
+  const uint32_t generation = generation_.load(std::memory_order_relaxed);
+  if (arrived_.fetch_add(1, std::memory_order_acq_rel) == threads_ - 1) {
+    arrived_.store(0, std::memory_order_relaxed);
+    chunk_.store(0, std::memory_order_relaxed);
+    generation_.store(generation + 1, std::memory_order_release);
+    return;
+  }
+  for (int spins = 0; generation_.load(std::memory_order_acquire) == generation; ++spins) {
+    if (spins < kSpins) relax();
+    else sched_yield();
+  }
+}
+
+void parallel(int threads, void (*body)(Team&, int, void*), void* context) {
+  if (threads <= 1 || omp_in_parallel()) {
+    Team team(1);
+    body(team, 0, context);
+    return;
+  }
+  // The runtime may give fewer threads than asked for; the barrier must count those that came.
+  std::unique_ptr<Team> team;
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp master
+    team = std::make_unique<Team>(omp_get_num_threads());
+#pragma omp barrier
+    body(*team, omp_get_thread_num(), context);
+  }
+}
+
+}  // namespace llmopt

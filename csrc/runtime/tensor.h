@@ -1,0 +1,55 @@
+// What a kernel sees: strided tensors, a step with its attributes, and the record of functions that is a kernel.
+// Plain data only, so that this header may be included by objects compiled for one instruction set.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace llmopt {
+
+enum class DType : int32_t { f32 = 0, f16 = 1, bf16 = 2, i64 = 3, i32 = 4, b8 = 5, u8 = 6, s8 = 7 };
+
+constexpr int kMaxDims = 6;
+
+// A strided view of memory the kernel does not own. data == nullptr means "operand not given".
+struct Tensor {
+  char* data;
+  DType dtype;
+  int32_t ndim;
+  int64_t size[kMaxDims];
+  int64_t stride[kMaxDims];  // in elements
+};
+
+// One resolved step of a program: operands and attributes in the order the op's file documents.
+struct Step {
+  const Tensor* t;
+  const int64_t* i;
+  const float* f;
+  int32_t num_tensors, num_ints, num_floats;
+};
+
+// Memory a kernel may use while it runs. `shared` is one block for all threads of the step (size asked for through
+// Kernel::workspace); `local` is private to the calling thread and kLocalBytes long. Both are 64-byte aligned.
+struct Scratch {
+  char* shared;
+  char* local;
+};
+constexpr size_t kLocalBytes = 1 << 20;
+
+// One op in one CPU tier. A step runs as `phases` rounds with a barrier after each; a round is cut into `chunks` that
+// threads take dynamically, in any order. `run` does one chunk. Functions must not throw and not allocate.
+struct Kernel {
+  const char* op;
+  int (*phases)(const Step&, int threads);
+  int64_t (*chunks)(const Step&, int phase, int threads);
+  size_t (*workspace)(const Step&, int threads);  // bytes of Scratch::shared; nullptr means none
+  void (*run)(const Step&, int phase, int64_t chunk, int threads, const Scratch&);
+};
+
+// What one object file exports: the kernels of one family compiled for one tier.
+struct KernelFamily {
+  const Kernel* kernels;
+  int32_t count;
+  int32_t panel_width;  // columns of one packed weight panel (NR); 0 in families that pack nothing
+};
+
+}  // namespace llmopt

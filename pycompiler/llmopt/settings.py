@@ -1,0 +1,44 @@
+"""Environment variables: the only file that reads them, so this is also their list.
+
+LLMOPT_DEBUG      0..4: 1 fallbacks and their reasons, 2 the plan, 3 the graph after each pass, 4 everything
+LLMOPT_CPU_ISA    use this CPU tier (scalar, avx2, avx512, avx512_vnni) instead of the best one
+LLMOPT_CACHE_DIR  where converted weights and tuning results are kept; default: the user's cache directory
+LLMOPT_DISABLE    comma-separated names of passes to leave out, for bisecting
+LLMOPT_VERIFY     1: after every pass, run the graph on example inputs and compare with the graph before it
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def debug_level() -> int:
+    """LLMOPT_DEBUG as a number; raises ValueError when it is not 0..4."""
+    text = os.environ.get("LLMOPT_DEBUG", "0")
+    if text not in {"0", "1", "2", "3", "4"}:
+        raise ValueError(f"LLMOPT_DEBUG={text!r}: expected one of 0, 1, 2, 3, 4")
+    return int(text)
+
+
+def cpu_isa() -> str | None:
+    """The CPU tier asked for, or None for the best one."""
+    return os.environ.get("LLMOPT_CPU_ISA") or None
+
+
+def cache_dir() -> Path:
+    """The cache directory (not created here)."""
+    explicit = os.environ.get("LLMOPT_CACHE_DIR")
+    if explicit:
+        return Path(explicit)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "llmopt"
+
+
+def disabled_passes() -> frozenset[str]:
+    names = os.environ.get("LLMOPT_DISABLE", "")
+    return frozenset(n.strip() for n in names.split(",") if n.strip())
+
+
+def verify_passes() -> bool:
+    return os.environ.get("LLMOPT_VERIFY", "0") == "1"

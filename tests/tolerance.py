@@ -1,0 +1,38 @@
+"""How far a kernel may be from its float64 reference: one place, by dtype.
+
+Two bounds, both relative to max(|reference|, RMS(reference)): the worst element and the RMS of the error.
+"""
+
+from __future__ import annotations
+
+import torch
+
+# dtype: (largest relative error, RMS of the relative error)
+BOUNDS = {
+    torch.float32: (1e-4, 1e-5),
+    torch.float16: (2e-2, 4e-3),
+    torch.bfloat16: (4e-2, 8e-3),
+}
+
+
+def assert_close(got: torch.Tensor, want: torch.Tensor, dtype: torch.dtype | None = None) -> None:
+    """Compares with a float64 reference; infinities and NaNs must be in the same places. Integers must be equal."""
+    assert got.shape == want.shape, f"shape {tuple(got.shape)} instead of {tuple(want.shape)}"
+    if not got.dtype.is_floating_point:
+        assert torch.equal(got, want.to(got.dtype)), "integer results differ"
+        return
+    worst, rms = BOUNDS[dtype or got.dtype]
+    g, w = got.double(), want.double()
+    assert torch.equal(torch.isnan(g), torch.isnan(w)), "NaNs in different places"
+    infinite = torch.isinf(w)
+    assert torch.equal(torch.isinf(g), infinite), "infinities in different places"
+    assert torch.equal(g[infinite], w[infinite]), "infinities of different sign"
+    finite = torch.isfinite(w)
+    g, w = g[finite], w[finite]
+    if w.numel() == 0:
+        return
+    scale = torch.maximum(w.abs(), w.pow(2).mean().sqrt()).clamp_min(1e-30)
+    error = (g - w).abs() / scale
+    assert error.max() <= worst, f"largest relative error {error.max():.3g} > {worst:.3g}"
+    got_rms = error.pow(2).mean().sqrt()
+    assert got_rms <= rms, f"RMS relative error {got_rms:.3g} > {rms:.3g}"
