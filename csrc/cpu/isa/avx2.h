@@ -110,11 +110,15 @@ inline void vstore_bf16_n(uint16_t* p, Vec a, int n) {
   vstore_bf16(b, a);
   copy_halves(p, b, n);
 }
-// The even- and odd-indexed halves of 16 bf16 values, widened: one register operation per vector, no shuffle.
-inline void vload_bf16_pair(const uint16_t* p, Vec& even, Vec& odd) {
+// The even- and the odd-indexed of 16 bf16 values, widened: one register operation each, no shuffle.
+inline Vec vload_bf16_even(const uint16_t* p) {
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), 16))};
+}
+inline Vec vload_bf16_odd(const uint16_t* p) {
+  // Loads again on purpose: kept from vload_bf16_even, the values would take a register each in a kernel that has none.
+  asm("" : "+r"(p));
   __m256i pair = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  even.v = _mm256_castsi256_ps(_mm256_slli_epi32(pair, 16));
-  odd.v = _mm256_castsi256_ps(_mm256_and_si256(pair, _mm256_set1_epi32(-65536)));
+  return {_mm256_castsi256_ps(_mm256_and_si256(pair, _mm256_set1_epi32(-65536)))};
 }
 
 // Transposes the kLanes x kLanes matrix whose rows are r[0..kLanes). Only moves bits, so any 32-bit type may be inside.
