@@ -1,6 +1,10 @@
 // Vec for the AVX-512 tiers: 16 floats in a zmm register. Tails are masked loads and stores.
 #pragma once
+// GCC 12 warns about the operand its own intrinsics leave undefined on purpose.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 
 #include <cstdint>
 
