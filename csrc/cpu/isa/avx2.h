@@ -69,6 +69,13 @@ inline float vreduce_max(Vec a) {
   return _mm_cvtss_f32(_mm_max_ss(s, _mm_shuffle_ps(s, s, 1)));
 }
 inline float vreduce_min(Vec a) { return -vreduce_max(vneg(a)); }
+// Lane i of the result is the sum of the lanes of a[i].
+inline Vec vsum_lanes(const Vec* a) {
+  __m256 c[2];
+  for (int i = 0; i < 2; ++i)
+    c[i] = _mm256_hadd_ps(_mm256_hadd_ps(a[4 * i].v, a[4 * i + 1].v), _mm256_hadd_ps(a[4 * i + 2].v, a[4 * i + 3].v));
+  return {_mm256_add_ps(_mm256_permute2f128_ps(c[0], c[1], 0x20), _mm256_permute2f128_ps(c[0], c[1], 0x31))};
+}
 
 inline void copy_halves(uint16_t* to, const uint16_t* from, int n) {
   for (int i = 0; i < n; ++i) to[i] = from[i];

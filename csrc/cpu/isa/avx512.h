@@ -1,6 +1,10 @@
 // Vec for the AVX-512 tiers: 16 floats in a zmm register. Tails are masked loads and stores.
 #pragma once
+// GCC 12 warns about the operand its own intrinsics leave undefined on purpose.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 
 #include <cstdint>
 
@@ -51,6 +55,22 @@ inline Vec vselect(Mask m, Vec yes, Vec no) { return {_mm512_mask_blend_ps(m.m, 
 inline float vreduce_add(Vec a) { return _mm512_reduce_add_ps(a.v); }
 inline float vreduce_max(Vec a) { return _mm512_reduce_max_ps(a.v); }
 inline float vreduce_min(Vec a) { return _mm512_reduce_min_ps(a.v); }
+// Lane i of the result is the sum of the lanes of a[i].
+inline Vec vsum_lanes(const Vec* a) {
+  __m512 c[4];
+  for (int i = 0; i < 4; ++i) {
+    __m512 b[2];
+    for (int h = 0; h < 2; ++h) {
+      __m512 x = a[4 * i + 2 * h].v, y = a[4 * i + 2 * h + 1].v;
+      b[h] = _mm512_add_ps(_mm512_unpacklo_ps(x, y), _mm512_unpackhi_ps(x, y));
+    }
+    __m512d x = _mm512_castps_pd(b[0]), y = _mm512_castps_pd(b[1]);
+    c[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
+  }
+  __m512 d0 = _mm512_add_ps(_mm512_shuffle_f32x4(c[0], c[1], 0x44), _mm512_shuffle_f32x4(c[0], c[1], 0xEE));
+  __m512 d1 = _mm512_add_ps(_mm512_shuffle_f32x4(c[2], c[3], 0x44), _mm512_shuffle_f32x4(c[2], c[3], 0xEE));
+  return {_mm512_add_ps(_mm512_shuffle_f32x4(d0, d1, 0x88), _mm512_shuffle_f32x4(d0, d1, 0xDD))};
+}
 
 inline Vec vload_f16(const uint16_t* p) {
   return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};

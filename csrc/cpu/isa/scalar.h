@@ -118,6 +118,10 @@ inline float vreduce_max(Vec a) {
   return m;
 }
 inline float vreduce_min(Vec a) { return -vreduce_max(vneg(a)); }
+// Lane i of the result is the sum of the lanes of a[i].
+inline Vec vsum_lanes(const Vec* a) {
+  return each([&](int i) { return vreduce_add(a[i]); });
+}
 
 // IEEE 754 binary16 → binary32, all cases.
 inline float f16_to_f32(uint16_t h) {
