@@ -181,13 +181,18 @@ def emit(
 
 
 def replace(old: fx.Node, new: fx.Node) -> None:
-    """Gives every use of `old` to `new` and removes `old`; example values downstream follow the new strides."""
-    changed = not _same_layout(fake(old), fake(new))
-    users = list(old.users)
+    """Gives every use of `old` to `new` and removes `old`; example values downstream follow the new memory."""
+    stale = _stale_users(old, fake(new))
     old.replace_all_uses_with(new)
     old.graph.erase_node(old)
-    if changed:
-        refresh(users)
+    refresh(stale)
+
+
+def _stale_users(node: fx.Node, now: Any) -> list[fx.Node]:
+    """Users whose example value is wrong once `node`'s becomes `now`: all when the layout differs, else its views."""
+    if _same_layout(fake(node), now):
+        return [u for u in node.users if is_view(u)]
+    return list(node.users)
 
 
 def _same_layout(a: Any, b: Any) -> bool:
@@ -197,11 +202,10 @@ def _same_layout(a: Any, b: Any) -> bool:
 
 
 def refresh(nodes: list[fx.Node]) -> None:
-    """Recomputes example values of view-like nodes whose input layout changed, and of what follows them."""
+    """Recomputes the example values of nodes whose input moved or changed layout, and of what depends on them."""
     queue = list(nodes)
     while queue:
         node = queue.pop(0)
-        old = fake(node)
         first = next((fake(n) for n in node.all_input_nodes if isinstance(fake(n), FakeTensor)), None)
         if node.op not in ("call_function", "call_method") or first is None or is_in_place(node):
             continue
@@ -209,9 +213,9 @@ def refresh(nodes: list[fx.Node]) -> None:
             node.op, node.target = "call_method", "reshape" if kind(node) == "view" else "reshape_as"
             node.meta.pop("llmopt_kind", None)
         new = compute_fake(first.fake_mode, node.target, node.op, node.args, node.kwargs)
+        stale = list(node.users) if isinstance(new, (tuple, list)) else _stale_users(node, new)
         node.meta["example_value"] = new
-        if isinstance(new, (tuple, list)) or is_view(node) or not _same_layout(old, new):
-            queue.extend(node.users)
+        queue += stale
 
 
 def storage(node: fx.Node) -> int | None:

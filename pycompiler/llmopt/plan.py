@@ -100,6 +100,19 @@ class _Roles:
                 self.native[node] = kernel
             else:
                 self.fallbacks.append(Fallback(node, reason))
+        self._leave_glue(graph)
+
+    def _leave_glue(self, graph: fx.Graph) -> None:
+        """Copies and small arithmetic that no native value feeds stay with PyTorch when PyTorch reads them next:
+        taking them would only cut the graph into more segments."""
+        for node in reversed(list(graph.nodes)):
+            if node not in self.native or not self.native[node].is_glue:
+                continue
+            fed = any(_producer(n, self) in self.native for n in node.all_input_nodes if is_tensor(n))
+            readers = [u for value in _value_nodes(node) for u in _readers(value) if not is_view(u)]
+            if not fed and any(u not in self.native for u in readers):
+                del self.native[node]
+                self.fallbacks.append(Fallback(node, "stands between operations that run in PyTorch"))
 
     def is_part(self, node: fx.Node) -> bool:
         """getitem of a native node with several results."""

@@ -12,7 +12,7 @@ from llmopt.graph import argument, fake, is_one, same_size
 from llmopt.native.operands import FLOATS, NativeKernel, are_static, batch_broadcast, itemsize, num_bytes
 from llmopt.native.program import View
 from llmopt.native.segment import KvSpec, SegmentBuilder, StepRecord, describe
-from llmopt.ops import rope as rope_op
+from llmopt.ops.rope import KINDS as ROPE_KINDS
 from llmopt.sizes import Size
 
 _ATTENTION = (("mask", None), ("scale", 1.0), ("causal", False), ("causal_offset", 0), ("window", 0), ("softcap", 0.0))
@@ -127,7 +127,7 @@ def _lower_attention_append(s: SegmentBuilder, node: fx.Node) -> None:
     mask, bounds = _mask_operands(s, node, a["mask"], (*fake(q).shape[:3], total))
     operands = [s.view(q), *views, s.view(s.part(node, 0)), mask, bounds, batch_broadcast(s, cos, q), batch_broadcast(s, sin, q)]
     operands += [s.view(k_new), s.view(v_new), None]
-    ints = [int(a["causal"]), a["causal_offset"], a["window"], rope_op.KINDS.index(rope_name), 1]
+    ints = [int(a["causal"]), a["causal_offset"], a["window"], ROPE_KINDS.index(rope_name), 1]
     detail = "append" + (f"+rope_{rope_name}" if rope_name != "none" else "")
     detail += "+causal" if a["causal"] else "+mask" if mask is not None else ""
     record = _attention_record(node, q, total, detail, (q, k_new, v_new), ())

@@ -18,7 +18,7 @@ from llmopt.native.operands import (
 from llmopt.native.program import DTYPE_CODES
 from llmopt.native.segment import SegmentBuilder, StepRecord, describe
 from llmopt.ops import activation
-from llmopt.ops import norm as norm_op
+from llmopt.ops.norm import KINDS as NORM_KINDS
 from llmopt.ops.linear import parts
 
 
@@ -65,7 +65,7 @@ def lower(s: SegmentBuilder, node: fx.Node) -> None:
         DTYPE_CODES[fake(weights[0]).dtype],
         activation.CODES[p["act"]],
         int(p["gated"]),
-        norm_op.KINDS.index(p["norm_kind"]),
+        NORM_KINDS.index(p["norm_kind"]),
     ]
     floats = [p["norm_eps"], p["alpha"], p["norm_offset"]]
     fused = [p["norm_kind"] + "_norm"] if p["norm_kind"] != "none" else []

@@ -24,6 +24,7 @@ class NativeKernel:
     name: str
     reject: Callable[[fx.Node], str]
     lower: Callable[[SegmentBuilder, fx.Node], None]
+    is_glue: bool = False  # worth taking only next to other native work
 
 
 def are_static(*sizes: Size) -> bool:

@@ -82,5 +82,5 @@ def _lower(s: SegmentBuilder, node: fx.Node) -> None:
     s.step("vm", operands, ints, floats, record)
 
 
-KERNELS = {"llmopt.pointwise": NativeKernel("vm.cpu", _reject, _lower)}
+KERNELS = {"llmopt.pointwise": NativeKernel("vm.cpu", _reject, _lower, is_glue=True)}
 

@@ -9,8 +9,8 @@ from llmopt.graph import argument, fake, is_dense, is_one, is_tensor, numel, sam
 from llmopt.native.operands import FLOATS, NativeKernel, as_rows, batch_broadcast, num_bytes, reads_as_rows
 from llmopt.native.program import DTYPE_CODES, MAX_DIMS, View
 from llmopt.native.segment import SegmentBuilder, StepRecord, describe
-from llmopt.ops import norm as norm_op
-from llmopt.ops import rope as rope_op
+from llmopt.ops.norm import KINDS as NORM_KINDS
+from llmopt.ops.rope import KINDS as ROPE_KINDS
 from llmopt.sizes import Size
 
 
@@ -31,7 +31,7 @@ def _lower_norm(s: SegmentBuilder, node: fx.Node) -> None:
     record = StepRecord(
         "norm", "norm.cpu", name, (describe(x),), (describe(node),), 4 * numel(fake(x)), num_bytes(x, node), node
     )
-    s.step("norm", operands, [norm_op.KINDS.index(name)], [eps, offset], record)
+    s.step("norm", operands, [NORM_KINDS.index(name)], [eps, offset], record)
 
 
 def _reject_rope(node: fx.Node) -> str:
@@ -48,7 +48,7 @@ def _lower_rope(s: SegmentBuilder, node: fx.Node) -> None:
     record = StepRecord(
         "rope", "rope.cpu", name, (describe(x),), (describe(node),), 3 * numel(fake(x)), num_bytes(x, node), node
     )
-    s.step("rope", operands, [rope_op.KINDS.index(name)], [], record)
+    s.step("rope", operands, [ROPE_KINDS.index(name)], [], record)
 
 
 _COPIES = frozenset({"contiguous", "clone", "reshape", "flatten"})
@@ -119,7 +119,7 @@ def _lower_index_copy(s: SegmentBuilder, node: fx.Node) -> None:
 KERNELS = {
     "llmopt.norm": NativeKernel("norm.cpu", _reject_norm, _lower_norm),
     "llmopt.rope": NativeKernel("rope.cpu", _reject_rope, _lower_rope),
-    "index_copy_": NativeKernel("index_copy.cpu", _reject_index_copy, _lower_index_copy),
-    "cat": NativeKernel("copy.cpu", _reject_cat, _lower_cat),
-    **{name: NativeKernel("copy.cpu", _reject_copy, _lower_copy) for name in _COPIES},
+    "index_copy_": NativeKernel("index_copy.cpu", _reject_index_copy, _lower_index_copy, is_glue=True),
+    "cat": NativeKernel("copy.cpu", _reject_cat, _lower_cat, is_glue=True),
+    **{name: NativeKernel("copy.cpu", _reject_copy, _lower_copy, is_glue=True) for name in _COPIES},
 }

@@ -15,6 +15,7 @@ from llmopt.graph import (
     is_view,
     kind,
     refresh,
+    replace,
     same_shape,
     scalar,
     storage,
@@ -45,8 +46,7 @@ def run(graph: fx.Graph) -> None:
             _functionalize(node, sharers)
         target = _identity_of(node)
         if target is not None:
-            node.replace_all_uses_with(target)
-            graph.erase_node(node)
+            replace(node, target)
     erase_unused(graph)
 
 
@@ -72,7 +72,8 @@ def _identity_of(node: fx.Node) -> fx.Node | None:
     if not same_shape(before.shape, after.shape):
         return None
     if name in _CASTS:
-        return source if storage(node) == storage(source) else None
+        plain = node.kwargs.get("copy") is not True and "memory_format" not in node.kwargs and len(node.args) < 4
+        return source if plain else None
     if name == "contiguous":
         return source if is_dense(before) and "memory_format" not in node.kwargs else None
     if name in _SAME_LAYOUT_VIEWS:
