@@ -1,7 +1,8 @@
 """Models by name: what `llmopt demo`, `bench` and `explain` accept, the same everywhere.
 
-`load("smollm2", torch.float32)` → `LoadedModel`. A model is "smollm2", "minilm", `path.py:function` returning a module or
-(module, example keyword inputs), or a folder written by `save_pretrained`. Whatever cannot be loaded is a `ModelError`.
+`load("smollm2", torch.float32)` → `LoadedModel`. A model is "smollm2", "minilm", `path.py:function`
+returning a module or (module, example keyword inputs), or a folder written by `save_pretrained`.
+Whatever cannot be loaded is a `ModelError`.
 """
 
 from __future__ import annotations
@@ -28,9 +29,11 @@ class LoadedModel:
 
     name: str
     model: torch.nn.Module
-    kind: str  # "causal" (generates), "encoder" (input_ids → states), "call" (anything, run on `example`)
+    kind: str  # "causal" (generates), "encoder" (input_ids → states), "call" (run on `example`)
     tokenizer: Any = None  # a transformers tokenizer, when the model came with one
-    example: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # keyword inputs, kind "call" only
+    example: Mapping[str, Any] = dataclasses.field(
+        default_factory=dict
+    )  # keyword inputs, kind "call" only
 
 
 @dataclass(frozen=True)
@@ -68,10 +71,12 @@ def parse_dtype(name: str) -> torch.dtype:
     return DTYPES[name]
 
 
-def load(spec: str, dtype: torch.dtype = torch.float32, random_weights: bool = False) -> LoadedModel:
+def load(
+    spec: str, dtype: torch.dtype = torch.float32, random_weights: bool = False
+) -> LoadedModel:
     """Loads a model by name, file or folder, in eval mode and in the given dtype.
 
-    random_weights: the architecture alone with seeded random weights; needs no model package and no file of weights.
+    random_weights: the architecture alone with seeded random weights; needs no model package.
     """
     try:
         import transformers  # noqa: F401
@@ -80,7 +85,7 @@ def load(spec: str, dtype: torch.dtype = torch.float32, random_weights: bool = F
     with _no_progress_bars():
         loaded = _load(spec, dtype, random_weights)
     for parameter in loaded.model.parameters():
-        # out of the file's mapping: ordinary memory, so that no one's benchmark waits for a page of the file
+        # out of the file's mapping: in ordinary memory nobody's benchmark waits for the file
         parameter.data = parameter.data.clone()
     loaded.model.eval()
     return loaded
@@ -96,8 +101,8 @@ def _load(spec: str, dtype: torch.dtype, random_weights: bool) -> LoadedModel:
     if Path(spec).is_dir():
         return user.from_folder(Path(spec), dtype, random_weights)
     raise ModelError(
-        f"unknown model {spec!r}: expected {', '.join(PACKAGED)}, path.py:function, or a folder written by "
-        "save_pretrained"
+        f"unknown model {spec!r}: expected {', '.join(PACKAGED)}, path.py:function, or a folder "
+        "written by save_pretrained"
     )
 
 
@@ -123,9 +128,11 @@ def _load_packaged(row: Packaged, dtype: torch.dtype, random_weights: bool) -> L
         model, tokenizer = row.load(dtype)
     except ModuleNotFoundError as error:
         if error.name in ("gguf", "tokenizers", "safetensors"):
-            raise ModelError(f"model {row.name!r} needs {error.name}: pip install 'llmopt[demo]'") from error
+            raise ModelError(
+                f"model {row.name!r} needs {error.name}: pip install 'llmopt[demo]'"
+            ) from error
         raise ModelError(
-            f"model {row.name!r} is carried by a package that is not installed: {row.install_hint()} "
-            "(or add --random-weights to run the architecture alone)"
+            f"model {row.name!r} is carried by a package that is not installed: "
+            f"{row.install_hint()} (or add --random-weights to run the architecture alone)"
         ) from error
     return LoadedModel(row.name, model, row.kind, tokenizer)

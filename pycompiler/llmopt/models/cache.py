@@ -1,7 +1,8 @@
-"""Converted models on disk: folders as `save_pretrained` writes them, with a manifest that tells whole from damaged.
+"""Converted models on disk: folders as `save_pretrained` writes them, and a manifest of their bytes.
 
-A folder appears under its final name only when it is complete and synced. What is damaged is converted again; a cache
-directory that cannot be written costs time, never the result. Both are said in a log line.
+A folder appears under its final name only when it is complete and synced. What is damaged is
+converted again; a cache directory that cannot be written costs time, never the result. Both are
+said in a log line.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ MANIFEST = "manifest.json"
 
 
 def converted(key: str, convert: Callable[[], Callable[[Path], None]]) -> Path | None:
-    """The folder of a converted model, made first if it is missing or damaged; None when it cannot be kept.
+    """The folder of a converted model, made if missing or damaged; None when it cannot be kept.
 
     convert: does the conversion and returns the function that writes it into a folder.
     """
@@ -38,7 +39,11 @@ def converted(key: str, convert: Callable[[], Callable[[Path], None]]) -> Path |
     try:
         _write_atomically(folder, write)
     except OSError as error:
-        log.warning("cannot keep the converted model in %s (%s): it is converted at every start", folder, error)
+        log.warning(
+            "cannot keep the converted model in %s (%s): it is converted at every start",
+            folder,
+            error,
+        )
         return None
     return folder
 
@@ -87,7 +92,7 @@ def _sync(path: Path) -> None:
 
 
 def _checksum(path: Path) -> int:
-    """The sum of the file's 8-byte words and its tail, modulo 2^64: finds damage at the speed of memory."""
+    """The sum of the file's 8-byte words and its tail, modulo 2^64: damage at memory speed."""
     data = np.fromfile(path, dtype=np.uint8)
     whole = data.size // 8 * 8
     words = data[:whole].view(np.uint64)

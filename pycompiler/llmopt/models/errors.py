@@ -1,4 +1,4 @@
-"""The one error of model loading: its message is a sentence for the user, and no traceback is needed to act on it."""
+"""The one error of model loading: a sentence the user can act on without a traceback."""
 
 from __future__ import annotations
 

