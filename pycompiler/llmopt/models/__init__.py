@@ -18,7 +18,7 @@ import torch
 
 from llmopt.models.errors import ModelError
 
-__all__ = ["DTYPES", "PACKAGED", "LoadedModel", "ModelError", "Packaged", "load", "parse_dtype"]
+__all__ = ["DTYPES", "PACKAGED", "LoadedModel", "ModelError", "Packaged", "kind_of", "load"]
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -64,13 +64,6 @@ def _packaged() -> dict[str, Packaged]:
 PACKAGED = _packaged()
 
 
-def parse_dtype(name: str) -> torch.dtype:
-    """fp32, fp16 or bf16 as a torch dtype; raises ModelError for anything else."""
-    if name not in DTYPES:
-        raise ModelError(f"unknown dtype {name!r}: expected one of {', '.join(DTYPES)}")
-    return DTYPES[name]
-
-
 def load(
     spec: str, dtype: torch.dtype = torch.float32, random_weights: bool = False
 ) -> LoadedModel:
@@ -91,12 +84,23 @@ def load(
     return loaded
 
 
+def kind_of(spec: str, dtype: torch.dtype, random_weights: bool = False) -> str:
+    """The kind `load` would give; reads a model's own files only where nothing else tells."""
+    if spec in PACKAGED:
+        return PACKAGED[spec].kind
+    return load(spec, dtype, random_weights).kind
+
+
 def _load(spec: str, dtype: torch.dtype, random_weights: bool) -> LoadedModel:
     from llmopt.models import user
 
     if spec in PACKAGED:
         return _load_packaged(PACKAGED[spec], dtype, random_weights)
     if ".py:" in spec:
+        if random_weights:
+            raise ModelError(
+                f"{spec}: --random-weights has no meaning for a function: it returns its weights"
+            )
         return user.from_function(spec, dtype)
     if Path(spec).is_dir():
         return user.from_folder(Path(spec), dtype, random_weights)
@@ -127,7 +131,7 @@ def _load_packaged(row: Packaged, dtype: torch.dtype, random_weights: bool) -> L
     try:
         model, tokenizer = row.load(dtype)
     except ModuleNotFoundError as error:
-        if error.name in ("gguf", "tokenizers", "safetensors"):
+        if error.name != row.package.replace("-", "_"):
             raise ModelError(
                 f"model {row.name!r} needs {error.name}: pip install 'llmopt[demo]'"
             ) from error

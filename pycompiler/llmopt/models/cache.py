@@ -1,4 +1,4 @@
-"""Converted models on disk: folders as `save_pretrained` writes them, and a manifest of their bytes.
+"""Converted models on disk: `save_pretrained` folders with a manifest of their bytes.
 
 A folder appears under its final name only when it is complete and synced. What is damaged is
 converted again; a cache directory that cannot be written costs time, never the result. Both are
