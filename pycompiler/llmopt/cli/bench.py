@@ -17,9 +17,9 @@ def add(commands: Any) -> None:
         "bench",
         help="end-to-end speed against eager and peers",
         description="Runs each system in its own process, in interleaved rounds, with probes of "
-        "the machine around each measurement. Causal models: prefill of 512 tokens, first token after "
-        "128, decode of 64 tokens after 128 (batch 1, a plain loop over forward with a KV cache). "
-        "Encoders: batches such as 8x128. Anything else: its own example inputs.",
+        "the machine around each measurement. Causal models: prefill of 512 tokens, first token "
+        "after 128, decode of 64 tokens after 128 (batch 1, a plain loop over forward with a KV "
+        "cache). Encoders: batches such as 8x128. Anything else: its own example inputs.",
     )
     parser.add_argument("model", metavar="MODEL", help=options.MODEL_HELP)
     options.add_dtype(parser)

@@ -66,6 +66,8 @@ def run(args: argparse.Namespace) -> int:
     model: Any = loaded.model
     inputs = [_encode(loaded, text) for text in args.prompts]
 
+    with working("eager: warming up"):
+        _generate(loaded, inputs[0], WARM_UP_TOKENS)
     eager = _generate_all("eager", loaded, inputs, args.max_new_tokens)
     model.compile(backend="llmopt")
     with working("llmopt: compiling"):

@@ -43,8 +43,9 @@ def working(text: str, total: int | None = None) -> Iterator[Task]:
     columns = [SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()]
     if total is not None:
         columns.insert(2, BarColumn(bar_width=30))
-    with Progress(*columns, console=console, transient=True) as progress:
+    quiet = not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=quiet) as progress:
         task = Task(progress, progress.add_task(text, total=total), console)
-        if not console.is_terminal:
+        if quiet:
             console.print(text, highlight=False)
         yield task
