@@ -169,5 +169,20 @@ inline void vstore_bf16_n(uint16_t* p, Vec a, int n) {
   for (int i = 0; i < n; ++i) p[i] = f32_to_bf16(a.v[i]);
 }
 inline void vstore_bf16(uint16_t* p, Vec a) { vstore_bf16_n(p, a, kLanes); }
+// The even- and the odd-indexed of 8 bf16 values, widened.
+inline Vec vload_bf16_even(const uint16_t* p) {
+  return each([&](int i) { return bits_float(static_cast<uint32_t>(p[2 * i]) << 16); });
+}
+inline Vec vload_bf16_odd(const uint16_t* p) { return vload_bf16_even(p + 1); }
+
+// Transposes the kLanes x kLanes matrix whose rows are r[0..kLanes). Only moves bits, so any 32-bit type may be inside.
+inline void vtranspose(Vec* r) {
+  for (int i = 0; i < kLanes; ++i)
+    for (int j = 0; j < i; ++j) {
+      float upper = r[j].v[i];
+      r[j].v[i] = r[i].v[j];
+      r[i].v[j] = upper;
+    }
+}
 
 }  // namespace
