@@ -154,7 +154,7 @@ def _cell(row: Row | None) -> str:
 
 
 def write_markdown(path: Path, table: str, setting: Setting) -> None:
-    """Puts the table between this model's marks in a Markdown file; a new file gets marks and table.
+    """Puts the table between this model's marks in a Markdown file; a new file gets both.
 
     The marks are `<!-- bench MODEL DTYPE -->` and `<!-- end bench MODEL DTYPE -->`.
     """

@@ -51,7 +51,8 @@ def work_of(loaded: LoadedModel, phase: Phase) -> Work | None:
 
 def weight_bytes(model: torch.nn.Module) -> int:
     """Bytes of the weights a call reads: all but embedding tables, of which it reads a few rows."""
-    tables, others = {}, {}
+    tables: dict[int, int] = {}
+    others: dict[int, int] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             rows = tables if isinstance(module, torch.nn.Embedding) else others

@@ -10,7 +10,7 @@ import torch
 from llmopt.models.package import package_folder
 
 # The architecture alone, for random weights.
-ARCHITECTURE = {
+ARCHITECTURE: dict[str, Any] = {
     "vocab_size": 30522,
     "hidden_size": 384,
     "num_hidden_layers": 6,

@@ -22,7 +22,7 @@ FORMAT = 1  # raise it when what is written into the cache changes
 CONTROL_TOKEN = 3  # gguf's TokenType.CONTROL: never produced by splitting text
 
 # The architecture alone, for random weights; the real file is read for its own values.
-ARCHITECTURE = {
+ARCHITECTURE: dict[str, Any] = {
     "vocab_size": 49152,
     "hidden_size": 576,
     "intermediate_size": 1536,
@@ -73,12 +73,12 @@ def _gguf_file() -> Path:
     return files[0]
 
 
-def load_gguf(path: Path, dtype: torch.dtype) -> tuple[torch.nn.Module, Any]:
+def load_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     """A Llama-architecture GGUF file as model and tokenizer, through the cache directory."""
     from transformers import AutoTokenizer, LlamaForCausalLM
 
     digest = hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
-    kept: list[tuple[torch.nn.Module, Any]] = []
+    kept: list[tuple[Any, Any]] = []
 
     def convert() -> Callable[[Path], None]:
         model, tokenizer = _convert(path)
@@ -98,7 +98,7 @@ def load_gguf(path: Path, dtype: torch.dtype) -> tuple[torch.nn.Module, Any]:
     return model, AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
-def _convert(path: Path) -> tuple[torch.nn.Module, Any]:
+def _convert(path: Path) -> tuple[Any, Any]:
     import gguf
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -117,7 +117,7 @@ def _function(path: Path, name: str, spec: str) -> Any:
     return function
 
 
-def _kind(model: torch.nn.Module, spec: str) -> str:
+def _kind(model: Any, spec: str) -> str:
     """What inputs the model takes, from what Hugging Face models say of themselves."""
     config = getattr(model, "config", None)
     if (
