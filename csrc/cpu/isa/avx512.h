@@ -97,5 +97,39 @@ inline void vstore_bf16(uint16_t* p, Vec a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_bf16(a));
 }
 inline void vstore_bf16_n(uint16_t* p, Vec a, int n) { _mm256_mask_storeu_epi16(p, tail_mask(n), narrow_bf16(a)); }
+// The even- and odd-indexed halves of 32 bf16 values, widened: one register operation per vector, no shuffle.
+inline void vload_bf16_pair(const uint16_t* p, Vec& even, Vec& odd) {
+  even.v = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16));
+  odd.v = _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(0xAAAAAAAAu, p));
+}
+
+// Transposes the kLanes x kLanes matrix whose rows are r[0..kLanes). Only moves bits, so any 32-bit type may be inside.
+inline void vtranspose(Vec* r) {
+  __m512 a[16], b[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    a[i] = _mm512_unpacklo_ps(r[i].v, r[i + 1].v);
+    a[i + 1] = _mm512_unpackhi_ps(r[i].v, r[i + 1].v);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    for (int j = 0; j < 2; ++j) {
+      __m512d lo = _mm512_castps_pd(a[i + j]), hi = _mm512_castps_pd(a[i + j + 2]);
+      b[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(lo, hi));
+      b[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(lo, hi));
+    }
+  }
+  // b[4 * g + c] holds, per 128-bit lane q, column 4 * q + c of rows 4 * g .. 4 * g + 3.
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    __m512 low01 = _mm512_shuffle_f32x4(b[c], b[4 + c], 0x88), high01 = _mm512_shuffle_f32x4(b[c], b[4 + c], 0xDD);
+    __m512 low23 = _mm512_shuffle_f32x4(b[8 + c], b[12 + c], 0x88);
+    __m512 high23 = _mm512_shuffle_f32x4(b[8 + c], b[12 + c], 0xDD);
+    r[c].v = _mm512_shuffle_f32x4(low01, low23, 0x88);
+    r[4 + c].v = _mm512_shuffle_f32x4(high01, high23, 0x88);
+    r[8 + c].v = _mm512_shuffle_f32x4(low01, low23, 0xDD);
+    r[12 + c].v = _mm512_shuffle_f32x4(high01, high23, 0xDD);
+  }
+}
 
 }  // namespace

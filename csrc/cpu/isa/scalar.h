@@ -192,5 +192,20 @@ inline void vstore_bf16_n(uint16_t* p, Vec a, int n) {
   for (int i = 0; i < n; ++i) p[i] = f32_to_bf16(a.v[i]);
 }
 inline void vstore_bf16(uint16_t* p, Vec a) { vstore_bf16_n(p, a, kLanes); }
+// The even- and odd-indexed halves of 8 bf16 values, widened.
+inline void vload_bf16_pair(const uint16_t* p, Vec& even, Vec& odd) {
+  even = each([&](int i) { return bits_float(static_cast<uint32_t>(p[2 * i]) << 16); });
+  odd = each([&](int i) { return bits_float(static_cast<uint32_t>(p[2 * i + 1]) << 16); });
+}
+
+// Transposes the kLanes x kLanes matrix whose rows are r[0..kLanes). Only moves bits, so any 32-bit type may be inside.
+inline void vtranspose(Vec* r) {
+  for (int i = 0; i < kLanes; ++i)
+    for (int j = 0; j < i; ++j) {
+      float upper = r[j].v[i];
+      r[j].v[i] = r[i].v[j];
+      r[i].v[j] = upper;
+    }
+}
 
 }  // namespace
