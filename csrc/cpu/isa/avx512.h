@@ -44,6 +44,20 @@ inline Vec vround(Vec a) {
   return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
 inline Vec vfloor(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)}; }
+inline Vec vcopysign(Vec magnitude, Vec sign) {
+  const __m512 bit = _mm512_set1_ps(-0.0f);
+  return {_mm512_or_ps(_mm512_andnot_ps(bit, magnitude.v), _mm512_and_ps(bit, sign.v))};
+}
+// Lanes 0..n-1 of a, zero in the others.
+inline Vec vkeep(Vec a, int n) { return {_mm512_maskz_mov_ps(tail_mask(n), a.v)}; }
+// Each lane pair (2i, 2i+1) exchanged.
+inline Vec vswap_pairs(Vec a) { return {_mm512_permute_ps(a.v, 0xB1)}; }
+// Mantissa in [0.75, 1.5) and exponent with mantissa * 2^exponent = a, for finite a > 0, denormals included.
+inline Vec vsplit(Vec a, Vec& exponent) {
+  __m512 m = _mm512_getmant_ps(a.v, _MM_MANT_NORM_p75_1p5, _MM_MANT_SIGN_zero);
+  exponent.v = _mm512_sub_ps(_mm512_getexp_ps(a.v), _mm512_getexp_ps(m));
+  return {m};
+}
 // a * 2^n for integral n; underflows to 0 and overflows to inf without wrapping.
 inline Vec vscale2(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }
 

@@ -1,9 +1,10 @@
 """Builds programs for the elementwise VM: values in, one list of ints and one of floats out.
 
-A program reads inputs, computes in fp32 and writes outputs, all presented with one iteration shape (broadcast inputs
-have stride 0). Row reductions run over the last dimension and give every element of the row the same value; an output
-whose last stride is 0 receives one value a row. All inputs are read as they were before the program; an output may be
-the very same view as an input, and must not overlap inputs otherwise. Numbers are the contract with csrc/cpu/vm/bytecode.h.
+A program reads inputs, computes in fp32 and writes outputs, all presented with one iteration shape
+(broadcast inputs have stride 0). Row reductions run over the last dimension and give every element
+of the row the same value; an output whose last stride is 0 receives one value a row. All inputs are
+read as they were before the program; an output may be the very same view as an input and must not
+overlap inputs otherwise. Numbers are the contract with csrc/cpu/vm/bytecode.h.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ class Node:
 
 @dataclass
 class VmProgram:
-    """A program under construction. Methods return value numbers to use as arguments of later calls."""
+    """A program under construction; methods return value numbers, the arguments of later calls."""
 
     num_inputs: int
     num_outputs: int
@@ -98,7 +99,8 @@ class VmProgram:
     def __post_init__(self) -> None:
         if self.num_inputs + self.num_outputs > MAX_TENSORS:
             raise Unsupported(
-                f"{self.num_inputs} inputs and {self.num_outputs} outputs: at most {MAX_TENSORS} together"
+                f"{self.num_inputs} inputs and {self.num_outputs} outputs: "
+                f"at most {MAX_TENSORS} together"
             )
 
     # Values -------------------------------------------------------------------------------
@@ -167,7 +169,7 @@ class VmProgram:
     # Encoding -----------------------------------------------------------------------------
 
     def encode(self) -> tuple[list[int], list[float]]:
-        """Attributes of the `vm` step: instruction words with registers chosen by liveness, and the constants."""
+        """Attributes of the `vm` step: header and instruction words, and the constants."""
         missing = [i for i in range(self.num_outputs) if i not in self.stores]
         if missing:
             raise ValueError(f"outputs {missing} are never stored")
@@ -212,22 +214,23 @@ class VmProgram:
         return order
 
     def _schedule(self) -> list[_Instruction]:
-        """Instructions in order, still on value numbers. Stores wait for the last load: see the file's head."""
+        """Instructions on value numbers. Stores wait for the last load: inputs are read first."""
         order = self._order()
         fused = self._fused_products(order)
+        products = set(fused.values())
         program: list[_Instruction] = []
         loads_left = sum(self.nodes[v].op == "load" for v in order)
         waiting = {v: [i for i, stored in self.stores.items() if stored == v] for v in order}
         held: list[int] = []
         for v in order:
             node = self.nodes[v]
-            if v in fused.values():
+            if v in products:
                 continue
             if node.op == "load":
                 loads_left -= 1
                 program.append(_Instruction(LOAD, v, (), node.input, node))
             elif node.op == "const":
-                program.append(_Instruction(-1, v, (), 0, node))
+                program.append(_Instruction(_CONSTANT, v, (), 0, node))
             elif v in fused:
                 product = self.nodes[fused[v]]
                 addend = node.args[1] if node.args[0] == fused[v] else node.args[0]
@@ -245,8 +248,8 @@ class VmProgram:
     def _fused_products(self, order: list[int]) -> dict[int, int]:
         """Sum → its product, for sums with a factor product that nothing else reads."""
         uses = dict.fromkeys(order, 0)
-        for v in [*(a for v in order for a in self.nodes[v].args), *self.stores.values()]:
-            uses[v] += 1
+        for read in [*(a for v in order for a in self.nodes[v].args), *self.stores.values()]:
+            uses[read] += 1
         fused: dict[int, int] = {}
         for v in order:
             if self.nodes[v].op != "add":
@@ -258,11 +261,14 @@ class VmProgram:
         return fused
 
 
+_CONSTANT = -1
+
+
 @dataclass
 class _Instruction:
-    """One instruction on value numbers; code -1 declares a constant. `number` is the input or output it names."""
+    """One instruction on value numbers; `number` is the input or output it names."""
 
-    code: int
+    code: int  # _CONSTANT declares a constant
     value: int
     args: tuple[int, ...]
     number: int = 0
@@ -271,9 +277,9 @@ class _Instruction:
 
 def _assign(program: list[_Instruction]) -> tuple[list[int], list[float], int]:
     """Registers by liveness → (instruction words, constants, number of registers)."""
-    constants = [i.node.value for i in program if i.code == -1 and i.node]
-    constant_of = {i.value: k for k, i in enumerate(i for i in program if i.code == -1)}
-    program = [i for i in program if i.code != -1]
+    constants = [i.node.value for i in program if i.code == _CONSTANT and i.node]
+    constant_of = {i.value: k for k, i in enumerate(i for i in program if i.code == _CONSTANT)}
+    program = [i for i in program if i.code != _CONSTANT]
     last_use: dict[int, int] = {}
     output_of: dict[int, int] = {}
     for position, instruction in enumerate(program):
@@ -286,13 +292,12 @@ def _assign(program: list[_Instruction]) -> tuple[list[int], list[float], int]:
     count = 0
     placed: list[tuple[_Instruction, int, tuple[int, ...]]] = []
     for position, instruction in enumerate(program):
-        # Constants get their numbers behind the registers when those are counted; negative until then.
+        # Constants are numbered behind the registers once those are counted; negative until then.
         args = tuple(
             register[a] if a in register else -1 - constant_of[a] for a in instruction.args
         )
-        for a in dict.fromkeys(instruction.args):
-            if a in register and last_use[a] == position:
-                free.append(register[a])
+        done = (a for a in dict.fromkeys(instruction.args) if last_use[a] == position)
+        free.extend(register[a] for a in done if a in register)
         dst = 0
         if instruction.code != STORE:
             if not free:
@@ -308,9 +313,9 @@ def _assign(program: list[_Instruction]) -> tuple[list[int], list[float], int]:
 
     words = []
     for instruction, dst, args in placed:
-        a, b, c = (
-            (count - 1 - r if r < 0 else r) for r in (*args, *[args[0] if args else 0] * 3)[:3]
-        )
+        first = args[0] if args else 0
+        padded = (*args, first, first, first)[:3]
+        a, b, c = (count - 1 - r if r < 0 else r for r in padded)
         extra = 1 + output_of[instruction.value] if instruction.value in output_of else 0
         if instruction.code == LOAD:
             a, extra = instruction.number, last_use[instruction.value]
