@@ -1,4 +1,4 @@
-"""Types of the native module; csrc/bind.cpp defines it, tests/compiler/test_architecture.py compares."""
+"""Types of the native module, which csrc/bind.cpp defines; test_architecture.py compares them."""
 
 from collections.abc import Sequence
 
@@ -12,6 +12,10 @@ class Memory:
     def address(self) -> int: ...
     @property
     def bytes(self) -> int: ...
+
+class Samples:
+    def __init__(self, addresses: Sequence[int], bytes: Sequence[int]) -> None: ...
+    def digest(self) -> int: ...
 
 class Program:
     def __init__(
@@ -28,6 +32,7 @@ class Program:
     def profile(
         self, externals: Sequence[int], symbols: Sequence[int], threads: int
     ) -> list[int]: ...
+    def sizes(self, symbols: Sequence[int]) -> list[int]: ...
     @property
     def num_steps(self) -> int: ...
     @property
