@@ -1,4 +1,4 @@
-"""The house rules a reviewer should not have to check: who imports whom, file length, side effects."""
+"""House rules nobody should have to check by eye: who imports whom, file length, side effects."""
 
 from __future__ import annotations
 
