@@ -22,7 +22,8 @@ import torch
 from llmopt.benchmark.phases import Phase, Runner, run_once, sample
 from llmopt.benchmark.systems import SYSTEMS
 from llmopt.benchmark.work import work_of
-from llmopt.models import DTYPES, LoadedModel, ModelError, load
+from llmopt.models import DTYPES, LoadedModel, load
+from llmopt.models.errors import sentence
 
 LEAST_SECONDS = 0.3  # a measurement repeats short calls until this much time has been measured
 
@@ -91,15 +92,8 @@ def serve(pipe: Connection, job: Job, phases: Sequence[Phase]) -> None:
             pipe.send(("ok", getattr(state, command)(phase)))
         # whatever a peer raises is that peer's result: the others go on
         except Exception as error:
-            text = traceback.format_exc() if job.debug else _sentence(error)
+            text = traceback.format_exc() if job.debug else sentence(error)
             pipe.send(("error", text))
-
-
-def _sentence(error: Exception) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()] or ["no message"]
-    if isinstance(error, ModelError):
-        return lines[0]
-    return f"{type(error).__name__}: {lines[0]}"
 
 
 class _State:

@@ -51,13 +51,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _fail(error: Exception) -> int:
-    """One line: the message alone when it was written for users, else with its kind and a hint."""
-    from llmopt.models.errors import ModelError
+    """One line: what is wrong, and where to look when it is not the user's to mend."""
+    from llmopt.models.errors import ModelError, sentence
 
-    first = next((line for line in str(error).splitlines() if line.strip()), "no message")
-    if isinstance(error, ModelError | ValueError):
-        print(f"llmopt: error: {first}", file=sys.stderr)
-    else:
-        hint = "" if settings.debug_level() else " (LLMOPT_DEBUG=1 shows where)"
-        print(f"llmopt: error: {type(error).__name__}: {first}{hint}", file=sys.stderr)
+    expected = isinstance(error, ModelError | ValueError)
+    hint = "" if expected else " (LLMOPT_DEBUG=1 shows where)"
+    print(f"llmopt: error: {sentence(error)}{hint}", file=sys.stderr)
     return FAILED

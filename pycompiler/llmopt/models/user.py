@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llmopt.models.errors import ModelError
+from llmopt.models.errors import ModelError, sentence
 
 if TYPE_CHECKING:
     from llmopt.models import LoadedModel
@@ -26,7 +26,7 @@ def from_function(spec: str, dtype: torch.dtype) -> LoadedModel:
     try:
         made = function()
     except Exception as error:
-        raise ModelError(f"{spec}: the function failed: {type(error).__name__}: {error}") from error
+        raise ModelError(f"{spec}: the function failed: {sentence(error)}") from error
     model, example = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, torch.nn.Module) or not isinstance(example, Mapping | None):
         raise ModelError(
@@ -69,7 +69,7 @@ def from_folder(folder: Path, dtype: torch.dtype, random_weights: bool) -> Loade
         raise
     # transformers, safetensors and json each raise their own kinds for a missing or truncated file
     except Exception as error:
-        raise ModelError(f"cannot load {folder}: {_first_line(error)}") from error
+        raise ModelError(f"cannot load {folder}: {sentence(error)}") from error
     return LoadedModel(folder.name, model, _kind(model, str(folder)), _tokenizer(folder))
 
 
@@ -84,7 +84,7 @@ def _tokenizer(folder: Path) -> Any:
     try:
         return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:
-        raise ModelError(f"cannot load the tokenizer in {folder}: {_first_line(error)}") from error
+        raise ModelError(f"cannot load the tokenizer in {folder}: {sentence(error)}") from error
 
 
 def _function(path: Path, name: str, spec: str) -> Any:
@@ -141,7 +141,3 @@ def _described(value: Any) -> str:
     if isinstance(value, tuple):
         return f"a tuple of ({', '.join(type(v).__name__ for v in value)})"
     return f"a {type(value).__name__}"
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
