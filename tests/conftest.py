@@ -1,4 +1,4 @@
-"""What every test may use: `--backend` runs the end-to-end tests through another torch.compile backend."""
+"""What every test may use: `--backend` and `--slow`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="llmopt",
         help="the torch.compile backend of tests/e2e; 'eager' tells a fault of ours from one of Dynamo's",
     )
+    parser.addoption("--slow", action="store_true", help="run the tests marked slow too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--slow"):
+        return
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    config.hook.pytest_deselected(items=slow)
+    items[:] = [item for item in items if item not in slow]
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 import transformers
 
 transformers.logging.set_verbosity_error()
+# pytest captures every level: without this a failure prints thousands of empty compile trace records.
+logging.getLogger("torch.__trace").addFilter(lambda record: False)
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,7 @@ own initialisation (0.02) attention is almost uniform and hides all three.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +28,7 @@ class Row:
     kind: str  # causal, encoder, seq2seq, vision, speech, whisper or dual
     sizes: Mapping[str, Any]
     attn: str = "sdpa"
+    rare: bool = False  # close to another row: only tried with --slow
     matters: Mapping[str, Any] = field(default_factory=dict)  # other values that must change the output
 
     def __str__(self) -> str:
@@ -152,7 +154,7 @@ CAUSAL = (
             LLAMA | {"attention_bias": True, "mlp_bias": True, "rope_parameters": ROPE_LLAMA3}),
     _causal("llama-yarn-tied", "Llama",
             WIDE | {"tie_word_embeddings": True, "rope_parameters": ROPE_YARN}),
-    _causal("llama-eager", "Llama", WIDE, attn="eager"),
+    _causal("llama-eager", "Llama", WIDE, attn="eager", rare=True),
     _causal("mistral-window", "Mistral", WIDE | {"sliding_window": 6}, matters={"sliding_window": None}),
     _causal("qwen2", "Qwen2", LLAMA),
     _causal("qwen3", "Qwen3", WIDE),
@@ -170,28 +172,28 @@ CAUSAL = (
     _causal("gptj", "GPTJ", GPT2 | {"rotary_dim": 8}, attn="eager"),
     _causal("gpt-neo-local", "GPTNeo", {"vocab_size": VOCAB, "hidden_size": 48, "num_layers": 2, "num_heads": 3,
             "attention_types": [[["global", "local"], 1]], "window_size": 6, "max_position_embeddings": 128,
-            "pad_token_id": 0, "eos_token_id": None}, attn="eager"),
-    _causal("gpt-bigcode", "GPTBigCode", GPT2 | {"multi_query": True}),
-    _causal("codegen", "CodeGen", GPT2 | {"rotary_dim": 8, "n_head": 4}, attn="eager"),
+            "pad_token_id": 0, "eos_token_id": None}, attn="eager", rare=True),
+    _causal("gpt-bigcode", "GPTBigCode", GPT2 | {"multi_query": True}, rare=True),
+    _causal("codegen", "CodeGen", GPT2 | {"rotary_dim": 8, "n_head": 4}, attn="eager", rare=True),
     _causal("opt", "OPT", {"vocab_size": VOCAB, "hidden_size": 48, "ffn_dim": 76, "num_hidden_layers": 2,
             "num_attention_heads": 3, "max_position_embeddings": 512, "word_embed_proj_dim": 48,
             "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}),
     _causal("bloom", "Bloom", {"vocab_size": VOCAB, "hidden_size": 48, "n_layer": 2, "n_head": 3,
             "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}, attn="eager"),
     _causal("mpt", "Mpt", {"vocab_size": VOCAB, "d_model": 48, "n_layers": 2, "n_heads": 3, "max_seq_len": 128,
-            "expansion_ratio": 2, "pad_token_id": 0, "eos_token_id": None}, attn="eager"),
+            "expansion_ratio": 2, "pad_token_id": 0, "eos_token_id": None}, attn="eager", rare=True),
     _causal("falcon", "Falcon", MHA | {"multi_query": True, "new_decoder_architecture": False, "alibi": False}),
-    _causal("falcon-alibi", "Falcon", MHA | {"alibi": True, "multi_query": False, "parallel_attn": False}),
-    _causal("stablelm", "StableLm", LLAMA | {"partial_rotary_factor": 0.25, "use_qkv_bias": True}),
+    _causal("falcon-alibi", "Falcon", MHA | {"alibi": True, "multi_query": False, "parallel_attn": False}, rare=True),
+    _causal("stablelm", "StableLm", LLAMA | {"partial_rotary_factor": 0.25, "use_qkv_bias": True}, rare=True),
     _causal("cohere", "Cohere", LLAMA | {"logit_scale": 0.25}),
     _causal("cohere2", "Cohere2", WIDE | {"sliding_window": 6, "layer_types":
             ["sliding_attention", "full_attention"]}),
-    _causal("olmo2", "Olmo2", LLAMA),
+    _causal("olmo2", "Olmo2", LLAMA, rare=True),
     _causal("granite", "Granite", LLAMA | {"embedding_multiplier": 3.0, "residual_multiplier": 0.5,
             "attention_multiplier": 0.3, "logits_scaling": 2.0}),
     _causal("smollm3-nope", "SmolLM3", WIDE | {"no_rope_layers": [1, 0]}),
-    _causal("starcoder2", "Starcoder2", LLAMA | {"sliding_window": 6}),
-    _causal("nemotron", "Nemotron", LLAMA),
+    _causal("starcoder2", "Starcoder2", LLAMA | {"sliding_window": 6}, rare=True),
+    _causal("nemotron", "Nemotron", LLAMA, rare=True),
     _causal("glm4", "Glm4", WIDE | {"partial_rotary_factor": 0.5}),
     _causal("mixtral", "Mixtral", LLAMA | {"num_local_experts": 5, "num_experts_per_tok": 2}),
     _causal("qwen3-moe", "Qwen3Moe", WIDE | MOE),
@@ -215,7 +217,8 @@ ENCODERS = (
                 "cls_token_id": 1, "sep_token_id": 2, "bos_token_id": 1, "eos_token_id": 2},
         matters={"local_attention": 400}),
     Row("albert", "AlbertModel", "AlbertConfig", "encoder", BERT | {"embedding_size": 20}),
-    Row("electra", "ElectraForTokenClassification", "ElectraConfig", "encoder", BERT | {"embedding_size": 20}),
+    Row("electra", "ElectraForTokenClassification", "ElectraConfig", "encoder", BERT | {"embedding_size": 20},
+        rare=True),
     Row("mpnet", "MPNetModel", "MPNetConfig", "encoder", BERT, attn="eager"),
     Row("deberta-v2", "DebertaV2Model", "DebertaV2Config", "encoder",
         BERT | {"relative_attention": True, "pos_att_type": "p2c|c2p", "position_buckets": 8}, attn="eager"),
@@ -224,13 +227,13 @@ SEQ2SEQ = (
     Row("t5", "T5ForConditionalGeneration", "T5Config", "seq2seq", T5),
     Row("flan-t5", "T5ForConditionalGeneration", "T5Config", "seq2seq",
         T5 | {"feed_forward_proj": "gated-gelu"}),
-    Row("bart", "BartForConditionalGeneration", "BartConfig", "seq2seq", BART),
+    Row("bart", "BartForConditionalGeneration", "BartConfig", "seq2seq", BART, rare=True),
     Row("marian", "MarianMTModel", "MarianConfig", "seq2seq", BART),
     Row("whisper", "WhisperForConditionalGeneration", "WhisperConfig", "whisper", WHISPER),
 )
 OTHERS = (
     Row("vit", "ViTForImageClassification", "ViTConfig", "vision", VIT),
-    Row("dinov2", "Dinov2Model", "Dinov2Config", "vision", VIT | {"mlp_ratio": 2}),
+    Row("dinov2", "Dinov2Model", "Dinov2Config", "vision", VIT | {"mlp_ratio": 2}, rare=True),
     Row("swin", "SwinModel", "SwinConfig", "vision",
         {"image_size": 32, "patch_size": 4, "embed_dim": 24, "depths": [1, 1], "num_heads": [3, 6],
          "window_size": 4}),
@@ -239,6 +242,11 @@ OTHERS = (
     Row("wav2vec2", "Wav2Vec2ForCTC", "Wav2Vec2Config", "speech", WAV2VEC2),
 )
 ROWS = CAUSAL + ENCODERS + SEQ2SEQ + OTHERS
+
+
+# One of each kind of attention, position and block: these run at every length and in half precision.
+CORE = ("llama", "mistral-window", "qwen3", "gemma2", "phi", "gpt2", "gptj", "opt", "bloom", "mixtral", "bert",
+        "modernbert", "t5", "whisper", "vit", "clip")
 
 
 def row(name: str) -> Row:
@@ -258,6 +266,14 @@ def make(r: Row | str, dtype: torch.dtype = torch.float32, seed: int = 0, **size
         model.generation_config.pad_token_id = 0
         model.generation_config.eos_token_id = None
     return model.to(dtype)
+
+
+def pair(r: Row | str, backend: str, dtype: torch.dtype = torch.float32, **sizes: Any) -> tuple[Any, Any]:
+    """The model in eager mode and its compiled twin; `compile` in place, as `generate` calls the module itself."""
+    eager = make(r, dtype, **sizes)
+    compiled = copy.deepcopy(eager)
+    compiled.compile(backend=backend)
+    return eager, compiled
 
 
 def randomize(model: torch.nn.Module, seed: int) -> None:
