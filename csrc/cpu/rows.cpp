@@ -1,2 +1,22 @@
+// Row kernels: norm, softmax, embedding, index_copy, copy, rope. Each op's contract heads its file in rows/.
 #include "cpu/family.h"
-LLMOPT_EXPORT_FAMILY(rows, nullptr, 0, 0)
+#include "cpu/rows/copy.h"
+#include "cpu/rows/gather.h"
+#include "cpu/rows/norm.h"
+#include "cpu/rows/rope.h"
+#include "cpu/rows/softmax.h"
+
+namespace {
+
+const llmopt::Kernel kKernels[] = {
+    {"norm", one_phase, norm_chunks, nullptr, norm_run},
+    {"softmax", one_phase, softmax_chunks, nullptr, softmax_run},
+    {"embedding", one_phase, embedding_chunks, nullptr, embedding_run},
+    {"index_copy", one_phase, index_copy_chunks, nullptr, index_copy_run},
+    {"copy", one_phase, copy_chunks, nullptr, copy_run},
+    {"rope", one_phase, rope_chunks, nullptr, rope_run},
+};
+
+}  // namespace
+
+LLMOPT_EXPORT_FAMILY(rows, kKernels, sizeof(kKernels) / sizeof(kKernels[0]), 0)

@@ -41,6 +41,23 @@ inline Vec vabs(Vec a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; 
 inline Vec vneg(Vec a) { return {_mm256_xor_ps(a.v, _mm256_set1_ps(-0.0f))}; }
 inline Vec vround(Vec a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 inline Vec vfloor(Vec a) { return {_mm256_floor_ps(a.v)}; }
+inline Vec vcopysign(Vec magnitude, Vec sign) {
+  const __m256 bit = _mm256_set1_ps(-0.0f);
+  return {_mm256_or_ps(_mm256_andnot_ps(bit, magnitude.v), _mm256_and_ps(bit, sign.v))};
+}
+// Lanes 0..n-1 of a, zero in the others.
+inline Vec vkeep(Vec a, int n) { return {_mm256_and_ps(a.v, _mm256_castsi256_ps(tail_mask(n)))}; }
+// Each lane pair (2i, 2i+1) exchanged.
+inline Vec vswap_pairs(Vec a) { return {_mm256_permute_ps(a.v, 0xB1)}; }
+// Mantissa in [0.75, 1.5) and exponent with mantissa * 2^exponent = a, for finite a > 0, denormals included.
+inline Vec vsplit(Vec a, Vec& exponent) {
+  __m256 tiny = _mm256_cmp_ps(a.v, _mm256_set1_ps(1.17549435e-38f), _CMP_LT_OQ);
+  __m256 scaled = _mm256_blendv_ps(a.v, _mm256_mul_ps(a.v, _mm256_set1_ps(8388608.0f)), tiny);
+  __m256i bits = _mm256_castps_si256(scaled);
+  __m256i e = _mm256_srai_epi32(_mm256_sub_epi32(bits, _mm256_set1_epi32(0x3F400000)), 23);
+  exponent.v = _mm256_sub_ps(_mm256_cvtepi32_ps(e), _mm256_and_ps(tiny, _mm256_set1_ps(23.0f)));
+  return {_mm256_castsi256_ps(_mm256_sub_epi32(bits, _mm256_slli_epi32(e, 23)))};
+}
 // a * 2^n for integral n in two half steps, so that results down to the denormals and up to inf come out right.
 inline Vec vscale2(Vec a, Vec n) {
   Vec m = vmin(vset(254.0f), vmax(vset(-254.0f), n));
@@ -69,6 +86,13 @@ inline float vreduce_max(Vec a) {
   return _mm_cvtss_f32(_mm_max_ss(s, _mm_shuffle_ps(s, s, 1)));
 }
 inline float vreduce_min(Vec a) { return -vreduce_max(vneg(a)); }
+// Lane i of the result is the sum of the lanes of a[i].
+inline Vec vsum_lanes(const Vec* a) {
+  __m256 c[2];
+  for (int i = 0; i < 2; ++i)
+    c[i] = _mm256_hadd_ps(_mm256_hadd_ps(a[4 * i].v, a[4 * i + 1].v), _mm256_hadd_ps(a[4 * i + 2].v, a[4 * i + 3].v));
+  return {_mm256_add_ps(_mm256_permute2f128_ps(c[0], c[1], 0x20), _mm256_permute2f128_ps(c[0], c[1], 0x31))};
+}
 
 inline void copy_halves(uint16_t* to, const uint16_t* from, int n) {
   for (int i = 0; i < n; ++i) to[i] = from[i];
@@ -109,6 +133,38 @@ inline void vstore_bf16_n(uint16_t* p, Vec a, int n) {
   uint16_t b[8];
   vstore_bf16(b, a);
   copy_halves(p, b, n);
+}
+// The even- and the odd-indexed of 16 bf16 values, widened: one register operation each, no shuffle.
+inline Vec vload_bf16_even(const uint16_t* p) {
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), 16))};
+}
+inline Vec vload_bf16_odd(const uint16_t* p) {
+  // Loads again on purpose: kept from vload_bf16_even, the values would take a register each in a kernel that has none.
+  asm("" : "+r"(p));
+  __m256i pair = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return {_mm256_castsi256_ps(_mm256_and_si256(pair, _mm256_set1_epi32(-65536)))};
+}
+
+// Transposes the kLanes x kLanes matrix whose rows are r[0..kLanes). Only moves bits, so any 32-bit type may be inside.
+inline void vtranspose(Vec* r) {
+  __m256 a[8], b[8];
+#pragma GCC unroll 4
+  for (int i = 0; i < 8; i += 2) {
+    a[i] = _mm256_unpacklo_ps(r[i].v, r[i + 1].v);
+    a[i + 1] = _mm256_unpackhi_ps(r[i].v, r[i + 1].v);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 8; i += 4) {
+    b[i] = _mm256_shuffle_ps(a[i], a[i + 2], 0x44);
+    b[i + 1] = _mm256_shuffle_ps(a[i], a[i + 2], 0xEE);
+    b[i + 2] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0x44);
+    b[i + 3] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0xEE);
+  }
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    r[c].v = _mm256_permute2f128_ps(b[c], b[4 + c], 0x20);
+    r[4 + c].v = _mm256_permute2f128_ps(b[c], b[4 + c], 0x31);
+  }
 }
 
 }  // namespace

@@ -1,6 +1,10 @@
 // Vec for the AVX-512 tiers: 16 floats in a zmm register. Tails are masked loads and stores.
 #pragma once
+// GCC 12 warns about the operand its own intrinsics leave undefined on purpose.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 
 #include <cstdint>
 
@@ -40,6 +44,20 @@ inline Vec vround(Vec a) {
   return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
 inline Vec vfloor(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)}; }
+inline Vec vcopysign(Vec magnitude, Vec sign) {
+  const __m512 bit = _mm512_set1_ps(-0.0f);
+  return {_mm512_or_ps(_mm512_andnot_ps(bit, magnitude.v), _mm512_and_ps(bit, sign.v))};
+}
+// Lanes 0..n-1 of a, zero in the others.
+inline Vec vkeep(Vec a, int n) { return {_mm512_maskz_mov_ps(tail_mask(n), a.v)}; }
+// Each lane pair (2i, 2i+1) exchanged.
+inline Vec vswap_pairs(Vec a) { return {_mm512_permute_ps(a.v, 0xB1)}; }
+// Mantissa in [0.75, 1.5) and exponent with mantissa * 2^exponent = a, for finite a > 0, denormals included.
+inline Vec vsplit(Vec a, Vec& exponent) {
+  __m512 m = _mm512_getmant_ps(a.v, _MM_MANT_NORM_p75_1p5, _MM_MANT_SIGN_zero);
+  exponent.v = _mm512_sub_ps(_mm512_getexp_ps(a.v), _mm512_getexp_ps(m));
+  return {m};
+}
 // a * 2^n for integral n; underflows to 0 and overflows to inf without wrapping.
 inline Vec vscale2(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }
 
@@ -51,6 +69,22 @@ inline Vec vselect(Mask m, Vec yes, Vec no) { return {_mm512_mask_blend_ps(m.m, 
 inline float vreduce_add(Vec a) { return _mm512_reduce_add_ps(a.v); }
 inline float vreduce_max(Vec a) { return _mm512_reduce_max_ps(a.v); }
 inline float vreduce_min(Vec a) { return _mm512_reduce_min_ps(a.v); }
+// Lane i of the result is the sum of the lanes of a[i].
+inline Vec vsum_lanes(const Vec* a) {
+  __m512 c[4];
+  for (int i = 0; i < 4; ++i) {
+    __m512 b[2];
+    for (int h = 0; h < 2; ++h) {
+      __m512 x = a[4 * i + 2 * h].v, y = a[4 * i + 2 * h + 1].v;
+      b[h] = _mm512_add_ps(_mm512_unpacklo_ps(x, y), _mm512_unpackhi_ps(x, y));
+    }
+    __m512d x = _mm512_castps_pd(b[0]), y = _mm512_castps_pd(b[1]);
+    c[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
+  }
+  __m512 d0 = _mm512_add_ps(_mm512_shuffle_f32x4(c[0], c[1], 0x44), _mm512_shuffle_f32x4(c[0], c[1], 0xEE));
+  __m512 d1 = _mm512_add_ps(_mm512_shuffle_f32x4(c[2], c[3], 0x44), _mm512_shuffle_f32x4(c[2], c[3], 0xEE));
+  return {_mm512_add_ps(_mm512_shuffle_f32x4(d0, d1, 0x88), _mm512_shuffle_f32x4(d0, d1, 0xDD))};
+}
 
 inline Vec vload_f16(const uint16_t* p) {
   return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
@@ -83,5 +117,41 @@ inline void vstore_bf16(uint16_t* p, Vec a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_bf16(a));
 }
 inline void vstore_bf16_n(uint16_t* p, Vec a, int n) { _mm256_mask_storeu_epi16(p, tail_mask(n), narrow_bf16(a)); }
+// The even- and the odd-indexed of 32 bf16 values, widened: one register operation each, no shuffle.
+inline Vec vload_bf16_even(const uint16_t* p) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16))};
+}
+inline Vec vload_bf16_odd(const uint16_t* p) {
+  return {_mm512_castsi512_ps(_mm512_maskz_loadu_epi16(0xAAAAAAAAu, p))};
+}
+
+// Transposes the kLanes x kLanes matrix whose rows are r[0..kLanes). Only moves bits, so any 32-bit type may be inside.
+inline void vtranspose(Vec* r) {
+  __m512 a[16], b[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    a[i] = _mm512_unpacklo_ps(r[i].v, r[i + 1].v);
+    a[i + 1] = _mm512_unpackhi_ps(r[i].v, r[i + 1].v);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    for (int j = 0; j < 2; ++j) {
+      __m512d lo = _mm512_castps_pd(a[i + j]), hi = _mm512_castps_pd(a[i + j + 2]);
+      b[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(lo, hi));
+      b[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(lo, hi));
+    }
+  }
+  // b[4 * g + c] holds, per 128-bit lane q, column 4 * q + c of rows 4 * g .. 4 * g + 3.
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    __m512 low01 = _mm512_shuffle_f32x4(b[c], b[4 + c], 0x88), high01 = _mm512_shuffle_f32x4(b[c], b[4 + c], 0xDD);
+    __m512 low23 = _mm512_shuffle_f32x4(b[8 + c], b[12 + c], 0x88);
+    __m512 high23 = _mm512_shuffle_f32x4(b[8 + c], b[12 + c], 0xDD);
+    r[c].v = _mm512_shuffle_f32x4(low01, low23, 0x88);
+    r[4 + c].v = _mm512_shuffle_f32x4(high01, high23, 0x88);
+    r[8 + c].v = _mm512_shuffle_f32x4(low01, low23, 0xDD);
+    r[12 + c].v = _mm512_shuffle_f32x4(high01, high23, 0xDD);
+  }
+}
 
 }  // namespace

@@ -83,6 +83,29 @@ inline Vec vround(Vec a) {
 inline Vec vfloor(Vec a) {
   return each([&](int i) { return __builtin_floorf(a.v[i]); });
 }
+inline Vec vcopysign(Vec magnitude, Vec sign) {
+  return each([&](int i) { return __builtin_copysignf(magnitude.v[i], sign.v[i]); });
+}
+// Lanes 0..n-1 of a, zero in the others.
+inline Vec vkeep(Vec a, int n) {
+  return each([&](int i) { return i < n ? a.v[i] : 0.0f; });
+}
+// Each lane pair (2i, 2i+1) exchanged.
+inline Vec vswap_pairs(Vec a) {
+  return each([&](int i) { return a.v[i ^ 1]; });
+}
+// Mantissa in [0.75, 1.5) and exponent with mantissa * 2^exponent = a, for finite a > 0, denormals included.
+inline Vec vsplit(Vec a, Vec& exponent) {
+  Vec m;
+  for (int i = 0; i < kLanes; ++i) {
+    bool tiny = a.v[i] < 1.17549435e-38f;
+    uint32_t bits = float_bits(tiny ? a.v[i] * 8388608.0f : a.v[i]);
+    int32_t e = static_cast<int32_t>(bits - 0x3F400000u) >> 23;
+    m.v[i] = bits_float(bits - (static_cast<uint32_t>(e) << 23));
+    exponent.v[i] = static_cast<float>(e - (tiny ? 23 : 0));
+  }
+  return m;
+}
 // a * 2^n for integral n; clamped so that the conversion is defined for every n, NaN included.
 inline Vec vscale2(Vec a, Vec n) {
   return each([&](int i) {
@@ -118,6 +141,10 @@ inline float vreduce_max(Vec a) {
   return m;
 }
 inline float vreduce_min(Vec a) { return -vreduce_max(vneg(a)); }
+// Lane i of the result is the sum of the lanes of a[i].
+inline Vec vsum_lanes(const Vec* a) {
+  return each([&](int i) { return vreduce_add(a[i]); });
+}
 
 // IEEE 754 binary16 → binary32, all cases.
 inline float f16_to_f32(uint16_t h) {
@@ -169,5 +196,20 @@ inline void vstore_bf16_n(uint16_t* p, Vec a, int n) {
   for (int i = 0; i < n; ++i) p[i] = f32_to_bf16(a.v[i]);
 }
 inline void vstore_bf16(uint16_t* p, Vec a) { vstore_bf16_n(p, a, kLanes); }
+// The even- and the odd-indexed of 8 bf16 values, widened.
+inline Vec vload_bf16_even(const uint16_t* p) {
+  return each([&](int i) { return bits_float(static_cast<uint32_t>(p[2 * i]) << 16); });
+}
+inline Vec vload_bf16_odd(const uint16_t* p) { return vload_bf16_even(p + 1); }
+
+// Transposes the kLanes x kLanes matrix whose rows are r[0..kLanes). Only moves bits, so any 32-bit type may be inside.
+inline void vtranspose(Vec* r) {
+  for (int i = 0; i < kLanes; ++i)
+    for (int j = 0; j < i; ++j) {
+      float upper = r[j].v[i];
+      r[j].v[i] = r[i].v[j];
+      r[i].v[j] = upper;
+    }
+}
 
 }  // namespace

@@ -1,0 +1,91 @@
+// The op `linear`: phase 0 prepares the rows of x, phase 1 runs tiles over panels.
+#pragma once
+#include "cpu/linear/epilogue.h"
+#include "cpu/linear/prepare.h"
+#include "cpu/linear/tile.h"
+
+namespace {
+
+// What a chunk works on: panels [panel0, panel1) by tiles [tile0, tile1).
+struct Chunk {
+  int64_t panel0, panel1, tile0, tile1;
+};
+
+inline Chunk chunk_at(const Problem& p, const Schedule& s, int64_t chunk) {
+  const int64_t panel0 = chunk / s.blocks * s.span, tile0 = chunk % s.blocks * s.tiles_per_block;
+  return {panel0, min64(p.panels(), panel0 + s.span), tile0, min64(p.tiles(), tile0 + s.tiles_per_block)};
+}
+
+// One tile: weights are read once, straight through the panels.
+void run_stream(const Problem& p, const Chunk& c, const float* a, float* sums) {
+  const TileFunction run = find_tile(p.weight, true, p.M);
+  TileArgs args{a, nullptr, p.padded_k() / steps_of(p.weight), nullptr, 0, sums, false};
+  const int64_t bytes = panel_bytes(p.K, p.weight);
+  for (int64_t panel = c.panel0; panel < c.panel1; ++panel) {
+    args.b = p.w.data + panel * bytes;
+    run(args);
+    finish_tile(p, panel, 0, static_cast<int>(p.M), sums);
+  }
+}
+
+// Many tiles: a group of panels stays in L2 for one K block while all tiles pass over it; meanwhile the weights that
+// come next are fetched.
+void run_blocked(const Problem& p, const Schedule& s, const Chunk& c, int64_t next_panel, const float* a, float* sums) {
+  const int64_t bytes = panel_bytes(p.K, p.weight), k_bytes = bytes / max64(1, p.padded_k());
+  const int64_t tiles = c.tile1 - c.tile0;
+  TileArgs args{};
+  for (int64_t panel0 = c.panel0; panel0 < c.panel1; panel0 += s.group) {
+    const int64_t panel1 = min64(c.panel1, panel0 + s.group);
+    for (int64_t block = 0; block < s.k_blocks; ++block) {
+      const int64_t k0 = block * s.k_block, k1 = min64(p.padded_k(), k0 + s.k_block);
+      const bool last = block + 1 == s.k_blocks;
+      const int64_t ahead_panel = !last ? panel0 : panel1 < c.panel1 ? panel1 : next_panel;
+      const int64_t ahead_k = last ? 0 : k1;
+      args.steps = (k1 - k0) / steps_of(p.weight);
+      args.accumulate = block > 0;
+      args.ahead_stride = k_bytes * steps_of(p.weight) / tiles;
+      for (int64_t tile = c.tile0; tile < c.tile1; ++tile) {
+        const int64_t row0 = p.tile_row(tile);
+        const int rows = static_cast<int>(p.tile_row(tile + 1) - row0);
+        const TileFunction run = find_tile(p.weight, false, rows);
+        args.a = a + p.tile_offset(tile) + k0 * rows;
+        for (int64_t panel = panel0; panel < panel1; ++panel) {
+          const int64_t slot = s.k_blocks == 1 ? 0 : (tile - c.tile0) * s.group + panel - panel0;
+          args.sums = sums + slot * kMaxRows * kPanel;
+          args.b = p.w.data + panel * bytes + k0 * k_bytes;
+          args.ahead = p.w.data + (ahead_panel + panel - panel0) * bytes + ahead_k * k_bytes +
+                       (tile - c.tile0) * args.steps * args.ahead_stride;
+          run(args);
+          if (last) finish_tile(p, panel, row0, rows, args.sums);
+        }
+      }
+    }
+  }
+}
+
+int linear_phases(const Step& s, int) { return Problem(s).prepared() ? 2 : 1; }
+
+int64_t linear_chunks(const Step& s, int phase, int threads) {
+  const Problem p(s);
+  if (p.prepared() && phase == 0) return prepare_chunks(p, threads);
+  return Schedule(p, threads).chunks(p);
+}
+
+size_t linear_workspace(const Step& s, int) {
+  const Problem p(s);
+  return p.prepared() ? static_cast<size_t>(p.tile_offset(p.tiles()) + kLanes) * sizeof(float) : 0;
+}
+
+void linear_run(const Step& s, int phase, int64_t chunk, int threads, const Scratch& scratch) {
+  const Problem p(s);
+  float* prepared = reinterpret_cast<float*>(scratch.shared);
+  if (p.prepared() && phase == 0) return prepare_tile(p, chunk, threads, prepared);
+  const Schedule schedule(p, threads);
+  const Chunk c = chunk_at(p, schedule, chunk);
+  const float* a = p.prepared() ? prepared : reinterpret_cast<const float*>(p.x.data);
+  float* sums = reinterpret_cast<float*>(scratch.local);
+  if (p.tiles() == 1) return run_stream(p, c, a, sums);
+  run_blocked(p, schedule, c, chunk_at(p, schedule, chunk + threads).panel0, a, sums);
+}
+
+}  // namespace

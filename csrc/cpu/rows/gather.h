@@ -1,0 +1,73 @@
+// Rows picked by index.
+// embedding: y[m,:] = scale * table[ids[m],:]
+//   operands: 0 ids i64 [M], 1 table [V,K], 2 y [M,K]   floats: [scale]
+//   An id outside the table reads its nearest row: memory safety only, the caller has checked the ids.
+// index_copy: y[:,:,index[j],:] = x[:,:,j,:]
+//   operands: 0 y [B,H,S,D], 1 index i64 [Sn], 2 x [B,H,Sn,D]   The caller guarantees the range.
+#pragma once
+#include "cpu/rows/access.h"
+
+namespace {
+
+template <class X, class Y>
+inline void scale_row(const char* x, char* y, int64_t n, float scale) {
+  const Vec factor = vset(scale);
+  for_lanes(n, [&](int64_t i, int lanes) { store<Y>(y, i, vmul(load<X>(x, i, lanes), factor), lanes); });
+}
+
+// One contiguous row, converted where the dtypes differ.
+inline void copy_row(DType from, const char* x, DType to, char* y, int64_t n) {
+  if (from == to) {
+    __builtin_memcpy(y, x, static_cast<size_t>(n * itemsize(from)));
+    return;
+  }
+  with_float(from, [&](auto x_type) {
+    with_float(to, [&](auto y_type) {
+      for_lanes(n, [&](int64_t i, int lanes) {
+        store<decltype(y_type)>(y, i, load<decltype(x_type)>(x, i, lanes), lanes);
+      });
+    });
+  });
+}
+
+inline int64_t embedding_chunks(const Step& s, int, int threads) {
+  return chunk_count(s.t[2].size[0], s.t[2].size[1], threads);
+}
+
+inline void embedding_run(const Step& s, int, int64_t chunk, int threads, const Scratch&) {
+  const Tensor &ids = s.t[0], &table = s.t[1], &y = s.t[2];
+  const RowRange rows = chunk_range(y.size[0], y.size[1], threads, chunk);
+  for (int64_t m = rows.begin; m < rows.end; ++m) {
+    int64_t id = reinterpret_cast<const int64_t*>(ids.data)[m * ids.stride[0]];
+    id = max64(0, min64(id, table.size[0] - 1));
+    const char* from = at(table, id * table.stride[0]);
+    char* to = at(y, m * y.stride[0]);
+    if (s.f[0] == 1.0f) {
+      copy_row(table.dtype, from, y.dtype, to, y.size[1]);
+      continue;
+    }
+    with_float(table.dtype, [&](auto x_type) {
+      with_float(y.dtype, [&](auto y_type) {
+        scale_row<decltype(x_type), decltype(y_type)>(from, to, y.size[1], s.f[0]);
+      });
+    });
+  }
+}
+
+inline int64_t index_copy_chunks(const Step& s, int, int threads) {
+  const Tensor& x = s.t[2];
+  return chunk_count(x.size[0] * x.size[1] * x.size[2], x.size[3], threads);
+}
+
+inline void index_copy_run(const Step& s, int, int64_t chunk, int threads, const Scratch&) {
+  const Tensor &y = s.t[0], &index = s.t[1], &x = s.t[2];
+  const RowRange rows = chunk_range(x.size[0] * x.size[1] * x.size[2], x.size[3], threads, chunk);
+  for (int64_t r = rows.begin; r < rows.end; ++r) {
+    const int64_t j = r % x.size[2], h = r / x.size[2] % x.size[1], b = r / (x.size[2] * x.size[1]);
+    const int64_t slot = reinterpret_cast<const int64_t*>(index.data)[j * index.stride[0]];
+    copy_row(x.dtype, at(x, b * x.stride[0] + h * x.stride[1] + j * x.stride[2]), y.dtype,
+             at(y, b * y.stride[0] + h * y.stride[1] + slot * y.stride[2]), x.size[3]);
+  }
+}
+
+}  // namespace

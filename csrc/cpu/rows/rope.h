@@ -1,0 +1,71 @@
+// rope: rotary embedding of the first R dims of each head; the others pass through.
+//   operands: 0 x [B,H,S,D], 1 cos, 2 sin [B,1,S,R], 3 y [B,H,S,D] (may be x)   ints: [kind: 1 half, 2 interleaved]
+// half:        y[i] = x[i] cos[i] - x[i+R/2] sin[i];   y[i+R/2] = x[i+R/2] cos[i+R/2] + x[i] sin[i+R/2]
+// interleaved: y[2i] = x[2i] cos[2i] - x[2i+1] sin[2i]; y[2i+1] = x[2i+1] cos[2i+1] + x[2i] sin[2i+1]
+#pragma once
+#include "cpu/rows/gather.h"
+
+namespace {
+
+enum RopeKind : int64_t { kHalf = 1, kInterleaved = 2 };
+
+template <class X, class Y, class C>
+inline void rope_half(const char* x, const char* cos, const char* sin, char* y, int64_t half) {
+  for_lanes(half, [&](int64_t i, int n) {
+    Vec low = load<X>(x, i, n), high = load<X>(x, i + half, n);
+    Vec a = vfma(low, load<C>(cos, i, n), vneg(vmul(high, load<C>(sin, i, n))));
+    Vec b = vfma(high, load<C>(cos, i + half, n), vmul(low, load<C>(sin, i + half, n)));
+    store<Y>(y, i, a, n);
+    store<Y>(y, i + half, b, n);
+  });
+}
+
+template <class X, class Y, class C>
+inline void rope_interleaved(const char* x, const char* cos, const char* sin, char* y, int64_t dims) {
+  float signs[kLanes];
+  for (int i = 0; i < kLanes; ++i) signs[i] = i % 2 ? 1.0f : -1.0f;
+  const Vec sign = vload(signs);
+  for_lanes(dims, [&](int64_t i, int n) {
+    Vec v = load<X>(x, i, n);
+    Vec turned = vmul(vmul(vswap_pairs(v), sign), load<C>(sin, i, n));
+    store<Y>(y, i, vfma(v, load<C>(cos, i, n), turned), n);
+  });
+}
+
+inline int64_t rope_chunks(const Step& s, int, int threads) {
+  const Tensor& x = s.t[0];
+  return chunk_count(x.size[0] * x.size[1] * x.size[2], x.size[3], threads);
+}
+
+template <class X, class Y, class C>
+inline void rope_rows(const Step& s, const RowRange& rows) {
+  const Tensor &x = s.t[0], &cos = s.t[1], &sin = s.t[2], &y = s.t[3];
+  const int64_t dims = cos.size[3], heads = x.size[1], length = x.size[2];
+  auto angle = [&](const Tensor& t, int64_t b, int64_t p) {
+    return at(t, (t.size[0] == 1 ? 0 : b * t.stride[0]) + (t.size[2] == 1 ? 0 : p * t.stride[2]));
+  };
+  // Heads innermost: they share one row of cos and sin, and lie side by side in the layout projections write.
+  for (int64_t r = rows.begin; r < rows.end; ++r) {
+    const int64_t h = r % heads, p = r / heads % length, b = r / (heads * length);
+    const char* from = at(x, b * x.stride[0] + h * x.stride[1] + p * x.stride[2]);
+    char* to = at(y, b * y.stride[0] + h * y.stride[1] + p * y.stride[2]);
+    if (s.i[0] == kHalf) rope_half<X, Y, C>(from, angle(cos, b, p), angle(sin, b, p), to, dims / 2);
+    else rope_interleaved<X, Y, C>(from, angle(cos, b, p), angle(sin, b, p), to, dims);
+    if (from != to && dims < x.size[3])
+      copy_row(x.dtype, from + dims * itemsize(x.dtype), y.dtype, to + dims * itemsize(y.dtype), x.size[3] - dims);
+  }
+}
+
+inline void rope_run(const Step& s, int, int64_t chunk, int threads, const Scratch&) {
+  const Tensor& x = s.t[0];
+  const RowRange rows = chunk_range(x.size[0] * x.size[1] * x.size[2], x.size[3], threads, chunk);
+  with_float(x.dtype, [&](auto x_type) {
+    with_float(s.t[3].dtype, [&](auto y_type) {
+      with_float(s.t[1].dtype, [&](auto c_type) {
+        rope_rows<decltype(x_type), decltype(y_type), decltype(c_type)>(s, rows);
+      });
+    });
+  });
+}
+
+}  // namespace

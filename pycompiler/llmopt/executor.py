@@ -1,0 +1,229 @@
+"""Running a plan: the graph in which each native segment is one call into C++."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from llmopt import _C
+from llmopt.graph import fake, getitem
+from llmopt.kv import groups_of
+from llmopt.native.segment import SegmentBuilder
+from llmopt.plan import Plan
+from llmopt.sizes import expression
+from llmopt.types import Target
+from llmopt.weights import STORE, state_of
+
+
+class _Watch:
+    """Notices when the packed copies of a segment's weights are out of date.
+
+    Compares identity, address and version of every source tensor, and a digest of sampled content: an edit through `.data` changes
+    neither version nor address. The samples move from call to call only with the weights; an edit of single elements through `.data`
+    can escape them, which is why `llmopt.refresh` exists.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.state = state_of(tensors)
+        self.epoch = STORE.epoch
+        self._samples = _C.Samples(
+            [t.data_ptr() for t in tensors], [t.untyped_storage().nbytes() - t.storage_offset() * t.element_size() for t in tensors]
+        )
+        self.digest = self._samples.digest()
+
+    def unchanged(self, tensors: Sequence[Tensor]) -> bool:
+        if self.epoch != STORE.epoch or self.state != state_of(tensors):
+            return False
+        return self.digest == self._samples.digest()
+
+
+class Segment(torch.nn.Module):
+    """A native segment as a callable: values from outside in, values read outside out."""
+
+    def __init__(self, builder: SegmentBuilder, symbols: Sequence[tuple[int, int | None]], target: Target, name: str) -> None:
+        super().__init__()
+        self.name = name
+        self.records = builder.records
+        self.target_ = target
+        sizes = builder.builder.sizes
+        self._outputs = [_OutputSpec(fake(n), sizes) for n in builder.results]
+        self._kv_groups = [
+            (group, [sizes.id(s) for s in (spec.batch, spec.heads, spec.new_length)])
+            for group in groups_of(builder.kv)
+            for spec in [builder.kv[group.numbers[0]]]
+        ]
+        self._num_kv = len(builder.kv)
+        self._costs = [(sizes.id(r.flops), sizes.id(r.bytes)) for r in builder.records]
+        self.program = builder.builder.build(target.tier)
+        self._symbols = symbols
+        self._packed = [spec for _, spec in sorted(builder.packed.values(), key=lambda p: p[0])]
+        views = [v for p in self._packed for v in (*p.sources, *(b for b in p.biases if b is not None))]
+        self._weight_arguments = list(dict.fromkeys(v.argument for v in views))
+        self._sources = builder.externals
+        self._positions = {
+            kind: [(slot, number) for slot, (source, number) in enumerate(builder.externals) if source == kind]
+            for kind in ("argument", "packed", "bias", "result", "kv")
+        }
+        self._check_dense = [builder.inputs[n] for n in builder.inputs if _made_by_python(n)]
+        self._template: list[int] = [0] * len(builder.externals)
+        self._watch: _Watch | None = None
+        self._held: list[Any] = []
+        self._lock = threading.Lock()
+        self.profile_ns: list[int] | None = None
+
+    def forward(self, *arguments: Any) -> tuple[Tensor, ...]:
+        return self._call(arguments, profile=False)
+
+    def profiled(self, *arguments: Any) -> tuple[Tensor, ...]:
+        """Like forward; leaves nanoseconds per step in `profile_ns`."""
+        return self._call(arguments, profile=True)
+
+    def _call(self, arguments: tuple, profile: bool) -> tuple[Tensor, ...]:
+        if self._check_dense:
+            arguments = self._with_dense(arguments)
+        addresses = self._weights_ready(arguments).copy()
+        for slot, number in self._positions["argument"]:
+            addresses[slot] = arguments[number].data_ptr()
+        symbols = [arguments[a] if d is None else arguments[a].shape[d] for a, d in self._symbols]
+        values = self.program.sizes(symbols) if symbols else self._static_sizes()
+        results = [spec.allocate(values) for spec in self._outputs]
+        for slot, number in self._positions["result"]:
+            addresses[slot] = results[number].data_ptr()
+        if self._num_kv:
+            caches: list[Any] = [None] * self._num_kv
+            for group, ids in self._kv_groups:
+                grown = group.grow(arguments, *(values[i] for i in ids))
+                for number, cache in zip(group.numbers, grown, strict=True):
+                    caches[number] = cache
+            for slot, number in self._positions["kv"]:
+                addresses[slot] = caches[number].data_ptr()
+            results += caches
+        threads = torch.get_num_threads()
+        if profile:
+            self.profile_ns = self.program.profile(addresses, symbols, threads)
+        else:
+            self.program.run(addresses, symbols, threads)
+        return tuple(results)
+
+    def costs(self, symbols: Sequence[int]) -> list[tuple[int, int]]:
+        """(flops, bytes) of every step for these symbol values."""
+        values = self.program.sizes(list(symbols))
+        return [(values[f], values[b]) for f, b in self._costs]
+
+    def symbol_values(self, arguments: Sequence[Any]) -> list[int]:
+        return [arguments[a] if d is None else arguments[a].shape[d] for a, d in self._symbols]
+
+    def packed_bytes(self) -> int:
+        return sum(entry.bytes for entry in self._held)
+
+    def _static_sizes(self) -> list[int]:
+        if not hasattr(self, "_sizes_once"):
+            self._sizes_once = self.program.sizes([])
+        return self._sizes_once
+
+    def _with_dense(self, arguments: tuple) -> tuple:
+        """What Python made is passed on contiguous, as its example value promised."""
+        if all(arguments[a].is_contiguous() for a in self._check_dense):
+            return arguments
+        fixed = list(arguments)
+        for a in self._check_dense:
+            fixed[a] = fixed[a].contiguous()
+        return tuple(fixed)
+
+    def _weights_ready(self, arguments: tuple) -> list[int]:
+        """The addresses of packed weights and biases, made again first where a source changed."""
+        if not self._packed:
+            return self._template
+        tensors = [arguments[a] for a in self._weight_arguments]
+        watch = self._watch
+        if watch is not None and watch.unchanged(tensors):
+            return self._template
+        with self._lock:
+            edited = watch is not None and watch.epoch == STORE.epoch and watch.state == state_of(tensors)
+            held = [STORE.get(spec, arguments, self.target_, changed=edited) for spec in self._packed]
+            template = list(self._template)
+            for slot, number in self._positions["packed"]:
+                template[slot] = held[number].address
+            for slot, number in self._positions["bias"]:
+                template[slot] = held[number].bias.data_ptr()
+            self._held, self._template, self._watch = held, template, _Watch(tensors)
+            return template
+
+    def forget_weights(self) -> None:
+        """Makes the next call compare and pack every weight anew."""
+        self._watch = None
+
+
+class _OutputSpec:
+    """How to allocate one result."""
+
+    def __init__(self, value: Tensor, sizes: Any) -> None:
+        self.dtype = value.dtype
+        self._size = [sizes.id(s) for s in value.shape]
+        self._stride = [sizes.id(s) for s in value.stride()]
+        fixed = all(isinstance(expression(s), int) for s in (*value.shape, *value.stride()))
+        self._fixed = (tuple(map(int, value.shape)), tuple(map(int, value.stride()))) if fixed else None
+
+    def allocate(self, values: Sequence[int]) -> Tensor:
+        if self._fixed is not None:
+            return torch.empty_strided(*self._fixed, dtype=self.dtype, device="cpu")
+        size, stride = [values[i] for i in self._size], [values[i] for i in self._stride]
+        return torch.empty_strided(size, stride, dtype=self.dtype, device="cpu")
+
+
+def _made_by_python(node: fx.Node) -> bool:
+    return node.op in ("call_function", "call_method", "call_module") and isinstance(fake(node), Tensor)
+
+
+def build_executable(gm: fx.GraphModule, plan: Plan) -> fx.GraphModule:
+    """The graph that runs the plan: eager nodes as they were, each native segment one call."""
+    source = gm.graph
+    graph = fx.Graph()
+    made: dict[fx.Node, fx.Node] = {}
+    modules: dict[str, torch.nn.Module] = {}
+
+    def value(node: fx.Node) -> fx.Node:
+        """The new graph's node for a value; views are repeated where Python reads them."""
+        if node not in made:
+            made[node] = graph.node_copy(node, value)
+        return made[node]
+
+    for node in source.nodes:
+        if node.op == "placeholder":
+            made[node] = graph.node_copy(node)
+    for level in sorted(plan.levels):
+        if level not in plan.segments:
+            for node in plan.levels[level]:
+                value(node)
+            continue
+        name = f"segment_{level // 2}"
+        _call_segment(graph, plan, level, name, made, value, modules)
+    output = next(n for n in source.nodes if n.op == "output")
+    graph.node_copy(output, value)
+    for name, module in modules.items():
+        gm.add_submodule(name, module)
+    graph.lint()
+    executable = fx.GraphModule(gm, graph)
+    executable.recompile()
+    return executable
+
+
+def _call_segment(graph: fx.Graph, plan: Plan, level: int, name: str, made: dict, value: Any, modules: dict) -> None:
+    builder = plan.segments[level]
+    symbols = []
+    for node, dimension in plan.symbol_nodes[level]:
+        symbols.append((builder.argument(node), dimension))
+    segment = Segment(builder, symbols, plan.target, name)
+    modules[name] = segment
+    call = graph.call_module(name, tuple(value(n) for n in builder.inputs))
+    for i, result in enumerate((*builder.results, *builder.kv_results)):
+        made[result] = graph.call_function(getitem, (call, i))
+
+
+def segments_of(executable: fx.GraphModule) -> list[Segment]:
+    return [m for m in executable.children() if isinstance(m, Segment)]
+

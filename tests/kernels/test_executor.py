@@ -1,0 +1,274 @@
+"""The program executor: several steps, symbolic sizes, wrong programs, threads, memory."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from llmopt import _C
+from llmopt.native.program import OneOp, ProgramBuilder, View
+from llmopt.native.vm import VmProgram
+from llmopt.sizes import Size
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+TIER = _C.tiers()[0]
+
+
+def symbol(name: str, hint: int) -> torch.SymInt:
+    """A symbolic size as Dynamo would hand it over."""
+    from torch._dynamo.source import ConstantSource
+
+    env = symbol.env  # type: ignore[attr-defined]
+    return env.create_symintnode(
+        env.create_symbol(
+            hint,
+            ConstantSource(name),
+            dynamic_dim=torch.fx.experimental.symbolic_shapes.DimDynamic.DYNAMIC,
+        ),
+        hint=hint,
+    )
+
+
+@pytest.fixture(autouse=True)
+def _fresh_symbols():
+    symbol.env = ShapeEnv()  # type: ignore[attr-defined]
+
+
+def vm(step: Callable[[VmProgram], int], inputs: int) -> tuple[list[int], list[float]]:
+    program = VmProgram(inputs, 1)
+    program.store(0, step(program))
+    return program.encode()
+
+
+def mlp(rows: Size, width: Size) -> tuple[ProgramBuilder, int]:
+    """x → RMS norm → exp(-|.|) → + x, through two arena slots of symbolic size."""
+    builder = ProgramBuilder()
+    x, y = builder.external(), builder.external()
+    view = {"dtype": torch.float32, "size": (rows, width), "stride": (width, 1)}
+    num_bytes = rows * width * 4
+    normed, decayed = (builder.arena(builder.slot(), num_bytes) for _ in range(2))
+    builder.step(
+        "norm", [View(x, **view), None, None, None, View(normed, **view), None], [1], [1e-6, 0.0]
+    )
+    decay = vm(lambda p: p.unary("exp", p.unary("neg", p.unary("abs", p.load(0)))), 1)
+    builder.step("vm", [View(normed, **view), View(decayed, **view)], *decay)
+    add = vm(lambda p: p.binary("add", p.load(0), p.load(1)), 2)
+    builder.step("vm", [View(decayed, **view), View(x, **view), View(y, **view)], *add)
+    return builder, 3
+
+
+def mlp_reference(x: torch.Tensor) -> torch.Tensor:
+    x = x.double()
+    normed = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+    return (torch.exp(-normed.abs()) + x).float()
+
+
+def test_a_program_of_symbolic_sizes_runs_at_every_size():
+    rows, width = symbol("rows", 5), symbol("width", 7)
+    builder, steps = mlp(rows, width)
+    program = builder.build(TIER)
+    assert program.num_steps == steps
+    order = [str(s) for s in builder.sizes.symbols]
+    for r, w in [(5, 7), (1, 1), (64, 576), (3, 10_000), (2, 3), (0, 9)]:
+        x = torch.randn(r, w)
+        y = torch.empty_like(x)
+        values = {str(rows.node.expr): r, str(width.node.expr): w}
+        program.run([x.data_ptr(), y.data_ptr()], [values[s] for s in order], 2)
+        torch.testing.assert_close(y, mlp_reference(x), rtol=1e-5, atol=1e-6)
+    assert program.arena_bytes >= 2 * 3 * 10_000 * 4
+
+
+def test_size_expressions():
+    """Sums, products, floor division, remainder, maximum and minimum of sizes."""
+    n = symbol("n", 10)
+    builder = ProgramBuilder()
+    x, y = builder.external(), builder.external()
+    kept = torch.sym_min(n // 3 + n % 3 * 2, torch.sym_max(n - 4, 2))
+    view = View(x, torch.float32, (kept,), (2,), offset=n - 1)
+    builder.step("copy", [view, View(y, torch.float32, (kept,), (1,))])
+    program = builder.build(TIER)
+    source = torch.arange(200.0)
+    for size in (4, 5, 10, 11, 50):
+        count = min(size // 3 + size % 3 * 2, max(size - 4, 2))
+        out = torch.full((100,), -1.0)
+        program.run([source.data_ptr(), out.data_ptr()], [size], 1)
+        assert torch.equal(out[:count], source[size - 1 :: 2][:count])
+        assert (out[count:] == -1).all()
+
+
+def test_profile_gives_one_time_a_step():
+    builder, steps = mlp(64, 576)
+    x, y = torch.randn(64, 576), torch.empty(64, 576)
+    times = builder.build(TIER).profile([x.data_ptr(), y.data_ptr()], [], 2)
+    assert len(times) == steps
+    assert all(0 < t < 1e9 for t in times)
+
+
+GOOD = {
+    "tier": TIER,
+    "num_symbols": 1,
+    "num_externals": 2,
+    "exprs": [[0, 0], [0, 4], [0, 1], [1, 0]],
+    "slots": [[1]],
+    "buffers": [(True, 0), (True, 1), (False, 0)],
+    "steps": [("copy", [(0, 0, 0, [1], [2]), (1, 0, 0, [1], [2])], [], [])],
+}
+WRONG = {
+    "unknown tier": ({"tier": "sse9"}, "tier 'sse9'.*scalar"),
+    "unknown op": ({"steps": [("no_such_op", [], [], [])]}, "no kernel for op 'no_such_op'"),
+    "symbol": ({"exprs": [[1, 1]]}, "symbol that does not exist"),
+    "symbol without number": ({"exprs": [[0, 4], [1]]}, "symbol that does not exist"),
+    "slot": ({"slots": [[9]]}, "arena slot"),
+    "buffer external": ({"buffers": [(True, 2)]}, "buffer names memory"),
+    "buffer slot": ({"buffers": [(False, 1)]}, "buffer names memory"),
+    "operand buffer": ({"steps": [("copy", [(3, 0, 0, [1], [2])], [], [])]}, "names a buffer"),
+    "operand size": ({"steps": [("copy", [(0, 0, 0, [4], [2])], [], [])]}, "names an expression"),
+    "operand offset": (
+        {"steps": [("copy", [(0, 0, -1, [1], [2])], [], [])]},
+        "names an expression",
+    ),
+    "strides": ({"steps": [("copy", [(0, 0, 0, [1, 1], [2])], [], [])]}, "as many strides"),
+    "dimensions": ({"steps": [("copy", [(0, 0, 0, [1] * 7, [2] * 7)], [], [])]}, "at most 6"),
+    "attribute": ({"steps": [("copy", [], [4], [])]}, "attribute names"),
+}
+
+
+def test_the_program_that_the_wrong_ones_derive_from_is_right():
+    x, y = torch.randn(4), torch.zeros(4)
+    _C.Program(**GOOD).run([x.data_ptr(), y.data_ptr()], [5], 1)
+    assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_programs_are_refused(name):
+    change, message = WRONG[name]
+    with pytest.raises(ValueError, match=message):
+        _C.Program(**{**GOOD, **change})
+
+
+def test_wrong_run_arguments_are_refused():
+    program = _C.Program(**GOOD)
+    for externals, symbols in (([0], [1]), ([0, 0], []), ([0, 0, 0], [1]), ([0, 0], [1, 2])):
+        with pytest.raises(ValueError, match="it needs 2 and 1"):
+            program.run(externals, symbols, 1)
+
+
+def test_division_by_a_zero_size_is_an_error_and_the_program_lives_on():
+    builder = ProgramBuilder()
+    n = symbol("n", 4)
+    x = builder.external()
+    view = View(x, torch.float32, (12 // n,), (1,))
+    builder.step("copy", [view, view])
+    program = builder.build(TIER)
+    a = torch.randn(12)
+    with pytest.raises(ValueError, match="divides by zero"):
+        program.run([a.data_ptr()], [0], 1)
+    program.run([a.data_ptr()], [3], 1)
+
+
+def test_two_python_threads_share_one_program():
+    builder, _ = mlp(37, 600)
+    program = builder.build(TIER)
+    failures: list[str] = []
+
+    def work(seed: int) -> None:
+        x = torch.randn(37, 600, generator=torch.Generator().manual_seed(seed))
+        want = mlp_reference(x)
+        for i in range(150):
+            y = torch.zeros_like(x)
+            program.run([x.data_ptr(), y.data_ptr()], [], 1 + i % 2)
+            if not torch.allclose(y, want, rtol=1e-5, atol=1e-6):
+                failures.append(f"thread {seed}, run {i}")
+
+    threads = [threading.Thread(target=work, args=(s,)) for s in range(2)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert failures == []
+
+
+def resident_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc/self/statm")
+def test_a_thousand_runs_do_not_grow_memory():
+    builder, _ = mlp(64, 576)
+    program = builder.build(TIER)
+    x = torch.randn(64, 576)
+    y = torch.empty_like(x)
+    addresses = [x.data_ptr(), y.data_ptr()]
+
+    def run_many(n: int) -> None:
+        for _ in range(n):
+            program.run(addresses, [], 2)
+
+    run_many(50)
+    before = resident_bytes()
+    run_many(1000)
+    # One leaked workspace, arena or scratch a run would be over 100 MB here.
+    assert resident_bytes() - before < 4 << 20
+
+
+@pytest.mark.parametrize("tier", _C.tiers())
+def test_one_and_two_threads_agree_bit_for_bit(tier):
+    builder, _ = mlp(201, 333)
+    program = builder.build(tier)
+    x = torch.randn(201, 333)
+    results = []
+    for threads in (1, 2, 3, 8):
+        y = torch.empty_like(x)
+        program.run([x.data_ptr(), y.data_ptr()], [], threads)
+        results.append(y)
+    assert all(torch.equal(r, results[0]) for r in results)
+
+
+def test_runs_inside_and_between_torch_s_parallel_regions():
+    """torch's own ops use the same OpenMP pool; neither may disturb the other."""
+    big = torch.randn(1 << 20)
+    x = torch.randn(64, 576)
+    y = torch.empty_like(x)
+    builder, _ = mlp(64, 576)
+    program = builder.build(TIER)
+    want_sum, want = big.exp().sum(), mlp_reference(x)
+
+    class FromBackward(torch.autograd.Function):
+        """Runs the program on autograd's worker thread."""
+
+        @staticmethod
+        def forward(ctx, a):
+            return a.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            program.run([x.data_ptr(), y.data_ptr()], [], 2)
+            return grad
+
+    for _ in range(20):
+        program.run([x.data_ptr(), y.data_ptr()], [], torch.get_num_threads())
+        torch.testing.assert_close(y, want, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(big.exp().sum(), want_sum)
+    y.zero_()
+    leaf = torch.ones(3, requires_grad=True)
+    FromBackward.apply(leaf).sum().backward()
+    torch.testing.assert_close(y, want, rtol=1e-5, atol=1e-6)
+
+
+def test_thread_count_follows_torch():
+    x, y = torch.randn(100, 100), torch.empty(100, 100)
+    op = OneOp("copy", [x, y])
+    before = torch.get_num_threads()
+    try:
+        for n in (1, 2, 4):
+            torch.set_num_threads(n)
+            y.zero_()
+            op()
+            assert torch.equal(x, y)
+    finally:
+        torch.set_num_threads(before)
