@@ -233,14 +233,18 @@ def is_view(node: fx.Node) -> bool:
 
 
 def view_base(node: fx.Node) -> fx.Node:
-    """The node whose memory this node's value is a window on; the node itself when it owns its memory."""
-    while is_view(node):
+    """The node whose memory a value is a window on: through views and in-place results; itself when it owns its memory."""
+    while is_view(node) or is_in_place(node):
         mine = storage(node)
-        node = next(n for n in node.all_input_nodes if storage(n) == mine)
+        source = next((n for n in node.all_input_nodes if mine is not None and storage(n) == mine), None)
+        if source is None:
+            return node
+        node = source
     return node
 
 
-_NOT_MUTATING = frozenset({"requires_grad_", "_log_api_usage_once_"})
+# Names that end in an underscore and write nothing: Python's operator module escapes keywords so.
+_NOT_MUTATING = frozenset({"requires_grad_", "and_", "or_", "not_", "is_", "in_"})
 
 
 def is_in_place(node: fx.Node) -> bool:

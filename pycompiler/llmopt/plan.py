@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
-from llmopt.graph import fake, is_dense, is_in_place, is_tensor, is_view, kind, mutated_storages, numel, source_line, storage
+from llmopt.graph import fake, is_dense, is_in_place, is_tensor, is_view, kind, mutated_storages, numel, source_line, storage, view_base
 from llmopt.memory import Life, assign_slots
 from llmopt.native.kernels import kernel_for
 from llmopt.native.operands import NativeKernel
@@ -141,7 +141,7 @@ class _Roles:
     def _unknown_layout(self, node: fx.Node) -> str:
         """An eager input whose memory order PyTorch does not promise."""
         for value in node.all_input_nodes:
-            base = _base(value)
+            base = view_base(value)
             if is_tensor(base) and self.is_eager(base) and not is_dense(fake(base)):
                 return f"memory order of {base.name} is not certain"
             if is_tensor(base) and fake(base).device.type != "cpu":
@@ -155,15 +155,6 @@ def _tensors(values: Iterable) -> Iterator[torch.Tensor]:
             yield value
         elif isinstance(value, (tuple, list)):
             yield from _tensors(value)
-
-
-def _base(node: fx.Node) -> fx.Node:
-    while is_view(node) or is_in_place(node):
-        mine = storage(node)
-        node = next((n for n in node.all_input_nodes if storage(n) == mine), None) or node
-        if not (is_view(node) or is_in_place(node)):
-            break
-    return node
 
 
 def _symbol_sources(graph: fx.Graph) -> dict:
@@ -241,7 +232,7 @@ def _levels(graph: fx.Graph, roles: _Roles) -> dict[fx.Node, int]:
 
 def _producer(node: fx.Node, roles: _Roles) -> fx.Node:
     """The node that computes the memory a value lives in."""
-    base = _base(node)
+    base = view_base(node)
     return base.args[0] if roles.is_part(base) else base
 
 

@@ -16,7 +16,7 @@ _LONGEST_REDUCED_ROW = 16384  # elements; longer rows with reductions stay with 
 
 def _encode(node: fx.Node) -> tuple[list[int], list[float]]:
     program, results, _, *inputs = node.args
-    vm = VmProgram()
+    vm = VmProgram(len(inputs), len(results))
     values = [vm.load(i) for i in range(len(inputs))]
     for op, *args in program:
         if op == "const":

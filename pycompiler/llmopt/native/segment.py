@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from llmopt.graph import fake, is_in_place, is_view, kind, numel, storage
+from llmopt.graph import fake, kind, numel, view_base
 from llmopt.native.program import ProgramBuilder, View
 from llmopt.sizes import Size
 
@@ -120,18 +120,11 @@ class SegmentBuilder:
         """The node that reads part `index` of a node with several results."""
         return next(u for u in node.users if kind(u) == "getitem" and u.args[1] == index)
 
-    def base(self, node: fx.Node) -> fx.Node:
-        """The node that owns the memory of a value, as this segment sees it."""
-        while is_view(node) or is_in_place(node):
-            mine = storage(node)
-            node = next(n for n in node.all_input_nodes if storage(n) == mine)
-        return node
-
     def view(self, node: fx.Node | None) -> View | None:
         """The operand for a value; None stays None."""
         if node is None:
             return None
-        base, value = self.base(node), fake(node)
+        base, value = view_base(node), fake(node)
         buffer = self._buffers.get(base)
         if buffer is None:
             buffer = self.external("argument", self.argument(base))
@@ -139,7 +132,7 @@ class SegmentBuilder:
         return View(buffer, value.dtype, tuple(value.shape), tuple(value.stride()), offset)
 
     def weight_view(self, node: fx.Node) -> WeightView:
-        base, value = self.base(node), fake(node)
+        base, value = view_base(node), fake(node)
         offset = value.storage_offset() - fake(base).storage_offset()
         return WeightView(self.argument(base), tuple(value.shape), tuple(value.stride()), int(offset))
 
