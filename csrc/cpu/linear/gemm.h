@@ -28,20 +28,22 @@ void run_stream(const Problem& p, const Chunk& c, const float* a, float* sums) {
   }
 }
 
-// One K block of a panel: as it lies for f32, else widened into `wide`.
-inline const char* block_weights(const Problem& p, const char* packed, int64_t k, float* wide) {
-  if (p.weight == DType::f32) return packed;
-  if (p.weight == DType::f16) widen<WeightF16>(packed, k / WeightF16::kSteps, wide);
-  else widen<WeightBF16>(packed, k / WeightBF16::kSteps, wide);
-  return reinterpret_cast<const char*>(wide);
+// Tiles that are enough to pay for widening a 16-bit panel first; fewer widen it on the way.
+constexpr int64_t kTilesToWiden = 5;
+
+// One K block of a panel as f32.
+inline void widen_block(DType weight, const char* packed, int64_t k, float* to) {
+  if (weight == DType::f16) widen<WeightF16>(packed, k / WeightF16::kSteps, to);
+  else widen<WeightBF16>(packed, k / WeightBF16::kSteps, to);
 }
 
-// Many tiles: the panels stay in L2 for one K block while all tiles pass over it; meanwhile the weights that
-// come next are fetched.
+// Many tiles: the panels stay in L2 for one K block while all tiles pass over it; meanwhile the weights that come next
+// are fetched.
 void run_blocked(const Problem& p, const Schedule& s, const Chunk& c, int64_t next_panel, const float* a, float* local) {
   const int64_t bytes = panel_bytes(p.K, p.weight), k_bytes = kPanel * itemsize(p.weight);
-  const int64_t tiles = c.tile1 - c.tile0;
-  const int64_t panels = c.panel1 - c.panel0;
+  const int64_t tiles = c.tile1 - c.tile0, panels = c.panel1 - c.panel0;
+  const bool widened = p.weight != DType::f32 && tiles >= kTilesToWiden;
+  const bool is_f32 = widened || p.weight == DType::f32;
   float* wide = local + kSumBytes / 4;
   const char* weights[kMaxSpan];
   for (int64_t block = 0; block < s.k_blocks; ++block) {
@@ -49,15 +51,21 @@ void run_blocked(const Problem& p, const Schedule& s, const Chunk& c, int64_t ne
     const bool last = block + 1 == s.k_blocks;
     const char* first = p.w.data + c.panel0 * bytes + k0 * k_bytes;
     const char* next = last ? p.w.data + next_panel * bytes : first + k * k_bytes;
-    for (int64_t i = 0; i < panels; ++i) weights[i] = block_weights(p, first + i * bytes, k, wide + i * k * kPanel);
+    for (int64_t i = 0; i < panels; ++i) {
+      weights[i] = first + i * bytes;
+      if (!widened) continue;
+      float* to = wide + i * k * kPanel;
+      widen_block(p.weight, weights[i], k, to);
+      weights[i] = reinterpret_cast<const char*>(to);
+    }
     TileArgs args{};
-    args.steps = k;
+    args.steps = is_f32 ? k : k / steps_of(p.weight);
     args.accumulate = block > 0;
     args.ahead_stride = k_bytes / tiles;
     for (int64_t tile = c.tile0; tile < c.tile1; ++tile) {
       const int64_t row0 = p.tile_row(tile);
       const int rows = static_cast<int>(p.tile_row(tile + 1) - row0);
-      const TileFunction run = blocked_tile(rows);
+      const TileFunction run = is_f32 ? blocked_tile(rows) : stream_tile(p.weight, rows);
       args.a = a + p.tile_offset(tile) + k0 * rows;
       for (int64_t i = 0; i < panels; ++i) {
         args.sums = local + (s.k_blocks == 1 ? 0 : (tile - c.tile0) * panels + i) * kTileSums;
