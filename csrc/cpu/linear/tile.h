@@ -22,7 +22,7 @@ constexpr int64_t kStreamAhead = 3 << 10;
 template <class Weight, int kRows, bool kStream>
 void tile(const TileArgs& args) {
   // Few rows have few sums: several k in flight keep the FMA pipes busy over their latency.
-  constexpr int kSets = kRows == 1 ? 4 : kRows <= 3 ? 2 : 1;
+  constexpr int kSets = kRows == 1 ? 4 : kRows == 2 ? 2 : 1;
   constexpr int kUnroll = 4 / Weight::kSteps;
   Vec acc[kSets][kRows][2];
 #pragma GCC unroll 16
@@ -51,8 +51,8 @@ void tile(const TileArgs& args) {
 #pragma GCC unroll 16
       for (int m = 0; m < kRows; ++m) {
         const Vec x = vset(a[m]);
-        acc[s][m][0] = vfma(x, b0, acc[s][m][0]);
-        acc[s][m][1] = vfma(x, b1, acc[s][m][1]);
+        vfma_acc(acc[s][m][0], x, b0);
+        vfma_acc(acc[s][m][1], x, b1);
       }
       a += kRows;
     });
