@@ -19,6 +19,7 @@ from llmopt.target import target
 READ_BYTES = 128 << 20  # four times the L3 of common machines
 CHUNKS_PER_THREAD = 8  # unequal cores share the work
 ITERATIONS = 20_000
+REPEATS = 3
 CHAINS = 12  # kChains in csrc/cpu/probe.cpp
 INT8_OPS = 128  # of one vpdpbusd: 64 multiplications and 64 additions
 
@@ -62,9 +63,9 @@ def _rate(op: OneOp, work: float) -> float:
 
 
 def measure(threads: int, tier: str | None = None) -> Probe:
-    """The best of two runs of each probe; tier defaults to the one kernels use here."""
+    """The best of a few runs of each probe; tier defaults to the one kernels use here."""
     rates = {
-        name: max(_rate(op, work) for _ in range(2))
+        name: max(_rate(op, work) for _ in range(REPEATS))
         for name, (op, work) in _ops(tier or target().tier, threads).items()
     }
     return Probe(rates["probe_fma"], rates.get("probe_vnni", 0.0), rates["probe_read"])
