@@ -1,7 +1,7 @@
-"""What the compiled kernel objects hold: one symbol each, only their tier's instructions, no spills in hot loops.
+"""What the kernel objects hold: one symbol each, only their tier's instructions, no spills.
 
-Objects of different tiers are linked into one module. A weak symbol would be merged by the linker, and the copy compiled
-for AVX-512 could then be called on a machine without it.
+Objects of different tiers are linked into one module. A weak symbol would be merged by the linker,
+and the copy compiled for AVX-512 could then be called on a machine without it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import subprocess
 from pathlib import Path
 
 import pytest
-
 from llmopt import _C
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,7 +29,7 @@ def isa_rows() -> dict[str, tuple[str, list[str]]]:
 
 
 def compile_linear(tier: str, folder: Path) -> Path:
-    """The linear family of a tier compiled with the build's flags, for installs without a build folder."""
+    """The linear family compiled with the build's flags, for installs without a build folder."""
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("no build folder beside the module and no g++ to make the objects")
@@ -121,7 +120,10 @@ def test_no_object_calls_into_the_cpp_library(objects):
 
 
 def test_lower_tiers_hold_no_higher_instructions(objects):
-    higher = {"scalar": r"\bv[a-z0-9]+ .*%[xyz]mm|%[yz]mm", "avx2": r"%zmm|%k[0-7]\b|%[xy]mm(1[6-9]|[23]\d)"}
+    higher = {
+        "scalar": r"\bv[a-z0-9]+ .*%[xyz]mm|%[yz]mm",
+        "avx2": r"%zmm|%k[0-7]\b|%[xy]mm(1[6-9]|[23]\d)",
+    }
     checked = 0
     for (_, tier), path in objects.items():
         for name, code in disassemble(path).items():
@@ -133,7 +135,7 @@ def test_lower_tiers_hold_no_higher_instructions(objects):
 
 @pytest.mark.parametrize("tier", [t for t in isa_rows() if t != "scalar"])
 def test_hot_loops_keep_their_sums_in_registers(objects, tier):
-    """A register tile that does not fit its registers still computes the right answer, at half the speed."""
+    """A register tile that does not fit still computes the right answer, at half the speed."""
     functions = {n: c for n, c in disassemble(objects["linear", tier]).items() if "::tile<" in n}
     assert len(functions) >= (20 if tier == "avx2" else 40)
     for name, code in functions.items():

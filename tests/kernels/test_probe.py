@@ -1,10 +1,9 @@
-"""The probes: rates that a machine can have, every tier, and work that scales with what is asked for."""
+"""The probes: rates a computer can have, and the work that is counted is done."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-
 from llmopt import _C
 from llmopt.native.probe import CHAINS, INT8_OPS, measure
 from llmopt.native.program import OneOp, run_op

@@ -1,7 +1,8 @@
-"""What this machine can do at best, measured now: the yardstick for benchmarks, explanations and the tuner.
+"""What this machine can do at best, measured now: the yardstick of benchmarks and of the tuner.
 
-In: a number of threads. Out: a `Probe` with FLOP/s, int8 OP/s and bytes/s. A call takes a few milliseconds, so that it
-can stand right before and right after what it is compared with: on shared machines the limits move.
+In: a number of threads. Out: a `Probe` with FLOP/s, int8 OP/s and bytes/s. A call takes some ten
+milliseconds, so that it can stand right before and right after what it is compared with: on shared
+machines the limits move.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ INT8_OPS = 128  # of one vpdpbusd: 64 multiplications and 64 additions
 
 @dataclass(frozen=True)
 class Probe:
-    """Attainable rates per second with some number of threads; vnni_ops is 0.0 where there is no vpdpbusd."""
+    """Attainable rates per second; vnni_ops is 0.0 where there is no vpdpbusd."""
 
     fma_flops: float
     vnni_ops: float
