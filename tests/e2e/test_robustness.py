@@ -282,12 +282,12 @@ def test_decoding_leaks_nothing(backend: str) -> None:
     x = zoo.inputs("llama", 12)
 
     def talk() -> None:
-        compiled.generate(**x, max_new_tokens=40, do_sample=False)
+        compiled.generate(**x, max_new_tokens=30, do_sample=False)
 
     for _ in range(3):
         talk()
     before = resident_bytes()
-    for _ in range(25):
+    for _ in range(12):
         talk()
     assert resident_bytes() - before < 16 << 20
 
