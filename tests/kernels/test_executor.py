@@ -13,29 +13,22 @@ from llmopt import _C
 from llmopt.native.program import OneOp, ProgramBuilder, View
 from llmopt.native.vm import VmProgram
 from llmopt.sizes import Size
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch._dynamo.source import ConstantSource
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 TIER = _C.tiers()[0]
 
 
-def symbol(name: str, hint: int) -> torch.SymInt:
-    """A symbolic size as Dynamo would hand it over."""
-    from torch._dynamo.source import ConstantSource
+@pytest.fixture
+def symbol() -> Callable[[str, int], torch.SymInt]:
+    """Makes symbolic sizes as Dynamo hands them over: (name, size at the first call)."""
+    env = ShapeEnv()
 
-    env = symbol.env  # type: ignore[attr-defined]
-    return env.create_symintnode(
-        env.create_symbol(
-            hint,
-            ConstantSource(name),
-            dynamic_dim=torch.fx.experimental.symbolic_shapes.DimDynamic.DYNAMIC,
-        ),
-        hint=hint,
-    )
+    def make(name: str, hint: int) -> torch.SymInt:
+        number = env.create_symbol(hint, ConstantSource(name), dynamic_dim=DimDynamic.DYNAMIC)
+        return env.create_symintnode(number, hint=hint)
 
-
-@pytest.fixture(autouse=True)
-def _fresh_symbols():
-    symbol.env = ShapeEnv()  # type: ignore[attr-defined]
+    return make
 
 
 def vm(step: Callable[[VmProgram], int], inputs: int) -> tuple[list[int], list[float]]:
@@ -67,7 +60,7 @@ def mlp_reference(x: torch.Tensor) -> torch.Tensor:
     return (torch.exp(-normed.abs()) + x).float()
 
 
-def test_a_program_of_symbolic_sizes_runs_at_every_size():
+def test_a_program_of_symbolic_sizes_runs_at_every_size(symbol):
     rows, width = symbol("rows", 5), symbol("width", 7)
     builder, steps = mlp(rows, width)
     program = builder.build(TIER)
@@ -82,7 +75,7 @@ def test_a_program_of_symbolic_sizes_runs_at_every_size():
     assert program.arena_bytes >= 2 * 3 * 10_000 * 4
 
 
-def test_size_expressions():
+def test_size_expressions(symbol):
     """Sums, products, floor division, remainder, maximum and minimum of sizes."""
     n = symbol("n", 10)
     builder = ProgramBuilder()
@@ -157,7 +150,7 @@ def test_wrong_run_arguments_are_refused():
             program.run(externals, symbols, 1)
 
 
-def test_division_by_a_zero_size_is_an_error_and_the_program_lives_on():
+def test_division_by_a_zero_size_is_an_error_and_the_program_lives_on(symbol):
     builder = ProgramBuilder()
     n = symbol("n", 4)
     x = builder.external()

@@ -1,4 +1,4 @@
-"""Accuracy of the elementary functions over the whole range of fp32, in every tier, through the VM."""
+"""Accuracy of the elementary functions over all of fp32, in every tier, through the VM."""
 
 from __future__ import annotations
 

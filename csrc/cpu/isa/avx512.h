@@ -34,6 +34,15 @@ inline Vec vsub(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
 inline Vec vmul(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline Vec vdiv(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
 inline Vec vfma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+// acc += a * b in the accumulator's own register. GCC 12 likes to turn the intrinsic into other forms of the instruction,
+// with copies and spills of accumulators in loops that have no register to spare.
+inline __attribute__((always_inline)) void vfma_acc(Vec& acc, Vec a, Vec b) {
+#if defined(__GNUC__) && !defined(__clang__)
+  asm("vfmadd231ps %2, %1, %0" : "+v"(acc.v) : "v"(a.v), "v"(b.v));
+#else
+  acc.v = _mm512_fmadd_ps(a.v, b.v, acc.v);
+#endif
+}
 // Like the instruction: where either side is NaN the result is b.
 inline Vec vmax(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline Vec vmin(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }

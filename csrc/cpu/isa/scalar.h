@@ -61,6 +61,7 @@ inline Vec vdiv(Vec a, Vec b) {
 inline Vec vfma(Vec a, Vec b, Vec c) {
   return each([&](int i) { return a.v[i] * b.v[i] + c.v[i]; });
 }
+inline void vfma_acc(Vec& acc, Vec a, Vec b) { acc = vfma(a, b, acc); }
 // Like the x86 instruction: where either side is NaN the result is b.
 inline Vec vmax(Vec a, Vec b) {
   return each([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });

@@ -18,7 +18,7 @@ inline Chunk chunk_at(const Problem& p, const Schedule& s, int64_t chunk) {
 
 // One tile: weights are read once, straight through the panels.
 void run_stream(const Problem& p, const Chunk& c, const float* a, float* sums) {
-  const TileFunction run = find_tile(p.weight, true, p.M);
+  const TileFunction run = stream_tile(p.weight, p.M);
   TileArgs args{a, nullptr, p.padded_k() / steps_of(p.weight), nullptr, 0, sums, false};
   const int64_t bytes = panel_bytes(p.K, p.weight);
   for (int64_t panel = c.panel0; panel < c.panel1; ++panel) {
@@ -28,36 +28,51 @@ void run_stream(const Problem& p, const Chunk& c, const float* a, float* sums) {
   }
 }
 
-// Many tiles: a group of panels stays in L2 for one K block while all tiles pass over it; meanwhile the weights that
-// come next are fetched.
-void run_blocked(const Problem& p, const Schedule& s, const Chunk& c, int64_t next_panel, const float* a, float* sums) {
-  const int64_t bytes = panel_bytes(p.K, p.weight), k_bytes = bytes / max64(1, p.padded_k());
-  const int64_t tiles = c.tile1 - c.tile0;
-  TileArgs args{};
-  for (int64_t panel0 = c.panel0; panel0 < c.panel1; panel0 += s.group) {
-    const int64_t panel1 = min64(c.panel1, panel0 + s.group);
-    for (int64_t block = 0; block < s.k_blocks; ++block) {
-      const int64_t k0 = block * s.k_block, k1 = min64(p.padded_k(), k0 + s.k_block);
-      const bool last = block + 1 == s.k_blocks;
-      const int64_t ahead_panel = !last ? panel0 : panel1 < c.panel1 ? panel1 : next_panel;
-      const int64_t ahead_k = last ? 0 : k1;
-      args.steps = (k1 - k0) / steps_of(p.weight);
-      args.accumulate = block > 0;
-      args.ahead_stride = k_bytes * steps_of(p.weight) / tiles;
-      for (int64_t tile = c.tile0; tile < c.tile1; ++tile) {
-        const int64_t row0 = p.tile_row(tile);
-        const int rows = static_cast<int>(p.tile_row(tile + 1) - row0);
-        const TileFunction run = find_tile(p.weight, false, rows);
-        args.a = a + p.tile_offset(tile) + k0 * rows;
-        for (int64_t panel = panel0; panel < panel1; ++panel) {
-          const int64_t slot = s.k_blocks == 1 ? 0 : (tile - c.tile0) * s.group + panel - panel0;
-          args.sums = sums + slot * kMaxRows * kPanel;
-          args.b = p.w.data + panel * bytes + k0 * k_bytes;
-          args.ahead = p.w.data + (ahead_panel + panel - panel0) * bytes + ahead_k * k_bytes +
-                       (tile - c.tile0) * args.steps * args.ahead_stride;
-          run(args);
-          if (last) finish_tile(p, panel, row0, rows, args.sums);
-        }
+// Tiles that are enough to pay for widening a 16-bit panel first; fewer widen it on the way.
+constexpr int64_t kTilesToWiden = 5;
+
+// One K block of a panel as f32.
+inline void widen_block(DType weight, const char* packed, int64_t k, float* to) {
+  if (weight == DType::f16) widen<WeightF16>(packed, k / WeightF16::kSteps, to);
+  else widen<WeightBF16>(packed, k / WeightBF16::kSteps, to);
+}
+
+// Many tiles: the panels stay in L2 for one K block while all tiles pass over it; meanwhile the weights that come next
+// are fetched.
+void run_blocked(const Problem& p, const Schedule& s, const Chunk& c, int64_t next_panel, const float* a, float* local) {
+  const int64_t bytes = panel_bytes(p.K, p.weight), k_bytes = kPanel * itemsize(p.weight);
+  const int64_t tiles = c.tile1 - c.tile0, panels = c.panel1 - c.panel0;
+  const bool widened = p.weight != DType::f32 && tiles >= kTilesToWiden;
+  const bool is_f32 = widened || p.weight == DType::f32;
+  float* wide = local + kSumBytes / 4;
+  const char* weights[kMaxSpan];
+  for (int64_t block = 0; block < s.k_blocks; ++block) {
+    const int64_t k0 = block * s.k_block, k = min64(p.padded_k() - k0, s.k_block);
+    const bool last = block + 1 == s.k_blocks;
+    const char* first = p.w.data + c.panel0 * bytes + k0 * k_bytes;
+    const char* next = last ? p.w.data + next_panel * bytes : first + k * k_bytes;
+    for (int64_t i = 0; i < panels; ++i) {
+      weights[i] = first + i * bytes;
+      if (!widened) continue;
+      float* to = wide + i * k * kPanel;
+      widen_block(p.weight, weights[i], k, to);
+      weights[i] = reinterpret_cast<const char*>(to);
+    }
+    TileArgs args{};
+    args.steps = is_f32 ? k : k / steps_of(p.weight);
+    args.accumulate = block > 0;
+    args.ahead_stride = k_bytes / tiles;
+    for (int64_t tile = c.tile0; tile < c.tile1; ++tile) {
+      const int64_t row0 = p.tile_row(tile);
+      const int rows = static_cast<int>(p.tile_row(tile + 1) - row0);
+      const TileFunction run = is_f32 ? blocked_tile(rows) : stream_tile(p.weight, rows);
+      args.a = a + p.tile_offset(tile) + k0 * rows;
+      for (int64_t i = 0; i < panels; ++i) {
+        args.sums = local + (s.k_blocks == 1 ? 0 : (tile - c.tile0) * panels + i) * kTileSums;
+        args.b = weights[i];
+        args.ahead = next + i * bytes + (tile - c.tile0) * k * args.ahead_stride;
+        run(args);
+        if (last) finish_tile(p, c.panel0 + i, row0, rows, args.sums);
       }
     }
   }

@@ -33,41 +33,41 @@ struct Problem {
   int64_t tile_offset(int64_t tile) const { return tile_row(tile) * padded_k() + tile * kLanes; }
 };
 
-// How the GEMM is cut. A chunk is `span` panels by `tiles_per_block` tiles; inside, `group` panels at a time stay in L2
-// while the tiles pass over them, K block after K block.
+// How the GEMM is cut. A chunk is `span` panels by `tiles_per_block` tiles. With more than one tile the panels of a chunk
+// stay in L2 while the tiles pass over them, K block after K block.
 struct Schedule {
-  int64_t span, group, tiles_per_block, blocks, k_block, k_blocks;
+  int64_t span, tiles_per_block, blocks, k_block, k_blocks;
 
   Schedule(const Problem& p, int threads);
   int64_t chunks(const Problem& p) const { return p.M == 0 ? 0 : ceil_div(p.panels(), span) * blocks; }
 };
 
-constexpr int64_t kL2Weights = 384 << 10;   // bytes of weights that stay in L2 beside the passing rows
-constexpr int64_t kChunksPerThread = 8;     // enough that a core at half speed does not hold up the others for long
-constexpr int64_t kStreamChunk = 512 << 10; // bytes of weights in a chunk that reads them once
-constexpr int64_t kMaxKBlock = 3072;
+constexpr int64_t kL2Weights = 384 << 10;    // bytes of f32 weights that stay in L2 beside the passing rows
+constexpr int64_t kMaxKBlock = 2048;         // one panel of it is no more than that in any tier
+constexpr int64_t kSumBytes = 512 << 10;     // of sums that wait between K blocks
+constexpr int64_t kChunksPerThread = 8;      // enough that a core at half speed does not hold up the others for long
+constexpr int64_t kStreamChunk = 512 << 10;  // bytes of weights in a chunk that reads them once
+constexpr int64_t kMaxSpan = 8;
 constexpr int64_t kMinBlockTiles = 4;
+constexpr int64_t kTileSums = kMaxRows * kPanel;  // floats
+static_assert(kMaxKBlock * kPanel * 4 <= kL2Weights && kSumBytes + kL2Weights <= int64_t(llmopt::kLocalBytes));
 
 inline Schedule::Schedule(const Problem& p, int threads) {
   const int64_t tiles = p.tiles(), panels = p.panels(), wanted = kChunksPerThread * threads;
-  const int64_t bytes = max64(panel_bytes(p.K, p.weight), 1);
-  group = 1;
-  tiles_per_block = tiles;
   blocks = k_blocks = 1;
+  tiles_per_block = tiles;
   k_block = p.padded_k();
   if (tiles <= 1) {
-    span = max64(1, min64(kStreamChunk / bytes, panels / wanted));
+    span = max64(1, min64(kStreamChunk / max64(1, panel_bytes(p.K, p.weight)), panels / wanted));
     return;
   }
   k_blocks = max64(1, ceil_div(p.padded_k(), kMaxKBlock));
   k_block = ceil_div(ceil_div(p.padded_k(), k_blocks), 4) * 4;
-  group = max64(1, min64(kL2Weights / (bytes / k_blocks), panels / wanted));
-  span = group;
-  // Few panels: cut the rows too, and bound the f32 sums that wait between K blocks.
+  span = min64(kL2Weights / max64(1, k_block * kPanel * 4), panels / wanted);
+  span = max64(1, min64(span, kMaxSpan));
+  // Few panels: cut the rows too.
   blocks = min64(ceil_div(wanted, ceil_div(panels, span)), max64(1, tiles / kMinBlockTiles));
-  const int64_t sums = group * kMaxRows * kPanel * static_cast<int64_t>(sizeof(float));
-  const int64_t most = static_cast<int64_t>(llmopt::kLocalBytes) / 2 / sums;
-  if (k_blocks > 1) blocks = max64(blocks, ceil_div(tiles, most));
+  if (k_blocks > 1) blocks = max64(blocks, ceil_div(tiles, kSumBytes / (span * kTileSums * 4)));
   tiles_per_block = ceil_div(tiles, blocks);
   blocks = ceil_div(tiles, tiles_per_block);
 }

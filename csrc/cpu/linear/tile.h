@@ -17,12 +17,12 @@ struct TileArgs {
 // A stream asks for its own weights this far ahead: the hardware prefetcher alone leaves bandwidth unused.
 constexpr int64_t kStreamAhead = 3 << 10;
 
-// kStream: the weights come from DRAM and are used once. Otherwise they are in L2 already, and the next ones are
-// fetched while these are used.
+// kStream: the weights come from DRAM, are used once and are widened on the way. Otherwise they are f32 in L2 already, and
+// the next ones are fetched while these are used.
 template <class Weight, int kRows, bool kStream>
 void tile(const TileArgs& args) {
   // Few rows have few sums: several k in flight keep the FMA pipes busy over their latency.
-  constexpr int kSets = kRows == 1 ? 4 : kRows <= 3 ? 2 : 1;
+  constexpr int kSets = kRows == 1 ? 4 : kRows == 2 ? 2 : 1;
   constexpr int kUnroll = 4 / Weight::kSteps;
   Vec acc[kSets][kRows][2];
 #pragma GCC unroll 16
@@ -51,8 +51,8 @@ void tile(const TileArgs& args) {
 #pragma GCC unroll 16
       for (int m = 0; m < kRows; ++m) {
         const Vec x = vset(a[m]);
-        acc[s][m][0] = vfma(x, b0, acc[s][m][0]);
-        acc[s][m][1] = vfma(x, b1, acc[s][m][1]);
+        vfma_acc(acc[s][m][0], x, b0);
+        vfma_acc(acc[s][m][1], x, b1);
       }
       a += kRows;
     });
@@ -87,13 +87,25 @@ TileFunction tile_function(int64_t rows) {
   return tile<Weight, kRows, kStream>;
 }
 
-inline TileFunction find_tile(DType weight, bool stream, int64_t rows) {
+inline TileFunction stream_tile(DType weight, int64_t rows) {
   switch (weight) {
-    case DType::f16: return stream ? tile_function<WeightF16, true>(rows) : tile_function<WeightF16, false>(rows);
-    case DType::bf16: return stream ? tile_function<WeightBF16, true>(rows) : tile_function<WeightBF16, false>(rows);
-    default: return stream ? tile_function<WeightF32, true>(rows) : tile_function<WeightF32, false>(rows);
+    case DType::f16: return tile_function<WeightF16, true>(rows);
+    case DType::bf16: return tile_function<WeightBF16, true>(rows);
+    default: return tile_function<WeightF32, true>(rows);
   }
 }
+inline TileFunction blocked_tile(int64_t rows) { return tile_function<WeightF32, false>(rows); }
 inline int steps_of(DType weight) { return weight == DType::bf16 ? WeightBF16::kSteps : WeightF32::kSteps; }
+
+// `steps` steps of a 16-bit panel as f32. Many tiles share the work, which in each of them would take FMA slots.
+template <class Weight>
+void widen(const char* b, int64_t steps, float* to) {
+  for (; steps > 0; --steps, b += Weight::kStepBytes)
+    Weight::step(b, [&](int, Vec b0, Vec b1) __attribute__((always_inline)) {
+      vstore(to, b0);
+      vstore(to + kLanes, b1);
+      to += kPanel;
+    });
+}
 
 }  // namespace

@@ -1,4 +1,4 @@
-// What every row kernel shares: float dtypes as types, dispatch from DType to them, and loops over a row.
+// What every row kernel shares: access to float operands and loops over a row.
 #pragma once
 #include "cpu/chunks.h"
 
@@ -9,31 +9,25 @@ using llmopt::Scratch;
 using llmopt::Step;
 using llmopt::Tensor;
 
+// Access to a float operand. Kernels are written once over either: F32 when all their operands are fp32, AnyFloat with
+// a well predicted branch a vector otherwise.
 struct F32 {
-  static constexpr DType dtype = DType::f32;
+  explicit F32(DType) {}
+  Vec load(const char* p, int64_t i, int n = kLanes) const { return vload_as(DType::f32, p, i, n); }
+  void store(char* p, int64_t i, Vec a, int n = kLanes) const { vstore_as(DType::f32, p, i, a, n); }
 };
-struct F16 {
-  static constexpr DType dtype = DType::f16;
-};
-struct BF16 {
-  static constexpr DType dtype = DType::bf16;
+struct AnyFloat {
+  explicit AnyFloat(DType d) : dtype(d) {}
+  Vec load(const char* p, int64_t i, int n = kLanes) const { return vload_as(dtype, p, i, n); }
+  void store(char* p, int64_t i, Vec a, int n = kLanes) const { vstore_as(dtype, p, i, a, n); }
+  DType dtype;
 };
 
-// Calls f with the type that stands for d.
-template <class F>
-inline void with_float(DType d, F f) {
-  if (d == DType::f32) return f(F32{});
-  if (d == DType::f16) return f(F16{});
-  f(BF16{});
-}
-
-template <class T>
-inline Vec load(const char* p, int64_t i, int n = kLanes) {
-  return vload_as(T::dtype, p, i, n);
-}
-template <class T>
-inline void store(char* p, int64_t i, Vec a, int n = kLanes) {
-  vstore_as(T::dtype, p, i, a, n);
+// Whether every operand that is given, from `first` on, is fp32.
+inline bool all_f32(const Step& s, int first = 0) {
+  for (int k = first; k < s.num_tensors; ++k)
+    if (s.t[k].data && s.t[k].dtype != DType::f32) return false;
+  return true;
 }
 
 inline char* at(const Tensor& t, int64_t index) { return t.data + index * itemsize(t.dtype); }

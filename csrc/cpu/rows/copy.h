@@ -71,9 +71,14 @@ inline void copy_piece(const Tensor& x, const char* from, int64_t xs, const Tens
   }
 }
 
+struct Bf16Bits {
+  Vec load(const char* p, int64_t i, int n = kLanes) const { return vload_as(DType::bf16, p, i, n); }
+  void store(char* p, int64_t i, Vec a, int n = kLanes) const { vstore_as(DType::bf16, p, i, a, n); }
+};
+
 // y[c, r] = x[r, c] for r < rows, c < columns: x rows xs apart, y rows ys apart, both contiguous within.
 template <class X, class Y>
-inline void transpose_float(const char* x, int64_t xs, char* y, int64_t ys, int64_t rows, int64_t columns) {
+inline void transpose_float(X x_as, const char* x, int64_t xs, Y y_as, char* y, int64_t ys, int64_t rows, int64_t columns) {
   for (int64_t r = 0; r < rows; r += kLanes) {
     const int tall = static_cast<int>(min64(kLanes, rows - r));
     for (int64_t c = 0; c < columns; c += kLanes) {
@@ -81,15 +86,15 @@ inline void transpose_float(const char* x, int64_t xs, char* y, int64_t ys, int6
       Vec tile[kLanes];
       if (tall == kLanes && wide == kLanes) {
 #pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i) tile[i] = load<X>(x, (r + i) * xs + c);
+        for (int i = 0; i < kLanes; ++i) tile[i] = x_as.load(x, (r + i) * xs + c);
         vtranspose(tile);
 #pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i) store<Y>(y, (c + i) * ys + r, tile[i]);
+        for (int i = 0; i < kLanes; ++i) y_as.store(y, (c + i) * ys + r, tile[i]);
         continue;
       }
-      for (int i = 0; i < kLanes; ++i) tile[i] = i < tall ? load<X>(x, (r + i) * xs + c, wide) : vzero();
+      for (int i = 0; i < kLanes; ++i) tile[i] = i < tall ? x_as.load(x, (r + i) * xs + c, wide) : vzero();
       vtranspose(tile);
-      for (int i = 0; i < wide; ++i) store<Y>(y, (c + i) * ys + r, tile[i], tall);
+      for (int i = 0; i < wide; ++i) y_as.store(y, (c + i) * ys + r, tile[i], tall);
     }
   }
 }
@@ -108,13 +113,10 @@ inline void transpose_tile(DType xd, const char* x, int64_t xs, DType yd, char* 
   const int bytes = itemsize(xd);
   if (bytes == 1) return transpose_plain<uint8_t>(x, xs, y, ys, rows, columns);
   if (bytes == 8) return transpose_plain<uint64_t>(x, xs, y, ys, rows, columns);
+  if (xd != yd) return transpose_float(AnyFloat(xd), x, xs, AnyFloat(yd), y, ys, rows, columns);
   // Equal 16-bit dtypes travel as bf16, whose widening is a shift; equal 32-bit dtypes as f32, which only moves bits.
-  if (xd == yd) xd = yd = bytes == 2 ? DType::bf16 : DType::f32;
-  with_float(xd, [&](auto x_type) {
-    with_float(yd, [&](auto y_type) {
-      transpose_float<decltype(x_type), decltype(y_type)>(x, xs, y, ys, rows, columns);
-    });
-  });
+  if (bytes == 2) return transpose_float(Bf16Bits(), x, xs, Bf16Bits(), y, ys, rows, columns);
+  transpose_float(F32(xd), x, xs, F32(yd), y, ys, rows, columns);
 }
 
 inline int64_t copy_chunks(const Step& s, int, int threads) {

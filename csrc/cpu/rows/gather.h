@@ -9,25 +9,20 @@
 
 namespace {
 
-template <class X, class Y>
-inline void scale_row(const char* x, char* y, int64_t n, float scale) {
-  const Vec factor = vset(scale);
-  for_lanes(n, [&](int64_t i, int lanes) { store<Y>(y, i, vmul(load<X>(x, i, lanes), factor), lanes); });
-}
-
 // One contiguous row, converted where the dtypes differ.
 inline void copy_row(DType from, const char* x, DType to, char* y, int64_t n) {
   if (from == to) {
     __builtin_memcpy(y, x, static_cast<size_t>(n * itemsize(from)));
     return;
   }
-  with_float(from, [&](auto x_type) {
-    with_float(to, [&](auto y_type) {
-      for_lanes(n, [&](int64_t i, int lanes) {
-        store<decltype(y_type)>(y, i, load<decltype(x_type)>(x, i, lanes), lanes);
-      });
-    });
-  });
+  const AnyFloat x_as(from), y_as(to);
+  for_lanes(n, [&](int64_t i, int lanes) { y_as.store(y, i, x_as.load(x, i, lanes), lanes); });
+}
+
+inline void scale_row(DType from, const char* x, DType to, char* y, int64_t n, float scale) {
+  const AnyFloat x_as(from), y_as(to);
+  const Vec factor = vset(scale);
+  for_lanes(n, [&](int64_t i, int lanes) { y_as.store(y, i, vmul(x_as.load(x, i, lanes), factor), lanes); });
 }
 
 inline int64_t embedding_chunks(const Step& s, int, int threads) {
@@ -42,15 +37,8 @@ inline void embedding_run(const Step& s, int, int64_t chunk, int threads, const 
     id = max64(0, min64(id, table.size[0] - 1));
     const char* from = at(table, id * table.stride[0]);
     char* to = at(y, m * y.stride[0]);
-    if (s.f[0] == 1.0f) {
-      copy_row(table.dtype, from, y.dtype, to, y.size[1]);
-      continue;
-    }
-    with_float(table.dtype, [&](auto x_type) {
-      with_float(y.dtype, [&](auto y_type) {
-        scale_row<decltype(x_type), decltype(y_type)>(from, to, y.size[1], s.f[0]);
-      });
-    });
+    if (s.f[0] == 1.0f) copy_row(table.dtype, from, y.dtype, to, y.size[1]);
+    else scale_row(table.dtype, from, y.dtype, to, y.size[1], s.f[0]);
   }
 }
 

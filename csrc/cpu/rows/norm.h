@@ -10,16 +10,6 @@ namespace {
 
 enum NormKind : int64_t { kRms = 1, kLayerNorm = 2 };
 
-struct Norm {
-  const Tensor &x, &residual, &weight, &bias, &y, &sum;
-  int64_t width;
-  float eps, offset;
-};
-
-inline Norm norm_of(const Step& s) {
-  return {s.t[0], s.t[1], s.t[2], s.t[3], s.t[4], s.t[5], s.t[4].size[1], s.f[0], s.f[1]};
-}
-
 // What a row is normalised with: y = ((v - mean) - rest) * scale. `rest` is what fp32 could not hold of the mean: with
 // a mean of 1000 it is 3e-5, which would otherwise be the error of every output.
 struct Moments {
@@ -62,19 +52,42 @@ inline Moments layer_moments(int64_t width, float eps, F v) {
 }
 
 // One row; v(i, lanes) gives the input.
-template <class Y, class F>
-inline void norm_row(const Norm& a, int64_t kind, char* y, char* sum, F v) {
-  const Moments moments = kind == kRms ? rms_moments(a.width, a.eps, v) : layer_moments(a.width, a.eps, v);
+template <class A, class F>
+inline void norm_row(const Step& s, char* y, char* sum, F v) {
+  const Tensor &weight = s.t[2], &bias = s.t[3];
+  const A weight_as(weight.dtype), bias_as(bias.dtype), y_as(s.t[4].dtype), sum_as(s.t[5].dtype);
+  const int64_t width = s.t[4].size[1];
+  const float eps = s.f[0];
+  const Moments moments = s.i[0] == kRms ? rms_moments(width, eps, v) : layer_moments(width, eps, v);
   const Vec mean = vset(moments.mean), rest = vset(-moments.rest * moments.scale), scale = vset(moments.scale);
-  const Vec offset = vset(a.offset);
-  for_lanes(a.width, [&](int64_t i, int n) {
+  const Vec offset = vset(s.f[1]);
+  for_lanes(width, [&](int64_t i, int n) {
     Vec in = v(i, n);
     Vec out = vfma(vsub(in, mean), scale, rest);
-    if (a.weight.data) out = vmul(out, vadd(offset, vload_as(a.weight.dtype, a.weight.data, i, n)));
-    if (a.bias.data) out = vadd(out, vload_as(a.bias.dtype, a.bias.data, i, n));
-    if (sum) vstore_as(a.sum.dtype, sum, i, in, n);
-    store<Y>(y, i, out, n);
+    if (weight.data) out = vmul(out, vadd(offset, weight_as.load(weight.data, i, n)));
+    if (bias.data) out = vadd(out, bias_as.load(bias.data, i, n));
+    if (sum) sum_as.store(sum, i, in, n);
+    y_as.store(y, i, out, n);
   });
+}
+
+template <class A>
+inline void norm_rows(const Step& s, const RowRange& rows) {
+  const Tensor &x = s.t[0], &residual = s.t[1], &y = s.t[4], &sum = s.t[5];
+  const A x_as(x.dtype), residual_as(residual.dtype);
+  for (int64_t m = rows.begin; m < rows.end; ++m) {
+    const char* from = at(x, m * x.stride[0]);
+    char* to = at(y, m * y.stride[0]);
+    char* sum_to = sum.data ? at(sum, m * sum.stride[0]) : nullptr;
+    if (!residual.data) {
+      norm_row<A>(s, to, sum_to, [&](int64_t i, int n) { return x_as.load(from, i, n); });
+      continue;
+    }
+    const char* other = at(residual, m * residual.stride[0]);
+    norm_row<A>(s, to, sum_to, [&](int64_t i, int n) {
+      return vadd(x_as.load(from, i, n), residual_as.load(other, i, n));
+    });
+  }
 }
 
 inline int64_t norm_chunks(const Step& s, int, int threads) {
@@ -82,27 +95,9 @@ inline int64_t norm_chunks(const Step& s, int, int threads) {
 }
 
 inline void norm_run(const Step& s, int, int64_t chunk, int threads, const Scratch&) {
-  const Norm a = norm_of(s);
-  const RowRange rows = chunk_range(a.y.size[0], a.width, threads, chunk);
-  with_float(a.x.dtype, [&](auto x_type) {
-    using X = decltype(x_type);
-    with_float(a.y.dtype, [&](auto y_type) {
-      using Y = decltype(y_type);
-      for (int64_t m = rows.begin; m < rows.end; ++m) {
-        const char* x = at(a.x, m * a.x.stride[0]);
-        char* y = at(a.y, m * a.y.stride[0]);
-        char* sum = a.sum.data ? at(a.sum, m * a.sum.stride[0]) : nullptr;
-        if (!a.residual.data) {
-          norm_row<Y>(a, s.i[0], y, sum, [&](int64_t i, int n) { return load<X>(x, i, n); });
-          continue;
-        }
-        const char* residual = at(a.residual, m * a.residual.stride[0]);
-        norm_row<Y>(a, s.i[0], y, sum, [&](int64_t i, int n) {
-          return vadd(load<X>(x, i, n), vload_as(a.residual.dtype, residual, i, n));
-        });
-      }
-    });
-  });
+  const RowRange rows = chunk_range(s.t[4].size[0], s.t[4].size[1], threads, chunk);
+  if (all_f32(s)) norm_rows<F32>(s, rows);
+  else norm_rows<AnyFloat>(s, rows);
 }
 
 }  // namespace

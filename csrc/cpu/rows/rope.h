@@ -9,26 +9,31 @@ namespace {
 
 enum RopeKind : int64_t { kHalf = 1, kInterleaved = 2 };
 
-template <class X, class Y, class C>
-inline void rope_half(const char* x, const char* cos, const char* sin, char* y, int64_t half) {
+template <class A>
+struct RopeAccess {
+  A x, cos, sin, y;
+};
+
+template <class A>
+inline void rope_half(RopeAccess<A> as, const char* x, const char* cos, const char* sin, char* y, int64_t half) {
   for_lanes(half, [&](int64_t i, int n) {
-    Vec low = load<X>(x, i, n), high = load<X>(x, i + half, n);
-    Vec a = vfma(low, load<C>(cos, i, n), vneg(vmul(high, load<C>(sin, i, n))));
-    Vec b = vfma(high, load<C>(cos, i + half, n), vmul(low, load<C>(sin, i + half, n)));
-    store<Y>(y, i, a, n);
-    store<Y>(y, i + half, b, n);
+    Vec low = as.x.load(x, i, n), high = as.x.load(x, i + half, n);
+    Vec a = vfma(low, as.cos.load(cos, i, n), vneg(vmul(high, as.sin.load(sin, i, n))));
+    Vec b = vfma(high, as.cos.load(cos, i + half, n), vmul(low, as.sin.load(sin, i + half, n)));
+    as.y.store(y, i, a, n);
+    as.y.store(y, i + half, b, n);
   });
 }
 
-template <class X, class Y, class C>
-inline void rope_interleaved(const char* x, const char* cos, const char* sin, char* y, int64_t dims) {
+template <class A>
+inline void rope_interleaved(RopeAccess<A> as, const char* x, const char* cos, const char* sin, char* y, int64_t dims) {
   float signs[kLanes];
   for (int i = 0; i < kLanes; ++i) signs[i] = i % 2 ? 1.0f : -1.0f;
   const Vec sign = vload(signs);
   for_lanes(dims, [&](int64_t i, int n) {
-    Vec v = load<X>(x, i, n);
-    Vec turned = vmul(vmul(vswap_pairs(v), sign), load<C>(sin, i, n));
-    store<Y>(y, i, vfma(v, load<C>(cos, i, n), turned), n);
+    Vec v = as.x.load(x, i, n);
+    Vec turned = vmul(vmul(vswap_pairs(v), sign), as.sin.load(sin, i, n));
+    as.y.store(y, i, vfma(v, as.cos.load(cos, i, n), turned), n);
   });
 }
 
@@ -37,10 +42,11 @@ inline int64_t rope_chunks(const Step& s, int, int threads) {
   return chunk_count(x.size[0] * x.size[1] * x.size[2], x.size[3], threads);
 }
 
-template <class X, class Y, class C>
+template <class A>
 inline void rope_rows(const Step& s, const RowRange& rows) {
   const Tensor &x = s.t[0], &cos = s.t[1], &sin = s.t[2], &y = s.t[3];
   const int64_t dims = cos.size[3], heads = x.size[1], length = x.size[2];
+  const RopeAccess<A> as{A(x.dtype), A(cos.dtype), A(sin.dtype), A(y.dtype)};
   auto angle = [&](const Tensor& t, int64_t b, int64_t p) {
     return at(t, (t.size[0] == 1 ? 0 : b * t.stride[0]) + (t.size[2] == 1 ? 0 : p * t.stride[2]));
   };
@@ -49,8 +55,8 @@ inline void rope_rows(const Step& s, const RowRange& rows) {
     const int64_t h = r % heads, p = r / heads % length, b = r / (heads * length);
     const char* from = at(x, b * x.stride[0] + h * x.stride[1] + p * x.stride[2]);
     char* to = at(y, b * y.stride[0] + h * y.stride[1] + p * y.stride[2]);
-    if (s.i[0] == kHalf) rope_half<X, Y, C>(from, angle(cos, b, p), angle(sin, b, p), to, dims / 2);
-    else rope_interleaved<X, Y, C>(from, angle(cos, b, p), angle(sin, b, p), to, dims);
+    if (s.i[0] == kHalf) rope_half(as, from, angle(cos, b, p), angle(sin, b, p), to, dims / 2);
+    else rope_interleaved(as, from, angle(cos, b, p), angle(sin, b, p), to, dims);
     if (from != to && dims < x.size[3])
       copy_row(x.dtype, from + dims * itemsize(x.dtype), y.dtype, to + dims * itemsize(y.dtype), x.size[3] - dims);
   }
@@ -59,13 +65,8 @@ inline void rope_rows(const Step& s, const RowRange& rows) {
 inline void rope_run(const Step& s, int, int64_t chunk, int threads, const Scratch&) {
   const Tensor& x = s.t[0];
   const RowRange rows = chunk_range(x.size[0] * x.size[1] * x.size[2], x.size[3], threads, chunk);
-  with_float(x.dtype, [&](auto x_type) {
-    with_float(s.t[3].dtype, [&](auto y_type) {
-      with_float(s.t[1].dtype, [&](auto c_type) {
-        rope_rows<decltype(x_type), decltype(y_type), decltype(c_type)>(s, rows);
-      });
-    });
-  });
+  if (all_f32(s)) rope_rows<F32>(s, rows);
+  else rope_rows<AnyFloat>(s, rows);
 }
 
 }  // namespace

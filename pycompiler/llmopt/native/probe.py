@@ -1,7 +1,8 @@
-"""What this machine can do at best, measured now: the yardstick for benchmarks, explanations and the tuner.
+"""What this machine can do at best, measured now: the yardstick of benchmarks and of the tuner.
 
-In: a number of threads. Out: a `Probe` with FLOP/s, int8 OP/s and bytes/s. A call takes a few milliseconds, so that it
-can stand right before and right after what it is compared with: on shared machines the limits move.
+In: a number of threads. Out: a `Probe` with FLOP/s, int8 OP/s and bytes/s. A call takes some ten
+milliseconds, so that it can stand right before and right after what it is compared with: on shared
+machines the limits move.
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ from llmopt.target import target
 READ_BYTES = 128 << 20  # four times the L3 of common machines
 CHUNKS_PER_THREAD = 8  # unequal cores share the work
 ITERATIONS = 20_000
+REPEATS = 3
 CHAINS = 12  # kChains in csrc/cpu/probe.cpp
 INT8_OPS = 128  # of one vpdpbusd: 64 multiplications and 64 additions
 
 
 @dataclass(frozen=True)
 class Probe:
-    """Attainable rates per second with some number of threads; vnni_ops is 0.0 where there is no vpdpbusd."""
+    """Attainable rates per second; vnni_ops is 0.0 where there is no vpdpbusd."""
 
     fma_flops: float
     vnni_ops: float
@@ -62,9 +64,9 @@ def _rate(op: OneOp, work: float) -> float:
 
 
 def measure(threads: int, tier: str | None = None) -> Probe:
-    """The best of two runs of each probe; tier defaults to the one kernels use here."""
+    """The best of a few runs of each probe; tier defaults to the one kernels use here."""
     rates = {
-        name: max(_rate(op, work) for _ in range(2))
+        name: max(_rate(op, work) for _ in range(REPEATS))
         for name, (op, work) in _ops(tier or target().tier, threads).items()
     }
     return Probe(rates["probe_fma"], rates.get("probe_vnni", 0.0), rates["probe_read"])

@@ -1,0 +1,99 @@
+"""The kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer.
+
+Builds the best tier of this machine and avx2 at -O1 into build/sanitize, which is kept, and runs a
+sample of the tests there: what they find is reads past a tail, scratch misuse, shifts, overflows.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pybind11
+import pytest
+from llmopt import _C
+
+ROOT = Path(__file__).resolve().parents[2]
+BUILD = ROOT / "build" / "sanitize"
+SHARE = 12  # one test in this many
+# About object files or speed, or long and without any access of their own.
+LEFT_OUT = {"test_sanitizers.py", "test_objects.py", "test_probe.py", "test_vec_math.py"}
+
+
+def run(command: list[str | Path], **environment: str) -> str:
+    done = subprocess.run(
+        [str(c) for c in command],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.returncode == 0, f"{command[0]} failed:\n{done.stdout[-8000:]}"
+    return done.stdout
+
+
+def gcc_library(name: str) -> str:
+    compiler = os.environ.get("CXX", "c++")
+    return run([compiler, f"-print-file-name={name}"]).strip()
+
+
+def build() -> Path:
+    """The sanitized extension module; only what changed is compiled again."""
+    tiers = dict.fromkeys([_C.tiers()[0], *(t for t in _C.tiers() if t == "avx2")])
+    generator = ["-G", "Ninja"] if shutil.which("ninja") else []
+    configure = ["cmake", "-S", ROOT, "-B", BUILD, *generator, "-DLLMOPT_SANITIZE=ON"]
+    configure += [f"-DLLMOPT_TIERS={';'.join(tiers)}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
+    # RelWithDebInfo, because pybind11 links Release builds with LTO, which takes a minute here.
+    configure += ["-DCMAKE_BUILD_TYPE=RelWithDebInfo"]
+    run([*configure, f"-DPython_EXECUTABLE={sys.executable}"])
+    run(["cmake", "--build", BUILD, "--parallel", str(os.cpu_count())])
+    return next(BUILD.glob("_C.*.so"))
+
+
+def stage(module: Path) -> Path:
+    """A folder with the package of the tree, and the sanitized module in it."""
+    packages = BUILD / "packages"
+    shutil.rmtree(packages, ignore_errors=True)
+    package = packages / "llmopt"
+    package.mkdir(parents=True)
+    for entry in (ROOT / "pycompiler" / "llmopt").iterdir():
+        if not entry.name.startswith("_C."):
+            (package / entry.name).symlink_to(entry)
+    (package / module.name).symlink_to(module)
+    return packages
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("cmake"), reason="needs cmake to build the sanitized module")
+def test_kernels_under_sanitizers():
+    packages = stage(build())
+    files = [
+        f for f in sorted((ROOT / "tests/kernels").glob("test_*.py")) if f.name not in LEFT_OUT
+    ]
+    output = run(
+        [
+            sys.executable,
+            ROOT / "tests/kernels/sanitized_run.py",
+            packages,
+            str(SHARE),
+            *files,
+            "--import-mode=importlib",
+            "-x",
+            "--capture=sys",  # the sanitizers write to the process's stderr
+            "-p",
+            "no:cacheprovider",
+        ],
+        # libstdc++ too: the sanitizer looks for __cxa_throw when it starts, and Python is plain C.
+        LD_PRELOAD=f"{gcc_library('libasan.so')}:{gcc_library('libstdc++.so')}",
+        ASAN_OPTIONS="detect_leaks=0",
+        UBSAN_OPTIONS="print_stacktrace=1",
+        PYTHONPATH=str(ROOT),
+    )
+    passed = re.search(r"(\d+) passed", output)
+    assert passed, output[-2000:]
+    assert int(passed[1]) >= 50, "the sample has become too small to mean anything"
