@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -35,8 +36,7 @@ class _Watch:
         self.epoch = STORE.epoch
         self._ids = list(map(id, tensors))
         self._addresses = list(map(_ADDRESS, tensors))
-        self._versioned = [t for t in tensors if not t.is_inference()]  # inference tensors count no edits
-        self._versions = list(map(_VERSION, self._versioned))
+        self._versions = _versions(tensors)
         self._samples = _C.Samples(self._addresses, [t.untyped_storage().nbytes() - _start(t) for t in tensors])
 
     def same_tensors(self, tensors: Sequence[Tensor]) -> bool:
@@ -45,12 +45,19 @@ class _Watch:
             self.epoch == STORE.epoch
             and self._ids == list(map(id, tensors))
             and self._addresses == list(map(_ADDRESS, tensors))
-            and self._versions == list(map(_VERSION, self._versioned))
+            and self._versions == _versions(tensors)
         )
 
     def same_content(self) -> bool:
         """The sampled lines hold what they held; meaningful only while `same_tensors` is true."""
         return self._samples.unchanged()
+
+
+def _versions(tensors: Sequence[Tensor]) -> list[int]:
+    try:
+        return list(map(_VERSION, tensors))
+    except RuntimeError:  # inference tensors count no edits
+        return [0 if t.is_inference() else t._version for t in tensors]
 
 
 def _start(tensor: Tensor) -> int:
@@ -88,7 +95,7 @@ class Segment(torch.nn.Module):
         self._check_dense = [builder.inputs[n] for n in builder.inputs if _made_by_python(n)]
         self._template: list[int] = [0] * len(builder.externals)
         self._watch: _Watch | None = None
-        self._held: list[Any] = []
+        self._held: list[weakref.ref] = []  # the store owns them, for as long as their tensors live
         self._lock = threading.Lock()
         self.profile_ns: list[int] | None = None
 
@@ -135,7 +142,7 @@ class Segment(torch.nn.Module):
         return [arguments[a] if d is None else arguments[a].shape[d] for a, d in self._symbols]
 
     def packed_bytes(self) -> int:
-        return sum(entry.bytes for entry in self._held)
+        return sum(entry.bytes for ref in self._held if (entry := ref()) is not None)
 
     def _want(self, sizes: SizeTable) -> Callable[[Size], int]:
         """Gives a size the position its value will have in a call's `values`."""
@@ -171,7 +178,8 @@ class Segment(torch.nn.Module):
                 template[slot] = held[number].address
             for slot, number in self._positions["bias"]:
                 template[slot] = held[number].bias.data_ptr()
-            self._held, self._template, self._watch = held, template, _Watch(tensors)
+            self._held = [weakref.ref(entry) for entry in held]
+            self._template, self._watch = template, _Watch(tensors)
             return template
 
     def forget_weights(self) -> None:
