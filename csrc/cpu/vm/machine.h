@@ -33,6 +33,7 @@ class Machine {
   Machine(const Step& step, const Code& code, const Blocking& blocking, float* memory)
       : s_(step), code_(code), b_(blocking), placement_(step, code, blocking.space), memory_(memory),
         stride_(register_stride(blocking)) {
+    for (int t = 0; t < blocking.space.num_tensors; ++t) item_[t] = itemsize(step.t[t].dtype);
     float* constants = memory + register_count(code, blocking) * stride_;
     for (int k = 0; k < code.num_constants; ++k) {
       vstore(constants + k * kLanes, vset(code.constants[k]));
@@ -42,15 +43,17 @@ class Machine {
 
   // Runs blocks [begin, end).
   void run(int64_t begin, int64_t end) {
-    const int64_t total_rows = b_.space.rows();
-    cursor_.seek(b_.space, begin / b_.pieces * b_.rows_per_block);
+    const int64_t total_rows = b_.space.rows(), row_length = b_.space.row();
+    int64_t piece = begin % b_.pieces, row = begin / b_.pieces * b_.rows_per_block;
+    cursor_.seek(b_.space, row);
     for (int64_t k = begin; k < end; ++k) {
-      const int64_t piece = k % b_.pieces;
-      rows_ = min64(b_.rows_per_block, total_rows - k / b_.pieces * b_.rows_per_block);
+      rows_ = min64(b_.rows_per_block, total_rows - row);
       first_ = piece * b_.piece;
-      length_ = min64(b_.piece, b_.space.row() - first_);
+      length_ = min64(b_.piece, row_length - first_);
       run_block();
-      if (piece < b_.pieces - 1) continue;
+      if (++piece < b_.pieces) continue;
+      piece = 0;
+      row += rows_;
       for (int64_t left = rows_, n; left > 0; left -= n) {
         n = min64(left, cursor_.run(b_.space));
         cursor_.advance(b_.space, n);
@@ -63,6 +66,12 @@ class Machine {
     count_ = rows_ * length_;
     whole_vectors_ = count_ % kLanes == 0;
     one_run_ = rows_ == 1 || rows_ <= cursor_.run(b_.space);
+    for (int t = 0; t < b_.space.num_tensors; ++t) {
+      address_[t] = s_.t[t].data + (cursor_.offset[t] + first_ * row_stride(t)) * item_[t];
+      contiguous_[t] = is_contiguous(t);
+      // Loops go in whole vectors, so what is used in place must be made of them.
+      in_place_[t] = placement_.allowed[t] && whole_vectors_ && contiguous_[t] ? address_[t] : nullptr;
+    }
     for (int i = 0; i < code_.length; ++i) {
       const Instruction in = decode(code_.words[i]);
       if (in.op == kLoad) load(in);
@@ -75,31 +84,24 @@ class Machine {
   float* home(int r) const { return memory_ + r * stride_; }
   float* spread_home(int r) const { return memory_ + (code_.registers + r) * stride_; }
   int64_t row_stride(int t) const { return b_.space.row_stride(t); }
-  // Stride from row to row within a run.
-  int64_t run_stride(int t) const { return b_.space.ndim == 1 ? 0 : b_.space.stride[t][b_.space.ndim - 2]; }
-  char* address(int t) const {
-    return s_.t[t].data + (cursor_.offset[t] + first_ * row_stride(t)) * itemsize(s_.t[t].dtype);
-  }
-  bool contiguous(int t) const {
+  // Stride from row to row within a run; asked for only where there are rows.
+  int64_t run_stride(int t) const { return b_.space.stride[t][b_.space.ndim - 2]; }
+  bool is_contiguous(int t) const {
     if (row_stride(t) != 1) return false;
     return rows_ == 1 || placement_.dense[t] || (one_run_ && run_stride(t) == length_);
   }
-  // Where an operand's block can be used as it lies; loops go in whole vectors, so the block must be made of them.
-  float* in_place(int t) const {
-    return placement_.allowed[t] && whole_vectors_ && contiguous(t) ? reinterpret_cast<float*>(address(t)) : nullptr;
-  }
+  float* in_place(int t) const { return reinterpret_cast<float*>(in_place_[t]); }
 
   // Calls f(row, address) for the rows of the block.
   template <class F>
   void for_rows(int t, F f) const {
-    const int item = itemsize(s_.t[t].dtype);
     if (one_run_) {
-      char* p = address(t);
-      for (int64_t r = 0; r < rows_; ++r) f(r, p + r * run_stride(t) * item);
+      const int64_t step = rows_ == 1 ? 0 : run_stride(t) * item_[t];
+      for (int64_t r = 0; r < rows_; ++r) f(r, address_[t] + r * step);
       return;
     }
     TensorCursor row(b_.space, cursor_, t);
-    for (int64_t r = 0; r < rows_; ++r, row.next(b_.space, t)) f(r, s_.t[t].data + row.offset * item);
+    for (int64_t r = 0; r < rows_; ++r, row.next(b_.space, t)) f(r, s_.t[t].data + row.offset * item_[t]);
   }
 
   void load(const Instruction& in) {
@@ -111,13 +113,15 @@ class Machine {
     if (float* here = in_place(t)) {
       out.data = here;
     } else if (row_stride(t) == 0 && (rows_ == 1 || b_.space.uniform(t))) {
-      load_segment(dtype, address(t), 0, to, kLanes);
+      load_segment(dtype, address_[t], 0, to, kLanes);
       out.kind = kOne;
     } else if (row_stride(t) == 0) {
       for_rows(t, [&](int64_t r, const char* p) { load_segment(dtype, p, 0, to + r, 1); });
       out.kind = kPerRow;
-    } else if (contiguous(t)) {
-      load_segment(dtype, address(t), 1, to, count_);
+    } else if (contiguous_[t]) {
+      load_segment(dtype, address_[t], 1, to, count_);
+    } else if (dtype == DType::f32 && row_stride(t) == 1) {
+      for_rows(t, [&](int64_t r, const char* p) { widen_row<DType::f32>(p, to + r * length_, length_); });
     } else {
       for_rows(t, [&](int64_t r, const char* p) { load_segment(dtype, p, row_stride(t), to + r * length_, length_); });
     }
@@ -127,8 +131,8 @@ class Machine {
     const int t = code_.inputs + in.b;
     const DType dtype = s_.t[t].dtype;
     const Register& from = register_[in.a];
-    if (from.kind == kFull && contiguous(t)) {
-      if (from.data != in_place(t)) store_segment(dtype, address(t), 1, {from.data, -1}, count_);
+    if (from.kind == kFull && contiguous_[t]) {
+      if (from.data != in_place(t)) store_segment(dtype, address_[t], 1, {from.data, -1}, count_);
       return;
     }
     // A row statistic leaves through a view that repeats one element along the row.
@@ -203,6 +207,11 @@ class Machine {
   int64_t rows_, first_, length_, count_;
   bool whole_vectors_;
   bool one_run_;  // the block's rows are one stride apart
+  // Of each operand, for the block: where it begins, whether it is contiguous, where it is used as it lies (or nullptr).
+  char* address_[kMaxSpaceTensors];
+  bool contiguous_[kMaxSpaceTensors];
+  char* in_place_[kMaxSpaceTensors];
+  int item_[kMaxSpaceTensors];
 };
 
 }  // namespace
