@@ -1,17 +1,38 @@
 """llmopt: a torch.compile backend that runs transformers close to the limit of the machine they are on.
 
     model.compile(backend="llmopt")        # or torch.compile(model, backend="llmopt")
+
+The compiler itself is imported at first use: it needs parts of torch (sympy among them) that `import torch` leaves out.
 """
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 import torch  # noqa: F401  (first: the native module must find torch's OpenMP runtime already loaded)
 
-from llmopt.backend import llmopt as backend
-from llmopt.report import Report, explain, refresh
 from llmopt.target import target
 from llmopt.types import Target
 
+if TYPE_CHECKING:
+    from llmopt.report import Report, explain, refresh
+
 __version__ = "0.1.0"
 
-__all__ = ["Report", "Target", "__version__", "backend", "explain", "refresh", "target"]
+__all__ = ["Report", "Target", "__version__", "explain", "refresh", "target"]
+
+_AT_FIRST_USE = {
+    "Report": ("llmopt.report", "Report"),
+    "explain": ("llmopt.report", "explain"),
+    "refresh": ("llmopt.report", "refresh"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _AT_FIRST_USE:
+        raise AttributeError(f"module 'llmopt' has no attribute {name!r}")
+    module, attribute = _AT_FIRST_USE[name]
+    value = getattr(importlib.import_module(module), attribute)
+    globals()[name] = value
+    return value
