@@ -9,6 +9,7 @@ import torch
 
 # dtype: (largest relative error, RMS of the relative error)
 BOUNDS = {
+    torch.float64: (1e-10, 1e-11),
     torch.float32: (1e-4, 1e-5),
     torch.float16: (2e-2, 4e-3),
     torch.bfloat16: (4e-2, 8e-3),

@@ -1,2 +1,103 @@
-#include "cpu/family.h"
-LLMOPT_EXPORT_FAMILY(attention, nullptr, 0, 0)
+// Attention on the CPU: softmax(scale * q kᵀ + bias) v with rotary embedding and the KV write in front of it.
+//
+// op attention. Operands ("-": may be absent; any strides, last dim dense, float dtypes may differ):
+//   0 q [B,H,Sq,D]  1 k [B,Hkv,Skv,D]  2 v [B,Hkv,Skv,Dv]  3 out [B,H,Sq,Dv]
+//   4 mask [B,H,Sq,Skv] (b8: true attends; float: bias) -   5 bounds i32 [B,H,Sq,4] of mask_bounds, always with a mask -
+//   6 cos, 7 sin [B,1,Sq,R] -   8 k_new [B,Hkv,Sn,D] -   9 v_new [B,Hkv,Sn,Dv] -   10 positions i64 [Sn] -
+// ints: is_causal, causal_offset, window (0: none), rope_kind (0 none, 1 half, 2 interleaved), write_kv
+// floats: scale, softcap (0: none)
+//   H is a multiple of Hkv; D and Dv are at most 256. Key j is allowed for row i when j <= i + causal_offset (causal),
+//   j > i + causal_offset - window (window) and the mask lets it. A row with no allowed key gives zeros; what lies in
+//   a key or value that a row may not see, NaN included, never reaches that row.
+//   rope_kind rotates the first R dims of q and k_new. With write_kv, rotated k_new and v_new go to the slots
+//   `positions` of k and v (the last Sn without positions) before attending; without k_new, k is used as it is.
+// Phases: [write new rows], attend, [merge the splits of the keys].
+#include "cpu/attention/decode.h"
+#include "cpu/attention/prefill.h"
+
+namespace {
+
+enum class Stage { write, attend, merge };
+constexpr int64_t kRowsPerWrite = 32;
+constexpr int64_t kRowsPerMerge = 4;
+
+inline Stage stage_of(const Plan& plan, int phase) {
+  if (plan.write_first && phase == 0) return Stage::write;
+  return phase == (plan.write_first ? 1 : 0) ? Stage::attend : Stage::merge;
+}
+
+int phases(const Step& s, int threads) {
+  const Problem p = parse(s);
+  const Plan plan = make_plan(p, threads);
+  return (plan.write_first ? 1 : 0) + 1 + (plan.max_splits > 1 ? 1 : 0);
+}
+
+int64_t chunks(const Step& s, int phase, int threads) {
+  const Problem p = parse(s);
+  const Plan plan = make_plan(p, threads);
+  const int64_t units = p.batch * p.kv_heads;
+  const Stage stage = stage_of(plan, phase);
+  if (stage == Stage::write) return units * ceil_div(p.new_len, kRowsPerWrite);
+  if (plan.rows == 0) return 0;
+  const int64_t splits = live_splits(p, plan);
+  if (stage == Stage::attend) return units * plan.panels * splits;
+  return splits == 1 ? 0 : ceil_div(units * plan.rows, kRowsPerMerge);
+}
+
+size_t workspace(const Step& s, int threads) {
+  const Problem p = parse(s);
+  const Plan plan = make_plan(p, threads);
+  if (plan.max_splits == 1) return 0;
+  return static_cast<size_t>(p.batch * p.kv_heads * plan.rows * plan.max_splits * partial_stride(p)) * sizeof(float);
+}
+
+inline void write_rows(const Problem& p, int64_t chunk) {
+  const int64_t blocks = ceil_div(p.new_len, kRowsPerWrite), head = chunk / blocks, j = chunk % blocks * kRowsPerWrite;
+  write_new_rows(p, head / p.kv_heads, head % p.kv_heads, j, min64(p.new_len, j + kRowsPerWrite), 0, p.kv_len);
+}
+
+// Partial softmaxes of one row, brought to their common max and added.
+inline void merge_row(const Problem& p, const Plan& plan, int64_t index, int64_t splits, char* shared) {
+  const int64_t row = index % plan.rows, head = index / plan.rows, b = head / p.kv_heads, kv_head = head % p.kv_heads;
+  auto part = [&](int64_t n) { return partial(p, plan, shared, b, kv_head, row, n); };
+  float max = kNegInf, sum = 0.0f;
+  for (int64_t n = 0; n < splits; ++n) max = part(n)[0] > max ? part(n)[0] : max;
+  const float shift = max == kNegInf ? 0.0f : max;
+  alignas(64) float o[kMaxHeadDim + kLanes];
+  for (int64_t d = 0; d < p.v_dim; d += kLanes) vstore(o + d, vzero());
+  for (int64_t n = 0; n < splits; ++n) {
+    const float* from = part(n);
+    alignas(64) float weight[kLanes];
+    const Vec w = vexp2(vset((from[0] - shift) * kLog2e));
+    vstore(weight, w);
+    sum += from[1] * weight[0];
+    for (int64_t d = 0; d < p.v_dim; d += kLanes) {
+      const int lanes = static_cast<int>(min64(kLanes, p.v_dim - d));
+      vstore(o + d, vfma(w, vload_n(from + 2 + d, lanes), vload(o + d)));
+    }
+  }
+  const Vec inverse = vset(sum == 0.0f ? 0.0f : 1.0f / sum);
+  for (int64_t d = 0; d < p.v_dim; d += kLanes) vstore(o + d, vmul(vload(o + d), inverse));
+  store_row(p.out->dtype, row_ptr(*p.out, b, kv_head * p.group + row % p.group, row / p.group), p.v_dim, o);
+}
+
+void run(const Step& s, int phase, int64_t chunk, int threads, const llmopt::Scratch& scratch) {
+  const Problem p = parse(s);
+  const Plan plan = make_plan(p, threads);
+  const Stage stage = stage_of(plan, phase);
+  if (stage == Stage::write) return write_rows(p, chunk);
+  const int64_t splits = live_splits(p, plan);
+  if (stage == Stage::attend)
+    return plan.decode ? decode(p, plan, chunk, splits, scratch) : prefill(p, plan, chunk, splits, scratch);
+  const int64_t end = min64(p.batch * p.kv_heads * plan.rows, (chunk + 1) * kRowsPerMerge);
+  for (int64_t index = chunk * kRowsPerMerge; index < end; ++index) merge_row(p, plan, index, splits, scratch.shared);
+}
+
+const llmopt::Kernel kKernels[] = {
+    {"attention", phases, chunks, workspace, run},
+    {"mask_bounds", bounds_phases, bounds_chunks, nullptr, bounds_run},
+};
+
+}  // namespace
+
+LLMOPT_EXPORT_FAMILY(attention, kKernels, 2, 0)

@@ -1,2 +1,86 @@
+// The probe family: what this machine can do at best, the yardstick of every other kernel. Each op runs t[last].size[0]
+// chunks and leaves one float per chunk in t[last], so that all threads work and nothing is optimised away.
+//
+// probe_fma    t: sink f32 [chunks].  i: iterations.  kChains * 2 * kLanes flops per iteration and chunk, in registers.
+// probe_vnni   t: sink f32 [chunks].  i: iterations.  kChains * 128 int8 operations (a multiply or an add) per iteration
+//              and chunk. Only in tiers with vpdpbusd.
+// probe_read   t: buffer u8 [bytes], sink f32 [chunks].  Reads the buffer once, each chunk as four streams. The buffer
+//              must hold floats without denormals and NaNs (zeros do), which cost time of their own.
 #include "cpu/family.h"
-LLMOPT_EXPORT_FAMILY(probe, nullptr, 0, 0)
+
+namespace {
+
+using llmopt::Kernel;
+using llmopt::Scratch;
+using llmopt::Step;
+using llmopt::Tensor;
+
+// Enough independent chains for two FMA units of latency five; with the operands they fit in 16 registers.
+constexpr int kChains = 12;
+constexpr int kStreams = 4;
+
+int one_phase(const Step&, int) { return 1; }
+int64_t sink_chunks(const Step& s, int, int) { return s.t[s.num_tensors - 1].size[0]; }
+float* sink(const Step& s, int64_t chunk) {
+  return reinterpret_cast<float*>(s.t[s.num_tensors - 1].data) + chunk;
+}
+
+void fma_run(const Step& s, int, int64_t chunk, int, const Scratch&) {
+  Vec acc[kChains];
+#pragma GCC unroll 16
+  for (int i = 0; i < kChains; ++i) acc[i] = vset(static_cast<float>(i));
+  const Vec scale = vset(0.5f), step = vset(1.0f);
+  for (int64_t n = s.i[0]; n > 0; --n)
+#pragma GCC unroll 16
+    for (int i = 0; i < kChains; ++i) acc[i] = vfma(acc[i], scale, step);
+#pragma GCC unroll 16
+  for (int i = 1; i < kChains; ++i) acc[0] = vadd(acc[0], acc[i]);
+  *sink(s, chunk) = vreduce_add(acc[0]);
+}
+
+#ifdef __AVX512VNNI__
+void vnni_run(const Step& s, int, int64_t chunk, int, const Scratch&) {
+  __m512i acc[kChains];
+#pragma GCC unroll 16
+  for (int i = 0; i < kChains; ++i) acc[i] = _mm512_set1_epi32(i);
+  const __m512i ones = _mm512_set1_epi8(1);
+  for (int64_t n = s.i[0]; n > 0; --n)
+#pragma GCC unroll 16
+    for (int i = 0; i < kChains; ++i) asm("vpdpbusd %1, %1, %0" : "+v"(acc[i]) : "v"(ones));
+#pragma GCC unroll 16
+  for (int i = 1; i < kChains; ++i) acc[0] = _mm512_add_epi32(acc[0], acc[i]);
+  *sink(s, chunk) = static_cast<float>(_mm512_reduce_add_epi32(acc[0]));
+}
+#endif
+
+void read_run(const Step& s, int, int64_t chunk, int, const Scratch&) {
+  const int64_t chunks = sink_chunks(s, 0, 0);
+  const int64_t floats = s.t[0].size[0] / 4;
+  constexpr int kUnroll = 2 * kStreams * kLanes;
+  const int64_t length = floats / chunks / kUnroll * kUnroll / kStreams;
+  const float* from = reinterpret_cast<const float*>(s.t[0].data) + chunk * length * kStreams;
+  Vec acc[2 * kStreams];
+#pragma GCC unroll 16
+  for (int i = 0; i < 2 * kStreams; ++i) acc[i] = vzero();
+  for (int64_t k = 0; k < length; k += 2 * kLanes)
+#pragma GCC unroll 16
+    for (int i = 0; i < kStreams; ++i) {
+      acc[2 * i] = vadd(acc[2 * i], vload(from + i * length + k));
+      acc[2 * i + 1] = vadd(acc[2 * i + 1], vload(from + i * length + k + kLanes));
+    }
+#pragma GCC unroll 16
+  for (int i = 1; i < 2 * kStreams; ++i) acc[0] = vadd(acc[0], acc[i]);
+  *sink(s, chunk) = vreduce_add(acc[0]);
+}
+
+const Kernel kKernels[] = {
+    {"probe_fma", one_phase, sink_chunks, nullptr, fma_run},
+    {"probe_read", one_phase, sink_chunks, nullptr, read_run},
+#ifdef __AVX512VNNI__
+    {"probe_vnni", one_phase, sink_chunks, nullptr, vnni_run},
+#endif
+};
+
+}  // namespace
+
+LLMOPT_EXPORT_FAMILY(probe, kKernels, sizeof(kKernels) / sizeof(kKernels[0]), 0)

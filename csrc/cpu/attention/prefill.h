@@ -1,0 +1,294 @@
+// Prefill: a panel of query rows walks over its keys block by block with a running softmax.
+//   Qᵀ [D][rows] is built once; per block  Sᵀ = K Qᵀ,  mask and softmax down the keys,  Oᵀ = alpha Oᵀ + Vᵀ Pᵀ.
+// Everything but K and V lives in the thread's local scratch, so memory does not grow with the sequence.
+#pragma once
+#include "cpu/attention/mask.h"
+#include "cpu/attention/rope.h"
+#include "cpu/attention/tile.h"
+
+namespace {
+
+constexpr int64_t kBlock = 192;       // keys per block: a multiple of both tile heights
+constexpr int64_t kMinSegment = 16;   // keys worth a tile call of their own on the causal diagonal
+
+struct Panel {
+  int64_t b, kv_head, row0, rows;
+  int nv;
+  float *qt, *ot, *st, *bias, *k_block, *v_block, *row;  // scratch
+  KeyRange range[kLd];                                   // per lane; padding lanes see every key
+  int64_t vec_lo[kMaxNv], vec_hi[kMaxNv];                // keys that any lane of a vector may see
+  int64_t common_lo, common_hi;                          // keys that every lane sees
+  bool masked;                                           // some lane must read the mask
+  Vec max[kMaxNv], sum[kMaxNv];
+};
+
+inline void place_scratch(Panel& a, char* local) {
+  float* p = reinterpret_cast<float*>(local);
+  auto take = [&p](int64_t n) {
+    float* r = p;
+    p += n;
+    return r;
+  };
+  a.qt = take(kMaxHeadDim * kLd), a.ot = take(kMaxHeadDim * kLd);
+  a.st = take(kBlock * kLd), a.bias = take(kBlock * kLd);
+  a.k_block = take(kBlock * kMaxHeadDim), a.v_block = take(kBlock * kMaxHeadDim);
+  a.row = take(kLanes * max64(kMaxHeadDim, kBlock));
+}
+static_assert(sizeof(float) * (kMaxHeadDim * kLd * 2 + kBlock * kLd * 2 + kBlock * kMaxHeadDim * 2 +
+                               kLanes * (kMaxHeadDim > kBlock ? kMaxHeadDim : kBlock)) <= llmopt::kLocalBytes,
+              "a prefill panel must fit the local scratch");
+
+inline int64_t lane_head(const Problem& p, const Panel& a, int lane) {
+  return a.kv_head * p.group + (a.row0 + lane) % p.group;
+}
+inline int64_t lane_pos(const Problem& p, const Panel& a, int lane) { return (a.row0 + lane) / p.group; }
+
+// Qᵀ, rotated and scaled; padding lanes are zero.
+inline void load_queries(const Problem& p, Panel& a) {
+  const int64_t dim = ceil_div(p.head_dim, kLanes) * kLanes;
+  for (int v = 0; v < a.nv; ++v) {
+    for (int l = 0; l < kLanes; ++l) {
+      const int lane = v * kLanes + l;
+      float* row = a.row + l * kMaxHeadDim;
+      for (int64_t d = lane < a.rows ? p.head_dim : 0; d < dim; ++d) row[d] = 0.0f;
+      if (lane < a.rows) load_query(p, a.b, lane_head(p, a, lane), lane_pos(p, a, lane), row);
+    }
+    for (int64_t d = 0; d < dim; d += kLanes) {
+      Vec t[kLanes];
+      for (int l = 0; l < kLanes; ++l) t[l] = vload(a.row + l * kMaxHeadDim + d);
+      vtranspose(t);
+      for (int l = 0; l < kLanes && d + l < p.head_dim; ++l) vstore(a.qt + (d + l) * kLd + v * kLanes, t[l]);
+    }
+  }
+}
+
+inline void find_ranges(const Problem& p, Panel& a) {
+  a.common_lo = 0, a.common_hi = p.kv_len, a.masked = false;
+  for (int v = 0; v < a.nv; ++v) {
+    a.vec_lo[v] = p.kv_len, a.vec_hi[v] = 0;
+    for (int lane = v * kLanes; lane < (v + 1) * kLanes; ++lane) {
+      a.range[lane] = {0, p.kv_len, MaskUse::none};
+      if (lane >= a.rows) continue;
+      const KeyRange r = a.range[lane] = key_range(p, a.b, lane_head(p, a, lane), lane_pos(p, a, lane));
+      a.common_lo = max64(a.common_lo, r.lo), a.common_hi = min64(a.common_hi, r.hi);
+      a.masked |= r.mask != MaskUse::none;
+      if (r.lo >= r.hi) continue;
+      a.vec_lo[v] = min64(a.vec_lo[v], r.lo), a.vec_hi[v] = max64(a.vec_hi[v], r.hi);
+    }
+  }
+}
+
+// biasᵀ [keys][rows] of the lanes that read the mask.
+inline void load_bias_block(const Problem& p, const Panel& a, int v0, int v1, int64_t j0, int64_t keys) {
+  for (int v = v0; v < v1; ++v) {
+    for (int l = 0; l < kLanes; ++l) {
+      const int lane = v * kLanes + l;
+      load_bias(p, a.range[lane].mask, a.b, lane_head(p, a, lane), lane_pos(p, a, lane), j0, keys, a.row + l * kBlock);
+    }
+    for (int64_t j = 0; j < keys; j += kLanes) {
+      Vec t[kLanes];
+      const int n = static_cast<int>(min64(kLanes, keys - j));
+      for (int l = 0; l < kLanes; ++l) t[l] = vload_n(a.row + l * kBlock + j, n);
+      vtranspose(t);
+      for (int l = 0; l < n; ++l) vstore(a.bias + (j + l) * kLd + v * kLanes, t[l]);
+    }
+  }
+}
+
+// Softcap, bias and the lanes' own ranges; dead scores become -inf. Returns the running max including this block.
+inline void mask_scores(const Problem& p, const Panel& a, int v, int64_t j0, int64_t keys, bool ragged, Vec* block_max) {
+  alignas(64) float lo[kLanes], hi[kLanes];
+  for (int l = 0; l < kLanes; ++l) {  // relative to the block, so that they are exact as floats
+    const KeyRange& r = a.range[v * kLanes + l];
+    lo[l] = static_cast<float>(max64(-1, min64(kBlock, r.lo - j0)));
+    hi[l] = static_cast<float>(max64(-1, min64(kBlock, r.hi - j0)));
+  }
+  const Vec first = vload(lo), last = vload(hi), dead = vset(kNegInf), cap = vset(p.softcap);
+  Vec top = *block_max;
+  for (int64_t j = 0; j < keys; ++j) {
+    float* at = a.st + j * kLd + v * kLanes;
+    Vec s = vload(at);
+    if (p.softcap > 0) s = vmul(cap, vtanh(s));
+    if (a.masked) {
+      const Vec bias = vload(a.bias + j * kLd + v * kLanes);
+      s = vselect(veq(bias, dead), dead, vadd(s, bias));
+    }
+    if (ragged) {
+      const Vec key = vset(static_cast<float>(j));
+      s = vselect(vle(first, key), vselect(vlt(key, last), s, dead), dead);
+    }
+    vstore(at, s);
+    top = vmax(s, top);
+  }
+  *block_max = top;
+}
+
+// P = exp(S - max) in place, its sum, and how much the rows' earlier sums shrink. A dead key's weight is stored as -0,
+// which adds nothing and tells it from a live key whose weight underflowed.
+inline void exponentiate(Panel& a, int v, int64_t keys, bool has_dead, Vec new_max, float* alpha) {
+  const Vec ninf = vset(kNegInf), minus_zero = vset(-0.0f), log2e = vset(kLog2e);
+  const Vec shift = vselect(veq(new_max, ninf), vzero(), new_max);
+  const Vec shrink = vexp2(vmul(vsub(a.max[v], shift), log2e));
+  Vec total = vzero();
+  float* at = a.st + v * kLanes;
+  if (has_dead) {
+    for (int64_t j = 0; j < keys; ++j, at += kLd) {
+      const Vec s = vload(at);
+      const Vec w = vselect(veq(s, ninf), minus_zero, vexp2(vmul(vsub(s, shift), log2e)));
+      vstore(at, w);
+      total = vadd(total, w);
+    }
+  } else {
+    for (int64_t j = 0; j < keys; ++j, at += kLd) {
+      const Vec w = vexp2(vmul(vsub(vload(at), shift), log2e));
+      vstore(at, w);
+      total = vadd(total, w);
+    }
+  }
+  a.sum[v] = vfma(a.sum[v], shrink, total);
+  a.max[v] = new_max;
+  vstore(alpha + v * kLanes, shrink);
+}
+
+// O += P V for one key whose value is not finite: only the lanes that may see the key take it.
+inline void add_nonfinite(const Problem& p, const Panel& a, int v0, int v1, const float* value, int64_t j) {
+  for (int v = v0; v < v1; ++v) {
+    const Vec w = vload(a.st + j * kLd + v * kLanes);
+    const Mask dead = veq(vdiv(vset(1.0f), w), vset(kNegInf));  // 1 / -0
+    for (int64_t d = 0; d < p.v_dim; ++d) {
+      float* o = a.ot + d * kLd + v * kLanes;
+      const Vec old = vload(o);
+      vstore(o, vselect(dead, old, vfma(w, vset(value[d]), old)));
+    }
+  }
+}
+
+// Keys [j0, j0 + keys) that only vectors v0.. may see; v1 is the end for the whole block.
+struct Segment {
+  int64_t begin, end;
+  int v0;
+};
+inline Segment next_segment(const Panel& a, int v1, int64_t block0, int64_t begin, int64_t keys) {
+  int v0 = 0;
+  while (v0 + 1 < v1 && a.vec_hi[v0] <= block0 + begin) ++v0;
+  int64_t end = keys;
+  if (v0 + 1 < v1) end = min64(keys, max64(a.vec_hi[v0] - block0, begin + kMinSegment));
+  return {begin, end, v0};
+}
+
+// One block of keys for the whole panel.
+inline void attend_block(const Problem& p, Panel& a, int64_t j0, int64_t keys) {
+  const bool ragged = j0 < a.common_lo || j0 + keys > a.common_hi;
+  const bool has_dead = ragged || a.masked;
+  int v1 = a.nv;
+  while (v1 > 1 && a.vec_lo[v1 - 1] >= j0 + keys) --v1;
+
+  const float* k = reinterpret_cast<const float*>(row_ptr(*p.k, a.b, a.kv_head, j0));
+  int64_t k_stride = p.k->stride[2];
+  if (p.k->dtype != DType::f32) {
+    for (int64_t j = 0; j < keys; ++j)
+      load_row(p.k->dtype, row_ptr(*p.k, a.b, a.kv_head, j0 + j), p.head_dim, a.k_block + j * p.head_dim);
+    k = a.k_block, k_stride = p.head_dim;
+  }
+  int v0 = 0;  // vectors before v0 see nothing of this block
+  for (int64_t j = 0; j < keys;) {
+    const Segment s = next_segment(a, v1, j0, j, keys);
+    if (j == 0) v0 = s.v0;
+    scores(v1 - s.v0, k + j * k_stride, k_stride, s.end - j, a.qt + s.v0 * kLanes, p.head_dim,
+           a.st + j * kLd + s.v0 * kLanes);
+    j = s.end;
+  }
+
+  alignas(64) float alpha[kLd];
+  if (a.masked) load_bias_block(p, a, v0, v1, j0, keys);
+  for (int v = v0; v < v1; ++v) {
+    Vec top = a.max[v];
+    if (has_dead || p.softcap > 0) mask_scores(p, a, v, j0, keys, ragged, &top);
+    else
+      for (int64_t j = 0; j < keys; ++j) top = vmax(vload(a.st + j * kLd + v * kLanes), top);
+    exponentiate(a, v, keys, has_dead, top, alpha);
+  }
+
+  const char* v_base = row_ptr(*p.v, a.b, a.kv_head, j0);
+  const float* value = reinterpret_cast<const float*>(v_base);
+  int64_t v_stride = p.v->stride[2];
+  if (p.v->dtype != DType::f32) {
+    for (int64_t j = 0; j < keys; ++j)
+      load_row(p.v->dtype, v_base + j * v_stride * itemsize(p.v->dtype), p.v_dim, a.v_block + j * p.v_dim);
+    value = a.v_block, v_stride = p.v_dim;
+  }
+  int32_t bad[kBlock];
+  int64_t num_bad = 0, next_bad = 0;
+  if (has_dead)
+    num_bad = find_nonfinite(DType::f32, reinterpret_cast<const char*>(value), v_stride, p.v_dim, keys, bad);
+  for (int64_t j = 0; j < keys;) {
+    Segment s = next_segment(a, v1, j0, j, keys);
+    if (next_bad < num_bad) s.end = min64(s.end, bad[next_bad]);
+    values(v1 - s.v0, value + j * v_stride, v_stride, p.v_dim, a.st + j * kLd + s.v0 * kLanes, s.end - j,
+           alpha + s.v0 * kLanes, a.ot + s.v0 * kLanes);
+    for (int l = s.v0 * kLanes; l < v1 * kLanes; ++l) alpha[l] = 1.0f;
+    j = s.end;
+    if (next_bad < num_bad && j == bad[next_bad]) {
+      add_nonfinite(p, a, v0, v1, value + j * v_stride, j);
+      ++next_bad, ++j;
+    }
+  }
+}
+
+// O of kLanes rows at once: back to rows, divided by the sums.
+inline void store_panel(const Problem& p, const Plan& plan, Panel& a, int64_t split, int64_t splits, char* shared) {
+  for (int v = 0; v < a.nv; ++v) {
+    alignas(64) float max[kLanes], sum[kLanes];
+    vstore(max, a.max[v]);
+    vstore(sum, a.sum[v]);
+    const Vec none = vset(0.0f);
+    const Vec inverse = splits > 1 ? vset(1.0f) : vselect(veq(a.sum[v], none), none, vdiv(vset(1.0f), a.sum[v]));
+    const int lanes = static_cast<int>(max64(0, min64(kLanes, a.rows - v * kLanes)));
+    for (int64_t d = 0; d < p.v_dim; d += kLanes) {
+      const int n = static_cast<int>(min64(kLanes, p.v_dim - d));
+      Vec t[kLanes];
+      for (int c = 0; c < kLanes; ++c)
+        t[c] = c < n ? vmul(inverse, vload(a.ot + (d + c) * kLd + v * kLanes)) : vzero();
+      vtranspose(t);
+      for (int l = 0; l < lanes; ++l) {
+        const int lane = v * kLanes + l;
+        if (splits > 1) {
+          vstore_n(partial(p, plan, shared, a.b, a.kv_head, a.row0 + lane, split) + 2 + d, t[l], n);
+          continue;
+        }
+        vstore_as(p.out->dtype, row_ptr(*p.out, a.b, lane_head(p, a, lane), lane_pos(p, a, lane)), d, t[l], n);
+      }
+    }
+    for (int l = 0; splits > 1 && l < lanes; ++l) {
+      float* to = partial(p, plan, shared, a.b, a.kv_head, a.row0 + v * kLanes + l, split);
+      to[0] = max[l], to[1] = sum[l];
+    }
+  }
+}
+
+// Chunks run over splits fastest, then panels from the last (under a causal mask the longest), then heads: the chunks in
+// flight share a head's keys, and the shortest come at the end.
+inline void prefill(const Problem& p, const Plan& plan, int64_t chunk, int64_t splits, const llmopt::Scratch& scratch) {
+  Panel a;
+  const int64_t split = chunk % splits, head = chunk / splits / plan.panels;
+  const int64_t panel = plan.panels - 1 - chunk / splits % plan.panels;
+  a.b = head / p.kv_heads, a.kv_head = head % p.kv_heads;
+  a.row0 = panel * plan.nv * kLanes;
+  a.rows = min64(plan.nv * kLanes, plan.rows - a.row0);
+  a.nv = static_cast<int>(ceil_div(a.rows, kLanes));
+  place_scratch(a, scratch.local);
+  load_queries(p, a);
+  find_ranges(p, a);
+  int64_t lo = p.kv_len, hi = 0;
+  for (int v = 0; v < a.nv; ++v) {
+    lo = min64(lo, a.vec_lo[v]), hi = max64(hi, a.vec_hi[v]);
+    a.max[v] = vset(kNegInf), a.sum[v] = vzero();
+  }
+  for (int64_t d = 0; d < p.v_dim; ++d)
+    for (int v = 0; v < a.nv; ++v) vstore(a.ot + d * kLd + v * kLanes, vzero());
+  const int64_t length = max64(0, hi - lo), end = lo + length * (split + 1) / splits;
+  for (int64_t j = lo + length * split / splits; j < end; j += kBlock) attend_block(p, a, j, min64(kBlock, end - j));
+  store_panel(p, plan, a, split, splits, scratch.shared);
+}
+
+}  // namespace

@@ -1,0 +1,147 @@
+// What an attention step asks for, which keys each query row may see, and how the work is cut into chunks.
+#pragma once
+#include "cpu/family.h"
+
+namespace {
+
+using llmopt::DType;
+using llmopt::Step;
+using llmopt::Tensor;
+
+constexpr int64_t kMaxHeadDim = 256;
+constexpr float kLog2e = 1.44269504f;
+constexpr float kNegInf = -__builtin_inff();
+
+constexpr int kMaxNv = kVecRegisters == 32 ? 4 : 2;  // vectors of query rows in one prefill panel
+constexpr int kLd = kMaxNv * kLanes;                 // floats per row of every transposed panel
+constexpr int64_t kMinSplitKeys = 128;               // fewer keys cost less than handing them to another thread
+
+enum RopeKind : int64_t { kRopeNone = 0, kRopeHalf = 1, kRopeInterleaved = 2 };
+
+struct Problem {
+  const Tensor *q, *k, *v, *out, *mask, *bounds, *cos, *sin, *k_new, *v_new, *positions;  // nullptr: not given
+  int64_t batch, heads, kv_heads, group, q_len, kv_len, head_dim, v_dim, new_len;
+  bool is_causal;
+  int64_t causal_offset, window, rope_kind;
+  float scale, softcap;
+};
+
+// Byte address of row (b, h, i) of a 4-d operand; dimensions of size 1 broadcast.
+inline int64_t row_index(const Tensor& t, int64_t b, int64_t h, int64_t i) {
+  return (t.size[0] == 1 ? 0 : b * t.stride[0]) + (t.size[1] == 1 ? 0 : h * t.stride[1]) +
+         (t.size[2] == 1 ? 0 : i * t.stride[2]);
+}
+inline char* row_ptr(const Tensor& t, int64_t b, int64_t h, int64_t i) {
+  return t.data + row_index(t, b, h, i) * itemsize(t.dtype);
+}
+
+inline Problem parse(const Step& s) {
+  auto given = [&](int n) { return n < s.num_tensors && s.t[n].data ? &s.t[n] : nullptr; };
+  Problem p{};
+  p.q = &s.t[0], p.k = &s.t[1], p.v = &s.t[2], p.out = &s.t[3];
+  p.mask = given(4), p.bounds = given(5), p.cos = given(6), p.sin = given(7);
+  const bool write_kv = s.i[4] != 0;
+  p.k_new = write_kv ? given(8) : nullptr;
+  p.v_new = write_kv ? given(9) : nullptr;
+  p.positions = given(10);
+  p.batch = p.q->size[0], p.heads = p.q->size[1], p.q_len = p.q->size[2], p.head_dim = p.q->size[3];
+  p.kv_heads = p.k->size[1], p.kv_len = p.k->size[2], p.v_dim = p.v->size[3];
+  p.group = p.kv_heads ? p.heads / p.kv_heads : 1;
+  p.new_len = p.k_new ? p.k_new->size[2] : p.v_new ? p.v_new->size[2] : 0;
+  p.is_causal = s.i[0] != 0, p.causal_offset = s.i[1], p.window = s.i[2];
+  p.rope_kind = p.cos && p.sin ? s.i[3] : kRopeNone;
+  p.scale = s.f[0], p.softcap = s.f[1];
+  return p;
+}
+
+// How a row reads its mask: not at all; holes are dead keys; or every bias is a number to add (a row of a float mask in
+// which no key is live: softmax over whatever fp32 gives).
+enum class MaskUse { none, holes, bias };
+
+struct KeyRange {
+  int64_t lo, hi;  // no key outside [lo, hi) is allowed
+  MaskUse mask;
+};
+
+// A bias at or below this is how models write "not allowed" in a float mask of this dtype.
+inline float dead_bias(DType d) { return d == DType::f16 ? -65504.0f : -1e30f; }
+inline bool is_bool(DType d) { return d == DType::b8 || d == DType::u8; }
+
+inline KeyRange key_range(const Problem& p, int64_t b, int64_t h, int64_t i) {
+  KeyRange r{0, p.kv_len, MaskUse::none};
+  if (p.bounds) {
+    const Tensor& t = *p.bounds;
+    const int32_t* row = reinterpret_cast<const int32_t*>(row_ptr(t, b, h, i));
+    r.lo = row[0], r.hi = row[t.stride[3]];
+    if (p.mask && !row[2 * t.stride[3]]) r.mask = MaskUse::holes;
+  }
+  if (r.mask == MaskUse::holes && !is_bool(p.mask->dtype)) {
+    const int64_t first = row_index(*p.mask, b, h, i) + r.lo * p.mask->stride[3];
+    if (load_scalar(p.mask->dtype, p.mask->data, first) <= dead_bias(p.mask->dtype)) r.mask = MaskUse::bias;
+  }
+  if (p.is_causal) r.hi = min64(r.hi, i + p.causal_offset + 1);
+  if (p.window > 0) r.lo = max64(r.lo, i + p.causal_offset - p.window + 1);
+  r.hi = max64(r.lo, r.hi);
+  return r;
+}
+
+// The smallest interval that holds the keys of every row in [row0, row1) of one kv head; rows are i * group + g.
+inline KeyRange union_range(const Problem& p, int64_t b, int64_t kv_head, int64_t row0, int64_t row1) {
+  KeyRange all{p.kv_len, 0, MaskUse::none};
+  for (int64_t row = row0; row < row1; ++row) {
+    KeyRange r = key_range(p, b, kv_head * p.group + row % p.group, row / p.group);
+    if (r.lo >= r.hi) continue;
+    all.lo = min64(all.lo, r.lo), all.hi = max64(all.hi, r.hi);
+  }
+  if (all.lo >= all.hi) all.lo = all.hi = 0;
+  return all;
+}
+
+// How the work is cut. Rows of one kv head are stacked as i * group + g, so that the heads of a group share every key.
+struct Plan {
+  bool decode;         // few rows: dot products along the head dimension; else panels of rows in vector lanes
+  int nv;              // vectors of a panel
+  int64_t rows, panels, max_splits;
+  bool write_first;    // new keys and values get a phase of their own; decode writes them in its chunks
+};
+
+inline Plan make_plan(const Problem& p, int threads) {
+  Plan plan{};
+  plan.rows = p.q_len * p.group;
+  plan.decode = plan.rows <= kLanes;
+  plan.nv = kMaxNv;
+  const int64_t units = p.batch * p.kv_heads;
+  if (!plan.decode)
+    while (plan.nv > 1 && units * ceil_div(plan.rows, plan.nv * kLanes) < 2 * threads) --plan.nv;
+  plan.panels = plan.decode ? 1 : ceil_div(plan.rows, plan.nv * kLanes);
+  const int64_t wanted = threads > 1 ? 4 * threads : 1;
+  const int64_t chunks = max64(units * plan.panels, 1);
+  plan.max_splits = chunks >= wanted ? 1 : max64(1, min64(ceil_div(wanted, chunks), p.kv_len / kMinSplitKeys));
+  plan.write_first = (p.k_new || p.v_new) && !plan.decode;
+  return plan;
+}
+
+// Splits that the live keys of this call deserve: a long cache with few live keys is not cut. Only known while running.
+inline int64_t live_splits(const Problem& p, const Plan& plan) {
+  if (plan.max_splits == 1) return 1;
+  const bool per_batch = p.bounds && p.bounds->size[0] > 1 && p.bounds->stride[0] != 0;
+  const bool per_head = p.bounds && p.bounds->size[1] > 1 && p.bounds->stride[1] != 0;
+  int64_t longest = 0;
+  for (int64_t b = 0; b < (per_batch ? p.batch : 1); ++b)
+    for (int64_t h = 0; h < (per_head ? p.heads : 1); ++h)
+      for (int64_t i = 0; i < p.q_len; ++i) {
+        const KeyRange r = key_range(p, b, h, i);
+        longest = max64(longest, r.hi - r.lo);
+      }
+  return max64(1, min64(plan.max_splits, longest / kMinSplitKeys));
+}
+
+// The state of one row after some of its keys, when its keys are split: max, sum and the weighted sum of values.
+inline int64_t partial_stride(const Problem& p) { return ceil_div(p.v_dim + 2, 16) * 16; }
+inline float* partial(const Problem& p, const Plan& plan, char* shared, int64_t b, int64_t kv_head, int64_t row,
+                      int64_t split) {
+  const int64_t index = ((b * p.kv_heads + kv_head) * plan.rows + row) * plan.max_splits + split;
+  return reinterpret_cast<float*>(shared) + index * partial_stride(p);
+}
+
+}  // namespace

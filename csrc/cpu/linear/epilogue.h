@@ -1,0 +1,62 @@
+// The end of a tile: y = act(alpha * sums + bias) [* up] + residual, rounded once.
+#pragma once
+#include "cpu/linear/problem.h"
+
+namespace {
+
+// Applies f to the first `vectors` (1 or 2) vectors of every row. Rows are independent, so the long chains of an
+// activation overlap.
+template <class F>
+inline void each_vector(float* sums, int rows, int vectors, F f) {
+  for (int m = 0; m < rows; ++m)
+    for (int v = 0; v < vectors; ++v) {
+      float* at = sums + m * kPanel + v * kLanes;
+      vstore(at, f(vload(at)));
+    }
+}
+
+void activate(int64_t act, float* sums, int rows, int vectors) {
+  switch (act) {
+    case kActNone: return;
+    case kActRelu: return each_vector(sums, rows, vectors, [](Vec x) { return vactivate(kActRelu, x); });
+    case kActSilu: return each_vector(sums, rows, vectors, [](Vec x) { return vactivate(kActSilu, x); });
+    case kActGeluErf: return each_vector(sums, rows, vectors, [](Vec x) { return vactivate(kActGeluErf, x); });
+    case kActGeluTanh: return each_vector(sums, rows, vectors, [](Vec x) { return vactivate(kActGeluTanh, x); });
+    default: return each_vector(sums, rows, vectors, [act](Vec x) { return vactivate(act, x); });
+  }
+}
+
+void finish_tile(const Problem& p, int64_t panel, int64_t row0, int rows, float* sums) {
+  const int64_t width = p.gated ? kLanes : kPanel;  // outputs of a panel
+  const int64_t n0 = panel * width;
+  const int64_t left = min64(width, p.outputs() - n0);
+  const int vectors = p.gated ? 1 : 2;
+  int count[2];  // outputs in either vector
+  for (int v = 0; v < 2; ++v) count[v] = static_cast<int>(max64(0, min64(kLanes, left - v * kLanes)));
+
+  if (p.bias.data || p.alpha != 1.0f) {
+    const Vec alpha = vset(p.alpha);
+    Vec bias[2] = {vzero(), vzero()};
+    for (int v = 0; v < 2 && p.bias.data; ++v)
+      bias[v] = p.gated ? vload_as(p.bias.dtype, p.bias.data, v * p.outputs() + n0, count[0])
+                        : vload_as(p.bias.dtype, p.bias.data, n0 + v * kLanes, count[v]);
+    for (int m = 0; m < rows; ++m)
+      for (int v = 0; v < 2; ++v) {
+        float* at = sums + m * kPanel + v * kLanes;
+        vstore(at, vfma(vload(at), alpha, bias[v]));
+      }
+  }
+  activate(p.act, sums, rows, vectors);
+  for (int m = 0; m < rows; ++m)
+    for (int v = 0; v < vectors; ++v) {
+      if (count[v] == 0) continue;
+      Vec out = vload(sums + m * kPanel + v * kLanes);
+      if (p.gated) out = vmul(out, vload(sums + m * kPanel + kLanes));
+      const int64_t n = n0 + v * kLanes;
+      if (p.residual.data)
+        out = vadd(out, vload_as(p.residual.dtype, p.residual.data, (row0 + m) * p.residual.stride[0] + n, count[v]));
+      vstore_as(p.y.dtype, p.y.data, (row0 + m) * p.y.stride[0] + n, out, count[v]);
+    }
+}
+
+}  // namespace

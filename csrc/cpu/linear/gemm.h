@@ -1,0 +1,106 @@
+// The op `linear`: phase 0 prepares the rows of x, phase 1 runs tiles over panels.
+#pragma once
+#include "cpu/linear/epilogue.h"
+#include "cpu/linear/prepare.h"
+#include "cpu/linear/tile.h"
+
+namespace {
+
+// What a chunk works on: panels [panel0, panel1) by tiles [tile0, tile1).
+struct Chunk {
+  int64_t panel0, panel1, tile0, tile1;
+};
+
+inline Chunk chunk_at(const Problem& p, const Schedule& s, int64_t chunk) {
+  const int64_t panel0 = chunk / s.blocks * s.span, tile0 = chunk % s.blocks * s.tiles_per_block;
+  return {panel0, min64(p.panels(), panel0 + s.span), tile0, min64(p.tiles(), tile0 + s.tiles_per_block)};
+}
+
+// One tile: weights are read once, straight through the panels.
+void run_stream(const Problem& p, const Chunk& c, const float* a, float* sums) {
+  const TileFunction run = stream_tile(p.weight, p.M);
+  TileArgs args{a, nullptr, p.padded_k() / steps_of(p.weight), nullptr, 0, sums, false};
+  const int64_t bytes = panel_bytes(p.K, p.weight);
+  for (int64_t panel = c.panel0; panel < c.panel1; ++panel) {
+    args.b = p.w.data + panel * bytes;
+    run(args);
+    finish_tile(p, panel, 0, static_cast<int>(p.M), sums);
+  }
+}
+
+// Tiles that are enough to pay for widening a 16-bit panel first; fewer widen it on the way.
+constexpr int64_t kTilesToWiden = 5;
+
+// One K block of a panel as f32.
+inline void widen_block(DType weight, const char* packed, int64_t k, float* to) {
+  if (weight == DType::f16) widen<WeightF16>(packed, k / WeightF16::kSteps, to);
+  else widen<WeightBF16>(packed, k / WeightBF16::kSteps, to);
+}
+
+// Many tiles: the panels stay in L2 for one K block while all tiles pass over it; meanwhile the weights that come next
+// are fetched.
+void run_blocked(const Problem& p, const Schedule& s, const Chunk& c, int64_t next_panel, const float* a, float* local) {
+  const int64_t bytes = panel_bytes(p.K, p.weight), k_bytes = kPanel * itemsize(p.weight);
+  const int64_t tiles = c.tile1 - c.tile0, panels = c.panel1 - c.panel0;
+  const bool widened = p.weight != DType::f32 && tiles >= kTilesToWiden;
+  const bool is_f32 = widened || p.weight == DType::f32;
+  float* wide = local + kSumBytes / 4;
+  const char* weights[kMaxSpan];
+  for (int64_t block = 0; block < s.k_blocks; ++block) {
+    const int64_t k0 = block * s.k_block, k = min64(p.padded_k() - k0, s.k_block);
+    const bool last = block + 1 == s.k_blocks;
+    const char* first = p.w.data + c.panel0 * bytes + k0 * k_bytes;
+    const char* next = last ? p.w.data + next_panel * bytes : first + k * k_bytes;
+    for (int64_t i = 0; i < panels; ++i) {
+      weights[i] = first + i * bytes;
+      if (!widened) continue;
+      float* to = wide + i * k * kPanel;
+      widen_block(p.weight, weights[i], k, to);
+      weights[i] = reinterpret_cast<const char*>(to);
+    }
+    TileArgs args{};
+    args.steps = is_f32 ? k : k / steps_of(p.weight);
+    args.accumulate = block > 0;
+    args.ahead_stride = k_bytes / tiles;
+    for (int64_t tile = c.tile0; tile < c.tile1; ++tile) {
+      const int64_t row0 = p.tile_row(tile);
+      const int rows = static_cast<int>(p.tile_row(tile + 1) - row0);
+      const TileFunction run = is_f32 ? blocked_tile(rows) : stream_tile(p.weight, rows);
+      args.a = a + p.tile_offset(tile) + k0 * rows;
+      for (int64_t i = 0; i < panels; ++i) {
+        args.sums = local + (s.k_blocks == 1 ? 0 : (tile - c.tile0) * panels + i) * kTileSums;
+        args.b = weights[i];
+        args.ahead = next + i * bytes + (tile - c.tile0) * k * args.ahead_stride;
+        run(args);
+        if (last) finish_tile(p, c.panel0 + i, row0, rows, args.sums);
+      }
+    }
+  }
+}
+
+int linear_phases(const Step& s, int) { return Problem(s).prepared() ? 2 : 1; }
+
+int64_t linear_chunks(const Step& s, int phase, int threads) {
+  const Problem p(s);
+  if (p.prepared() && phase == 0) return prepare_chunks(p, threads);
+  return Schedule(p, threads).chunks(p);
+}
+
+size_t linear_workspace(const Step& s, int) {
+  const Problem p(s);
+  return p.prepared() ? static_cast<size_t>(p.tile_offset(p.tiles()) + kLanes) * sizeof(float) : 0;
+}
+
+void linear_run(const Step& s, int phase, int64_t chunk, int threads, const Scratch& scratch) {
+  const Problem p(s);
+  float* prepared = reinterpret_cast<float*>(scratch.shared);
+  if (p.prepared() && phase == 0) return prepare_tile(p, chunk, threads, prepared);
+  const Schedule schedule(p, threads);
+  const Chunk c = chunk_at(p, schedule, chunk);
+  const float* a = p.prepared() ? prepared : reinterpret_cast<const float*>(p.x.data);
+  float* sums = reinterpret_cast<float*>(scratch.local);
+  if (p.tiles() == 1) return run_stream(p, c, a, sums);
+  run_blocked(p, schedule, c, chunk_at(p, schedule, chunk + threads).panel0, a, sums);
+}
+
+}  // namespace

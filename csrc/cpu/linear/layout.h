@@ -1,0 +1,61 @@
+// The packed weight layout: panels of kPanel columns, each a stream of k, then of columns.
+//   f32, f16:  [panels][K][kPanel]
+//   bf16:      [panels][ceil(K / 2)][kPanel][2]: one 64-byte load holds k and k + 1 of 16 columns, and widening either
+//              is a shift or a mask instead of a shuffle.
+// Columns past N and the k past an odd K are zero.
+#pragma once
+#include "cpu/family.h"
+
+namespace {
+
+using llmopt::DType;
+using llmopt::Kernel;
+using llmopt::Scratch;
+using llmopt::Step;
+using llmopt::Tensor;
+
+constexpr int kPanel = 2 * kLanes;  // NR
+// MR: accumulators of the largest register tile leave room for two weight vectors and one broadcast.
+constexpr int kMaxRows = kVecRegisters == 32 ? 14 : kLanes == 8 ? 6 : 4;
+static_assert(kMaxRows <= kLanes, "rows of a tile are transposed as one square block");
+
+inline int64_t padded_k(int64_t k, DType weight) { return weight == DType::bf16 ? (k + 1) / 2 * 2 : k; }
+inline int64_t panel_bytes(int64_t k, DType weight) { return padded_k(k, weight) * kPanel * itemsize(weight); }
+// Element index inside a panel.
+inline int64_t packed_index(int64_t k, int64_t column, DType weight) {
+  if (weight == DType::bf16) return (k / 2 * kPanel + column) * 2 + k % 2;
+  return k * kPanel + column;
+}
+
+// How a micro-kernel reads weights: one `step` covers kSteps values of k and gives f(i, b0, b1) the two column vectors
+// of each.
+struct WeightF32 {
+  static constexpr int kSteps = 1;
+  static constexpr int kStepBytes = kPanel * 4;
+  template <class F>
+  static inline __attribute__((always_inline)) void step(const char* b, F f) {
+    const float* p = reinterpret_cast<const float*>(b);
+    f(0, vload(p), vload(p + kLanes));
+  }
+};
+struct WeightF16 {
+  static constexpr int kSteps = 1;
+  static constexpr int kStepBytes = kPanel * 2;
+  template <class F>
+  static inline __attribute__((always_inline)) void step(const char* b, F f) {
+    const uint16_t* p = reinterpret_cast<const uint16_t*>(b);
+    f(0, vload_f16(p), vload_f16(p + kLanes));
+  }
+};
+struct WeightBF16 {
+  static constexpr int kSteps = 2;
+  static constexpr int kStepBytes = kPanel * 4;
+  template <class F>
+  static inline __attribute__((always_inline)) void step(const char* b, F f) {
+    const uint16_t* p = reinterpret_cast<const uint16_t*>(b);
+    f(0, vload_bf16_even(p), vload_bf16_even(p + kPanel));
+    f(1, vload_bf16_odd(p), vload_bf16_odd(p + kPanel));
+  }
+};
+
+}  // namespace

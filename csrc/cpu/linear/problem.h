@@ -1,0 +1,75 @@
+// One linear step with its operands by name, and how it is cut: row tiles, K blocks, chunks.
+#pragma once
+#include "cpu/linear/layout.h"
+
+namespace {
+
+enum NormKind : int64_t { kNormNone = 0, kNormRms = 1, kNormLayer = 2 };
+
+struct Problem {
+  const Tensor &x, &w, &bias, &residual, &y, &norm_weight, &norm_bias;
+  const int64_t M, N, K;
+  const DType weight;
+  const int64_t act;
+  const bool gated;
+  const int64_t norm;
+  const float eps, alpha, norm_offset;
+
+  explicit Problem(const Step& s)
+      : x(s.t[0]), w(s.t[1]), bias(s.t[2]), residual(s.t[3]), y(s.t[4]), norm_weight(s.t[5]), norm_bias(s.t[6]),
+        M(x.size[0]), N(s.i[0]), K(s.i[1]), weight(static_cast<DType>(s.i[2])), act(s.i[3]), gated(s.i[4] != 0),
+        norm(s.i[5]), eps(s.f[0]), alpha(s.f[1]), norm_offset(s.f[2]) {}
+
+  int64_t outputs() const { return gated ? N / 2 : N; }
+  int64_t panels() const { return ceil_div(N, kPanel); }
+  int64_t padded_k() const { return ::padded_k(K, weight); }
+  // A row of f32 that needs no norm and no zero pad is read where it lies.
+  bool prepared() const { return M > 1 || x.dtype != DType::f32 || norm != kNormNone || padded_k() != K; }
+
+  // Rows are cut into tiles of nearly equal height, so that no short tile runs at low efficiency.
+  int64_t tiles() const { return ceil_div(M, kMaxRows); }
+  int64_t tile_row(int64_t tile) const { return tile * M / tiles(); }
+  // Start of a prepared tile in floats: [padded K][rows of the tile], and room for one vector store past its end.
+  int64_t tile_offset(int64_t tile) const { return tile_row(tile) * padded_k() + tile * kLanes; }
+};
+
+// How the GEMM is cut. A chunk is `span` panels by `tiles_per_block` tiles. With more than one tile the panels of a chunk
+// stay in L2 while the tiles pass over them, K block after K block.
+struct Schedule {
+  int64_t span, tiles_per_block, blocks, k_block, k_blocks;
+
+  Schedule(const Problem& p, int threads);
+  int64_t chunks(const Problem& p) const { return p.M == 0 ? 0 : ceil_div(p.panels(), span) * blocks; }
+};
+
+constexpr int64_t kL2Weights = 384 << 10;    // bytes of f32 weights that stay in L2 beside the passing rows
+constexpr int64_t kMaxKBlock = 2048;         // one panel of it is no more than that in any tier
+constexpr int64_t kSumBytes = 512 << 10;     // of sums that wait between K blocks
+constexpr int64_t kChunksPerThread = 8;      // enough that a core at half speed does not hold up the others for long
+constexpr int64_t kStreamChunk = 512 << 10;  // bytes of weights in a chunk that reads them once
+constexpr int64_t kMaxSpan = 8;
+constexpr int64_t kMinBlockTiles = 4;
+constexpr int64_t kTileSums = kMaxRows * kPanel;  // floats
+static_assert(kMaxKBlock * kPanel * 4 <= kL2Weights && kSumBytes + kL2Weights <= int64_t(llmopt::kLocalBytes));
+
+inline Schedule::Schedule(const Problem& p, int threads) {
+  const int64_t tiles = p.tiles(), panels = p.panels(), wanted = kChunksPerThread * threads;
+  blocks = k_blocks = 1;
+  tiles_per_block = tiles;
+  k_block = p.padded_k();
+  if (tiles <= 1) {
+    span = max64(1, min64(kStreamChunk / max64(1, panel_bytes(p.K, p.weight)), panels / wanted));
+    return;
+  }
+  k_blocks = max64(1, ceil_div(p.padded_k(), kMaxKBlock));
+  k_block = ceil_div(ceil_div(p.padded_k(), k_blocks), 4) * 4;
+  span = min64(kL2Weights / max64(1, k_block * kPanel * 4), panels / wanted);
+  span = max64(1, min64(span, kMaxSpan));
+  // Few panels: cut the rows too.
+  blocks = min64(ceil_div(wanted, ceil_div(panels, span)), max64(1, tiles / kMinBlockTiles));
+  if (k_blocks > 1) blocks = max64(blocks, ceil_div(tiles, kSumBytes / (span * kTileSums * 4)));
+  tiles_per_block = ceil_div(tiles, blocks);
+  blocks = ceil_div(tiles, tiles_per_block);
+}
+
+}  // namespace

@@ -1,0 +1,111 @@
+"""The torch.compile backend: Dynamo graph → passes → plan → executable, the whole pipeline on one screen."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from llmopt import settings
+from llmopt.compiled import CompiledGraph
+from llmopt.executor import build_executable
+from llmopt.graph import kind
+from llmopt.options import Options, parse_options
+from llmopt.passes.pipeline import PIPELINE
+from llmopt.passes.verify import check_form, check_values, run_copy
+from llmopt.plan import make_plan
+from llmopt.target import target
+
+log = logging.getLogger("llmopt")
+
+
+def llmopt(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+) -> Callable:
+    """Compiles one Dynamo graph; what `torch.compile(model, backend="llmopt")` calls.
+
+    mode: None, "default", "reduce-overhead" or "max-autotune". options: see `llmopt.options`.
+    Raises ValueError for a mode or option that does not exist, naming those that do.
+    """
+    chosen = parse_options(mode, options)
+    reason = _why_not(gm, example_inputs)
+    if reason:
+        say(1, f"graph of {len(gm.graph.nodes)} nodes runs as in PyTorch: {reason}")
+        return CompiledGraph(None, gm, {}, chosen, reason)
+    return _compile(gm, example_inputs, chosen)
+
+
+def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Callable:
+    here = target()
+    clock = _Clock()
+    _run_passes(gm, example_inputs, clock)
+    plan = make_plan(gm.graph, here)
+    clock.lap("plan")
+    if not plan.segments:
+        say(1, "nothing in this graph has a native kernel")
+    executable = build_executable(gm, plan)
+    clock.lap("build")
+    say(2, str(plan))
+    for fallback in plan.fallbacks:
+        where = f"  [{fallback.source}]" if fallback.source else ""
+        say(1, f"runs as in PyTorch: {kind(fallback.node)} ({fallback.node.name}): {fallback.reason}{where}")
+    return CompiledGraph(plan, executable, clock.seconds, options)
+
+
+def _why_not(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> str:
+    """Why a graph is left to PyTorch as a whole, or ""."""
+    tensors = [t for t in example_inputs if isinstance(t, torch.Tensor)]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return "gradients are needed (call under torch.no_grad() or torch.inference_mode() for acceleration)"
+    devices = {t.device.type for t in tensors}
+    if devices - {"cpu"}:
+        return f"tensors on {', '.join(sorted(devices))}: kernels for cpu are possible"
+    if torch.is_autocast_enabled("cpu"):
+        return "autocast is on: its casts happen inside PyTorch's own operators"
+    if any(not isinstance(t, torch.Tensor | int | float | torch.SymInt) for t in example_inputs):
+        return "an input is neither tensor nor number"
+    return ""
+
+
+def _run_passes(gm: fx.GraphModule, example_inputs: Sequence[Any], clock: _Clock) -> None:
+    disabled = settings.disabled_passes()
+    values = run_copy(gm, example_inputs) if settings.verify_passes() else None
+    for name, run in PIPELINE:
+        if name in disabled:
+            continue
+        run(gm.graph)
+        check_form(gm.graph, name)
+        clock.lap(name)
+        if settings.debug_level() >= 3:
+            say(3, f"graph after {name}:\n{gm.graph}")
+        if values is not None:
+            gm.recompile()
+            check_values(values, run_copy(gm, example_inputs), name)
+            clock.lap("verify")
+
+
+def say(level: int, text: str) -> None:
+    """One message of LLMOPT_DEBUG level `level`."""
+    if settings.debug_level() >= level:
+        print(f"llmopt: {text}", flush=True)
+    log.debug(text)
+
+
+class _Clock:
+    """Seconds per phase."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, phase: str) -> None:
+        now = time.perf_counter()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
+        self._last = now

@@ -1,0 +1,148 @@
+"""What is measured: a phase is one kind of call at one size, with the work it cannot avoid.
+
+A causal model is driven by a plain loop over `step(ids, cache)` rather than `generate()`, so that
+the Python around the model is the same few lines for every system. Tokens are seeded random ids:
+time does not depend on which they are.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from llmopt.models import LoadedModel, ModelError
+
+PREFILL_TOKENS = 512
+PROMPT_TOKENS = 128
+NEW_TOKENS = 64
+ENCODER_SIZES = ("8x128", "1x128")
+
+
+class Runner(Protocol):
+    """A system's compiled model."""
+
+    def step(self, ids: torch.Tensor, cache: Any) -> tuple[torch.Tensor, Any]:
+        """Causal models: ids [B, S] and the cache so far → the last logits [B, V], cache."""
+
+    def call(self, inputs: dict[str, Any]) -> torch.Tensor:
+        """Other models: keyword inputs → the first output tensor."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One row of the table for each system."""
+
+    name: str  # "prefill", "first-token", "decode", "8x128", "call"
+    unit: str  # "tokens/s" or "ms"
+    batch: int = 1
+    tokens: int = 0  # prompt length, or tokens per sequence of an encoder
+    new: int = 0  # tokens generated in the timed part
+
+    @property
+    def higher_is_better(self) -> bool:
+        return self.unit == "tokens/s"
+
+    def value(self, seconds: float) -> float:
+        """Seconds of one pass in the phase's unit."""
+        if self.unit == "ms":
+            return seconds * 1e3
+        return self.batch * (self.new or self.tokens) / seconds
+
+    def describe(self) -> str:
+        """The row's title."""
+        if self.name == "prefill":
+            return f"prefill of {self.tokens} tokens"
+        if self.name == "first-token":
+            return f"first token after {self.tokens}"
+        if self.name == "decode":
+            return f"decode of {self.new} after {self.tokens}"
+        if self.name == "call":
+            return "one call"
+        return f"batch {self.batch} of {self.tokens} tokens"
+
+
+CAUSAL = (
+    Phase("prefill", "tokens/s", tokens=PREFILL_TOKENS),
+    Phase("first-token", "ms", tokens=PROMPT_TOKENS),
+    Phase("decode", "tokens/s", tokens=PROMPT_TOKENS, new=NEW_TOKENS),
+)
+
+
+def phases_of(kind: str, names: Sequence[str] = ()) -> tuple[Phase, ...]:
+    """A kind of model's phases: the usual ones, or those named; ModelError names what exists."""
+    if kind == "causal":
+        rows = {phase.name: phase for phase in CAUSAL}
+        unknown = [name for name in names if name not in rows]
+        if unknown:
+            raise ModelError(f"unknown phase {unknown[0]!r}: a causal model has {', '.join(rows)}")
+        return tuple(rows[name] for name in names or rows)
+    if kind == "encoder":
+        return tuple(_encode(name) for name in names or ENCODER_SIZES)
+    if list(names) not in ([], ["call"]):
+        raise ModelError(f"unknown phase {names[0]!r}: a module with its own inputs has call")
+    return (Phase("call", "ms"),)
+
+
+def _encode(name: str) -> Phase:
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", name)
+    if match is None:
+        raise ModelError(f"unknown phase {name!r}: an encoder's are batch x tokens, such as 8x128")
+    return Phase(name, "ms", batch=int(match[1]), tokens=int(match[2]))
+
+
+def token_ids(loaded: LoadedModel, batch: int, tokens: int) -> torch.Tensor:
+    """Seeded random ids [batch, tokens]; the first ids, often special tokens, are left out."""
+    config: Any = loaded.model.config
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(100, config.vocab_size, (batch, tokens), generator=generator)
+
+
+def inputs_of(loaded: LoadedModel, phase: Phase) -> dict[str, Any]:
+    """The keyword inputs of one call of the model in a phase."""
+    if loaded.kind == "call":
+        return dict(loaded.example)
+    ids = token_ids(loaded, phase.batch, phase.tokens)
+    if loaded.kind == "causal":
+        return {"input_ids": ids}
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def last_logits_only(model: torch.nn.Module) -> dict[str, int]:
+    """The keyword by which `generate()` asks for the last token's logits only, where it exists."""
+    knows = "logits_to_keep" in inspect.signature(model.forward).parameters
+    return {"logits_to_keep": 1} if knows else {}
+
+
+def run_once(runner: Runner, loaded: LoadedModel, phase: Phase) -> float:
+    """One pass of a phase; returns the seconds of its timed part."""
+    if loaded.kind != "causal":
+        inputs = inputs_of(loaded, phase)
+        start = time.perf_counter()
+        runner.call(inputs)
+        return time.perf_counter() - start
+    ids = inputs_of(loaded, phase)["input_ids"]
+    start = time.perf_counter()
+    logits, cache = runner.step(ids, None)
+    token = logits.argmax(-1, keepdim=True)
+    if not phase.new:
+        return time.perf_counter() - start
+    start = time.perf_counter()
+    for _ in range(phase.new):
+        logits, cache = runner.step(token, cache)
+        token = logits.argmax(-1, keepdim=True)
+    return time.perf_counter() - start
+
+
+def sample(runner: Runner, loaded: LoadedModel, phase: Phase) -> torch.Tensor:
+    """The output of one call in fp32, to compare systems by."""
+    if loaded.kind != "causal":
+        return runner.call(inputs_of(loaded, phase)).float()
+    logits, cache = runner.step(inputs_of(loaded, phase)["input_ids"], None)
+    after, _ = runner.step(torch.full_like(logits[:, :1], 100, dtype=torch.int64), cache)
+    return torch.stack([logits, after]).float()

@@ -1,0 +1,53 @@
+"""The rows of a benchmark as one PNG: a panel per phase, a bar per system, a line at the roof."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from llmopt.benchmark.results import Row, Setting, number
+
+OURS, THEIRS, ROOF = "#1f6feb", "#9aa4b2", "#d1242f"
+
+
+def plot(path: Path, rows: Sequence[Row], setting: Setting) -> None:
+    """Writes the picture; raises ModuleNotFoundError when matplotlib is not installed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = list(dict.fromkeys((row.phase, row.title, row.unit) for row in rows))
+    systems = list(dict.fromkeys(row.system for row in rows))
+    height = 1.0 + len(panels) * (0.55 + 0.28 * len(systems))
+    figure, axes = plt.subplots(len(panels), 1, figsize=(8, height), squeeze=False)
+    for axis, (phase, title, unit) in zip(axes[:, 0], panels, strict=True):
+        shown = [row for row in rows if row.phase == phase]
+        colours = [OURS if row.system == "llmopt" else THEIRS for row in shown]
+        bars = axis.barh([r.system for r in shown], [r.value for r in shown], color=colours)
+        axis.bar_label(bars, labels=[number(row.value) for row in shown], padding=3, fontsize=9)
+        axis.invert_yaxis()
+        axis.margins(x=0.12)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(labelsize=9)
+        better = "more is better" if unit == "tokens/s" else "less is better"
+        axis.set_title(f"{title}, {unit} ({better})", loc="left", fontsize=10)
+        roof = _roof(shown)
+        if roof is not None:
+            axis.axvline(roof, color=ROOF, linestyle="--", linewidth=1)
+            axis.text(roof, -0.6, "roofline ", color=ROOF, fontsize=8, ha="right", va="bottom")
+    figure.suptitle(f"{setting.model} {setting.dtype} — {setting.machine()}", fontsize=9)
+    figure.tight_layout(rect=(0, 0, 1, 0.98))
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _roof(rows: Sequence[Row]) -> float | None:
+    """The bound in the panel's unit, from the row nearest to it."""
+    bounded = [row for row in rows if row.of_bound]
+    if not bounded:
+        return None
+    row = max(bounded, key=lambda r: r.of_bound or 0.0)
+    assert row.of_bound is not None
+    faster_is_more = row.unit == "tokens/s"
+    return row.value / row.of_bound if faster_is_more else row.value * row.of_bound

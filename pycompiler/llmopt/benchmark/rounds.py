@@ -1,0 +1,134 @@
+"""Interleaved rounds: each system measures each phase once a round, between two probes.
+
+A measurement whose probes before and after differ by more than 10 % met a disturbance and is
+repeated, up to three times; if it never gets calm it is kept and marked. Interleaving spreads slow
+drifts over all systems.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from llmopt.benchmark.phases import Phase
+from llmopt.benchmark.systems import System
+from llmopt.benchmark.work import Work
+from llmopt.benchmark.worker import Job, Worker, WorkerError
+from llmopt.native.probe import Probe, measure
+
+UNSTEADY = 0.10
+TRIES = 4
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One measurement of one system in one phase."""
+
+    seconds: float
+    fma_flops: float  # per second, the mean of the probes around it
+    read_bytes: float
+    steady: bool
+
+
+@dataclass
+class Run:
+    """All that one benchmark run found out."""
+
+    systems: list[str] = field(default_factory=list)  # those that ran, in the order asked for
+    work: dict[str, Work | None] = field(default_factory=dict)  # by phase name
+    compile_seconds: dict[str, float] = field(default_factory=dict)  # by system
+    peak_mib: dict[str, float] = field(default_factory=dict)  # by system
+    difference: dict[str, float] = field(default_factory=dict)  # from eager, by system
+    failures: dict[str, str] = field(default_factory=dict)  # by system, why it has no numbers
+    measurements: dict[tuple[str, str], list[Measurement]] = field(default_factory=dict)
+
+
+def run(
+    systems: Sequence[System],
+    phases: Sequence[Phase],
+    job: Callable[[str], Job],
+    rounds: int,
+    say: Callable[[str], None],
+) -> Run:
+    """Starts one worker per system, then measures. say: told what happens next."""
+    result = Run()
+    workers: dict[str, Worker] = {}
+    try:
+        for system in systems:
+            _start(system, phases, job(system.name), result, workers, say)
+        _compare(workers, phases, result)
+        for number in range(rounds):
+            for phase in phases:
+                for name in list(workers):
+                    say(f"round {number + 1} of {rounds}: {phase.describe()}, {name}")
+                    _measure(name, phase, workers, result)
+        for name, worker in workers.items():
+            result.peak_mib[name] = worker.ask("peak_mib")
+    finally:
+        for worker in workers.values():
+            worker.stop()
+    result.systems = list(workers)
+    return result
+
+
+def _start(
+    system: System,
+    phases: Sequence[Phase],
+    job: Job,
+    result: Run,
+    workers: dict[str, Worker],
+    say: Callable[[str], None],
+) -> None:
+    say(f"{system.name}: loading{', compiling' * system.compiles} and warming up")
+    worker = Worker(job, phases)
+    try:
+        if not result.work:
+            result.work = {phase.name: worker.ask("work", phase) for phase in phases}
+        seconds = worker.ask("start")
+    except WorkerError as error:
+        result.failures[system.name] = str(error)
+        worker.stop()
+        return
+    workers[system.name] = worker
+    if system.compiles:
+        result.compile_seconds[system.name] = seconds
+
+
+def _compare(workers: dict[str, Worker], phases: Sequence[Phase], result: Run) -> None:
+    """Each system's largest difference from eager's output, relative to its largest value."""
+    if "eager" not in workers:
+        return
+    want: torch.Tensor = workers["eager"].ask("sample", phases[0])
+    for name, worker in workers.items():
+        got = worker.ask("sample", phases[0])
+        result.difference[name] = float((got - want).abs().max() / want.abs().max())
+
+
+def _measure(name: str, phase: Phase, workers: dict[str, Worker], result: Run) -> None:
+    worker = workers[name]
+    for _ in range(TRIES):
+        before = measure(worker.job.threads)
+        try:
+            seconds = worker.ask("measure", phase)
+        except WorkerError as error:
+            result.failures[name] = f"{phase.describe()}: {error}"
+            workers.pop(name).stop()
+            return
+        after = measure(worker.job.threads)
+        if _alike(before, after):
+            break
+    result.measurements.setdefault((name, phase.name), []).append(
+        Measurement(
+            seconds,
+            (before.fma_flops + after.fma_flops) / 2,
+            (before.read_bytes + after.read_bytes) / 2,
+            _alike(before, after),
+        )
+    )
+
+
+def _alike(before: Probe, after: Probe) -> bool:
+    pairs = ((before.fma_flops, after.fma_flops), (before.read_bytes, after.read_bytes))
+    return all(abs(a - b) <= UNSTEADY * max(a, b) for a, b in pairs)

@@ -1,0 +1,155 @@
+"""`llmopt bench MODEL`: end-to-end speed against eager and peers, between machine probes."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from llmopt.cli import options
+from llmopt.cli.progress import working
+
+
+def add(commands: Any) -> None:
+    parser = commands.add_parser(
+        "bench",
+        help="end-to-end speed against eager and peers",
+        description="Runs each system in its own process, in interleaved rounds, with probes of "
+        "the machine around each measurement. Causal models: prefill of 512 tokens, first token "
+        "after 128, decode of 64 tokens after 128 (batch 1, a plain loop over forward with a KV "
+        "cache). Encoders: batches such as 8x128. Anything else: its own example inputs.",
+    )
+    parser.add_argument("model", metavar="MODEL", help=options.MODEL_HELP)
+    options.add_dtype(parser)
+    options.add_random_weights(parser)
+    options.add_threads(parser)
+    parser.add_argument(
+        "--against",
+        type=options.names,
+        default=["eager"],
+        metavar="SYSTEM,…",
+        help="eager, inductor, inductor-freezing, onnxruntime (default: eager)",
+    )
+    parser.add_argument(
+        "--phases",
+        type=options.names,
+        default=[],
+        metavar="PHASE,…",
+        help="prefill, first-token, decode; for encoders BATCHxTOKENS (default: all, 8x128,1x128)",
+    )
+    parser.add_argument(
+        "--repeat", type=options.positive, default=5, metavar="N", help="rounds (default: 5)"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write one JSON line a number")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="write a picture")
+    parser.add_argument(
+        "--markdown",
+        type=Path,
+        metavar="FILE",
+        help="put the table between this model's marks in FILE (made if it is not there)",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    import torch
+
+    from llmopt import settings
+    from llmopt.benchmark import rounds
+    from llmopt.benchmark.phases import phases_of
+    from llmopt.benchmark.results import Setting, rows_of
+    from llmopt.benchmark.systems import systems_of
+    from llmopt.benchmark.worker import Job
+    from llmopt.models import DTYPES, kind_of
+
+    if args.plot and args.plot.suffix != ".png":
+        raise ValueError(f"--plot {args.plot}: the picture is a .png")
+    for path in (args.json, args.plot, args.markdown):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise ValueError(f"{path}: there is no folder {path.absolute().parent}")
+    systems = systems_of(args.against)
+    threads = args.threads or torch.get_num_threads()
+    torch.set_num_threads(threads)
+    with working(f"{args.model}: looking at the model"):
+        phases = phases_of(
+            kind_of(args.model, DTYPES[args.dtype], args.random_weights), args.phases
+        )
+
+    def job(system: str) -> Job:
+        return Job(
+            system,
+            args.model,
+            args.dtype,
+            threads,
+            args.random_weights,
+            debug=settings.debug_level() > 0,
+        )
+
+    with working("starting") as task:
+        result = rounds.run(systems, phases, job, args.repeat, task.say)
+    setting = Setting(_short(args.model), args.dtype, threads, _command(args))
+    rows = rows_of(result, phases)
+    _write(args, rows, setting)
+    _print(rows, setting, result.difference)
+    for name, reason in result.failures.items():
+        print(f"llmopt: {name} failed: {reason}", file=sys.stderr)
+    return 1 if result.failures else 0
+
+
+def _short(model: str) -> str:
+    """A function or folder by its last part: paths are nobody else's business."""
+    return model.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1]
+
+
+def _command(args: argparse.Namespace) -> str:
+    words = ["llmopt", "bench", _short(args.model), "--dtype", args.dtype]
+    words += ["--against", ",".join(args.against)]
+    if args.phases:
+        words += ["--phases", ",".join(args.phases)]
+    return shlex.join(words)
+
+
+def _write(args: argparse.Namespace, rows: Any, setting: Any) -> None:
+    from llmopt.benchmark import plot, results
+
+    if args.json:
+        args.json.write_text(results.json_lines(rows, setting))
+    if args.markdown:
+        results.write_markdown(args.markdown, results.markdown(rows, setting), setting)
+    if args.plot:
+        plot.plot(args.plot, rows, setting)
+
+
+def _print(rows: Any, setting: Any, difference: dict[str, float]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from llmopt.benchmark.results import number
+
+    table = Table(title=f"{setting.model} {setting.dtype}\n{setting.machine()}")
+    for heading in ("phase", "system"):
+        table.add_column(heading)
+    for heading in ("value", "× eager", "% of roof", "FMA GFLOP/s", "read GB/s", "steady rounds"):
+        table.add_column(heading, justify="right")
+    last = ""
+    for row in rows:
+        if row.phase != last:
+            table.add_section()
+        table.add_row(
+            row.title if row.phase != last else "",
+            row.system,
+            f"{number(row.value)} {row.unit}",
+            "" if row.ratio is None else f"{row.ratio:.2f}",
+            "" if row.of_bound is None else f"{row.of_bound:.0%}",
+            "" if row.fma_flops is None else f"{row.fma_flops / 1e9:.0f}",
+            "" if row.read_bytes is None else f"{row.read_bytes / 1e9:.1f}",
+            f"{row.steady} of {row.rounds}" if row.rounds else "",
+        )
+        last = row.phase
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    console.print(table)
+    for name, value in difference.items():
+        if name != "eager":
+            print(f"{name}: outputs differ from eager's by at most {value:.1e} of the largest")

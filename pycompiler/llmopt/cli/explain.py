@@ -1,0 +1,68 @@
+"""`llmopt explain MODEL`: what llmopt did with a model, layer by layer, and why."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from llmopt.cli import options
+from llmopt.cli.progress import working
+
+
+def add(commands: Any) -> None:
+    parser = commands.add_parser(
+        "explain",
+        help="what llmopt did with a model, and why",
+        description="Compiles the model, runs it, and tells per layer the kernel, the time and the "
+        "share of the measured roof, what fell back to PyTorch and why, and where compile "
+        "time went.",
+    )
+    parser.add_argument("model", metavar="MODEL", help=options.MODEL_HELP)
+    options.add_dtype(parser)
+    options.add_random_weights(parser)
+    parser.add_argument(
+        "--phase",
+        metavar="PHASE",
+        help="prefill (default), first-token or decode of a causal model; an encoder's 8x128",
+    )
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write one HTML file")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write JSON")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    import torch
+
+    import llmopt
+    from llmopt.benchmark.phases import phases_of
+    from llmopt.models import DTYPES, load
+
+    with working(f"{args.model}: loading"):
+        loaded = load(args.model, DTYPES[args.dtype], args.random_weights)
+    phase = phases_of(loaded.kind, [args.phase] if args.phase else ())[0]
+    with torch.inference_mode(), working(f"{args.model}: compiling and measuring") as task:
+        compiled: Any = torch.compile(loaded.model, backend="llmopt")
+        inputs = _inputs(compiled, loaded, phase)
+        task.say(f"{args.model}: measuring {phase.describe()}")
+        report = llmopt.explain(compiled, **inputs)
+    print(report)
+    if args.html:
+        report.to_html(args.html)
+    if args.json:
+        report.to_json(args.json)
+    return 0
+
+
+def _inputs(compiled: Any, loaded: Any, phase: Any) -> dict[str, Any]:
+    """The keyword inputs of the call to explain; a decode call comes with a cache of the prompt."""
+    from llmopt.benchmark.phases import inputs_of, last_logits_only
+
+    inputs = inputs_of(loaded, phase)
+    if loaded.kind != "causal":
+        return inputs
+    keywords = {"use_cache": True, **last_logits_only(loaded.model)}
+    if not phase.new:
+        return {**inputs, **keywords}
+    cache = compiled(**inputs, **keywords).past_key_values
+    return {"input_ids": inputs["input_ids"][:, :1], "past_key_values": cache, **keywords}

@@ -1,0 +1,41 @@
+"""Options that several commands share, and their checks."""
+
+from __future__ import annotations
+
+import argparse
+
+MODEL_HELP = "smollm2, minilm, path.py:function, or a folder written by save_pretrained"
+
+
+def add_dtype(parser: argparse.ArgumentParser) -> None:
+    from llmopt.models import DTYPES
+
+    parser.add_argument(
+        "--dtype", choices=tuple(DTYPES), default="fp32", help="weights' type (default: fp32)"
+    )
+
+
+def add_random_weights(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--random-weights",
+        action="store_true",
+        help="the architecture alone with seeded random weights: needs no model package",
+    )
+
+
+def add_threads(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--threads", type=positive, help="threads (default: what torch takes by itself)"
+    )
+
+
+def positive(text: str) -> int:
+    """An argparse type: a whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def names(text: str) -> list[str]:
+    """An argparse type: comma-separated names."""
+    return [name.strip() for name in text.split(",") if name.strip()]

@@ -1,0 +1,51 @@
+"""What is seen while something takes its time: a spinner or bar on a terminal, lines elsewhere.
+
+All of it goes to stderr, so that stdout holds results only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from llmopt.models.errors import ModelError
+
+
+class Task:
+    """The running step; `say` changes its text, `advance` moves its bar."""
+
+    def __init__(self, progress: Any, number: Any, console: Any) -> None:
+        self._progress = progress
+        self._number = number
+        self._console = console
+
+    def say(self, text: str) -> None:
+        if self._console.is_terminal:
+            self._progress.update(self._number, description=text)
+        else:
+            self._console.print(text, highlight=False)
+
+    def advance(self, steps: int = 1) -> None:
+        self._progress.advance(self._number, steps)
+
+
+@contextlib.contextmanager
+def working(text: str, total: int | None = None) -> Iterator[Task]:
+    """Shows text with the elapsed time (and a bar when total is given) until the block ends."""
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    except ModuleNotFoundError as error:
+        raise ModelError("this command needs rich: pip install 'llmopt[demo]'") from error
+
+    console = Console(stderr=True)
+    columns = [SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()]
+    if total is not None:
+        columns.insert(2, BarColumn(bar_width=30))
+    quiet = not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=quiet) as progress:
+        task = Task(progress, progress.add_task(text, total=total), console)
+        if quiet:
+            console.print(text, highlight=False)
+        yield task

@@ -1,0 +1,110 @@
+"""Compiled graphs: what the backend returns to Dynamo, and the list of those alive, for reports."""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx
+
+from llmopt.executor import Segment, segments_of
+from llmopt.options import Options
+from llmopt.plan import Plan
+
+
+@dataclass
+class Run:
+    """One profiled call of a compiled graph: nanoseconds per step of every segment, and the whole call."""
+
+    graph: CompiledGraph
+    seconds: float
+    step_ns: dict[str, list[int]]
+    costs: dict[str, list[tuple[int, int]]]  # segment → (flops, bytes) per step
+
+
+@dataclass(eq=False)
+class CompiledGraph:
+    """A Dynamo graph as llmopt runs it. Calling it is calling the graph."""
+
+    plan: Plan | None
+    executable: fx.GraphModule
+    compile_seconds: dict[str, float]
+    options: Options
+    reason: str = ""  # why the whole graph runs as in PyTorch, if it does
+    calls: int = 0
+    _forward: Callable[..., Any] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._forward = self.executable.forward
+        _alive.append(weakref.ref(self))
+
+    def __call__(self, *arguments: Any) -> Any:
+        self.calls += 1
+        if _profile.runs is not None:
+            return self._profiled(arguments)
+        return self._forward(*arguments)
+
+    def segments(self) -> list[Segment]:
+        return segments_of(self.executable)
+
+    def packed_bytes(self) -> int:
+        return sum(s.packed_bytes() for s in self.segments())
+
+    def _profiled(self, arguments: tuple) -> Any:
+        run = Run(self, 0.0, {}, {})
+        segments = self.segments()
+        seen: dict[str, tuple] = {}
+        for segment in segments:
+            segment.forward = _profiling(segment, seen)  # type: ignore[method-assign]
+        start = time.perf_counter()
+        try:
+            result = self._forward(*arguments)
+        finally:
+            for segment in segments:
+                del segment.forward
+        run.seconds = time.perf_counter() - start
+        for segment in segments:
+            run.step_ns[segment.name] = list(segment.profile_ns or [])
+            run.costs[segment.name] = segment.costs(seen[segment.name])
+        assert _profile.runs is not None
+        _profile.runs.append(run)
+        return result
+
+
+def _profiling(segment: Segment, seen: dict[str, tuple]) -> Callable[..., Any]:
+    def forward(*arguments: Any) -> Any:
+        seen[segment.name] = tuple(segment.symbol_values(arguments))
+        return segment.profiled(*arguments)
+
+    return forward
+
+
+class _Profile(threading.local):
+    """Where profiled calls of this thread are collected; None while nobody asks."""
+
+    runs: list[Run] | None = None
+
+
+_profile = _Profile()
+_alive: list[weakref.ref[CompiledGraph]] = []
+
+
+def alive() -> list[CompiledGraph]:
+    """Every compiled graph that still exists, oldest first."""
+    _alive[:] = [r for r in _alive if r() is not None]
+    return [g for r in _alive if (g := r()) is not None]
+
+
+class profiling:  # noqa: N801  (used as `with profiling() as runs`)
+    """Within it, compiled graphs called by this thread record how long each step takes."""
+
+    def __enter__(self) -> list[Run]:
+        _profile.runs = []
+        return _profile.runs
+
+    def __exit__(self, *_: object) -> None:
+        _profile.runs = None

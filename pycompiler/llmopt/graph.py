@@ -1,0 +1,338 @@
+"""Reading and editing Dynamo's FX graph in canonical terms.
+
+Dynamo writes one operation in many ways (`x + y`, `torch.add`, `x.add`). `kind(node)` gives all of them one name, `fake(node)` the
+example value that carries shape, dtype and strides, `emit` adds a node with its example value computed.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+from llmopt.sizes import Size, expression
+
+# Spellings whose own name is not the canonical one.
+_ALIASES = {
+    "__add__": "add",
+    "__mul__": "mul",
+    "truediv": "div",
+    "true_divide": "div",
+    "subtract": "sub",
+    "multiply": "mul",
+    "divide": "div",
+    "rsub": "rsub",
+    "negative": "neg",
+    "swapaxes": "transpose",
+    "moveaxis": "movedim",
+    "concat": "cat",
+    "concatenate": "cat",
+    "type": "to",
+    "iadd": "add_",
+    "imul": "mul_",
+    "isub": "sub_",
+    "itruediv": "div_",
+    "setitem": "setitem_",
+    "hardtanh": "hardtanh",
+    "index_copy": "index_copy",
+}
+
+# Methods that only cast: name → dtype.
+CASTS = {
+    "float": torch.float32,
+    "half": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "double": torch.float64,
+    "long": torch.int64,
+    "int": torch.int32,
+    "bool": torch.bool,
+}
+
+def kind(node: fx.Node) -> str:
+    """The canonical name of a node's operation; in-place operations end in an underscore."""
+    cached = node.meta.get("llmopt_kind")
+    if cached is not None:
+        return cached
+    name = _kind(node)
+    node.meta["llmopt_kind"] = name
+    return name
+
+
+def _kind(node: fx.Node) -> str:
+    if node.op == "call_method":
+        name = node.target
+        return _ALIASES.get(name, name)
+    if node.op != "call_function":
+        return node.op
+    target = node.target
+    if target is getattr:
+        return "getattr_" + str(node.args[1]) if len(node.args) > 1 else "getattr"
+    name = getattr(target, "__name__", str(target))
+    module = getattr(target, "__module__", "") or ""
+    if module.startswith("llmopt."):
+        return "llmopt." + name
+    if node.kwargs.get("inplace") is True:
+        return name.rstrip("_") + "_"
+    return _ALIASES.get(name, name)
+
+
+def fake(node: Any) -> Any:
+    """The example value of a node (FakeTensor, SymInt, tuple …); anything that is not a node is returned as it is."""
+    return node.meta.get("example_value") if isinstance(node, fx.Node) else node
+
+
+def is_tensor(node: Any) -> bool:
+    return isinstance(node, fx.Node) and isinstance(fake(node), torch.Tensor)
+
+
+def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
+    """An argument by position or keyword."""
+    if len(node.args) > position:
+        return node.args[position]
+    return node.kwargs.get(name, default)
+
+
+def same_size(a: Size, b: Size) -> bool:
+    """True when two sizes are the same expression; never adds a guard."""
+    return expression(a) == expression(b)
+
+
+def same_shape(a: Sequence[Size], b: Sequence[Size]) -> bool:
+    return len(a) == len(b) and all(same_size(x, y) for x, y in zip(a, b, strict=True))
+
+
+def is_one(size: Size) -> bool:
+    return isinstance(expression(size), int) and expression(size) == 1
+
+
+def is_dense(tensor: torch.Tensor, order: Sequence[int] | None = None) -> bool:
+    """True when the tensor is contiguous (in the given dimension order); never adds a guard."""
+    expected: Size = 1
+    for d in reversed(order if order is not None else range(tensor.dim())):
+        if is_one(tensor.shape[d]):
+            continue
+        if not same_size(tensor.stride(d), expected):
+            return False
+        expected = expected * tensor.shape[d]
+    return True
+
+
+def numel(tensor: torch.Tensor) -> Size:
+    total: Size = 1
+    for s in tensor.shape:
+        total = total * s
+    return total
+
+
+def is_empty(tensor: torch.Tensor) -> bool:
+    return any(isinstance(expression(s), int) and expression(s) == 0 for s in tensor.shape)
+
+
+def known_true(condition: Any) -> bool:
+    """A symbolic condition that certainly holds, without adding a guard."""
+    return bool(condition) if isinstance(condition, bool) else guard_or_false(condition)
+
+
+def fake_mode_of(graph: fx.Graph) -> FakeTensorMode | None:
+    for node in graph.nodes:
+        value = fake(node)
+        if isinstance(value, FakeTensor):
+            return value.fake_mode
+    return None
+
+
+def map_fakes(value: Any) -> Any:
+    """Replaces nodes by their example values in nested arguments."""
+    return fx.node.map_arg(value, fake)
+
+
+def compute_fake(mode: FakeTensorMode, target: Callable | str, op: str, args: Any, kwargs: Any) -> Any:
+    """The example value of a call, from the example values of its arguments."""
+    fake_args, fake_kwargs = map_fakes(tuple(args)), map_fakes(dict(kwargs))
+    with mode, torch.no_grad():
+        if op == "call_method":
+            return getattr(fake_args[0], target)(*fake_args[1:], **fake_kwargs)
+        rule = getattr(target, "fake", None)
+        return (rule or target)(*fake_args, **fake_kwargs)
+
+
+def emit(
+    graph: fx.Graph,
+    mode: FakeTensorMode,
+    target: Callable | str,
+    args: Sequence[Any],
+    kwargs: dict[str, Any] | None = None,
+    like: fx.Node | None = None,
+) -> fx.Node:
+    """Adds a call at the graph's insertion point, with its example value; `like` lends its source location."""
+    op = "call_method" if isinstance(target, str) else "call_function"
+    node = graph.create_node(op, target, tuple(args), kwargs or {})
+    if like is not None:
+        for key in ("stack_trace", "nn_module_stack", "source_fn_stack"):
+            if key in like.meta:
+                node.meta[key] = like.meta[key]
+    node.meta["example_value"] = compute_fake(mode, target, op, args, kwargs or {})
+    return node
+
+
+def replace(old: fx.Node, new: fx.Node) -> None:
+    """Gives every use of `old` to `new` and removes `old`; example values downstream follow the new memory."""
+    stale = _stale_users(old, fake(new))
+    old.replace_all_uses_with(new)
+    old.graph.erase_node(old)
+    refresh(stale)
+
+
+def _stale_users(node: fx.Node, now: Any) -> list[fx.Node]:
+    """Users whose example value is wrong once `node`'s becomes `now`: all when the layout differs, else its views."""
+    if _same_layout(fake(node), now):
+        return [u for u in node.users if is_view(u)]
+    return list(node.users)
+
+
+def _same_layout(a: Any, b: Any) -> bool:
+    if not (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)):
+        return False
+    return a.dtype == b.dtype and same_shape(a.shape, b.shape) and same_shape(a.stride(), b.stride())
+
+
+def refresh(nodes: list[fx.Node]) -> None:
+    """Recomputes the example values of nodes whose input moved or changed layout, and of what depends on them."""
+    queue = list(nodes)
+    while queue:
+        node = queue.pop(0)
+        first = next((fake(n) for n in node.all_input_nodes if isinstance(fake(n), FakeTensor)), None)
+        if node.op not in ("call_function", "call_method") or first is None or is_in_place(node):
+            continue
+        if kind(node) in ("view", "view_as"):  # a view of the traced layout may need a copy in ours
+            node.op, node.target = "call_method", "reshape" if kind(node) == "view" else "reshape_as"
+            node.meta.pop("llmopt_kind", None)
+        new = compute_fake(first.fake_mode, node.target, node.op, node.args, node.kwargs)
+        stale = list(node.users) if isinstance(new, (tuple, list)) else _stale_users(node, new)
+        node.meta["example_value"] = new
+        queue += stale
+
+
+def storage(node: fx.Node) -> int | None:
+    """Identity of the memory behind a tensor node: equal for a tensor and its views. None for other values."""
+    value = fake(node)
+    return value.untyped_storage()._cdata if isinstance(value, FakeTensor) else None
+
+
+def is_view(node: fx.Node) -> bool:
+    """True when the node's result is a window on one of its inputs' memory."""
+    if node.op not in ("call_function", "call_method") or is_in_place(node):
+        return False
+    mine = storage(node)
+    return mine is not None and any(storage(n) == mine for n in node.all_input_nodes)
+
+
+def view_base(node: fx.Node) -> fx.Node:
+    """The node whose memory a value is a window on: through views and in-place results; itself when it owns its memory."""
+    while is_view(node) or is_in_place(node):
+        mine = storage(node)
+        source = next((n for n in node.all_input_nodes if mine is not None and storage(n) == mine), None)
+        if source is None:
+            return node
+        node = source
+    return node
+
+
+# Names that end in an underscore and write nothing: Python's operator module escapes keywords so.
+_NOT_MUTATING = frozenset({"requires_grad_", "and_", "or_", "not_", "is_", "in_"})
+
+
+def is_in_place(node: fx.Node) -> bool:
+    """True when the node writes into one of its inputs."""
+    if node.op not in ("call_function", "call_method"):
+        return False
+    if "out" in node.kwargs and node.kwargs["out"] is not None:
+        return True
+    name = kind(node)
+    if name.endswith("_") and not name.startswith("_") and name not in _NOT_MUTATING:
+        return True
+    schema = getattr(node.target, "_schema", None)
+    return bool(schema is not None and schema.is_mutable)
+
+
+def mutated_storages(graph: fx.Graph) -> set[int]:
+    """Memory that some node writes into."""
+    written: set[int] = set()
+    for node in graph.nodes:
+        if is_in_place(node):
+            targets = [node.kwargs["out"]] if node.kwargs.get("out") is not None else node.args[:1]
+            written.update(s for n in targets if isinstance(n, fx.Node) and (s := storage(n)) is not None)
+    return written
+
+
+def is_weight(node: Any) -> bool:
+    """True for a module's parameter or buffer (or a view of one): a tensor that stays the same between calls."""
+    if not is_tensor(node):
+        return False
+    base = view_base(node)
+    if base.op == "get_attr":
+        return True
+    if base.op != "placeholder":
+        return False
+    if isinstance(fake(base), torch.nn.Parameter):
+        return True
+    source = getattr(base.meta.get("grapharg"), "source", None)
+    name = getattr(source, "name", "")
+    name = name() if callable(name) else name
+    return "_parameters[" in name or "_buffers[" in name
+
+
+def sole_user(node: fx.Node) -> fx.Node | None:
+    """The only user of a node, or None when it has none or several."""
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def strip(node: Any, kinds: Sequence[str]) -> Any:
+    """Follows first arguments through nodes of the given kinds."""
+    while isinstance(node, fx.Node) and kind(node) in kinds:
+        node = node.args[0]
+    return node
+
+
+def tensor_inputs(node: fx.Node) -> Iterator[fx.Node]:
+    return (n for n in node.all_input_nodes if is_tensor(n))
+
+
+def scalar(value: Any) -> float | None:
+    """A Python number, or None for anything else (SymInts and tensors included)."""
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
+def binary_operands(node: fx.Node) -> tuple[Any, Any] | None:
+    """Both operands of a plain two-operand node; None when it has others (alpha=, rounding_mode=)."""
+    extra = {k: v for k, v in node.kwargs.items() if k not in ("other", "input") and v not in (1, None)}
+    operands = [*node.args]
+    if "other" in node.kwargs:
+        operands.append(node.kwargs["other"])
+    if extra or len(operands) != 2:
+        return None
+    return operands[0], operands[1]
+
+
+def source_line(node: fx.Node) -> str:
+    """The user's source line that made this node, as `file:line: code`, or "" when unknown."""
+    trace = node.meta.get("stack_trace")
+    if not trace:
+        return ""
+    lines = [line.strip() for line in trace.strip().splitlines()]
+    for i in range(len(lines) - 1, -1, -1):
+        if lines[i].startswith("File "):
+            parts = lines[i].split(",")
+            file = parts[0].removeprefix("File ").strip('"')
+            number = parts[1].strip().removeprefix("line ") if len(parts) > 1 else "?"
+            code = lines[i + 1] if i + 1 < len(lines) else ""
+            return f"{file}:{number}: {code}"
+    return ""
+
+
+getitem = operator.getitem

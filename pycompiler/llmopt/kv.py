@@ -1,0 +1,139 @@
+"""Caches that grow in place.
+
+All caches of one graph with equal geometry lie in one slab [layers, capacity, B, H, D]; a cache is the view [B,H,S,D] of its part.
+Its strides depend neither on S nor on the capacity, so the stride checks of compiled code never trip. Appending to a cache that ends
+where its slab is filled up to writes behind it; any other cache (forked, reordered, cropped, foreign) is copied into a new slab first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from llmopt.native.segment import KvSpec
+
+_MIN_SPARE = 64  # positions
+
+
+@dataclass
+class _Slab:
+    """A slab and how far it is filled. Holds no reference that keeps the memory alive."""
+
+    storage: StorageWeakRef
+    geometry: tuple  # (layers, B, H, D, dtype)
+    capacity: int
+    filled: int
+
+
+_slabs: dict[int, _Slab] = {}
+
+
+def _drop_dead_slabs() -> None:
+    for address in [a for a, s in _slabs.items() if s.storage.expired()]:
+        del _slabs[address]
+
+
+def _spare(length: int) -> int:
+    return max(_MIN_SPARE, length // 4)
+
+
+class KvGroup:
+    """The caches of one segment that share a geometry and grow by the same length."""
+
+    def __init__(self, specs: Sequence[tuple[int, KvSpec]]) -> None:
+        self.numbers = [number for number, _ in specs]  # which of the segment's caches
+        self.arguments = [spec.argument for _, spec in specs]
+        self.dtype = specs[0][1].dtype
+        self.width = specs[0][1].width
+
+    def grow(self, arguments: Sequence, batch: int, heads: int, new_length: int) -> Sequence[Tensor]:
+        """Caches [B,H,S+n,D] whose first S positions hold the old content; the last n are for the caller to fill.
+
+        arguments: the segment's arguments, among them the old caches [B,H,S,D].
+        """
+        geometry = (len(self.arguments), batch, heads, self.width, self.dtype)
+        if self.arguments[0] is None:
+            return _fresh(geometry, 0, new_length)
+        caches = [arguments[a] for a in self.arguments]
+        length = caches[0].shape[2]
+        if all(c.shape[2] == length for c in caches):
+            return _grown(caches, geometry, new_length)
+        # Layers with a window hold fewer positions than the others: each length has a slab of its own.
+        result: list[Tensor | None] = [None] * len(caches)
+        for some in {c.shape[2]: None for c in caches}:
+            picked = [i for i, c in enumerate(caches) if c.shape[2] == some]
+            grown = _grown([caches[i] for i in picked], (len(picked), *geometry[1:]), new_length)
+            for i, cache in zip(picked, grown, strict=True):
+                result[i] = cache
+        return result  # type: ignore[return-value]
+
+
+def _grown(caches: Sequence[Tensor], geometry: tuple, new_length: int) -> Sequence[Tensor]:
+    return _in_place(caches, geometry, new_length) or _copied(caches, geometry, new_length)
+
+
+def _in_place(caches: Sequence[Tensor], geometry: tuple, new_length: int) -> Sequence[Tensor] | None:
+    first = caches[0]
+    itemsize = first.element_size()
+    base = first.data_ptr() - first.storage_offset() * itemsize
+    slab = _slabs.get(base)
+    if slab is None or slab.geometry != geometry or slab.storage.expired():
+        return None
+    _, batch, heads, width, _ = geometry
+    row = batch * heads * width
+    length = first.shape[2]
+    start, rest = divmod(first.storage_offset(), row) if row else (0, 1)
+    end = start + length
+    if rest or slab.filled != end or end + new_length > slab.capacity:
+        return None
+    step = slab.capacity * row * itemsize
+    address = first.data_ptr()
+    shape, strides = (batch, heads, length, width), (heads * width, width, row, 1)
+    for i, cache in enumerate(caches):
+        if cache.data_ptr() != address + i * step or cache.shape != shape or cache.stride() != strides:
+            return None
+    slab.filled = end + new_length
+    return _views(first, geometry, slab.capacity, start, length + new_length)
+
+
+def _copied(caches: Sequence[Tensor], geometry: tuple, new_length: int) -> Sequence[Tensor]:
+    length = caches[0].shape[2]
+    grown = _fresh(geometry, length, new_length)
+    for cache, target in zip(caches, grown, strict=True):
+        target[:, :, :length].copy_(cache)
+    return grown
+
+
+def _fresh(geometry: tuple, length: int, new_length: int) -> Sequence[Tensor]:
+    layers, batch, heads, width, dtype = geometry
+    total = length + new_length
+    capacity = total + _spare(total)
+    _drop_dead_slabs()
+    memory = torch.empty(layers * capacity * batch * heads * width, dtype=dtype, device="cpu")
+    if memory.numel():
+        storage = StorageWeakRef(memory.untyped_storage())
+        _slabs[memory.data_ptr()] = _Slab(storage, geometry, capacity, total)
+    return _views(memory, geometry, capacity, 0, total)
+
+
+def _views(owner: Tensor, geometry: tuple, capacity: int, start: int, length: int) -> Sequence[Tensor]:
+    """[B,H,length,D] of every layer's part of the slab that `owner`'s storage is."""
+    layers, batch, heads, width, _ = geometry
+    row = batch * heads * width
+    size = (layers, batch, heads, length, width)
+    stride = (capacity * row, heads * width, width, row, 1)
+    return owner.detach().as_strided(size, stride, start * row).unbind(0)
+
+
+def groups_of(specs: Sequence[KvSpec]) -> list[KvGroup]:
+    """Caches grouped so that each group can share a slab; empty and filled caches never mix."""
+    found: dict[tuple, list[tuple[int, KvSpec]]] = {}
+    for number, spec in enumerate(specs):
+        sizes = tuple(str(s) for s in (spec.batch, spec.heads, spec.new_length))
+        key = (*sizes, spec.width, spec.dtype, spec.argument is None)
+        found.setdefault(key, []).append((number, spec))
+    return [KvGroup(group) for group in found.values()]

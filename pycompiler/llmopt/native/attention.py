@@ -1,0 +1,140 @@
+"""attention.cpu: ops.attention and ops.attention_append → mask analysis once per mask, then one attention step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from llmopt.graph import argument, fake, is_one, same_size
+from llmopt.native.operands import FLOATS, NativeKernel, are_static, batch_broadcast, itemsize, num_bytes
+from llmopt.native.program import View
+from llmopt.native.segment import KvSpec, SegmentBuilder, StepRecord, describe
+from llmopt.ops.rope import KINDS as ROPE_KINDS
+from llmopt.sizes import Size
+
+_ATTENTION = (("mask", None), ("scale", 1.0), ("causal", False), ("causal_offset", 0), ("window", 0), ("softcap", 0.0))
+
+
+def _attention_settings(node: fx.Node, first: int) -> dict[str, Any]:
+    return {name: argument(node, first + i, name, default) for i, (name, default) in enumerate(_ATTENTION)}
+
+
+def _reject_heads(tensors: Sequence[fx.Node | None], mask: fx.Node | None) -> str:
+    for t in tensors:
+        if t is not None and (fake(t).dtype not in FLOATS or not same_size(fake(t).stride(-1), 1)):
+            return "attention needs float tensors with a dense last dimension"
+        if t is not None and (not are_static(fake(t).shape[3]) or int(fake(t).shape[3]) > 256):
+            return f"head size {fake(t).shape[3]}: up to 256 is possible"
+    if mask is not None and fake(mask).dtype not in (torch.bool, *FLOATS):
+        return f"a mask of {fake(mask).dtype}: bool, f32, f16 and bf16 are possible"
+    if mask is not None and not (is_one(fake(mask).shape[3]) or same_size(fake(mask).stride(3), 1)):
+        if not same_size(fake(mask).stride(3), 0):
+            return "the mask's last dimension is not dense"
+    return ""
+
+
+def _reject_attention(node: fx.Node) -> str:
+    return _reject_heads(node.args[:3], _attention_settings(node, 3)["mask"])
+
+
+def _reject_attention_append(node: fx.Node) -> str:
+    q, k_new, v_new, k_cache, v_cache, cos, sin = (argument(node, i, "") for i in range(7))
+    for t in (cos, sin):
+        if t is not None and (fake(t).dtype not in FLOATS or not same_size(fake(t).stride(-1), 1)):
+            return "rope needs float tensors with a dense last dimension"
+    if cos is not None and not is_one(fake(cos).shape[1]):
+        return "cos and sin differ between heads"
+    for cache, new in ((k_cache, k_new), (v_cache, v_new)):
+        if cache is not None and fake(cache).dtype != fake(new).dtype:
+            return "the cache's dtype differs from the new keys' dtype"
+    return _reject_heads((q, k_new, v_new), _attention_settings(node, 8)["mask"])
+
+
+def _dense_strides(size: Sequence[Size]) -> tuple[Size, ...]:
+    strides: list[Size] = []
+    step: Size = 1
+    for n in reversed(size):
+        strides.insert(0, step)
+        step = step * n
+    return tuple(strides)
+
+
+def _broadcast(view: View, shape: Sequence[Size]) -> View:
+    """A view with every dimension of one stretched to `shape` by a stride of 0."""
+    stride = tuple(0 if is_one(n) else step for n, step in zip(view.size, view.stride, strict=True))
+    return View(view.buffer, view.dtype, tuple(shape), stride, view.offset)
+
+
+def _mask_operands(
+    s: SegmentBuilder, node: fx.Node, mask: fx.Node | None, shape: Sequence[Size]
+) -> tuple[View | None, View | None]:
+    """The mask and its live-key bounds, both broadcast to [B,H,Sq,·]; a segment computes the bounds of a mask once."""
+    view = s.view(mask)
+    if view is None:
+        return None, None
+    size = (*view.size[:3], 4)
+    buffer, is_new = s.shared_buffer(("bounds", mask), size[0] * size[1] * size[2] * 16)
+    bounds = View(buffer, torch.int32, size, _dense_strides(size))
+    if is_new:
+        record = StepRecord("mask_bounds", "mask_bounds.cpu", "", (describe(mask),), (), 0, num_bytes(mask), node)
+        s.step("mask_bounds", [view, bounds], [], [], record)
+    return _broadcast(view, shape), _broadcast(bounds, (*shape[:3], 4))
+
+
+def _attention_record(node: fx.Node, q: fx.Node, keys: Size, detail: str, inputs: tuple, outputs: tuple) -> StepRecord:
+    b, h, sq, d = fake(q).shape
+    kv_heads = fake(inputs[1]).shape[1]
+    flops = 4 * b * h * sq * keys * d
+    size = num_bytes(q, q) + 2 * b * kv_heads * keys * d * itemsize(q)
+    return StepRecord(
+        "attention",
+        "attention.cpu",
+        detail,
+        tuple(describe(i) for i in inputs),
+        tuple(describe(o) for o in outputs),
+        flops,
+        size,
+        node,
+    )
+
+
+def _lower_attention(s: SegmentBuilder, node: fx.Node) -> None:
+    q, k, v = node.args[:3]
+    a = _attention_settings(node, 3)
+    keys = fake(k).shape[2]
+    mask, bounds = _mask_operands(s, node, a["mask"], (*fake(q).shape[:3], keys))
+    operands = [s.view(q), s.view(k), s.view(v), s.view(node), mask, bounds, *[None] * 5]
+    ints = [int(a["causal"]), a["causal_offset"], a["window"], 0, 0]
+    detail = "causal" if a["causal"] else "mask" if mask is not None else "full"
+    record = _attention_record(node, q, keys, detail, (q, k, v), (node,))
+    s.step("attention", operands, ints, [a["scale"], a["softcap"]], record)
+
+
+def _lower_attention_append(s: SegmentBuilder, node: fx.Node) -> None:
+    q, k_new, v_new, k_cache, v_cache, cos, sin, rope_name = (argument(node, i, "") for i in range(8))
+    a = _attention_settings(node, 8)
+    out, keys, values = fake(node)
+    views = []
+    for i, (cache, new, whole) in enumerate(((k_cache, k_new, keys), (v_cache, v_new, values))):
+        b, h, n, d = fake(new).shape
+        cache_argument = None if cache is None else s.argument(cache)
+        buffer = s.grow(KvSpec(cache_argument, b, h, n, d, whole.dtype), s.part(node, 1 + i))
+        views.append(View(buffer, whole.dtype, tuple(whole.shape), tuple(whole.stride())))
+    total = keys.shape[2]
+    mask, bounds = _mask_operands(s, node, a["mask"], (*fake(q).shape[:3], total))
+    operands = [s.view(q), *views, s.view(s.part(node, 0)), mask, bounds, batch_broadcast(s, cos, q), batch_broadcast(s, sin, q)]
+    operands += [s.view(k_new), s.view(v_new), None]
+    ints = [int(a["causal"]), a["causal_offset"], a["window"], ROPE_KINDS.index(rope_name), 1]
+    detail = "append" + (f"+rope_{rope_name}" if rope_name != "none" else "")
+    detail += "+causal" if a["causal"] else "+mask" if mask is not None else ""
+    record = _attention_record(node, q, total, detail, (q, k_new, v_new), ())
+    s.step("attention", operands, ints, [a["scale"], a["softcap"]], record)
+
+
+KERNELS = {
+    "llmopt.attention": NativeKernel("attention.cpu", _reject_attention, _lower_attention),
+    "llmopt.attention_append": NativeKernel("attention.cpu", _reject_attention_append, _lower_attention_append),
+}

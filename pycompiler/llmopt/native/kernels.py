@@ -1,0 +1,25 @@
+"""Registrations of the C++ kernels: which FX nodes they take, best first, and why one does not."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from llmopt.graph import kind
+from llmopt.native import attention, linear, pointwise, rows
+from llmopt.native.operands import NativeKernel
+
+KERNELS: dict[str, NativeKernel] = {
+    **linear.KERNELS,
+    **attention.KERNELS,
+    **rows.KERNELS,
+    **pointwise.KERNELS,
+}
+
+
+def kernel_for(node: fx.Node) -> tuple[NativeKernel | None, str]:
+    """The kernel that takes a node and "", or None and the reason."""
+    kernel = KERNELS.get(kind(node)) if node.op in ("call_function", "call_method") else None
+    if kernel is None:
+        return None, f"no kernel for {kind(node)}"
+    reason = kernel.reject(node)
+    return (None, reason) if reason else (kernel, "")

@@ -1,0 +1,88 @@
+"""How FX values become kernel operands: rows of a matrix, broadcast tables, sizes in bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from llmopt.graph import expression, fake, is_one, numel, same_size
+from llmopt.native.program import View
+from llmopt.native.segment import SegmentBuilder
+from llmopt.sizes import Size
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class NativeKernel:
+    """One way to run an FX node in C++: `reject` gives "" or the reason it cannot, `lower` emits the steps."""
+
+    name: str
+    reject: Callable[[fx.Node], str]
+    lower: Callable[[SegmentBuilder, fx.Node], None]
+    is_glue: bool = False  # worth taking only next to other native work
+
+
+def are_static(*sizes: Size) -> bool:
+    return all(isinstance(expression(s), int) for s in sizes)
+
+
+def rows(value: torch.Tensor) -> tuple[Size, Size] | None:
+    """(number of rows, stride between them) when value [..., K] reads as a matrix of rows; None when it does not."""
+    count: Size = 1
+    step: Size | None = None
+    inner: Size = 1  # stride the next outer dimension must have
+    for d in reversed(range(value.dim() - 1)):
+        if is_one(value.shape[d]):
+            continue
+        if step is None:
+            step, inner = value.stride(d), value.stride(d) * value.shape[d]
+        elif not same_size(value.stride(d), inner):
+            return None
+        else:
+            inner = inner * value.shape[d]
+        count = count * value.shape[d]
+    return count, value.shape[-1] if step is None else step
+
+
+def as_rows(view: View, value: torch.Tensor) -> View:
+    """The operand seen as [rows, K]; the value must have passed `rows`."""
+    count, step = rows(value)  # type: ignore[misc]
+    return View(view.buffer, view.dtype, (count, value.shape[-1]), (step, value.stride(-1)), view.offset)
+
+
+def reads_as_rows(node: Any) -> bool:
+    if node is None:
+        return True
+    value = fake(node)
+    if value.dim() == 0 or value.dtype not in FLOATS:
+        return False
+    return (is_one(value.shape[-1]) or same_size(value.stride(-1), 1)) and rows(value) is not None
+
+
+def itemsize(node: fx.Node | None) -> int:
+    return 0 if node is None else fake(node).element_size()
+
+
+def num_bytes(*nodes: fx.Node | None) -> Size:
+    """Bytes of all values together; None counts nothing."""
+    total: Size = 0
+    for node in nodes:
+        if node is not None:
+            total = total + numel(fake(node)) * itemsize(node)
+    return total
+
+
+def batch_broadcast(s: SegmentBuilder, table: fx.Node | None, like: fx.Node) -> View | None:
+    """cos or sin [B|1,1,S,R] as [B,1,S,R], with stride 0 where one batch row serves all."""
+    if table is None:
+        return None
+    view, value = s.view(table), fake(table)
+    assert view is not None
+    batch_stride = 0 if is_one(value.shape[0]) else value.stride(0)
+    size = (fake(like).shape[0], 1, value.shape[2], value.shape[3])
+    return View(view.buffer, view.dtype, size, (batch_stride, *value.stride()[1:]), view.offset)

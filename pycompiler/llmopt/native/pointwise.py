@@ -1,0 +1,86 @@
+"""vm.cpu: ops.pointwise → one program of the elementwise VM."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from llmopt.graph import fake, is_one, numel
+from llmopt.native.operands import FLOATS, NativeKernel, num_bytes
+from llmopt.native.program import View
+from llmopt.native.segment import SegmentBuilder, StepRecord, describe
+from llmopt.native.vm import Unsupported, VmProgram
+from llmopt.sizes import Size
+
+_LONGEST_REDUCED_ROW = 16384  # elements; longer rows with reductions stay with PyTorch
+
+
+def _encode(node: fx.Node) -> tuple[list[int], list[float]]:
+    program, results, _, *inputs = node.args
+    vm = VmProgram(len(inputs), len(results))
+    values = [vm.load(i) for i in range(len(inputs))]
+    for op, *args in program:
+        if op == "const":
+            values.append(vm.const(args[0]))
+        elif op == "unary":
+            values.append(vm.unary(args[0], values[args[1]]))
+        elif op == "binary":
+            values.append(vm.binary(args[0], values[args[1]], values[args[2]]))
+        else:
+            values.append(vm.reduce(args[0], values[args[1]]))
+    for i, result in enumerate(results):
+        vm.store(i, values[result])
+    return vm.encode()
+
+
+def _reject(node: fx.Node) -> str:
+    inputs = [fake(n) for n in node.args[3:]]
+    shape = fake(node)[0].shape
+    if any(i.dtype not in FLOATS for i in inputs):
+        return "inputs are not all f32, f16 or bf16"
+    if any(op == "reduce" for op, *_ in node.args[0]):
+        width = shape[-1]
+        if not isinstance(width, int) or width > _LONGEST_REDUCED_ROW:
+            return f"reduces rows of {width}: up to {_LONGEST_REDUCED_ROW} is possible"
+    if not all(any(u.args[1] == i for u in node.users) for i in range(len(fake(node)))):
+        return "a result is not used"
+    try:
+        _encode(node)
+    except Unsupported as error:
+        return str(error)
+    return ""
+
+
+def _broadcast(view: View, value_shape: tuple[Size, ...], shape: tuple[Size, ...]) -> View:
+    """The operand stretched to the chain's shape: missing dimensions and dimensions of one get stride 0."""
+    missing = len(shape) - len(value_shape)
+    stride: list[Size] = [0] * missing
+    for have, want, step in zip(value_shape, shape[missing:], view.stride, strict=True):
+        stride.append(0 if is_one(have) and not is_one(want) else step)
+    return View(view.buffer, view.dtype, shape, tuple(stride), view.offset)
+
+
+def _lower(s: SegmentBuilder, node: fx.Node) -> None:
+    inputs = node.args[3:]
+    shape = tuple(fake(node)[0].shape)
+    ints, floats = _encode(node)
+    operands = [_broadcast(s.view(n), tuple(fake(n).shape), shape) for n in inputs]  # type: ignore[arg-type]
+    outputs = [s.part(node, i) for i in range(len(fake(node)))]
+    operands += [s.view(o) for o in outputs]  # type: ignore[misc]
+    names = [args[0] for op, *args in node.args[0] if op != "const"]
+    detail = "+".join(names[:4]) + ("+…" if len(names) > 4 else "")
+    cost = numel(fake(outputs[0])) * len(names)
+    record = StepRecord(
+        "pointwise",
+        "vm.cpu",
+        detail,
+        tuple(describe(n) for n in inputs),
+        tuple(describe(o) for o in outputs),
+        cost,
+        num_bytes(*inputs, *outputs),
+        node,
+    )
+    s.step("vm", operands, ints, floats, record)
+
+
+KERNELS = {"llmopt.pointwise": NativeKernel("vm.cpu", _reject, _lower, is_glue=True)}
+

@@ -1,0 +1,72 @@
+"""What this machine can do at best, measured now: the yardstick of benchmarks and of the tuner.
+
+In: a number of threads. Out: a `Probe` with FLOP/s, int8 OP/s and bytes/s. A call takes some ten
+milliseconds, so that it can stand right before and right after what it is compared with: on shared
+machines the limits move.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from time import perf_counter
+
+import torch
+
+from llmopt import _C
+from llmopt.native.program import OneOp
+from llmopt.target import target
+
+READ_BYTES = 128 << 20  # four times the L3 of common machines
+CHUNKS_PER_THREAD = 8  # unequal cores share the work
+ITERATIONS = 20_000
+REPEATS = 3
+CHAINS = 12  # kChains in csrc/cpu/probe.cpp
+INT8_OPS = 128  # of one vpdpbusd: 64 multiplications and 64 additions
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Attainable rates per second; vnni_ops is 0.0 where there is no vpdpbusd."""
+
+    fma_flops: float
+    vnni_ops: float
+    read_bytes: float
+
+
+@functools.lru_cache(maxsize=1)
+def _read_buffer() -> torch.Tensor:
+    return torch.zeros(READ_BYTES, dtype=torch.uint8).fill_(0)
+
+
+@functools.lru_cache(maxsize=8)
+def _ops(tier: str, threads: int) -> dict[str, tuple[OneOp, float]]:
+    """The probes a tier has: the op and how much one call of it does."""
+    chunks = CHUNKS_PER_THREAD * threads
+    sink = torch.zeros(chunks)
+    lanes = _C.panel_width(tier) // 2
+    known = {
+        "probe_fma": ([sink], [ITERATIONS], chunks * ITERATIONS * CHAINS * 2 * lanes),
+        "probe_vnni": ([sink], [ITERATIONS], chunks * ITERATIONS * CHAINS * INT8_OPS),
+        "probe_read": ([_read_buffer(), sink], [], READ_BYTES),
+    }
+    return {
+        name: (OneOp(name, tensors, ints, tier=tier, threads=threads), float(work))
+        for name, (tensors, ints, work) in known.items()
+        if name in _C.tier_ops(tier)
+    }
+
+
+def _rate(op: OneOp, work: float) -> float:
+    start = perf_counter()
+    op()
+    return work / (perf_counter() - start)
+
+
+def measure(threads: int, tier: str | None = None) -> Probe:
+    """The best of a few runs of each probe; tier defaults to the one kernels use here."""
+    rates = {
+        name: max(_rate(op, work) for _ in range(REPEATS))
+        for name, (op, work) in _ops(tier or target().tier, threads).items()
+    }
+    return Probe(rates["probe_fma"], rates.get("probe_vnni", 0.0), rates["probe_read"])

@@ -1,0 +1,177 @@
+"""Building one native segment: FX nodes → steps of a C++ program, with the facts needed to run and explain it.
+
+A segment's inputs are the FX values it reads from outside; its results are the values read outside. Everything else lives in the arena.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from llmopt.graph import fake, kind, numel, view_base
+from llmopt.native.program import ProgramBuilder, View
+from llmopt.sizes import Size
+
+
+@dataclass(frozen=True)
+class WeightView:
+    """A static window on a module's tensor: which segment input, and how it is cut or transposed."""
+
+    argument: int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+
+@dataclass(frozen=True)
+class PackedSpec:
+    """A packed linear weight: its sources side by side (or gate/up interleaved), and their biases as one vector."""
+
+    sources: tuple[WeightView, ...]
+    biases: tuple[WeightView | None, ...]
+    interleave: bool
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class KvSpec:
+    """One growing cache [B,H,S,D]: the segment input that holds it so far (None: empty), and what is appended."""
+
+    argument: int | None
+    batch: Size
+    heads: Size
+    new_length: Size
+    width: int
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What a step is, for plans and reports: kernel name, operands in words, costs as sizes, where it came from."""
+
+    op: str
+    kernel: str
+    detail: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    flops: Size
+    bytes: Size
+    node: fx.Node
+
+
+@dataclass
+class SegmentBuilder:
+    """Emits steps for the nodes of one segment."""
+
+    inputs: dict[fx.Node, int] = field(default_factory=dict)  # value from outside → argument number
+    builder: ProgramBuilder = field(default_factory=ProgramBuilder)
+    records: list[StepRecord] = field(default_factory=list)
+    packed: dict[tuple, tuple[int, PackedSpec]] = field(default_factory=dict)
+    kv: list[KvSpec] = field(default_factory=list)
+    results: list[fx.Node] = field(default_factory=list)  # values handed out, in order
+    kv_results: list[fx.Node] = field(default_factory=list)  # grown caches, handed out after the results
+    # The address of each external buffer: ("argument", i), ("packed", j), ("bias", j), ("result", k), ("kv", l).
+    externals: list[tuple[str, int]] = field(default_factory=list)
+    _buffers: dict[Any, int] = field(default_factory=dict)
+
+    def external(self, source: str, number: int) -> int:
+        """The buffer behind an outside address, made once."""
+        key = (source, number)
+        if key not in self._buffers:
+            self._buffers[key] = self.builder.external()
+            self.externals.append(key)
+        return self._buffers[key]
+
+    def argument(self, node: fx.Node) -> int:
+        """The argument number of a value from outside the segment."""
+        return self.inputs.setdefault(node, len(self.inputs))
+
+    def assign(self, node: fx.Node, slot: int) -> None:
+        """Places the result of a node of this segment in an arena slot."""
+        value = fake(node)
+        size = numel(value) * value.element_size()
+        self._buffers[node] = self.builder.arena(slot, size)
+
+    def hand_out(self, node: fx.Node) -> None:
+        """Makes the result of a node of this segment one of the segment's results."""
+        self.results.append(node)
+        self._buffers[node] = self.external("result", len(self.results) - 1)
+
+    def grow(self, spec: KvSpec, node: fx.Node) -> int:
+        """Makes `node` (the grown cache) a result whose memory the cache manager provides; returns its buffer."""
+        self.kv.append(spec)
+        self.kv_results.append(node)
+        self._buffers[node] = self.external("kv", len(self.kv) - 1)
+        return self._buffers[node]
+
+    def shared_buffer(self, key: tuple, size: Size) -> tuple[int, bool]:
+        """An arena buffer several steps of the segment share, and whether this call made it."""
+        if key in self._buffers:
+            return self._buffers[key], False
+        self._buffers[key] = self.builder.arena(self.builder.slot(), size)
+        return self._buffers[key], True
+
+    @staticmethod
+    def part(node: fx.Node, index: int) -> fx.Node:
+        """The node that reads part `index` of a node with several results."""
+        return next(u for u in node.users if kind(u) == "getitem" and u.args[1] == index)
+
+    def view(self, node: fx.Node | None) -> View | None:
+        """The operand for a value; None stays None."""
+        if node is None:
+            return None
+        base, value = view_base(node), fake(node)
+        buffer = self._buffers.get(base)
+        if buffer is None:
+            buffer = self.external("argument", self.argument(base))
+        offset = value.storage_offset() - fake(base).storage_offset()
+        return View(buffer, value.dtype, tuple(value.shape), tuple(value.stride()), offset)
+
+    def weight_view(self, node: fx.Node) -> WeightView:
+        base, value = view_base(node), fake(node)
+        offset = value.storage_offset() - fake(base).storage_offset()
+        return WeightView(self.argument(base), tuple(value.shape), tuple(value.stride()), int(offset))
+
+    def packed_weight(
+        self, weights: Sequence[fx.Node], biases: Sequence[fx.Node | None], interleave: bool
+    ) -> tuple[View, View | None]:
+        """Operands for the packed weights and for their biases as one vector (None when there is no bias)."""
+        spec = PackedSpec(
+            tuple(self.weight_view(w) for w in weights),
+            tuple(None if b is None else self.weight_view(b) for b in biases),
+            interleave,
+            fake(weights[0]).dtype,
+        )
+        key = (spec.sources, spec.biases, interleave)
+        number, _ = self.packed.setdefault(key, (len(self.packed), spec))
+        n = sum(w.size[0] for w in spec.sources)
+        packed = View(self.external("packed", number), torch.uint8, (1,), (1,))
+        if all(b is None for b in spec.biases):
+            return packed, None
+        bias = View(self.external("bias", number), spec.dtype, (n,), (1,))
+        return packed, bias
+
+    def step(
+        self,
+        op: str,
+        operands: Sequence[View | None],
+        ints: Sequence[Size],
+        floats: Sequence[float],
+        record: StepRecord,
+    ) -> None:
+        self.builder.step(op, operands, ints, floats)
+        self.records.append(record)
+
+
+def describe(node: fx.Node | None) -> str:
+    """A value in words: name[sizes]dtype."""
+    if node is None:
+        return "-"
+    value = fake(node)
+    short = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16", torch.bool: "b8", torch.int64: "i64"}
+    sizes = ",".join(str(s) for s in value.shape)
+    return f"{node.name}[{sizes}]{short.get(value.dtype, str(value.dtype))}"

@@ -1,0 +1,25 @@
+"""The ops: what a transformer is made of, each in one file with its reference in plain PyTorch.
+
+A fused graph calls these functions. Each runs eagerly as it is (that is its reference, and what happens when no kernel takes the
+problem); its attribute `fake` gives shape, dtype and layout of the result from example values. Ops never mention kernels.
+"""
+
+from llmopt.ops.attention import attention, attention_append
+from llmopt.ops.embedding import embedding
+from llmopt.ops.linear import linear
+from llmopt.ops.norm import norm
+from llmopt.ops.pointwise import pointwise
+from llmopt.ops.rope import rope
+
+ALL = (attention, attention_append, embedding, linear, norm, pointwise, rope)
+
+__all__ = [
+    "ALL",
+    "attention",
+    "attention_append",
+    "embedding",
+    "linear",
+    "norm",
+    "pointwise",
+    "rope",
+]

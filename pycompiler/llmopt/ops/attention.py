@@ -1,0 +1,106 @@
+"""attention: softmax(scale · q kᵀ + bias) v with grouped heads, masks as structure, and an optional cache append in front.
+
+A score (i, j) counts when: causal → j ≤ i + offset; window > 0 → j > i + offset − window; boolean mask → mask[i, j].
+softcap c > 0 replaces a score s by c · tanh(s / c) (Gemma 2) before the bias is added.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llmopt.ops.rope import rope
+
+
+def _allowed(q: Tensor, k: Tensor, causal: bool, offset: int, window: int) -> Tensor | None:
+    if not causal and window == 0:
+        return None
+    i = torch.arange(q.shape[2], device=q.device)[:, None] + offset
+    j = torch.arange(k.shape[2], device=q.device)[None, :]
+    allowed = j <= i if causal else torch.ones_like(j <= i)
+    return allowed & (j > i - window) if window else allowed
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    scale: float = 1.0,
+    causal: bool = False,
+    causal_offset: int = 0,
+    window: int = 0,
+    softcap: float = 0.0,
+) -> Tensor:
+    """q [B,H,Sq,D], k [B,Hkv,Skv,D], v [B,Hkv,Skv,Dv] → [B,H,Sq,Dv] in q's dtype; H a multiple of Hkv.
+
+    mask: bool (True = attend) or additive float, broadcastable to [B,H,Sq,Skv]. Computed in float32. A row with no key gives zeros.
+    """
+    group = q.shape[1] // k.shape[1]
+    kf, vf = (t.float().repeat_interleave(group, 1) if group > 1 else t.float() for t in (k, v))
+    scores = torch.matmul(q.float(), kf.transpose(2, 3)) * scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    allowed = _allowed(q, k, causal, causal_offset, window)
+    if allowed is not None:
+        scores = scores.masked_fill(~allowed, float("-inf"))
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask.float()
+    dead = (scores == float("-inf")).all(-1, keepdim=True)
+    weights = torch.softmax(scores, -1).masked_fill(dead, 0.0)
+    return torch.matmul(weights, vf).to(q.dtype)
+
+
+def _fake(q, k, v, *_, **__):  # noqa: ANN001, ANN002, ANN003, ANN202
+    # Memory order [B,Sq,H,Dv]: the projection that follows reads rows of H·Dv.
+    b, h, s, _ = q.shape
+    return torch.empty((b, s, h, v.shape[3]), dtype=q.dtype, device=q.device).transpose(1, 2)
+
+
+attention.fake = _fake  # type: ignore[attr-defined]
+
+
+def attention_append(
+    q: Tensor,
+    k_new: Tensor,
+    v_new: Tensor,
+    k_cache: Tensor | None,
+    v_cache: Tensor | None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    rope_kind: str = "none",
+    mask: Tensor | None = None,
+    scale: float = 1.0,
+    causal: bool = False,
+    causal_offset: int = 0,
+    window: int = 0,
+    softcap: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rotates q and k_new, appends k_new and v_new [B,Hkv,Sn,·] to the caches [B,Hkv,S,·], attends.
+
+    Returns (out, keys, values); keys and values hold S + Sn positions. A cache of None is empty.
+    """
+    if rope_kind != "none":
+        assert cos is not None and sin is not None
+        q, k_new = rope(q, cos, sin, rope_kind), rope(k_new, cos, sin, rope_kind)
+    keys = k_new if k_cache is None else torch.cat((k_cache, k_new), 2)
+    values = v_new if v_cache is None else torch.cat((v_cache, v_new), 2)
+    out = attention(q, keys, values, mask, scale, causal, causal_offset, window, softcap)
+    return out, keys, values
+
+
+def slab_empty(b, h, s, d, like: Tensor) -> Tensor:  # noqa: ANN001
+    """A [B,H,S,D] tensor laid out [S,B,H,D]: its strides do not depend on S, so it can grow in place."""
+    return torch.empty((s, b, h, d), dtype=like.dtype, device=like.device).permute(1, 2, 0, 3)
+
+
+def _fake_append(q, k_new, v_new, k_cache, v_cache, *_, **__):  # noqa: ANN001, ANN002, ANN003, ANN202
+    b, h, s, d = k_new.shape
+    k_len = s if k_cache is None else k_cache.shape[2] + s
+    v_len = s if v_cache is None else v_cache.shape[2] + s
+    keys = slab_empty(b, h, k_len, d, k_new)
+    values = slab_empty(b, h, v_len, v_new.shape[3], v_new)
+    return _fake(q, keys, values), keys, values
+
+
+attention_append.fake = _fake_append  # type: ignore[attr-defined]

@@ -1,0 +1,82 @@
+"""pointwise: a chain of elementwise operations and reductions over the last dimension, as one op.
+
+The chain is a tuple of instructions in single-assignment form; each names earlier values by number:
+inputs are values 0..n-1, instruction i makes value n + i.
+
+    ("unary", name, a)   ("binary", name, a, b)   ("const", x)   ("where", c, a, b)
+    ("reduce", name, a)  over the last dimension, kept as size 1   ("cast", dtype, a)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+UNARY: dict[str, Any] = {
+    "neg": torch.neg,
+    "abs": torch.abs,
+    "sqrt": torch.sqrt,
+    "rsqrt": torch.rsqrt,
+    "reciprocal": torch.reciprocal,
+    "exp": torch.exp,
+    "log": torch.log,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "erf": torch.erf,
+    "silu": F.silu,
+    "gelu_erf": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "relu": torch.relu,
+    "relu2": lambda x: torch.relu(x).square(),
+    "square": torch.square,
+    "sin": torch.sin,
+    "cos": torch.cos,
+}
+BINARY: dict[str, Any] = {
+    "add": torch.add,
+    "sub": torch.sub,
+    "mul": torch.mul,
+    "div": torch.div,
+    "maximum": torch.maximum,
+    "minimum": torch.minimum,
+}
+REDUCE: dict[str, Any] = {
+    "sum": lambda x: x.sum(-1, keepdim=True),
+    "mean": lambda x: x.mean(-1, keepdim=True),
+    "max": lambda x: x.amax(-1, keepdim=True),
+}
+
+
+def pointwise(program: tuple, results: tuple[int, ...], dtypes: tuple[torch.dtype, ...], *inputs: Tensor) -> tuple[Tensor, ...]:
+    """Runs the chain on inputs that broadcast together; gives the values named in `results`, in `dtypes`.
+
+    Computed in float32; a cast rounds to its dtype only at the end, where a result is stored.
+    """
+    values: list[Any] = [t.float() for t in inputs]
+    for op, *args in program:
+        if op == "const":
+            values.append(torch.tensor(float(args[0])))
+        elif op == "unary":
+            values.append(UNARY[args[0]](values[args[1]]))
+        elif op == "binary":
+            values.append(BINARY[args[0]](values[args[1]], values[args[2]]))
+        elif op == "reduce":
+            values.append(REDUCE[args[0]](values[args[1]]))
+        else:
+            raise ValueError(f"pointwise: unknown instruction {op!r}")
+    shape = torch.broadcast_shapes(*(t.shape for t in inputs))
+    return tuple(values[r].expand(shape).to(d).contiguous() for r, d in zip(results, dtypes, strict=True))
+
+
+def _fake(program, results, dtypes, *inputs):  # noqa: ANN001, ANN002, ANN202
+    from torch._refs import _broadcast_shapes
+
+    shape = _broadcast_shapes(*(t.shape for t in inputs))
+    return tuple(torch.empty(shape, dtype=d, device=inputs[0].device) for d in dtypes)
+
+
+pointwise.fake = _fake  # type: ignore[attr-defined]

@@ -1,0 +1,52 @@
+"""Options and modes of the backend. Anything unknown is an error that names what is possible."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+PRECISIONS = ("exact", "w8a8", "w8a16", "w4a16", "w4a8", "auto")
+AVAILABLE_PRECISIONS = ("exact",)
+KV_CACHES = ("same", "int8")
+AVAILABLE_KV_CACHES = ("same",)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asked for."""
+
+    mode: str = "default"
+    precision: str = "exact"
+    kv_cache: str = "same"
+    target: str = "cpu"
+
+
+def _choose(name: str, value: Any, known: tuple[str, ...], available: tuple[str, ...]) -> str:
+    if value not in known:
+        raise ValueError(f"llmopt: {name}={value!r} does not exist; possible: {', '.join(known)}")
+    if value not in available:
+        raise ValueError(
+            f"llmopt: {name}={value!r} is not available in this version; available: {', '.join(available)}"
+        )
+    return value
+
+
+def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> Options:
+    """Checks mode and options; raises ValueError that names the allowed values."""
+    given = dict(options or {})
+    names = ("precision", "kv_cache", "target")
+    for name in given:
+        if name not in names:
+            raise ValueError(f"llmopt: option {name!r} does not exist; possible: {', '.join(names)}")
+    wanted_target = given.get("target", "cpu")
+    if not isinstance(wanted_target, str) or wanted_target.split(":")[0] not in ("cpu", "cuda", "hip"):
+        raise ValueError(f"llmopt: target={wanted_target!r} does not exist; possible: cpu, cuda:<cc>, hip:<arch>")
+    if wanted_target != "cpu":
+        raise ValueError(f"llmopt: target={wanted_target!r} is not available in this version; available: cpu")
+    return Options(
+        mode=_choose("mode", mode or "default", MODES, MODES),
+        precision=_choose("precision", given.get("precision", "exact"), PRECISIONS, AVAILABLE_PRECISIONS),
+        kv_cache=_choose("kv_cache", given.get("kv_cache", "same"), KV_CACHES, AVAILABLE_KV_CACHES),
+    )

@@ -1,0 +1,190 @@
+"""fuse_pointwise: chains of elementwise float arithmetic that no other op took → ops.pointwise, one pass over memory each.
+
+A chain grows from its last node towards its inputs while every value inside has the chain's shape (or is a row reduction of it)
+and no reader outside. Values that others read as well are results of the chain.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from llmopt import ops
+from llmopt.graph import (
+    argument,
+    binary_operands,
+    emit,
+    fake,
+    fake_mode_of,
+    getitem,
+    is_in_place,
+    is_one,
+    is_tensor,
+    kind,
+    mutated_storages,
+    refresh,
+    same_shape,
+    scalar,
+    storage,
+)
+from llmopt.ops.pointwise import BINARY, UNARY
+from llmopt.passes.activations import activation_of
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+_CASTS = frozenset({"to", "float", "half", "bfloat16", "type_as"})
+_LARGEST = 24  # instructions in one chain
+_MAX_INPUTS = 8
+
+
+def run(graph: fx.Graph) -> None:
+    mode = fake_mode_of(graph)
+    written = mutated_storages(graph)
+    taken: set[fx.Node] = set()
+    for node in reversed(list(graph.nodes)):
+        if node in taken or not _takes(node, written):
+            continue
+        members = _grow(node, written)
+        if _worthwhile(members):
+            taken |= members
+            _rewrite(graph, mode, node, members)
+
+
+def _takes(node: fx.Node, written: set[int]) -> bool:
+    """True for an elementwise float node (or a reduction of the last dimension) the op can express."""
+    if node.op not in ("call_function", "call_method") or not is_tensor(node) or is_in_place(node):
+        return False
+    value = fake(node)
+    if value.dtype not in FLOATS or value.device.type != "cpu" or value.dim() == 0 or value.dim() > 5:
+        return False
+    if storage(node) in written:
+        return False
+    inputs = [fake(n) for n in node.all_input_nodes]
+    if not all(isinstance(i, torch.Tensor) and i.dtype in FLOATS and i.dim() > 0 for i in inputs):
+        return False
+    name = kind(node)
+    if activation_of(node) is not None:
+        return True
+    if name in _CASTS:
+        return value.dtype != fake(node.args[0]).dtype and "memory_format" not in node.kwargs
+    if name == "mean":
+        return _is_row_mean(node)
+    if name == "pow":
+        return scalar(argument(node, 1, "exponent")) == 2.0
+    if name in UNARY and len(node.args) == 1 and not node.kwargs:
+        return True
+    pair = binary_operands(node) if name in BINARY else None
+    return pair is not None and all(is_tensor(p) or scalar(p) is not None for p in pair)
+
+
+def _is_row_mean(node: fx.Node) -> bool:
+    dim = argument(node, 1, "dim")
+    dim = dim[0] if isinstance(dim, (tuple, list)) and len(dim) == 1 else dim
+    last = fake(node.args[0]).dim() - 1
+    return dim in (-1, last) and bool(argument(node, 2, "keepdim", False)) and "dtype" not in node.kwargs
+
+
+def _fits(value: torch.Tensor, shape: Any) -> bool:
+    """A value inside a chain has the chain's shape, or that shape with a last dimension of one (a reduced row)."""
+    if same_shape(value.shape, shape):
+        return True
+    return len(value.shape) == len(shape) and is_one(value.shape[-1]) and same_shape(value.shape[:-1], shape[:-1])
+
+
+def _grow(root: fx.Node, written: set[int]) -> set[fx.Node]:
+    shape = fake(root).shape
+    members = {root}
+    frontier = sorted(root.all_input_nodes, reverse=True)
+    while frontier and len(members) < _LARGEST:
+        node = frontier.pop(0)
+        if node in members or not _takes(node, written) or not _fits(fake(node), shape):
+            continue
+        if is_one(fake(node).shape[-1]) and not is_one(shape[-1]) and not _reduces_inside(node, shape):
+            continue
+        if any(u not in members for u in node.users):
+            continue
+        members.add(node)
+        frontier = sorted({*frontier, *node.all_input_nodes} - members, reverse=True)
+    return members
+
+
+def _reduces_inside(node: fx.Node, shape: Any) -> bool:
+    """A reduced value joins only when it comes from rows of the chain's own shape."""
+    while kind(node) != "mean":
+        inner = [n for n in node.all_input_nodes if is_tensor(n) and fake(n).dim() == len(shape)]
+        if len(inner) != 1 or not is_one(fake(inner[0]).shape[-1]):
+            return False
+        node = inner[0]
+    return same_shape(fake(node.args[0]).shape, shape)
+
+
+def _worthwhile(members: set[fx.Node]) -> bool:
+    """One kernel instead of several passes over memory; a single small operation stays with PyTorch."""
+    arithmetic = [m for m in members if kind(m) not in _CASTS]
+    return len(members) >= 2 and len(arithmetic) >= 1
+
+
+def _rewrite(graph: fx.Graph, mode: Any, root: fx.Node, members: set[fx.Node]) -> None:
+    order = sorted(members)
+    inputs: list[fx.Node] = []
+    for node in order:
+        inputs += [n for n in node.all_input_nodes if n not in members and n not in inputs]
+    shape = fake(root).shape
+    if len(inputs) > _MAX_INPUTS or not any(_covers(fake(i), shape) for i in inputs):
+        return
+    encoder = _Encoder(inputs)
+    for node in order:
+        encoder.add(node)
+    with graph.inserting_before(root):
+        results = (encoder.number[root],)
+        args = (tuple(encoder.program), results, (fake(root).dtype,), *inputs)
+        whole = emit(graph, mode, ops.pointwise, args, like=root)
+        new = emit(graph, mode, getitem, (whole, 0), like=root)
+    if not same_shape(fake(new).shape, shape):
+        graph.erase_node(new)
+        graph.erase_node(whole)
+        return
+    users = list(root.users)
+    root.replace_all_uses_with(new)
+    for node in reversed(order):
+        graph.erase_node(node)
+    refresh(users)
+
+
+def _covers(value: torch.Tensor, shape: Any) -> bool:
+    return same_shape(value.shape, shape)
+
+
+class _Encoder:
+    """Numbers values and writes instructions."""
+
+    def __init__(self, inputs: list[fx.Node]) -> None:
+        self.program: list[tuple] = []
+        self.number: dict[fx.Node, int] = {n: i for i, n in enumerate(inputs)}
+        self._inputs = len(inputs)
+
+    def _append(self, *instruction: Any) -> int:
+        self.program.append(instruction)
+        return self._inputs + len(self.program) - 1
+
+    def _value(self, operand: Any) -> int:
+        if isinstance(operand, fx.Node):
+            return self.number[operand]
+        return self._append("const", float(operand))
+
+    def add(self, node: fx.Node) -> None:
+        name, act = kind(node), activation_of(node)
+        if act is not None:
+            self.number[node] = self._append("unary", act, self._value(node.args[0]))
+        elif name in _CASTS:
+            self.number[node] = self._value(node.args[0])
+        elif name == "mean":
+            self.number[node] = self._append("reduce", "mean", self._value(node.args[0]))
+        elif name == "pow":
+            self.number[node] = self._append("unary", "square", self._value(node.args[0]))
+        elif name in UNARY:
+            self.number[node] = self._append("unary", name, self._value(node.args[0]))
+        else:
+            a, b = binary_operands(node)  # type: ignore[misc]
+            self.number[node] = self._append("binary", name, self._value(a), self._value(b))

@@ -1,0 +1,59 @@
+"""linears: F.linear, GPT-2's Conv1D (addmm) and products with a parameter → ops.linear."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from llmopt import ops
+from llmopt.graph import argument, emit, fake, fake_mode_of, is_tensor, is_weight, kind, replace
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def run(graph: fx.Graph) -> None:
+    mode = fake_mode_of(graph)
+    rules = {"linear": _linear, "addmm": _addmm, "matmul": _matmul, "mm": _matmul}
+    for node in list(graph.nodes):
+        rule = rules.get(kind(node)) if node.op in ("call_function", "call_method") else None
+        if rule is not None:
+            rule(graph, mode, node)
+
+
+def _usable(x: Any, weight: Any, bias: Any) -> bool:
+    if not (is_tensor(x) and is_weight(weight)) or fake(weight).dim() != 2 or fake(x).dim() < 1:
+        return False
+    if fake(x).dtype not in FLOATS or fake(weight).dtype != fake(x).dtype:
+        return False
+    return bias is None or (is_weight(bias) and fake(bias).dtype == fake(x).dtype and fake(bias).dim() == 1)
+
+
+def _linear(graph: fx.Graph, mode: Any, node: fx.Node) -> None:
+    x, weight, bias = node.args[0], argument(node, 1, "weight"), argument(node, 2, "bias")
+    if _usable(x, weight, bias):
+        with graph.inserting_before(node):
+            new = emit(graph, mode, ops.linear, (x, (weight,), (bias,)), like=node)
+        replace(node, new)
+
+
+def _addmm(graph: fx.Graph, mode: Any, node: fx.Node) -> None:
+    bias, x, weight = node.args[:3]
+    if any(node.kwargs.get(k, 1) != 1 for k in ("beta", "alpha")) or not _usable(x, weight, bias):
+        return
+    with graph.inserting_before(node):
+        transposed = emit(graph, mode, "t", (weight,), like=node)
+        new = emit(graph, mode, ops.linear, (x, (transposed,), (bias,)), like=node)
+    replace(node, new)
+
+
+def _matmul(graph: fx.Graph, mode: Any, node: fx.Node) -> None:
+    x, weight = node.args[0], argument(node, 1, "other")
+    if not _usable(x, weight, None):
+        return
+    with graph.inserting_before(node):
+        transposed = emit(graph, mode, "t", (weight,), like=node)
+        new = emit(graph, mode, ops.linear, (x, (transposed,), (None,)), like=node)
+    replace(node, new)
+

@@ -1,0 +1,152 @@
+"""rotary: x·cos + rotate(x)·sin, with rotate in either pairing, → ops.rope; a pass-through tail joins the rope."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from llmopt import ops
+from llmopt.graph import (
+    binary_operands,
+    emit,
+    expression,
+    fake,
+    fake_mode_of,
+    is_one,
+    is_tensor,
+    kind,
+    replace,
+    same_size,
+    sole_user,
+)
+
+
+def run(graph: fx.Graph) -> None:
+    mode = fake_mode_of(graph)
+    for node in list(graph.nodes):
+        if node.op in ("call_function", "call_method") and kind(node) == "add":
+            _match(graph, mode, node)
+
+
+def _match(graph: fx.Graph, mode: Any, node: fx.Node) -> None:
+    pair = binary_operands(node)
+    if pair is None or not all(is_tensor(p) and kind(p) == "mul" for p in pair):
+        return
+    for straight, turned in (pair, pair[::-1]):
+        found = _rotation(straight, turned)
+        if found is None:
+            continue
+        x, cos, sin, kind_name = found
+        if fake(x).dim() != 4 or fake(cos).dim() != 4 or fake(x).dtype != fake(node).dtype:
+            return
+        _rewrite(graph, mode, node, x, cos, sin, kind_name)
+        return
+
+
+def _rotation(straight: fx.Node, turned: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node, str] | None:
+    """x, cos, sin and pairing when straight = x·cos and turned = rotate(x)·sin."""
+    for rotated, sin in (turned.args[:2], turned.args[1::-1]):
+        if not (is_tensor(rotated) and is_tensor(sin)):
+            return None
+        source = _half(rotated) or _interleaved(rotated)
+        if source is None:
+            continue
+        x, kind_name = source
+        for left, cos in (straight.args[:2], straight.args[1::-1]):
+            if left is x and is_tensor(cos):
+                return x, cos, sin, kind_name
+    return None
+
+
+def _slice_of(node: Any, start: int | None, stop: int | None, step: int | None) -> fx.Node | None:
+    """x when node is x[..., start:stop:step]."""
+    if not is_tensor(node) or kind(node) != "getitem" or not isinstance(node.args[1], tuple):
+        return None
+    *front, last = node.args[1]
+    if any(f is not Ellipsis and f != slice(None) for f in front) or not isinstance(last, slice):
+        return None
+    if Ellipsis not in front and len(front) != fake(node).dim() - 1:
+        return None
+    x = node.args[0]
+    width = expression(fake(x).shape[-1])
+    if not isinstance(width, int) or not all(isinstance(v, (int, type(None))) for v in (last.start, last.stop, last.step)):
+        return None
+    wanted = slice(start, stop, step).indices(width)
+    return x if last.indices(width) == wanted else None
+
+
+def _chunk_of(node: Any, which: int) -> fx.Node | None:
+    """x when node is x.chunk(2, -1)[which]."""
+    if not is_tensor(node) or kind(node) != "getitem" or node.args[1] != which:
+        return None
+    chunk = node.args[0]
+    if kind(chunk) != "chunk" or chunk.args[1:2] != (2,):
+        return None
+    dim = chunk.args[2] if len(chunk.args) > 2 else chunk.kwargs.get("dim", 0)
+    return chunk.args[0] if dim in (-1, fake(chunk.args[0]).dim() - 1) else None
+
+
+def _half(rotated: fx.Node) -> tuple[fx.Node, str] | None:
+    """x of cat((-x[..., R/2:], x[..., :R/2]), -1)."""
+    if kind(rotated) != "cat" or len(rotated.args[0]) != 2:
+        return None
+    dim = rotated.args[1] if len(rotated.args) > 1 else rotated.kwargs.get("dim", 0)
+    second, first = rotated.args[0]
+    if dim not in (-1, fake(rotated).dim() - 1) or not is_tensor(second) or kind(second) != "neg":
+        return None
+    width = expression(fake(rotated).shape[-1])
+    if not isinstance(width, int) or width % 2:
+        return None
+    x = _slice_of(first, None, width // 2, None) or _chunk_of(first, 0)
+    other = _slice_of(second.args[0], width // 2, None, None) or _chunk_of(second.args[0], 1)
+    if x is None or x is not other or not same_size(fake(x).shape[-1], width):
+        return None
+    return x, "half"
+
+
+def _interleaved(rotated: fx.Node) -> tuple[fx.Node, str] | None:
+    """x of stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)."""
+    if kind(rotated) not in ("flatten", "reshape", "view"):
+        return None
+    stack = rotated.args[0]
+    if not is_tensor(stack) or kind(stack) != "stack" or len(stack.args[0]) != 2:
+        return None
+    dim = stack.args[1] if len(stack.args) > 1 else stack.kwargs.get("dim", 0)
+    second, first = stack.args[0]
+    if dim not in (-1, fake(stack).dim() - 1) or not is_tensor(second) or kind(second) != "neg":
+        return None
+    x = _slice_of(first, None, None, 2)
+    if x is None or x is not _slice_of(second.args[0], 1, None, 2):
+        return None
+    return (x, "interleaved") if same_size(fake(rotated).shape[-1], fake(x).shape[-1]) else None
+
+
+def _rewrite(graph: fx.Graph, mode: Any, node: fx.Node, x: fx.Node, cos: fx.Node, sin: fx.Node, name: str) -> None:
+    tail = _pass_through(node, x)
+    last, whole = (tail, x.args[0]) if tail is not None else (node, x)
+    heads_second = is_one(fake(cos).shape[1]) and not is_one(fake(cos).shape[2])
+    heads_third = is_one(fake(cos).shape[2]) and not heads_second and not is_one(fake(cos).shape[1])
+    if not (is_one(fake(cos).shape[1]) or heads_third):
+        return
+    with graph.inserting_before(last):
+        if heads_third:  # [B,S,H,D] with cos [B,S,1,R]
+            whole, cos, sin = (emit(graph, mode, "transpose", (t, 1, 2), like=node) for t in (whole, cos, sin))
+        new = emit(graph, mode, ops.rope, (whole, cos, sin, name), like=node)
+        if heads_third:
+            new = emit(graph, mode, "transpose", (new, 1, 2), like=node)
+    replace(last, new)
+
+
+def _pass_through(node: fx.Node, x: fx.Node) -> fx.Node | None:
+    """The cat((rope(whole[..., :R]), whole[..., R:]), -1) that follows a partial rotary, or None."""
+    user = sole_user(node)
+    if user is None or kind(user) != "cat" or len(user.args[0]) != 2 or user.args[0][0] is not node:
+        return None
+    dim = user.args[1] if len(user.args) > 1 else user.kwargs.get("dim", 0)
+    width = expression(fake(x).shape[-1])
+    if dim not in (-1, 3) or not isinstance(width, int):
+        return None
+    whole = _slice_of(x, None, width, None)
+    rest = _slice_of(user.args[0][1], width, None, None)
+    return user if whole is not None and whole is rest else None

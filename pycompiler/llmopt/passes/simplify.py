@@ -1,0 +1,115 @@
+"""simplify: removes what computes nothing — no-op casts and copies, dropout outside training, factors of one — and turns in-place
+arithmetic on fresh intermediates into plain arithmetic, so that later passes see one form."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from llmopt.graph import (
+    argument,
+    fake,
+    is_dense,
+    is_in_place,
+    is_tensor,
+    is_view,
+    kind,
+    refresh,
+    replace,
+    same_shape,
+    scalar,
+    storage,
+)
+
+_CASTS = frozenset({"to", "float", "half", "bfloat16", "double", "type_as"})
+_SAME_LAYOUT_VIEWS = frozenset(
+    {"view", "reshape", "expand", "flatten", "squeeze", "detach", "getitem", "expand_as", "alias"}
+)
+_FUNCTIONAL = {"add_": torch.add, "mul_": torch.mul, "sub_": torch.sub, "div_": torch.div, "relu_": torch.relu}
+
+# Unused nodes of these kinds may go: they neither write nor check anything.
+_PURE = frozenset(
+    "_log_api_usage_once add sub mul div neg pow rsqrt sqrt mean sum view reshape transpose permute unsqueeze squeeze expand "
+    "flatten getitem to float half bfloat16 long int bool type_as contiguous arange numel size dim sym_sum sym_size le lt ge gt eq ne "
+    "and_ or_ cat stack chunk split unbind repeat_interleave matmul softmax silu gelu relu tanh sigmoid cos sin exp new_ones zeros ones "
+    "full tensor ones_like zeros_like where masked_fill linear embedding layer_norm rms_norm sym_int sym_float invert __and__ __or__ "
+    "floordiv mod floor t chunk narrow select expand_as getattr_shape getattr_dtype getattr_device is_contiguous dropout".split()
+)
+
+
+def run(graph: fx.Graph) -> None:
+    sharers = _nodes_by_storage(graph)
+    for node in list(graph.nodes):
+        if node.op not in ("call_function", "call_method"):
+            continue
+        if kind(node) in _FUNCTIONAL:
+            _functionalize(node, sharers)
+        target = _identity_of(node)
+        if target is not None:
+            replace(node, target)
+    erase_unused(graph)
+
+
+def erase_unused(graph: fx.Graph) -> None:
+    """Removes nodes nobody reads, from the back, when they are known to have no effect."""
+    for node in reversed(list(graph.nodes)):
+        pure = kind(node) in _PURE or kind(node).startswith("llmopt.") or is_view(node)
+        if not node.users and node.op in ("call_function", "call_method") and pure:
+            graph.erase_node(node)
+
+
+def _identity_of(node: fx.Node) -> fx.Node | None:
+    """The input this node returns unchanged, or None."""
+    source = node.args[0] if node.args else None
+    if not (is_tensor(source) and is_tensor(node)) or is_in_place(node):
+        return None
+    name, before, after = kind(node), fake(source), fake(node)
+    if name in ("dropout", "dropout1d", "dropout2d"):
+        training = argument(node, 2, "training", True)
+        return source if training is False or argument(node, 1, "p", 0.5) == 0.0 else None
+    if before.dtype != after.dtype or before.device != after.device:
+        return None
+    if not same_shape(before.shape, after.shape):
+        return None
+    if name in _CASTS:
+        plain = node.kwargs.get("copy") is not True and "memory_format" not in node.kwargs and len(node.args) < 4
+        return source if plain else None
+    if name == "contiguous":
+        return source if is_dense(before) and "memory_format" not in node.kwargs else None
+    if name in _SAME_LAYOUT_VIEWS:
+        unchanged = storage(node) == storage(source) and same_shape(before.stride(), after.stride())
+        return source if unchanged else None
+    if name in ("mul", "div"):
+        other = argument(node, 1, "other")
+        return source if scalar(other) == 1.0 and "rounding_mode" not in node.kwargs else None
+    return None
+
+
+def _functionalize(node: fx.Node, sharers: dict[int, list[fx.Node]]) -> None:
+    """x += y on a fresh intermediate that nobody else reads afterwards becomes x + y."""
+    target = node.args[0]
+    if not is_tensor(target) or target.op in ("placeholder", "get_attr") or is_view(target):
+        return
+    others = [n for n in sharers.get(storage(target) or 0, ()) if n is not target and n is not node]
+    if any(n < node or is_in_place(n) for n in others) or any(u > node for u in target.users):
+        return
+    result = fake(node)
+    if not same_shape(result.shape, fake(target).shape) or result.dtype != fake(target).dtype:
+        return
+    node.op, node.target = "call_function", _FUNCTIONAL[kind(node)]
+    node.kwargs = {k: v for k, v in node.kwargs.items() if k != "inplace"}
+    node.meta.pop("llmopt_kind", None)
+    with result.fake_mode:
+        node.meta["example_value"] = torch.empty_strided(
+            result.shape, result.stride(), dtype=result.dtype, device=result.device
+        )
+    refresh(list(node.users))
+
+
+def _nodes_by_storage(graph: fx.Graph) -> dict[int, list[fx.Node]]:
+    found: dict[int, list[fx.Node]] = {}
+    for node in graph.nodes:
+        mine = storage(node)
+        if mine is not None:
+            found.setdefault(mine, []).append(node)
+    return found

@@ -1,0 +1,277 @@
+"""Graph → plan: which nodes run in C++, in which order, with which memory.
+
+Nodes get levels: even levels run in Python as in PyTorch, odd levels are native segments, each as early as its inputs allow. So all
+of a transformer's arithmetic ends in one segment unless something in the middle cannot be native. In-place operations keep their order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from llmopt.graph import fake, is_dense, is_in_place, is_tensor, is_view, kind, mutated_storages, numel, source_line, storage, view_base
+from llmopt.memory import Life, assign_slots
+from llmopt.native.kernels import kernel_for
+from llmopt.native.operands import NativeKernel
+from llmopt.native.segment import SegmentBuilder, StepRecord
+from llmopt.sizes import SizeTable, UnsupportedSize, expression
+from llmopt.types import Target
+
+
+@dataclass(frozen=True)
+class Fallback:
+    """A node that runs as in PyTorch, and why."""
+
+    node: fx.Node
+    reason: str
+
+    @property
+    def source(self) -> str:
+        return source_line(self.node)
+
+
+@dataclass
+class Plan:
+    """What will run: levels of nodes, the segments' builders, and why the rest stays in PyTorch."""
+
+    target: Target
+    levels: dict[int, list[fx.Node]]
+    segments: dict[int, SegmentBuilder]
+    symbol_nodes: dict[int, list[tuple[fx.Node, int | None]]]  # per segment: where each symbol's value comes from
+    fallbacks: list[Fallback] = field(default_factory=list)
+
+    def records(self) -> Iterator[StepRecord]:
+        for level in sorted(self.segments):
+            yield from self.segments[level].records
+
+    def __str__(self) -> str:
+        lines = [f"plan  target={self.target}"]
+        number = 0
+        for level in sorted(self.levels):
+            if level not in self.segments:
+                counts: dict[str, int] = {}
+                for node in self.levels[level]:
+                    counts[kind(node)] = counts.get(kind(node), 0) + 1
+                words = ", ".join(name if n == 1 else f"{name} x{n}" for name, n in counts.items())
+                lines.append(f"   pytorch: {words}")
+                continue
+            segment = self.segments[level]
+            lines.append(f"   native segment: {len(segment.records)} steps, {len(segment.builder.slots)} arena slots")
+            for record in segment.records:
+                arrow = f" -> {', '.join(record.outputs)}" if record.outputs else ""
+                name = f"{record.kernel} {record.detail}"
+                lines.append(f"{number:3d}  {name:44s} {', '.join(record.inputs)}{arrow}")
+                number += 1
+        return "\n".join(lines)
+
+
+def make_plan(graph: fx.Graph, target: Target) -> Plan:
+    """Classifies, orders and lowers every node of a graph."""
+    roles = _Roles(graph)
+    levels = _levels(graph, roles)
+    plan = Plan(target, {}, {}, {}, roles.fallbacks)
+    for node in graph.nodes:
+        if node in levels:
+            plan.levels.setdefault(levels[node], []).append(node)
+    for level, nodes in sorted(plan.levels.items()):
+        if level % 2:
+            plan.segments[level] = _lower(nodes, level, levels, roles)
+            plan.symbol_nodes[level] = [roles.symbols[s] for s in plan.segments[level].builder.sizes.symbols]
+    return plan
+
+
+class _Roles:
+    """What each node is: native (with its kernel), a view, a part of a native result, or eager."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.symbols = _symbol_sources(graph)
+        self.native: dict[fx.Node, NativeKernel] = {}
+        self.fallbacks: list[Fallback] = []
+        self._sizes = SizeTable()
+        for node in graph.nodes:
+            if node.op not in ("call_function", "call_method", "call_module") or self.is_part(node) or is_view(node):
+                continue
+            kernel, reason = kernel_for(node)
+            reason = reason or self._unknown_sizes(node) or self._unknown_layout(node)
+            if kernel is not None and not reason:
+                self.native[node] = kernel
+            else:
+                self.fallbacks.append(Fallback(node, reason))
+        self._leave_glue(graph)
+
+    def _leave_glue(self, graph: fx.Graph) -> None:
+        """Copies and small arithmetic that no native value feeds stay with PyTorch when PyTorch reads them next:
+        taking them would only cut the graph into more segments."""
+        for node in reversed(list(graph.nodes)):
+            if node not in self.native or not self.native[node].is_glue:
+                continue
+            fed = any(_producer(n, self) in self.native for n in node.all_input_nodes if is_tensor(n))
+            readers = [u for value in _value_nodes(node) for u in _readers(value) if not is_view(u)]
+            if not fed and any(u not in self.native for u in readers):
+                del self.native[node]
+                self.fallbacks.append(Fallback(node, "stands between operations that run in PyTorch"))
+
+    def is_part(self, node: fx.Node) -> bool:
+        """getitem of a native node with several results."""
+        return kind(node) == "getitem" and node.args[0] in self.native and not is_tensor(node.args[0])
+
+    def is_eager(self, node: fx.Node) -> bool:
+        called = node.op in ("call_function", "call_method", "call_module")
+        return called and node not in self.native and not self.is_part(node) and not is_view(node)
+
+    def _unknown_sizes(self, node: fx.Node) -> str:
+        """A size the executor could not know when the segment runs."""
+        values = [fake(n) for n in (node, *node.all_input_nodes)]
+        for value in _tensors(values):
+            for size in (*value.shape, *value.stride(), value.storage_offset()):
+                expr = expression(size)
+                if isinstance(expr, int):
+                    continue
+                if any(s not in self.symbols for s in expr.free_symbols):
+                    return f"size {expr} is known only while the graph runs"
+                try:
+                    self._sizes.id(size)
+                except UnsupportedSize as error:
+                    return str(error)
+        return ""
+
+    def _unknown_layout(self, node: fx.Node) -> str:
+        """An eager input whose memory order PyTorch does not promise."""
+        for value in node.all_input_nodes:
+            base = view_base(value)
+            if is_tensor(base) and self.is_eager(base) and not is_dense(fake(base)):
+                return f"memory order of {base.name} is not certain"
+            if is_tensor(base) and fake(base).device.type != "cpu":
+                return f"{base.name} is on {fake(base).device}"
+        return ""
+
+
+def _tensors(values: Iterable) -> Iterator[torch.Tensor]:
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (tuple, list)):
+            yield from _tensors(value)
+
+
+def _symbol_sources(graph: fx.Graph) -> dict:
+    """symbol → (placeholder, None) for a number passed in, or (placeholder, dimension) for a tensor's size."""
+    found: dict = {}
+    for node in graph.nodes:
+        if node.op != "placeholder":
+            continue
+        value = fake(node)
+        if isinstance(value, torch.SymInt):
+            expr = expression(value)
+            if not isinstance(expr, int) and expr.is_Symbol:
+                found[expr] = (node, None)
+        elif isinstance(value, torch.Tensor):
+            for d, size in enumerate(value.shape):
+                expr = expression(size)
+                if not isinstance(expr, int) and expr.is_Symbol:
+                    found.setdefault(expr, (node, d))
+    return found
+
+
+def _levels(graph: fx.Graph, roles: _Roles) -> dict[fx.Node, int]:
+    """The level of every native and eager node."""
+    level: dict[fx.Node, int] = {}
+    eager_ready: dict[fx.Node, int] = {}  # first even level at which Python can read a value
+    written = mutated_storages(graph)
+    writer: dict[int, fx.Node] = {}
+    readers: dict[int, list[fx.Node]] = {}
+
+    def after(node: fx.Node, for_native: bool) -> int:
+        """The earliest level of a node of the given sort that comes after `node`."""
+        at = level[node]
+        if for_native:
+            return at if at % 2 else at + 1
+        return at + 1 if at % 2 else at
+
+    for node in graph.nodes:
+        if node.op in ("placeholder", "get_attr"):
+            eager_ready[node] = 0
+            continue
+        if roles.is_part(node):
+            level_of = level[node.args[0]]
+            eager_ready[node] = level_of + 1
+            continue
+        if is_view(node):
+            eager_ready[node] = max((eager_ready[n] for n in node.all_input_nodes), default=0)
+            continue
+        native = node in roles.native
+        if not native and not roles.is_eager(node):
+            continue  # the output
+        at = 1 if native else 0
+        if native:
+            for n in node.all_input_nodes:
+                if is_tensor(n):
+                    producer = _producer(n, roles)
+                    at = max(at, after(producer, True) if producer in level else 1)
+        else:
+            at = max((eager_ready[n] for n in node.all_input_nodes), default=0)
+        touched = {s for n in (node, *node.all_input_nodes) if (s := storage(n)) in written}
+        for s in touched:
+            before = [writer[s]] if s in writer else []
+            if is_in_place(node):
+                before += readers.pop(s, [])
+            for other in before:
+                at = max(at, after(other, native))
+        level[node] = at
+        eager_ready[node] = at + 1 if native else at
+        for s in touched:
+            if is_in_place(node):
+                writer[s] = node
+            else:
+                readers.setdefault(s, []).append(node)
+    return level
+
+
+def _producer(node: fx.Node, roles: _Roles) -> fx.Node:
+    """The node that computes the memory a value lives in."""
+    base = view_base(node)
+    return base.args[0] if roles.is_part(base) else base
+
+
+def _value_nodes(node: fx.Node) -> list[fx.Node]:
+    """The tensors a native node makes: itself, or its parts."""
+    if is_tensor(node):
+        return [] if is_in_place(node) else [node]
+    return sorted(u for u in node.users if kind(u) == "getitem")
+
+
+def _readers(value: fx.Node) -> Iterator[fx.Node]:
+    """Everybody who reads a value's memory, through views and in-place results."""
+    for user in value.users:
+        yield user
+        if is_view(user) or (is_in_place(user) and storage(user) == storage(value)):
+            yield from _readers(user)
+
+
+def _lower(nodes: list[fx.Node], level: int, levels: dict[fx.Node, int], roles: _Roles) -> SegmentBuilder:
+    segment = SegmentBuilder()
+    position = {node: i for i, node in enumerate(nodes)}
+    lives: list[Life] = []
+    for node in nodes:
+        for value in _value_nodes(node):
+            users = [u for u in _readers(value) if not is_view(u)]
+            escapes = any(levels.get(u, -1) != level for u in users)
+            if kind(node) == "llmopt.attention_append" and value.args[1] > 0:
+                continue  # grown caches come from the cache manager
+            if escapes:
+                segment.hand_out(value)
+                continue
+            last = max((position[u] for u in users), default=position[node])
+            size = numel(fake(value)) * fake(value).element_size()
+            lives.append(Life(value, size, position[node], last))
+    slots, count = assign_slots(lives)
+    for _ in range(count):
+        segment.builder.slot()
+    for life in lives:
+        segment.assign(life.value, slots[life.value])
+    for node in nodes:
+        roles.native[node].lower(segment, node)
+    return segment

@@ -1,0 +1,233 @@
+"""explain: what llmopt did with a model — every step's kernel, time and share of the machine's limit, what stayed in PyTorch and why."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmopt.compiled import CompiledGraph, Run, alive, profiling
+from llmopt.native.probe import Probe, measure
+from llmopt.native.segment import StepRecord
+from llmopt.target import target
+
+_MACHINERY = frozenset({"getitem", "size", "sym_sum", "numel", "dim"})
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """One native step of a profiled call."""
+
+    kernel: str
+    detail: str
+    isa: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    microseconds: float
+    flops: int
+    bytes: int
+    roof: float  # share of the limit that binds: 1.0 is the FMA or read probe
+    bound: str  # "compute" or "memory"
+    source: str
+
+
+@dataclass(frozen=True)
+class Unaccelerated:
+    """A node that ran as in PyTorch."""
+
+    operation: str
+    reason: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What happened in one call. Print it, or write it with to_json and to_html."""
+
+    target: str
+    cpu: str
+    threads: int
+    probe: Probe
+    call_seconds: float
+    compile_seconds: dict[str, float]
+    packed_bytes: int
+    graphs: int
+    steps: tuple[StepTime, ...]
+    fallbacks: tuple[Unaccelerated, ...]
+    reasons: tuple[str, ...]  # why whole graphs ran as in PyTorch
+
+    def summary(self) -> str:
+        """The short form: where the time went, by kind of step."""
+        native = sum(s.microseconds for s in self.steps) / 1e6
+        lines = [
+            f"{self.target} ({self.cpu}), {self.threads} threads; probe: {self.probe.fma_flops / 1e9:.0f} GFLOP/s, "
+            f"{self.probe.read_bytes / 1e9:.1f} GB/s",
+            f"call {self.call_seconds * 1e3:.2f} ms, of which {native * 1e3:.2f} ms in {len(self.steps)} native steps "
+            f"of {self.graphs} graph(s); packed weights {self.packed_bytes / 2**20:.0f} MiB",
+            f"compiled in {sum(self.compile_seconds.values()):.2f} s beyond Dynamo",
+        ]
+        lines += [f"whole graph ran as in PyTorch: {r}" for r in self.reasons]
+        lines += [_row(*group) for group in self._groups()]
+        if self.fallbacks:
+            names: dict[str, int] = {}
+            for f in self.fallbacks:
+                names[f.operation] = names.get(f.operation, 0) + 1
+            words = ", ".join(n if c == 1 else f"{n} x{c}" for n, c in names.items())
+            lines.append(f"in PyTorch: {words}")
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        lines = [self.summary(), "", "steps:"]
+        for i, s in enumerate(self.steps):
+            lines.append(
+                f"{i:4d} {s.microseconds:9.1f} us {s.roof:5.0%} of {s.bound:7s} {s.kernel}:{s.isa} {s.detail:32s} "
+                f"{', '.join(s.inputs)} -> {', '.join(s.outputs)}  {s.source}"
+            )
+        if self.fallbacks:
+            lines += ["", "ran as in PyTorch:"]
+            lines += [f"  {f.operation}: {f.reason}  {f.source}" for f in self.fallbacks]
+        lines += ["", "compile seconds beyond Dynamo:"]
+        lines += [f"  {phase}: {seconds:.3f}" for phase, seconds in self.compile_seconds.items()]
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def to_json(self, path: str | Path) -> None:
+        Path(path).write_text(json.dumps(self.to_dict(), indent=1))
+
+    def to_html(self, path: str | Path) -> None:
+        """One self-contained file with a plot of where the time went."""
+        Path(path).write_text(_html(self))
+
+    def _groups(self) -> list[tuple[str, float, int, float, str]]:
+        """(name, microseconds, steps, share of the binding limit, which limit), longest first."""
+        found: dict[str, list[StepTime]] = {}
+        for s in self.steps:
+            found.setdefault(f"{s.kernel} {s.detail}", []).append(s)
+        rows = []
+        for name, steps in found.items():
+            time = sum(s.microseconds for s in steps)
+            roof = sum(s.roof * s.microseconds for s in steps) / time if time else 0.0
+            rows.append((name, time, len(steps), roof, steps[0].bound))
+        return sorted(rows, key=lambda r: -r[1])
+
+
+def _row(name: str, microseconds: float, count: int, roof: float, bound: str) -> str:
+    return f"{microseconds / 1e3:9.3f} ms {count:4d} x {name:44s} {roof:4.0%} of {bound}"
+
+
+def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
+    """Calls a model compiled with backend="llmopt" once to warm up and once with every step timed.
+
+    model: a compiled function or module, or a module whose `compile` was called. Tensors the call changes in place (a cache) are
+    changed by both calls. Raises ValueError when no graph of llmopt ran.
+    """
+    with torch.no_grad():
+        model(*args, **kwargs)
+        with profiling() as runs:
+            model(*args, **kwargs)
+    if not runs:
+        raise ValueError(
+            'explain: no graph compiled by llmopt ran in this call; compile the model with backend="llmopt" first'
+        )
+    threads = torch.get_num_threads()
+    probe = measure(threads)
+    graphs = list(dict.fromkeys(r.graph for r in runs))
+    here = target()
+    return Report(
+        target=str(here),
+        cpu=here.name,
+        threads=threads,
+        probe=probe,
+        call_seconds=sum(r.seconds for r in runs),
+        compile_seconds=_sum_phases(graphs),
+        packed_bytes=sum(g.packed_bytes() for g in graphs),
+        graphs=len(graphs),
+        steps=tuple(s for r in runs for s in _steps(r, probe)),
+        fallbacks=tuple(f for g in graphs for f in _fallbacks(g)),
+        reasons=tuple(g.reason for g in graphs if g.reason),
+    )
+
+
+def refresh() -> None:
+    """Makes every compiled graph compare and pack its weights anew at its next call.
+
+    Needed only after single elements of a weight were changed through `.data`; every other change is noticed.
+    """
+    for graph in alive():
+        for segment in graph.segments():
+            segment.forget_weights()
+
+
+def _sum_phases(graphs: list[CompiledGraph]) -> dict[str, float]:
+    total: dict[str, float] = {}
+    for graph in graphs:
+        for phase, seconds in graph.compile_seconds.items():
+            total[phase] = total.get(phase, 0.0) + seconds
+    return total
+
+
+def _steps(run: Run, probe: Probe) -> list[StepTime]:
+    steps = []
+    for segment in run.graph.segments():
+        times, costs = run.step_ns[segment.name], run.costs[segment.name]
+        for record, ns, (flops, num_bytes) in zip(segment.records, times, costs, strict=True):
+            steps.append(_step(record, ns, flops, num_bytes, probe))
+    return steps
+
+
+def _step(record: StepRecord, ns: int, flops: int, num_bytes: int, probe: Probe) -> StepTime:
+    from llmopt.graph import source_line
+
+    compute, memory = flops / probe.fma_flops, num_bytes / probe.read_bytes
+    seconds = max(ns, 1) * 1e-9
+    return StepTime(
+        kernel=record.kernel,
+        detail=record.detail,
+        isa=target().tier,
+        inputs=record.inputs,
+        outputs=record.outputs,
+        microseconds=ns / 1e3,
+        flops=flops,
+        bytes=num_bytes,
+        roof=max(compute, memory) / seconds,
+        bound="compute" if compute > memory else "memory",
+        source=source_line(record.node),
+    )
+
+
+def _fallbacks(graph: CompiledGraph) -> list[Unaccelerated]:
+    from llmopt.graph import kind
+
+    if graph.plan is None:
+        return []
+    nodes = [f for f in graph.plan.fallbacks if kind(f.node) not in _MACHINERY]
+    return [Unaccelerated(kind(f.node), f.reason, f.source) for f in nodes]
+
+
+def _html(report: Report) -> str:
+    groups = report._groups()
+    longest = max((g[1] for g in groups), default=1.0)
+    bars = []
+    for i, (name, time, count, roof, bound) in enumerate(groups):
+        y, width = 24 * i, 420 * time / longest
+        label = html.escape(f"{time / 1e3:.3f} ms  {count} x {name}  {roof:.0%} of {bound}")
+        bars.append(
+            f'<rect x="0" y="{y}" width="{width:.1f}" height="18" fill="#c9d7e8"/>'
+            f'<rect x="0" y="{y}" width="{width * min(roof, 1):.1f}" height="18" fill="#3b6ea5"/>'
+            f'<text x="{width + 8:.1f}" y="{y + 13}">{label}</text>'
+        )
+    plot = f'<svg width="1100" height="{24 * len(groups)}">{"".join(bars)}</svg>'
+    return (
+        '<!doctype html><meta charset="utf-8"><title>llmopt</title>'
+        "<style>body{font:14px sans-serif;margin:2em}text{font:12px monospace}pre{font-size:12px}</style>"
+        f"<h1>llmopt on {html.escape(report.target)}</h1>"
+        "<p>Length is time; the dark part is the share of the limit that binds the step.</p>"
+        f"{plot}<pre>{html.escape(str(report))}</pre>"
+    )

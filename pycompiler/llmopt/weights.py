@@ -1,0 +1,135 @@
+"""Packed weights: made once from a module's tensors, shared by every plan that reads the same tensors, never stale.
+
+A packed weight is found by the tensors it was made from. It is made again when one of them is another tensor, has moved, has a new
+version, or when sampled content changed (an edit through `.data` changes no version): see `Watch`.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmopt import _C
+from llmopt.native.program import ProgramBuilder, View, view_of
+from llmopt.native.segment import PackedSpec, WeightView
+from llmopt.types import Target
+
+_SLACK = 4096  # bytes behind the last panel that a prefetch may touch
+
+
+def packed_bytes(n: int, k: int, itemsize: int, panel_width: int) -> int:
+    """Size of the packed form: whole panels of columns, k rounded up to a pair."""
+    panels = -(-n // panel_width)
+    return panels * panel_width * (k + k % 2) * itemsize + _SLACK
+
+
+@dataclass
+class PackedWeight:
+    """A weight in the kernels' layout, its biases as one vector, and the state of its sources when it was made."""
+
+    memory: _C.Memory
+    bias: Tensor | None
+    state: tuple
+    sources: tuple[weakref.ref, ...]
+
+    @property
+    def address(self) -> int:
+        return self.memory.address
+
+    @property
+    def bytes(self) -> int:
+        return self.memory.bytes
+
+
+def _cut(tensor: Tensor, view: WeightView) -> Tensor:
+    return tensor.detach().as_strided(view.size, view.stride, tensor.storage_offset() + view.offset)
+
+
+def version(tensor: Tensor) -> int:
+    """The tensor's edit count; 0 for inference tensors, which have none."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def state_of(tensors: Sequence[Tensor]) -> tuple:
+    """Identity, address and version of each tensor: differs when any was replaced, moved or edited in place."""
+    return tuple((id(t), t.data_ptr(), version(t)) for t in tensors)
+
+
+class PackedStore:
+    """All packed weights of the process. Entries go when one of their source tensors does."""
+
+    def __init__(self) -> None:
+        self._entries: dict[tuple, PackedWeight] = {}
+        self._lock = threading.RLock()
+        self.epoch = 0  # grows when a source tensor dies: its id may then belong to another tensor
+        self.packings = 0
+
+    def get(self, spec: PackedSpec, arguments: Sequence[Tensor], target: Target, changed: bool) -> PackedWeight:
+        """The packed form of `spec` over a segment's arguments; `changed` forces it to be made again."""
+        bases = [arguments[v.argument] for v in (*spec.sources, *(b for b in spec.biases if b is not None))]
+        cuts = tuple((v.size, v.stride, v.offset) for v in spec.sources)
+        key = (tuple(id(b) for b in bases), cuts, tuple(b is None for b in spec.biases), spec.interleave, str(target))
+        state = state_of(bases)
+        with self._lock:
+            entry = self._entries.get(key)
+            if entry is None or entry.state != state or changed:
+                entry = self._make(spec, arguments, target, state, bases, key, entry)
+                self._entries[key] = entry
+            return entry
+
+    def _make(
+        self,
+        spec: PackedSpec,
+        arguments: Sequence[Tensor],
+        target: Target,
+        state: tuple,
+        bases: Sequence[Tensor],
+        key: tuple,
+        old: PackedWeight | None,
+    ) -> PackedWeight:
+        weights = [_cut(arguments[v.argument], v) for v in spec.sources]
+        n, k = sum(w.shape[0] for w in weights), weights[0].shape[1]
+        size = packed_bytes(n, k, weights[0].element_size(), target.panel_width)
+        memory = old.memory if old is not None else _C.Memory(size)
+        pack(weights, memory, spec.interleave, target.tier)
+        self.packings += 1
+
+        def forget(_: weakref.ref) -> None:
+            with self._lock:
+                self._entries.pop(key, None)
+                self.epoch += 1
+
+        sources = old.sources if old is not None else tuple(weakref.ref(b, forget) for b in bases)
+        return PackedWeight(memory, _bias_vector(spec, arguments), state, sources)
+
+    def total_bytes(self) -> int:
+        """Bytes of packed copies now held."""
+        return sum(e.bytes for e in self._entries.values())
+
+
+def pack(weights: Sequence[Tensor], memory: _C.Memory, interleave: bool, tier: str) -> None:
+    """Writes the packed form of weights [N_i,K] into memory of at least `packed_bytes`."""
+    builder = ProgramBuilder()
+    views = [view_of(builder.external(), w) for w in weights]
+    views.append(View(builder.external(), torch.uint8, (memory.bytes,), (1,)))
+    builder.step("pack_linear", views, [int(interleave)])
+    addresses = [*(w.data_ptr() for w in weights), memory.address]
+    builder.build(tier).run(addresses, [], torch.get_num_threads())
+
+
+def _bias_vector(spec: PackedSpec, arguments: Sequence[Tensor]) -> Tensor | None:
+    if all(b is None for b in spec.biases):
+        return None
+    pieces = [
+        torch.zeros(w.size[0], dtype=spec.dtype) if b is None else _cut(arguments[b.argument], b)
+        for w, b in zip(spec.sources, spec.biases, strict=True)
+    ]
+    return torch.cat(pieces)
+
+
+STORE = PackedStore()

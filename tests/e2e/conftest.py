@@ -1,0 +1,33 @@
+"""Every end-to-end test starts with empty Dynamo caches, and a silent return to eager is an error."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import pytest
+import torch
+import transformers
+
+transformers.logging.set_verbosity_error()
+# pytest captures every level: without this a failure prints thousands of empty compile trace records.
+logging.getLogger("torch.__trace").addFilter(lambda record: False)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def empty_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Past its recompile limit Dynamo runs eager without a word, which would compare eager with itself.
+
+    A module with KEEP_GRAPHS lets its tests share one compiled model.
+    """
+    if not getattr(request.module, "KEEP_GRAPHS", False):
+        torch._dynamo.reset()
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        yield

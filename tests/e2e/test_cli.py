@@ -1,0 +1,255 @@
+"""The command line as a user meets it: output, exit codes, one-line errors, files written."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+
+import pytest
+from llmopt import cli, models
+from llmopt.models import smollm2
+
+MODULE_FILE = """
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+def call():
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(16, 48), torch.nn.GELU(), torch.nn.Linear(48, 8)]
+    return torch.nn.Sequential(*layers), {"input": torch.randn(5, 16)}
+
+def llama():
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(
+        vocab_size=256, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2))
+
+def fails():
+    class Fails(torch.nn.Module):
+        def forward(self, x):
+            raise RuntimeError("the model's own complaint")
+    return Fails(), {"x": torch.zeros(1)}
+"""
+
+
+@pytest.fixture(autouse=True)
+def no_dynamo_state():
+    import torch
+
+    torch._dynamo.reset()
+    yield
+    logging.getLogger().handlers.clear()
+
+
+@pytest.fixture
+def module_file(tmp_path):
+    path = tmp_path / "my_model.py"
+    path.write_text(MODULE_FILE)
+    return path
+
+
+def run(capsys, *argv: object) -> tuple[int, str, str]:
+    """A command's exit code, stdout and stderr; argparse's own exits count as exit codes."""
+    try:
+        code = cli.main([str(a) for a in argv])
+    except SystemExit as exit_:
+        code = exit_.code
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+# info and usage
+
+
+def test_info_names_the_machine_and_every_setting(capsys, monkeypatch):
+    from llmopt import _C, settings
+
+    monkeypatch.setenv("LLMOPT_DEBUG", "0")
+    code, out, _ = run(capsys, "info")
+    assert code == 0
+    for part in (*_C.tiers(), "torch", "GFLOP/s", "GB/s", *settings.variables()):
+        assert part in out
+    assert "'0'" in out  # the value that is set
+
+
+def test_info_as_json(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("LLMOPT_CACHE_DIR", str(tmp_path / "nowhere"))
+    code, out, _ = run(capsys, "info", "--json")
+    facts = json.loads(out)
+    assert code == 0
+    assert facts["cache"] == f"{tmp_path / 'nowhere'} (not there yet)"
+    assert facts["target"].startswith("cpu:")
+
+
+@pytest.mark.parametrize("command", [(), ("info",), ("demo",), ("bench",), ("explain",)])
+def test_help_everywhere(capsys, command):
+    code, out, _ = run(capsys, *command, "--help")
+    assert code == 0
+    assert out.startswith("usage: llmopt")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ((), "required: COMMAND"),
+        (("tune",), "invalid choice: 'tune'"),
+        (("bench",), "required: MODEL"),
+        (("bench", "minilm", "--dtype", "fp8"), "invalid choice: 'fp8' (choose from"),
+        (("bench", "minilm", "--repeat", "0"), "'0' is not a whole number of at least 1"),
+        (("demo", "--max-new-tokens", "many"), "'many' is not a whole number"),
+        (("info", "--no-such-option"), "unrecognized arguments"),
+    ],
+)
+def test_wrong_usage_exits_2(capsys, argv, message):
+    code, _, err = run(capsys, *argv)
+    assert code == 2
+    assert message in err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("bench", "gpt5"), "unknown model 'gpt5': expected smollm2, minilm, path.py:function"),
+        (("explain", "gpt5"), "unknown model 'gpt5'"),
+        (("bench", "no/such.py:f"), "there is no file no/such.py"),
+        (("bench", "minilm", "--against", "tvm"), "unknown system 'tvm': expected some of llmopt"),
+        (("bench", "smollm2", "--phases", "encode"), "unknown phase 'encode'"),
+        (("bench", "minilm", "--phases", "8by128"), "batch x tokens, such as 8x128"),
+        (("bench", "minilm", "--plot", "x.jpg"), "the picture is a .png"),
+        (("bench", "minilm", "--json", "/no/such/folder/x"), "there is no folder /no/such/folder"),
+    ],
+)
+def test_what_cannot_be_done_exits_1_with_one_line(capsys, argv, message):
+    code, out, err = run(capsys, *argv)
+    assert (code, out) == (1, "")
+    (line,) = [x for x in err.splitlines() if x.startswith("llmopt: error: ")]
+    assert message in line
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("LLMOPT_DEBUG", "9", "LLMOPT_DEBUG='9': expected one of 0, 1, 2, 3, 4"),
+        ("LLMOPT_CPU_ISA", "bogus", "LLMOPT_CPU_ISA='bogus': this CPU runs"),
+    ],
+)
+def test_wrong_settings(capsys, monkeypatch, name, value, message):
+    monkeypatch.setenv(name, value)
+    code, _, err = run(capsys, "info")
+    assert code == 1
+    assert message in err
+
+
+@pytest.mark.parametrize(("model", "command"), [("smollm2", "demo"), ("minilm", "bench")])
+def test_a_missing_model_package_names_the_way_out(capsys, monkeypatch, model, command):
+    monkeypatch.setattr("importlib.util.find_spec", lambda module: None)
+    argv = ("demo",) if command == "demo" else ("explain", model)
+    code, _, err = run(capsys, *argv)
+    assert code == 1
+    assert models.PACKAGED[model].install_hint() in err
+    assert "--random-weights" in err
+
+
+def test_tracebacks_on_request(capsys, monkeypatch, module_file):
+    code, _, err = run(capsys, "explain", f"{module_file}:fails")
+    assert code == 1
+    assert "the model's own complaint" in err
+    assert "LLMOPT_DEBUG=1 shows where" in err
+    assert "Traceback" not in err
+    monkeypatch.setenv("LLMOPT_DEBUG", "1")
+    code, _, err = run(capsys, "explain", f"{module_file}:fails")
+    assert code == 1
+    assert "Traceback" in err
+
+
+def test_the_command_runs_as_a_program():
+    call = [sys.executable, "-m", "llmopt.cli", "bench", "gpt5"]
+    done = subprocess.run(call, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "llmopt: error: unknown model 'gpt5'" in done.stderr
+
+
+# commands that compile
+
+
+def test_demo_with_random_weights(capsys, monkeypatch):
+    monkeypatch.setitem(smollm2.ARCHITECTURE, "num_hidden_layers", 1)
+    code, out, _ = run(
+        capsys, "demo", "--random-weights", "--max-new-tokens", 3, "--prompts", "one", "two"
+    )
+    assert code == 0
+    assert out.count("the same 3 tokens") == 2
+    assert out.index("prompt: one") < out.index("prompt: two") < out.index("tokens/s")
+    assert out.count("token ids") == 4
+
+
+def test_demo_says_where_texts_part(capsys, monkeypatch):
+    from llmopt.cli import demo
+
+    eager = demo.Generation([5, 6, 7], 0.1, 0.2)
+    ours = demo.Generation([5, 6, 8], 0.1, 0.2)
+    loaded = models.LoadedModel("toy", None, "causal")
+    assert not demo._print_pair(loaded, "text", eager, ours)
+    assert "DIFFERENT from token 3 on" in capsys.readouterr().out
+    monkeypatch.setattr(
+        demo, "_generate_all", lambda system, *_: [{"eager": eager}.get(system, ours)]
+    )
+    monkeypatch.setattr(demo, "_generate", lambda *_: eager)
+    monkeypatch.setattr(demo, "load", lambda *_: tiny_demo_model())
+    code, _, _ = run(capsys, "demo", "--prompts", "x")
+    assert code == 1  # fp32 with real weights must agree
+
+
+def tiny_demo_model() -> models.LoadedModel:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(vocab_size=256, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+                         num_attention_heads=2, num_key_value_heads=2)  # fmt: skip
+    return models.LoadedModel("toy", LlamaForCausalLM(config).eval(), "causal")
+
+
+def test_explain_writes_its_files(capsys, module_file, tmp_path):
+    html, data = tmp_path / "x.html", tmp_path / "x.json"
+    argv = ("explain", f"{module_file}:call", "--html", html, "--json", data)
+    code, out, _ = run(capsys, *argv)
+    assert code == 0
+    assert "linear" in out
+    assert html.read_text().lstrip().startswith("<!")
+    assert json.loads(data.read_text())
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_explain_a_causal_model(capsys, module_file, phase):
+    code, out, _ = run(capsys, "explain", f"{module_file}:llama", "--phase", phase)
+    assert code == 0
+    assert "attention" in out
+
+
+def test_bench_writes_what_was_asked_for(capsys, module_file, tmp_path):
+    data, picture, page = tmp_path / "x.jsonl", tmp_path / "x.png", tmp_path / "x.md"
+    argv = ("bench", f"{module_file}:call", "--repeat", 1, "--threads", 1)
+    files = ("--json", data, "--plot", picture, "--markdown", page)
+    code, out, err = run(capsys, *argv, *files)
+    assert code == 0, err
+    lines = [json.loads(line) for line in data.read_text().splitlines()]
+    found = {(line["system"], line["phase"]) for line in lines}
+    assert {("llmopt", "call"), ("eager", "call"), ("llmopt", "compile")} <= found
+    assert all(line["value"] > 0 for line in lines if line["phase"] == "call")
+    assert all(line["probe"]["fma_flops"] > 1e8 for line in lines if line["phase"] == "call")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "| my_model.py:call fp32 | llmopt | eager |" in page.read_text()
+    assert str(tmp_path) not in page.read_text()
+    assert "one call" in out
+    (difference,) = [x for x in out.splitlines() if x.startswith("llmopt: outputs differ")]
+    assert float(difference.split("at most ")[1].split()[0]) < 1e-5
+
+
+def test_bench_tells_which_system_failed(capsys, module_file):
+    argv = ("bench", f"{module_file}:fails", "--repeat", 1, "--threads", 1)
+    code, _, err = run(capsys, *argv)
+    assert code == 1
+    assert "llmopt: eager failed: RuntimeError: the model's own complaint" in err
+    assert "Traceback" not in err

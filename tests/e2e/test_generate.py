@@ -1,0 +1,250 @@
+"""`generate()` and hand-written decoding on a Llama and on a Mistral whose window is shorter than the prompt."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, pipeline
+from transformers.cache_utils import DynamicCache, StaticCache
+
+from tests.e2e import zoo
+from tests.e2e.compare import assert_same_generation, assert_same_output
+
+GREEDY = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+BOTH = pytest.mark.parametrize("name", ["llama", "mistral-window"])
+
+
+def padded(lengths: tuple[int, ...], side: str) -> dict[str, torch.Tensor]:
+    """One prompt per length, filled up on one side."""
+    ids = zoo.inputs("llama", max(lengths), batch=len(lengths))["input_ids"]
+    mask = torch.zeros_like(ids)
+    for i, n in enumerate(lengths):
+        mask[i, slice(-n, None) if side == "left" else slice(None, n)] = 1
+    return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+class Counted:
+    """A backend that counts the graphs it compiles and the calls they get."""
+
+    def __init__(self, name: str) -> None:
+        self.backend = torch._dynamo.lookup_backend(name)
+        self.graphs = self.calls = 0
+
+    def __call__(self, graph: torch.fx.GraphModule, example_inputs: list[Any]) -> Any:
+        self.graphs += 1
+        compiled = self.backend(graph, example_inputs)
+
+        def counted(*args: Any) -> Any:
+            self.calls += 1
+            return compiled(*args)
+
+        return counted
+
+
+@BOTH
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_no_recompiles_after_warm_up(name: str, cache: str, backend: str) -> None:
+    model, eager, counted = zoo.make(name), zoo.make(name), Counted(backend)
+    model.compile(backend=counted)
+    how = GREEDY | {"cache_implementation": cache}
+    for length, new in ((9, 5), (14, 9), (15, 6)):
+        model.generate(**zoo.inputs(name, length), max_new_tokens=new, **how)
+    graphs, calls = counted.graphs, counted.calls
+    for length, new in ((11, 4), (30, 25), (8, 7)):
+        x = zoo.inputs(name, length)
+        got = model.generate(**x, max_new_tokens=new, **how)
+        assert_same_generation(got, eager.generate(**x, max_new_tokens=new, **how))
+    assert counted.graphs == graphs, "new sizes recompiled"
+    assert counted.calls - calls == 4 + 25 + 7, "every forward is one whole graph"
+
+
+@BOTH
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_batches_with_padding(name: str, side: str, backend: str) -> None:
+    eager, compiled = zoo.pair(name, backend)
+    for lengths in ((13, 1, 7), (5, 12, 12, 2, 9, 1, 3, 11), (10,)):
+        x = padded(lengths, side)
+        want = eager.generate(**x, max_new_tokens=4, **GREEDY)
+        assert_same_generation(compiled.generate(**x, max_new_tokens=4, **GREEDY), want)
+
+
+def test_right_padding_does_not_reach_the_rows_beside_it(backend: str) -> None:
+    """In a padded batch each prompt gets the logits that it gets alone."""
+    eager, compiled = zoo.pair("llama", backend)
+    x = padded((13, 1, 7), "right")
+    with torch.no_grad():
+        together = compiled(**x).logits
+        for i, n in enumerate((13, 1, 7)):
+            alone = eager(input_ids=x["input_ids"][i : i + 1, :n]).logits[0]
+            assert_same_output(together[i, :n], alone)
+
+
+def test_inputs_embeds(backend: str) -> None:
+    eager, compiled = zoo.pair("llama", backend)
+    x = zoo.inputs("llama", 11)
+    x["inputs_embeds"] = eager.get_input_embeddings()(x.pop("input_ids")).detach() * 1.25
+    want = eager.generate(**x, max_new_tokens=6, **GREEDY)
+    assert_same_generation(compiled.generate(**x, max_new_tokens=6, **GREEDY), want)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_hidden_states_and_attentions(name: str, backend: str) -> None:
+    eager, compiled = zoo.make(name), zoo.make(name)
+    for model in (eager, compiled):
+        model.set_attn_implementation("eager")
+    compiled.compile(backend=backend)
+    x = padded((13, 4), "left")
+    with torch.no_grad():
+        want = eager(**x, output_hidden_states=True, output_attentions=True)
+        got = compiled(**x, output_hidden_states=True, output_attentions=True)
+    assert len(want.hidden_states) == 3
+    assert len(want.attentions) == 2
+    assert_same_output(got, want)
+
+
+def test_explicit_position_ids(backend: str) -> None:
+    """Shifted, and two sequences packed into one row."""
+    eager, compiled = zoo.pair("llama", backend)
+    ids = zoo.inputs("llama", 12)["input_ids"]
+    packed = torch.cat([torch.arange(5), torch.arange(7)]).expand(2, -1)
+    with torch.no_grad():
+        for positions in (torch.arange(40, 52).expand(2, -1), packed):
+            want = eager(ids, position_ids=positions)
+            assert_same_output(compiled(ids, position_ids=positions), want)
+        assert (want.logits - eager(ids).logits).abs().max() > 0.1
+
+
+def test_beam_search(backend: str) -> None:
+    eager, compiled = zoo.pair("mistral-window", backend)
+    x = padded((11, 6), "left")
+    how = {"num_beams": 3, "num_return_sequences": 2, "do_sample": False, "max_new_tokens": 7,
+           "return_dict_in_generate": True, "output_scores": True}  # fmt: skip
+    got, want = compiled.generate(**x, **how), eager.generate(**x, **how)
+    assert torch.equal(got.sequences, want.sequences)
+    assert_same_output(got.sequences_scores, want.sequences_scores)
+
+
+def test_sampling_with_a_seed(backend: str) -> None:
+    eager, compiled = zoo.pair("llama", backend)
+    x = zoo.inputs("llama", 9, batch=3)
+    texts = []
+    for model in (eager, compiled):
+        torch.manual_seed(7)
+        texts.append(model.generate(**x, do_sample=True, top_k=20, temperature=0.8, max_new_tokens=16))
+    assert torch.equal(*texts)
+
+
+@pytest.mark.parametrize("assistant", ["model", "prompt-lookup"])
+def test_assisted_decoding(assistant: str, backend: str) -> None:
+    """The cache is cropped after every rejected guess; the text must stay the greedy one."""
+    eager, compiled = zoo.pair("llama", backend)
+    x = zoo.inputs("llama", 12, batch=1)
+    x["input_ids"][:, 6:] = x["input_ids"][:, :6]  # a repetition, for the lookup to find
+    if assistant == "model":
+        guesses = {"assistant_model": zoo.make("llama", num_hidden_layers=1)}
+        guesses["assistant_model"].compile(backend=backend)
+    else:
+        guesses = {"prompt_lookup_num_tokens": 3}
+    got = compiled.generate(**x, do_sample=False, max_new_tokens=16, **guesses)
+    assert torch.equal(got, eager.generate(**x, do_sample=False, max_new_tokens=16))
+
+
+def test_text_pipeline(backend: str) -> None:
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, zoo.VOCAB)}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<s>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", padding_side="left")
+    prompts = ["w5 w9 w33 w101", "w7", "w100 w3 w8 w64 w65 w66"]
+    texts = [
+        pipeline("text-generation", model=model, tokenizer=fast, batch_size=3)(
+            prompts, max_new_tokens=6, do_sample=False
+        )
+        for model in zoo.pair("llama", backend)
+    ]
+    assert texts[0] == texts[1]
+    assert len(texts[0][1][0]["generated_text"].split("w")) == 1 + 1 + 6
+
+
+def feed(model: Any, cache: Any, ids: torch.Tensor) -> torch.Tensor:
+    """One forward over new tokens; the logits of all of them."""
+    with torch.no_grad():
+        return model(input_ids=ids, past_key_values=cache, use_cache=True).logits
+
+
+@BOTH
+def test_chunked_prefill_and_long_decode(name: str, backend: str) -> None:
+    """Two prefills into one cache, then 300 single tokens: past any capacity a cache may have started with."""
+    eager, compiled = zoo.pair(name, backend)
+    ids = zoo.inputs(name, 340)["input_ids"]
+    want = feed(eager, DynamicCache(config=eager.config), ids)
+    cache = DynamicCache(config=compiled.config)
+    pieces = [feed(compiled, cache, chunk) for chunk in ids[:, :40].split([23, 17], dim=1)]
+    pieces += [feed(compiled, cache, ids[:, i : i + 1]) for i in range(40, 340)]
+    assert_same_output(torch.cat(pieces, dim=1), want)
+
+
+def test_generate_with_prefill_chunks(backend: str) -> None:
+    eager, compiled = zoo.pair("llama", backend)
+    x = zoo.inputs("llama", 20)
+    want = eager.generate(**x, max_new_tokens=5, **GREEDY)
+    assert_same_generation(compiled.generate(**x, max_new_tokens=5, prefill_chunk_size=8, **GREEDY), want)
+
+
+def test_forked_cropped_and_reordered_caches(backend: str) -> None:
+    """One prefix goes on in several ways; no branch may write into what another one still reads."""
+    import copy
+
+    eager, compiled = zoo.pair("llama", backend)
+    ids = zoo.inputs("llama", 40, batch=2)["input_ids"]
+    prefix, left, right = ids[:, :10], ids[:, 10:16], ids[:, 20:26]
+
+    def logits(model: Any) -> list[torch.Tensor]:
+        trunk = DynamicCache(config=model.config)
+        feed(model, trunk, prefix)
+        fork = copy.deepcopy(trunk)
+        alias = DynamicCache(config=model.config)  # shares the tensors themselves
+        for layer, source in enumerate(trunk.layers):
+            alias.update(source.keys, source.values, layer)
+        shared = DynamicCache(config=model.config)
+        for mine, source in zip(shared.layers, trunk.layers, strict=True):
+            mine.lazy_initialization(source.keys, source.values)
+            mine.keys, mine.values = source.keys, source.values
+        out = []
+        for step in range(6):
+            for cache, branch in ((trunk, left), (fork, right), (alias, left), (shared, right)):
+                out.append(feed(model, cache, branch[:, step : step + 1]))
+        trunk.crop(-4)
+        fork.reorder_cache(torch.tensor([1, 0]))
+        shared.reorder_cache(torch.tensor([1, 1]))
+        for cache, branch in ((trunk, right), (fork, left), (shared, left), (alias, right)):
+            out.extend(feed(model, cache, branch[:, step : step + 1]) for step in range(3))
+        return out
+
+    assert_same_output(logits(compiled), logits(eager))
+
+
+def test_static_cache_reset_and_reuse(backend: str) -> None:
+    eager, compiled = zoo.pair("llama", backend)
+    cache = StaticCache(config=compiled.config, max_cache_len=48)
+    for length in (12, 19, 5):
+        cache.reset()
+        x = zoo.inputs("llama", length)
+        want = eager.generate(**x, max_new_tokens=6, **GREEDY)
+        assert_same_generation(compiled.generate(**x, past_key_values=cache, max_new_tokens=6, **GREEDY), want)
+        assert cache.get_seq_length() == length + 5
+
+
+def test_two_models_and_two_conversations_interleaved(backend: str) -> None:
+    """Each conversation has its own model or its own cache; turns alternate token by token."""
+    pairs = [zoo.pair("llama", backend), zoo.pair("mistral-window", backend)]
+    talks = [(pairs[0], 3), (pairs[0], 5), (pairs[1], 4), (pairs[1], 6)]
+    prompts = [zoo.inputs("llama", 9, seed=seed)["input_ids"] for _, seed in talks]
+    caches = [[DynamicCache(config=model.config) for model in pair] for pair, _ in talks]
+    for _turn in range(7):
+        for i, (pair, _) in enumerate(talks):
+            want, got = (feed(m, c, prompts[i]) for m, c in zip(pair, caches[i], strict=True))
+            assert_same_output(got, want)
+            prompts[i] = want[:, -1:].argmax(-1)

@@ -1,0 +1,189 @@
+"""Packed weights never go stale: every way to change a parameter after compilation, and every way to share one."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from tests.e2e.blocks import Block, Tied, block_input, build
+from tests.e2e.compare import assert_same_output
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+def replace_parameter(module: Block) -> None:
+    module.up.weight = nn.Parameter(module.up.weight * 2)
+
+
+def swap_two_parameters(module: Block) -> None:
+    module.norm1.weight, module.norm2.weight = module.norm2.weight, module.norm1.weight
+
+
+def set_data(module: Block) -> None:
+    module.up.weight.data = module.up.weight.data * 2
+
+
+def edit_data_in_place(module: Block) -> None:
+    module.up.weight.data.mul_(2)
+
+
+def edit_through_a_view(module: Block) -> None:
+    module.qkv.weight[5:9].zero_()
+
+
+def load_other_weights(module: Block) -> None:
+    module.load_state_dict(build(Block, seed=9).state_dict())
+
+
+def assign_other_weights(module: Block) -> None:
+    module.load_state_dict(build(Block, seed=9).state_dict(), assign=True)
+
+
+def edit_every_bias(module: Block) -> None:
+    for name, p in module.named_parameters():
+        if name.endswith("bias"):
+            p.add_(0.5)
+
+
+def optimizer_step(module: Block) -> None:
+    for p in module.parameters():
+        p.grad = torch.ones_like(p)
+    torch.optim.SGD(module.parameters(), lr=0.1).step()
+
+
+def fold_a_low_rank_update(module: Block) -> None:
+    a, b = torch.randn(76, 2), torch.randn(2, 48)
+    module.up.weight += a @ b
+
+
+CHANGES = [
+    replace_parameter,
+    swap_two_parameters,
+    set_data,
+    edit_data_in_place,
+    edit_through_a_view,
+    load_other_weights,
+    assign_other_weights,
+    edit_every_bias,
+    optimizer_step,
+    fold_a_low_rank_update,
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
+def test_changed_weights_are_noticed(change: Callable[[nn.Module], None], backend: str) -> None:
+    module = build(Block)
+    compiled = torch.compile(module, backend=backend)
+    x = block_input()
+    before = compiled(x)
+    torch.manual_seed(3)
+    change(module)
+    want = module(x)
+    assert (want - before).abs().max() > 1e-2
+    assert_same_output(compiled(x), want)
+    assert_same_output(compiled(x), want)
+
+
+def test_dtype_and_back(backend: str) -> None:
+    """Every dtype in turn, and the first one again with weights that lost bits on the way."""
+    module = build(Block)
+    compiled = torch.compile(module, backend=backend)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float32):
+        module.to(dtype)
+        x = block_input().to(dtype)
+        got = compiled(x)
+        assert got.dtype == dtype
+        if dtype in (torch.float32, torch.float64):
+            assert_same_output(got, module(x))
+        else:
+            exact = copy.deepcopy(module).float()(x.float())
+            ours, theirs = ((y.float() - exact).pow(2).mean() for y in (got, module(x)))
+            assert ours.sqrt() <= 1.25 * theirs.sqrt()
+
+
+def test_tied_weights_stay_tied(backend: str) -> None:
+    module = build(Tied)
+    compiled = torch.compile(module, backend=backend)
+    ids = torch.arange(10).reshape(2, 5)
+    assert_same_output(compiled(ids), module(ids))
+    module.embed.weight.mul_(0.5)
+    assert module.head.weight is module.embed.weight
+    assert_same_output(compiled(ids), module(ids))
+    module.head.weight = nn.Parameter(module.head.weight + 1.0)  # no longer tied
+    assert_same_output(compiled(ids), module(ids))
+
+
+def test_two_instances_of_one_class(backend: str) -> None:
+    """Dynamo may run one instance's graph with the other's parameters: they come in as inputs."""
+    first, second = build(Block, seed=1), build(Block, seed=2)
+    one, two = (torch.compile(m, backend=backend) for m in (first, second))
+    x = block_input()
+    for _ in range(2):
+        assert_same_output(one(x), first(x))
+        assert_same_output(two(x), second(x))
+    first.load_state_dict(second.state_dict())
+    assert_same_output(one(x), two(x))
+
+
+def test_one_function_over_many_modules(backend: str) -> None:
+    """A function of the module, compiled once, as a training script or a layer loop does it."""
+    modules = [build(Block, seed=s) for s in range(4)]
+    run = torch.compile(lambda module, x: module(x) * 2, backend=backend)
+    x = block_input()
+    for module in (*modules, *reversed(modules)):
+        assert_same_output(run(module, x), module(x) * 2)
+
+
+def test_thirty_layers_share_one_compiled_block(backend: str) -> None:
+    layers = [build(Block, seed=s) for s in range(30)]
+    compiled = copy.deepcopy(layers)
+    for layer in compiled:
+        layer.compile(backend=backend)
+    for length in (7, 5, 9):
+        got = want = block_input(length)
+        for ours, theirs in zip(compiled, layers, strict=True):
+            got, want = ours(got) * 0.5, theirs(want) * 0.5
+        assert_same_output(got, want)
+
+
+def test_deepcopy_of_a_compiled_module(backend: str) -> None:
+    compiled = torch.compile(build(Block), backend=backend)
+    x = block_input()
+    want = compiled(x)
+    twin = copy.deepcopy(compiled)
+    for p in twin.parameters():
+        p.mul_(0.5)
+    assert_same_output(compiled(x), want)
+    halved = build(Block)
+    for p in halved.parameters():
+        p.mul_(0.5)
+    assert_same_output(twin(x), halved(x))
+
+
+def test_parametrized_weight_is_computed_every_call(backend: str) -> None:
+    """Weight norm makes the weight from two parameters inside the graph."""
+    module = build(lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(48, 32)), nn.GELU()))
+    compiled = torch.compile(module, backend=backend)
+    x = block_input()
+    assert_same_output(compiled(x), module(x))
+    for p in module.parameters():
+        p.mul_(1.5)
+    assert_same_output(compiled(x), module(x))
+
+
+def test_a_freed_weight_at_the_same_address_is_another_weight(backend: str) -> None:
+    """New modules land in the memory of old ones: an address alone must not identify a packed weight."""
+    run = torch.compile(lambda weight, x: torch.nn.functional.linear(x, weight), backend=backend)
+    x = block_input()
+    for seed in range(20):
+        weight = torch.randn(64, 48, generator=torch.Generator().manual_seed(seed))
+        assert_same_output(run(weight, x), torch.nn.functional.linear(x, weight))
+        del weight

@@ -1,0 +1,87 @@
+"""Every architecture of the zoo against eager PyTorch: forward at several lengths, generation, half precision."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+
+import pytest
+import torch
+
+from tests.e2e import zoo
+from tests.e2e.compare import assert_same_generation, assert_same_output
+
+# Static shapes first, then the same graph with a symbolic length, then the length Dynamo specialises.
+LENGTHS = (17, 3, 1)
+HALF = (
+    *((name, dtype) for name in ("llama", "gemma2", "gpt2", "bert", "t5") for dtype in ("float16", "bfloat16")),
+    *((name, "bfloat16") for name in ("qwen3-moe", "vit", "bloom")),
+)
+
+
+def params(rows: Iterable[zoo.Row]) -> list:
+    return [pytest.param(r, id=r.name, marks=[pytest.mark.slow] if r.rare else []) for r in rows]
+
+
+@pytest.mark.parametrize("row", params(r for r in zoo.ROWS if r.matters))
+def test_the_zoo_would_notice(row: zoo.Row) -> None:
+    """The feature a row is there for changes its output by far more than the tolerance."""
+    with torch.no_grad():
+        want = zoo.make(row)(**zoo.inputs(row, 17))[0]
+        for name, value in row.matters.items():
+            other = zoo.make(row, **{name: value})(**zoo.inputs(row, 17))[0]
+            assert (other - want).std() > 0.1 * want.std(), name
+
+
+@pytest.mark.parametrize("row", params(zoo.ROWS))
+def test_forward(row: zoo.Row, backend: str) -> None:
+    eager, compiled = zoo.pair(row, backend)
+    lengths = LENGTHS if row.name in zoo.CORE else LENGTHS[:1] if row.kind == "causal" else LENGTHS[:2]
+    with torch.no_grad():
+        for length in lengths:
+            x = zoo.inputs(row, length)
+            assert_same_output(compiled(**x), eager(**x))
+
+
+@pytest.mark.parametrize("row", params(r for r in zoo.ROWS if r.kind in ("causal", "seq2seq", "whisper")))
+def test_generate(row: zoo.Row, backend: str) -> None:
+    eager, compiled = zoo.pair(row, backend)
+    prompt = zoo.inputs(row, 11)
+    prompt.pop("decoder_input_ids", None)
+    how = {"max_new_tokens": 8, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    assert_same_generation(compiled.generate(**prompt, **how), eager.generate(**prompt, **how))
+
+
+@pytest.mark.parametrize(("name", "dtype"), HALF)
+def test_half_precision_is_as_near_as_eager(name: str, dtype: str, backend: str) -> None:
+    """Our distance to the fp32 result of the same rounded weights is at most eager's (a quarter is luck)."""
+    half, compiled = zoo.pair(name, backend, getattr(torch, dtype))
+    exact = copy.deepcopy(half).float()
+    x = zoo.inputs(name, 33, batch=4)
+    halved = {k: v.to(half.dtype) if v.is_floating_point() else v for k, v in x.items()}
+    widened = {k: v.float() if v.is_floating_point() else v for k, v in halved.items()}
+    with torch.no_grad():
+        want, eager, got = exact(**widened)[0], half(**halved)[0], compiled(**halved)[0]
+    assert got.dtype == eager.dtype
+    ours, theirs = (rms(o.float() - want) / rms(want) for o in (got, eager))
+    assert theirs > 0
+    assert ours <= 1.25 * theirs + 1e-6, f"RMS error {ours:.3g}, eager's is {theirs:.3g}"
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@torch.no_grad()
+def test_decoding_in_half_precision_is_as_near_as_eager(dtype: str, backend: str) -> None:
+    """The same for single tokens that read a cache, which run in other kernels."""
+    half, compiled = zoo.pair("llama", backend, getattr(torch, dtype))
+    ids = zoo.inputs("llama", 24, batch=8)["input_ids"]
+    want = copy.deepcopy(half).float()(ids).logits[:, 20:]
+    errors = []
+    for model in (compiled, half):
+        cache = model(ids[:, :20], use_cache=True).past_key_values
+        steps = [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(20, 24)]
+        errors.append(rms(torch.cat(steps, dim=1).float() - want))
+    assert 0 < errors[0] <= 1.25 * errors[1]
+
+
+def rms(x: torch.Tensor) -> float:
+    return x.pow(2).mean().sqrt().item()

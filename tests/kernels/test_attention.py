@@ -1,0 +1,472 @@
+"""The attention kernels of every CPU tier against float64: shapes, masks, rotary, KV writes, layouts, NaN."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from llmopt import _C
+from llmopt.native.program import run_op
+from tolerance import assert_close
+
+TIERS = _C.tiers()
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+ROPE_NONE, ROPE_HALF, ROPE_INTERLEAVED = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class Case:
+    """One attention problem; `make` fills it with numbers."""
+
+    batch: int = 1
+    heads: int = 2
+    kv_heads: int = 2
+    q_len: int = 5
+    kv_len: int = 9
+    dim: int = 16
+    v_dim: int | None = None
+    dtype: torch.dtype = torch.float32
+    is_causal: bool = False
+    offset: int | None = None  # None: the last query sees the last key
+    window: int = 0
+    softcap: float = 0.0
+    mask: str = ""  # a key of MASKS
+    rope: int = ROPE_NONE
+    rope_dim: int | None = None
+    new: bool = False  # k_new and v_new are given
+    positions: bool = False
+    seq_first: bool = False  # memory is [B,S,H,D]
+    threads: int = 2
+
+    @property
+    def causal_offset(self) -> int:
+        return self.kv_len - self.q_len if self.offset is None else self.offset
+
+
+def float_mask(live: torch.Tensor, dead: float) -> torch.Tensor:
+    return torch.zeros(live.shape).masked_fill(~live, dead)
+
+
+def left_padding(c: Case) -> torch.Tensor:
+    first = torch.arange(c.batch) * c.kv_len // (2 * c.batch)
+    return (torch.arange(c.kv_len) >= first[:, None])[:, None, None, :]
+
+
+def right_padding(c: Case) -> torch.Tensor:
+    return left_padding(c).flip(-1)
+
+
+def random_bool(c: Case, *dims: int) -> torch.Tensor:
+    return torch.rand(*dims, c.kv_len) < 0.6
+
+
+def alibi(c: Case) -> torch.Tensor:
+    slope = 2.0 ** -torch.arange(1.0, c.heads + 1)
+    return (slope[:, None] * torch.arange(c.kv_len)).view(1, c.heads, 1, c.kv_len)
+
+
+MASKS = {
+    "left": left_padding,
+    "right": right_padding,
+    "random": lambda c: random_bool(c, c.batch, 1, c.q_len),
+    "per_head": lambda c: random_bool(c, 1, c.heads, c.q_len),
+    "no_keys": lambda c: random_bool(c, c.batch, 1, c.q_len) & (torch.rand(c.q_len, 1) < 0.5),
+    "causal_float": lambda c: float_mask(
+        torch.ones(c.q_len, c.kv_len, dtype=torch.bool).tril(c.kv_len - c.q_len), -math.inf
+    )[None, None],
+    "finfo_min": lambda c: float_mask(
+        random_bool(c, c.batch, 1, c.q_len), torch.finfo(torch.float32).min
+    ),
+    "all_finfo_min": lambda c: float_mask(
+        random_bool(c, c.batch, 1, c.q_len) & (torch.rand(c.q_len, 1) < 0.5),
+        torch.finfo(torch.float32).min,
+    ),
+    "all_inf": lambda c: float_mask(torch.zeros(1, 1, c.q_len, c.kv_len).bool(), -math.inf),
+    "bias": lambda c: torch.randn(1, c.heads, c.q_len, c.kv_len) * 2,
+    "bias_f16": lambda c: torch.randn(1, c.heads, c.q_len, c.kv_len).half(),
+    "bias_bf16": lambda c: torch.randn(c.batch, 1, c.q_len, c.kv_len).bfloat16(),
+    "alibi": alibi,
+    "per_row": lambda c: torch.rand(c.batch, 1, c.q_len, 1).expand(-1, -1, -1, c.kv_len) < 0.7,
+}
+
+
+@dataclass
+class Tensors:
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    mask: torch.Tensor | None = None
+    cos: torch.Tensor | None = None
+    sin: torch.Tensor | None = None
+    k_new: torch.Tensor | None = None
+    v_new: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
+
+
+def rows(c: Case, heads: int, length: int, dim: int) -> torch.Tensor:
+    if c.seq_first:
+        return torch.randn(c.batch, length, heads, dim).to(c.dtype).transpose(1, 2)
+    return torch.randn(c.batch, heads, length, dim).to(c.dtype)
+
+
+def make(c: Case, seed: int = 0) -> Tensors:
+    torch.manual_seed(seed)
+    v_dim = c.v_dim or c.dim
+    t = Tensors(
+        rows(c, c.heads, c.q_len, c.dim),
+        rows(c, c.kv_heads, c.kv_len, c.dim),
+        rows(c, c.kv_heads, c.kv_len, v_dim),
+    )
+    if c.mask:
+        t.mask = MASKS[c.mask](c)
+    if c.rope:
+        angle = torch.rand(c.batch, 1, c.q_len, c.rope_dim or c.dim) * 6
+        t.cos, t.sin = angle.cos().to(c.dtype), angle.sin().to(c.dtype)
+    if c.new:
+        t.k_new = rows(c, c.kv_heads, c.q_len, c.dim)
+        t.v_new = rows(c, c.kv_heads, c.q_len, v_dim)
+        if c.positions:
+            t.positions = torch.randperm(c.kv_len)[: c.q_len]
+    return t
+
+
+def run(c: Case, t: Tensors, tier: str) -> torch.Tensor:
+    """The kernel's output; writes t.k and t.v when the case has new rows."""
+    v_dim = c.v_dim or c.dim
+    out = rows(c, c.heads, c.q_len, v_dim).fill_(math.nan)
+    mask, bounds = t.mask, None
+    if mask is not None:
+        bounds = torch.full((*mask.shape[:3], 4), -7, dtype=torch.int32)
+        run_op("mask_bounds", [mask, bounds], tier=tier, threads=c.threads)
+        shape = (c.batch, c.heads, c.q_len)
+        mask, bounds = mask.expand(*shape, c.kv_len), bounds.expand(*shape, 4)
+    operands = [t.q, t.k, t.v, out, mask, bounds, t.cos, t.sin, t.k_new, t.v_new, t.positions]
+    ints = [int(c.is_causal), c.causal_offset, c.window, c.rope, int(c.new)]
+    run_op("attention", operands, ints, [c.dim**-0.5, c.softcap], tier=tier, threads=c.threads)
+    return out
+
+
+def rotate(c: Case, x: torch.Tensor, t: Tensors) -> torch.Tensor:
+    if not c.rope:
+        return x
+    cos, sin = t.cos.double(), t.sin.double()
+    r = cos.shape[-1]
+    x, rest = x[..., :r], x[..., r:]
+    if c.rope == ROPE_HALF:
+        turned = torch.cat((-x[..., r // 2 :], x[..., : r // 2]), -1)
+    else:
+        turned = torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)
+    return torch.cat((x * cos + turned * sin, rest), -1)
+
+
+def allowed_keys(c: Case, mask: torch.Tensor | None) -> torch.Tensor:
+    """[B,H,Sq,Skv]: what the contract calls allowed."""
+    i, j = torch.arange(c.q_len)[:, None] + c.causal_offset, torch.arange(c.kv_len)
+    ok = torch.ones(c.q_len, c.kv_len, dtype=torch.bool)
+    if c.is_causal:
+        ok &= j <= i
+    if c.window:
+        ok &= j > i - c.window
+    ok = ok.expand(c.batch, c.heads, -1, -1)
+    if mask is None:
+        return ok
+    if mask.dtype == torch.bool:
+        return ok & mask
+    live = mask > -1e30
+    return ok & (live | (~live.any(-1, keepdim=True) & (mask > -math.inf)))
+
+
+def reference(c: Case, t: Tensors) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Output, and k and v after the new rows are written; all in float64."""
+    q, k, v = rotate(c, t.q.double(), t), t.k.double(), t.v.double()
+    if c.new:
+        slots = t.positions if c.positions else torch.arange(c.kv_len - c.q_len, c.kv_len)
+        k[:, :, slots] = rotate(c, t.k_new.double(), t).to(c.dtype).double()
+        v[:, :, slots] = t.v_new.double()
+    group = c.heads // c.kv_heads
+    score = q @ k.repeat_interleave(group, 1).transpose(-1, -2) * c.dim**-0.5
+    if c.softcap:
+        score = c.softcap * torch.tanh(score / c.softcap)
+    allowed = allowed_keys(c, t.mask)
+    if t.mask is not None and t.mask.dtype != torch.bool:
+        # fp32 on purpose: a row of finfo.min swallows its scores
+        score = (score.float() + t.mask.float()).double()
+    score = score.masked_fill(~allowed, -math.inf)
+    weight = torch.softmax(score, -1).masked_fill(~allowed.any(-1, keepdim=True), 0)
+    value = v.repeat_interleave(group, 1)
+    if not torch.isfinite(value).all():
+        seen = torch.where(allowed[..., None], value[:, :, None], 0)
+        return (weight[..., None] * seen).sum(-2), k, v
+    return weight @ value, k, v
+
+
+@lru_cache(maxsize=None)
+def solved(c: Case, seed: int) -> tuple[Tensors, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A problem and its reference, shared by the tiers."""
+    t = make(c, seed)
+    return t, *reference(c, t)
+
+
+def check(c: Case, tier: str, seed: int = 0) -> None:
+    t, want, k, v = solved(c, seed)
+    t = replace(t, k=t.k.clone(), v=t.v.clone())
+    assert_close(run(c, t, tier), want, c.dtype)
+    if c.new:
+        assert_close(t.k, k, c.dtype)
+        assert torch.equal(t.v.double(), v)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_torch_thread() -> Iterator[None]:
+    """References are small: torch's own team would only cost time. Kernels are given their thread count."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=TIERS)
+def tier(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.mark.parametrize("dim", [16, 20, 64, 80, 128])
+@pytest.mark.parametrize("q_len", [1, 2, 3, 17, 129])
+@pytest.mark.parametrize("group", [1, 3, 4])
+def test_shapes(tier: str, group: int, q_len: int, dim: int) -> None:
+    for is_causal in (False, True):
+        c = Case(2, 2 * group, 2, q_len, q_len + 30, dim, is_causal=is_causal)
+        check(c, tier)
+        check(replace(c, batch=1, heads=group, kv_heads=1, kv_len=q_len, threads=1), tier)
+
+
+@pytest.mark.parametrize("q_len", [1, 4, 40])
+@pytest.mark.parametrize(("dim", "v_dim"), [(1, 3), (17, 40), (64, 20), (48, 256), (256, 33)])
+def test_value_dim_differs(tier: str, q_len: int, dim: int, v_dim: int) -> None:
+    check(Case(2, 6, 2, q_len, 70, dim, v_dim), tier)
+
+
+@pytest.mark.parametrize("q_len", [1, 3, 40])
+@pytest.mark.parametrize("kv_len", [1, 255, 700, 1300])
+def test_long_keys(tier: str, q_len: int, kv_len: int) -> None:
+    """Several blocks and, with two threads, splits of the keys."""
+    c = Case(1, 4, 1, q_len, max(kv_len, q_len), 32, is_causal=True)
+    for threads in (1, 2, 5):
+        check(replace(c, threads=threads), tier)
+        check(replace(c, threads=threads, mask="left", is_causal=False), tier)
+
+
+@pytest.mark.parametrize("q_len", [1, 2, 19, 70])
+@pytest.mark.parametrize("mask", MASKS)
+def test_masks(tier: str, mask: str, q_len: int) -> None:
+    c = Case(3, 6, 2, q_len, q_len + 210, 20, mask=mask)
+    check(c, tier)
+    check(replace(c, batch=1, heads=4, kv_heads=1, threads=3), tier)
+    check(replace(c, is_causal=True, mask=mask if mask != "all_finfo_min" else "random"), tier)
+
+
+@pytest.mark.parametrize("q_len", [1, 3, 65])
+@pytest.mark.parametrize("window", [1, 7, 64, 500])
+def test_window(tier: str, window: int, q_len: int) -> None:
+    check(Case(1, 3, 1, q_len, 500, 16, is_causal=True, window=window), tier)
+    check(Case(2, 2, 2, q_len, 300, 16, window=window, mask="right"), tier)
+
+
+@pytest.mark.parametrize("offset", [-300, -3, 0, 4, 300])
+def test_offset_leaves_rows_without_keys(tier: str, offset: int) -> None:
+    for q_len in (1, 4, 40):
+        check(Case(2, 4, 2, q_len, 60, 16, is_causal=True, offset=offset), tier)
+
+
+@pytest.mark.parametrize("q_len", [1, 33])
+def test_softcap(tier: str, q_len: int) -> None:
+    check(Case(1, 4, 2, q_len, 90, 64, softcap=0.7, is_causal=True), tier)
+    check(Case(2, 4, 2, q_len, 90, 64, softcap=20.0, mask="bias"), tier)
+
+
+@pytest.mark.parametrize("q_len", [1, 2, 34])
+@pytest.mark.parametrize("rope", [ROPE_HALF, ROPE_INTERLEAVED])
+@pytest.mark.parametrize(("dim", "rope_dim"), [(64, 64), (64, 16), (20, 12), (80, 80)])
+def test_rope(tier: str, q_len: int, rope: int, dim: int, rope_dim: int) -> None:
+    c = Case(2, 6, 2, q_len, 60, dim, rope=rope, rope_dim=rope_dim, is_causal=True)
+    check(c, tier)
+    check(replace(c, new=True), tier)
+    check(replace(c, new=True, positions=True, is_causal=False), tier)
+
+
+@pytest.mark.parametrize("q_len", [1, 50])
+def test_rope_tables_broadcast_over_the_batch(tier: str, q_len: int) -> None:
+    c = Case(3, 4, 2, q_len, q_len, 32, rope=ROPE_HALF, new=True, is_causal=True)
+    t = make(c)
+    t.cos, t.sin = (x[:1].expand(3, -1, -1, -1) for x in (t.cos, t.sin))
+    want, _, _ = reference(c, t)
+    assert_close(run(c, t, tier), want)
+
+
+@pytest.mark.parametrize("q_len", [1, 40])
+def test_new_rows_with_split_keys(tier: str, q_len: int) -> None:
+    c = Case(1, 4, 1, q_len, 1500, 64, rope=ROPE_HALF, new=True, is_causal=True)
+    for seed in range(3):
+        check(c, tier, seed)
+        check(replace(c, positions=True, is_causal=False, mask="left"), tier, seed)
+
+
+@pytest.mark.parametrize("q_len", [1, 40])
+def test_only_keys_are_new(tier: str, q_len: int) -> None:
+    """Without a cache the compiler rotates k into a buffer and reads v where it is."""
+    c = Case(2, 4, 2, q_len, q_len, 32, rope=ROPE_HALF, new=True, is_causal=True)
+    t = make(c)
+    t.v_new = None
+    want, k, _ = reference(replace(c, new=True), replace_values(t))
+    assert_close(run(c, t, tier), want)
+    assert_close(t.k, k, c.dtype)
+
+
+def replace_values(t: Tensors) -> Tensors:
+    return replace(t, v_new=t.v)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("seq_first", [False, True])
+@pytest.mark.parametrize("q_len", [1, 3, 70])
+def test_dtypes_and_layouts(tier: str, q_len: int, seq_first: bool, dtype: torch.dtype) -> None:
+    for dim in (20, 64):
+        c = Case(2, 6, 2, q_len, 300, dim, dtype=dtype, seq_first=seq_first, is_causal=True)
+        check(c, tier)
+        check(replace(c, rope=ROPE_HALF, new=True), tier)
+        check(replace(c, mask="random", is_causal=False), tier)
+
+
+@pytest.mark.parametrize("q_len", [1, 40])
+def test_mixed_dtypes(tier: str, q_len: int) -> None:
+    """An fp32 query may attend to a half-precision cache."""
+    c = Case(1, 4, 2, q_len, 80, 64)
+    t = make(c)
+    t.k, t.v = t.k.half(), t.v.bfloat16()
+    want, _, _ = reference(c, t)
+    assert_close(run(c, t, tier), want)
+
+
+@pytest.mark.parametrize("q_len", [1, 5, 70])
+def test_extreme_scores(tier: str, q_len: int) -> None:
+    c = Case(1, 2, 2, q_len, 400, 16, is_causal=True)
+    t = make(c)
+    t.q *= 200
+    t.k *= 200
+    want, _, _ = reference(c, t)
+    got = run(c, t, tier)
+    # scores of 1e4 carry an fp32 rounding of 1e-3, which the exponential turns into a relative error
+    assert (got.double() - want).abs().max() < 2e-2
+    t.q.fill_(60)
+    t.k.fill_(60)
+    want, _, _ = reference(c, t)
+    assert_close(run(c, t, tier), want)
+
+
+@pytest.mark.parametrize("q_len", [1, 3, 40])
+def test_nan_of_a_live_key_propagates(tier: str, q_len: int) -> None:
+    for where in ("k", "v"):
+        for key in (0, 100, 299):
+            for mask in ("", "random", "left"):
+                c = Case(2, 4, 2, q_len, 300, 20, is_causal=True, mask=mask)
+                t = make(c)
+                getattr(t, where)[:, :, key] = math.nan
+                want, _, _ = reference(c, t)
+                assert_close(run(c, t, tier), want)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("mask", ["", "left", "right", "finfo_min"])
+@pytest.mark.parametrize("q_len", [1, 3, 40])
+def test_dead_slots_do_not_leak(
+    tier: str, q_len: int, mask: str, value: float, dtype: torch.dtype
+) -> None:
+    """A static cache: slots after the last query, or that the mask excludes, hold garbage."""
+    c = Case(2, 4, 2, q_len, 300, 20, is_causal=True, offset=90, mask=mask, dtype=dtype)
+    t = make(c)
+    dead = ~allowed_keys(c, t.mask)[:, :1].any(-2).expand(-1, 2, -1)
+    t.k[dead] = value
+    t.v[dead] = value
+    t.k[:, :, -1] = value  # never allowed: offset + q_len < kv_len
+    t.v[:, :, -1] = value
+    want, _, _ = reference(c, t)
+    assert torch.isfinite(want).all()
+    assert_close(run(c, t, tier), want, dtype)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_empty(tier: str, threads: int) -> None:
+    check(Case(2, 2, 2, 0, 5, 16, offset=0, threads=threads), tier)
+    check(Case(2, 2, 2, 3, 0, 16, offset=0, threads=threads), tier)
+    check(Case(2, 2, 2, 40, 0, 16, offset=0, threads=threads), tier)
+    check(Case(0, 2, 2, 3, 4, 16, offset=0, threads=threads), tier)
+
+
+def test_dead_tail_of_a_cache_is_not_read(tier: str) -> None:
+    """8192 slots of which 300 are live must cost about 300; measured against a cache of 300."""
+    if tier == "scalar":
+        pytest.skip("timing is of interest in vector tiers only")
+    from time import perf_counter
+
+    from llmopt.native.program import OneOp
+
+    def seconds(kv_len: int, mask: str) -> float:
+        c = Case(1, 8, 8, 1, kv_len, 64)
+        t = make(c)
+        out = torch.empty_like(t.q)
+        live = (torch.arange(kv_len) < 300)[None, None, None]
+        bounds = torch.zeros(1, 1, 1, 4, dtype=torch.int32)
+        run_op("mask_bounds", [live, bounds], tier=tier)
+        operands = [t.q, t.k, t.v, out, live.expand(1, 8, 1, -1), bounds.expand(1, 8, 1, 4)]
+        op = OneOp("attention", operands, [0, 0, 0, 0, 0], [0.125, 0.0], tier, threads=1)
+        best = math.inf
+        for _ in range(50):
+            start = perf_counter()
+            op()
+            best = min(best, perf_counter() - start)
+        return best
+
+    assert seconds(8192, "live") < 3 * seconds(300, "live")
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    batch=st.integers(1, 3),
+    kv_heads=st.integers(1, 3),
+    group=st.sampled_from([1, 2, 3, 4, 8]),
+    q_len=st.integers(1, 90),
+    extra=st.integers(0, 400),
+    dim=st.integers(1, 80),
+    v_dim=st.integers(1, 80),
+    dtype=st.sampled_from(FLOATS),
+    is_causal=st.booleans(),
+    window=st.sampled_from([0, 0, 5, 100]),
+    softcap=st.sampled_from([0.0, 0.0, 5.0]),
+    mask=st.sampled_from(["", *(m for m in MASKS if m not in ("all_finfo_min",))]),
+    rope=st.sampled_from([ROPE_NONE, ROPE_HALF, ROPE_INTERLEAVED]),
+    new=st.booleans(),
+    positions=st.booleans(),
+    seq_first=st.booleans(),
+    threads=st.integers(1, 4),
+    seed=st.integers(0, 1000),
+)
+def test_any_problem(kv_heads, group, q_len, extra, rope, seed, dim, **fields) -> None:
+    dim = max(dim // 2 * 2, 2) if rope else dim
+    c = Case(
+        heads=kv_heads * group,
+        kv_heads=kv_heads,
+        q_len=q_len,
+        kv_len=q_len + extra,
+        rope=rope,
+        dim=dim,
+        **fields,
+    )
+    for tier in TIERS:
+        check(c, tier, seed)

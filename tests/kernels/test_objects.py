@@ -1,0 +1,147 @@
+"""What the kernel objects hold: one symbol each, only their tier's instructions, no spills.
+
+Objects of different tiers are linked into one module. A weak symbol would be merged by the linker,
+and the copy compiled for AVX-512 could then be called on a machine without it.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from llmopt import _C
+
+ROOT = Path(__file__).resolve().parents[2]
+needs_binutils = pytest.mark.skipif(
+    not (shutil.which("nm") and shutil.which("objdump")), reason="nm and objdump are not installed"
+)
+pytestmark = needs_binutils
+
+
+def isa_rows() -> dict[str, tuple[str, list[str]]]:
+    """The table of csrc/cpu/isas.cmake: tier → (header, compiler features)."""
+    text = (ROOT / "csrc/cpu/isas.cmake").read_text()
+    rows = re.findall(r'^\s*"(\w+)\|(\w+)\|([^"]*)"', text, re.MULTILINE)
+    return {tier: (header, features.split()) for tier, header, features in rows}
+
+
+def compile_linear(tier: str, folder: Path) -> Path:
+    """The linear family compiled with the build's flags, for installs without a build folder."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no build folder beside the module and no g++ to make the objects")
+    header, features = isa_rows()[tier]
+    out = folder / f"linear_{tier}.o"
+    flags = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno"]
+    flags += ["-fno-trapping-math", "-ffp-contract=fast", *(f"-m{f}" for f in features)]
+    if header == "avx512":
+        flags.append("-mprefer-vector-width=512")
+    defines = [f"-DLLMOPT_ISA={tier}", f'-DLLMOPT_ISA_HEADER="cpu/isa/{header}.h"']
+    source = ROOT / "csrc/cpu/linear.cpp"
+    command = [compiler, *flags, *defines, f"-I{ROOT / 'csrc'}", "-c", source, "-o", out]
+    subprocess.run(command, check=True)
+    return out
+
+
+@pytest.fixture(scope="session")
+def objects(tmp_path_factory) -> dict[tuple[str, str], Path]:
+    """(family, tier) → object file: those the module was linked from, or freshly compiled ones."""
+    build = Path(_C.__file__).resolve().parent
+    found = {}
+    for path in build.glob("CMakeFiles/llmopt_*.dir/csrc/cpu/*.cpp.o"):
+        family = path.name.split(".")[0]
+        tier = path.parents[2].name.removesuffix(".dir").removeprefix(f"llmopt_{family}_")
+        found[family, tier] = path
+    if not found:
+        folder = tmp_path_factory.mktemp("objects")
+        found = {("linear", tier): compile_linear(tier, folder) for tier in isa_rows()}
+    return found
+
+
+def symbols(path: Path) -> list[tuple[str, str]]:
+    """(kind, name) of every symbol, kinds as nm prints them."""
+    text = subprocess.run(["nm", path], check=True, capture_output=True, text=True).stdout
+    return [(line.split()[-2], line.split()[-1]) for line in text.splitlines()]
+
+
+def disassemble(path: Path) -> dict[str, list[tuple[int, str]]]:
+    """Function → its instructions as (address, text)."""
+    command = ["objdump", "-d", "-C", "--no-show-raw-insn", path]
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    functions: dict[str, list[tuple[int, str]]] = {}
+    name = ""
+    for line in text.splitlines():
+        if head := re.match(r"^[0-9a-f]+ <(.*)>:$", line):
+            name = head[1]
+            functions[name] = []
+        elif body := re.match(r"^ +([0-9a-f]+):\t(.*)$", line):
+            functions[name].append((int(body[1], 16), body[2]))
+    return functions
+
+
+def inner_loops(code: list[tuple[int, str]]) -> list[list[str]]:
+    """Bodies of the loops of a function that contain no other loop."""
+    jumps = [
+        (int(jump[1], 16), address)
+        for address, text in code
+        if (jump := re.match(r"j\w+ +([0-9a-f]+)", text)) and int(jump[1], 16) <= address
+    ]
+    inner = [
+        (start, end)
+        for start, end in jumps
+        if not any((s, e) != (start, end) and start <= s and e <= end for s, e in jumps)
+    ]
+    return [[text for address, text in code if start <= address <= end] for start, end in inner]
+
+
+def stack_registers(code: list[tuple[int, str]]) -> str:
+    """A pattern of operands on the stack; rbp counts only where it is the frame pointer."""
+    framed = any(re.match(r"mov +%rsp,%rbp", text) for _, text in code)
+    return r"\(%rsp|\(%rbp" if framed else r"\(%rsp"
+
+
+def test_every_object_exports_its_one_symbol(objects):
+    for (family, tier), path in objects.items():
+        exported = [name for kind, name in symbols(path) if kind.isupper() and kind != "U"]
+        assert exported == [f"llmopt_{family}_{tier}"], path
+
+
+def test_no_object_has_weak_or_unique_symbols(objects):
+    for path in objects.values():
+        assert not [name for kind, name in symbols(path) if kind in "wWvVu"], path
+
+
+def test_no_object_calls_into_the_cpp_library(objects):
+    for path in objects.values():
+        assert not [n for kind, n in symbols(path) if kind == "U" and n.startswith("_Z")], path
+
+
+def test_lower_tiers_hold_no_higher_instructions(objects):
+    higher = {
+        "scalar": r"\bv[a-z0-9]+ .*%[xyz]mm|%[yz]mm",
+        "avx2": r"%zmm|%k[0-7]\b|%[xy]mm(1[6-9]|[23]\d)",
+    }
+    checked = 0
+    for (_, tier), path in objects.items():
+        for name, code in disassemble(path).items():
+            for _, text in code if tier in higher else ():
+                assert not re.search(higher[tier], text), f"{path.name} {tier} {name}: {text}"
+                checked += 1
+    assert checked > 1000
+
+
+@pytest.mark.parametrize("tier", [t for t in isa_rows() if t != "scalar"])
+def test_hot_loops_keep_their_sums_in_registers(objects, tier):
+    """A register tile that does not fit still computes the right answer, at half the speed."""
+    functions = {n: c for n, c in disassemble(objects["linear", tier]).items() if "::tile<" in n}
+    assert len(functions) >= (20 if tier == "avx2" else 40)
+    for name, code in functions.items():
+        hot = [loop for loop in inner_loops(code) if sum("vfmadd" in text for text in loop) >= 2]
+        assert hot, f"no multiplying loop found in {name}"
+        stack = stack_registers(code)
+        for loop in hot:
+            spills = [t for t in loop if re.search(stack, t) and re.search("%[xyz]mm", t)]
+            assert not spills, f"{name}: {spills}"

@@ -1,0 +1,57 @@
+"""The probes: rates a computer can have, and the work that is counted is done."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from llmopt import _C
+from llmopt.native.probe import CHAINS, INT8_OPS, measure
+from llmopt.native.program import OneOp, run_op
+
+TIERS = _C.tiers()
+VNNI_TIERS = [t for t in TIERS if "probe_vnni" in _C.tier_ops(t)]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("tier", TIERS)
+def test_rates_are_those_of_a_computer(tier, threads):
+    probe = measure(threads, tier)
+    lanes = _C.panel_width(tier) // 2
+    clock = 10e9  # no CPU issues more than four vectors in one of these cycles
+    assert 1e7 < probe.fma_flops < threads * clock * 4 * 2 * lanes
+    assert 1e7 < probe.read_bytes < 1e13
+    if tier in VNNI_TIERS:
+        assert 1e7 < probe.vnni_ops < threads * clock * 4 * INT8_OPS
+    else:
+        assert probe.vnni_ops == 0.0
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_fma_probe_computes_its_recurrence(tier):
+    """x → x/2 + 1 from 0..11, three times: the work that is counted is done."""
+    sink = torch.zeros(5)
+    run_op("probe_fma", [sink], [3], tier=tier, threads=2)
+    lanes = _C.panel_width(tier) // 2
+    want = sum(lanes * (start / 8 + 1.75) for start in range(CHAINS))
+    assert torch.equal(sink, torch.full((5,), want))
+
+
+@pytest.mark.parametrize("tier", VNNI_TIERS)
+def test_vnni_probe_computes_its_sums(tier):
+    sink = torch.zeros(4)
+    run_op("probe_vnni", [sink], [7], tier=tier, threads=2)
+    assert torch.equal(sink, torch.full((4,), 16.0 * sum(7 * 4 + i for i in range(CHAINS))))
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_read_probe_reads_everything(tier):
+    """Every float of the buffer is in exactly one chunk's sum."""
+    buffer, sink = torch.ones(1 << 16).view(torch.uint8), torch.zeros(8)
+    run_op("probe_read", [buffer, sink], tier=tier, threads=2)
+    assert torch.equal(sink, torch.full((8,), (1 << 16) / 8))
+
+
+@pytest.mark.parametrize("tier", [t for t in TIERS if t not in VNNI_TIERS])
+def test_a_missing_probe_is_refused(tier):
+    with pytest.raises(ValueError, match="probe_vnni"):
+        OneOp("probe_vnni", [torch.zeros(1)], [1], tier=tier)
