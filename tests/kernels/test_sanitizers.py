@@ -19,7 +19,7 @@ from llmopt import _C
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "sanitize"
-SHARE = 12  # one test in this many
+SHARE = 6  # one test in this many
 # About object files or speed, or long and without any access of their own.
 LEFT_OUT = {"test_sanitizers.py", "test_objects.py", "test_probe.py", "test_vec_math.py"}
 

@@ -187,8 +187,12 @@ VIEWS = {
 
 @each_tier
 @pytest.mark.parametrize("a_view", VIEWS)
-@pytest.mark.parametrize("b_view", VIEWS)
-def test_access_patterns(tier, a_view, b_view):
+def test_access_patterns(tier, a_view):
+    for b_view in VIEWS:
+        check_access(tier, a_view, b_view)
+
+
+def check_access(tier, a_view, b_view):
     for shape in [(2, 3, 4, 5), (1, 2, 3, 576), (2, 1, 2, 1100), (3, 2, 40, 64)]:
         a, b = VIEWS[a_view](randn(*shape)), VIEWS[b_view](randn(*shape, seed=1))
         program = VmProgram(2, 1)
@@ -200,8 +204,12 @@ def test_access_patterns(tier, a_view, b_view):
 
 @each_tier
 @pytest.mark.parametrize("name", REDUCTIONS)
-@pytest.mark.parametrize("width", [1, 2, 15, 16, 17, 100, 576, 5000])
-def test_reductions(tier, name, width):
+def test_reductions(tier, name):
+    for width in (1, 2, 15, 16, 17, 100, 576, 5000):
+        check_reduction(tier, name, width)
+
+
+def check_reduction(tier, name, width):
     x = randn(2, 7, width).transpose(0, 1)
     program = VmProgram(1, 2)
     total = program.reduce(name, program.load(0))
@@ -244,7 +252,7 @@ def softmax(program: VmProgram, a: int) -> int:
 
 
 @each_tier
-@pytest.mark.parametrize("width", [5, 577, 49152, 400_000])
+@pytest.mark.parametrize("width", [5, 577, 400_000])
 def test_softmax_in_one_program(tier, width):
     """The longest rows do not fit the private scratch and use the step's workspace."""
     x, y = randn(3, width), torch.empty(3, width)
@@ -386,7 +394,7 @@ SAFE_BINARY = ["add", "sub", "mul", "maximum", "minimum"]
 
 @each_tier
 @given(data=st.data())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_random_programs(tier, data):
     """Bounded operations, and tanh after each: float64 and fp32 stay comparable."""
     draw = data.draw
