@@ -14,10 +14,20 @@ transformers.logging.set_verbosity_error()
 logging.getLogger("torch.__trace").addFilter(lambda record: False)
 
 
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> Iterator[None]:
-    """Past its recompile limit Dynamo runs eager without a word, which would compare eager with itself."""
+@pytest.fixture(scope="module", autouse=True)
+def empty_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Past its recompile limit Dynamo runs eager without a word, which would compare eager with itself.
+
+    A module with KEEP_GRAPHS lets its tests share one compiled model.
+    """
+    if not getattr(request.module, "KEEP_GRAPHS", False):
+        torch._dynamo.reset()
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         yield
-    torch._dynamo.reset()

@@ -68,5 +68,20 @@ def test_half_precision_is_as_near_as_eager(name: str, dtype: str, backend: str)
     assert ours <= 1.25 * theirs + 1e-6, f"RMS error {ours:.3g}, eager's is {theirs:.3g}"
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@torch.no_grad()
+def test_decoding_in_half_precision_is_as_near_as_eager(dtype: str, backend: str) -> None:
+    """The same for single tokens that read a cache, which run in other kernels."""
+    half, compiled = zoo.pair("llama", backend, getattr(torch, dtype))
+    ids = zoo.inputs("llama", 24, batch=8)["input_ids"]
+    want = copy.deepcopy(half).float()(ids).logits[:, 20:]
+    errors = []
+    for model in (compiled, half):
+        cache = model(ids[:, :20], use_cache=True).past_key_values
+        steps = [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(20, 24)]
+        errors.append(rms(torch.cat(steps, dim=1).float() - want))
+    assert 0 < errors[0] <= 1.25 * errors[1]
+
+
 def rms(x: torch.Tensor) -> float:
     return x.pow(2).mean().sqrt().item()

@@ -1,0 +1,118 @@
+"""SmolLM2-135M-Instruct with its real weights: text, logits and half precision against eager PyTorch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from llmopt import models
+from tests.e2e.compare import assert_near_tie
+from tests.tolerance import assert_close
+
+NEW_TOKENS = 64
+KEEP_GRAPHS = True  # tracing thirty layers takes seconds: all tests share one compiled model
+PROMPTS = (
+    "The capital of France is",
+    "Once upon a time, in a village by the sea, there lived",
+    "def fibonacci(n):\n    ",
+    "Water boils at",
+    "1, 1, 2, 3, 5, 8, 13,",
+    "Dear Sir or Madam,\n\nI am writing to",
+    "The three laws of motion are",
+    "Q: What is the largest planet?\nA:",
+    "SELECT name, COUNT(*) FROM",
+    "To bake bread you need",
+    "import numpy as np\n\nx = np.",
+    "In 1969, Neil Armstrong",
+    "<|im_start|>user\nWhy is the sky blue?<|im_end|>\n<|im_start|>assistant\n",
+    "Translate to Spanish: Good morning ->",
+    "- apples\n- pears\n-",
+    "The quick brown fox",
+    "Photosynthesis is the process by which",
+    '{"name": "Ada", "born": 1815, "',
+    "It was the best of times, it was the worst of times,",
+    "<|im_start|>user\nWrite a haiku about rain.<|im_end|>\n<|im_start|>assistant\n",
+)
+
+
+@pytest.fixture(scope="module")
+def eager() -> models.LoadedModel:
+    loaded = models.load("smollm2", torch.float32)
+    loaded.model.generation_config.eos_token_id = None  # 64 tokens, whatever they say
+    loaded.model.generation_config.pad_token_id = loaded.tokenizer.pad_token_id
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def compiled(eager: models.LoadedModel, backend: str) -> Any:
+    """A second module over the same weights, so that they are in memory once."""
+    twin = type(eager.model)(eager.model.config).eval()
+    twin.load_state_dict(eager.model.state_dict(), assign=True)
+    twin.tie_weights()
+    twin.generation_config = eager.model.generation_config
+    twin.compile(backend=backend)
+    return twin
+
+
+def text_of(tokenizer: Any, count: int) -> torch.Tensor:
+    """`count` tokens of running text."""
+    ids = tokenizer("\n\n".join(PROMPTS * 3), return_tensors="pt")["input_ids"]
+    assert ids.shape[1] >= count
+    return ids[:, :count]
+
+
+def assert_greedy(model: Any, prompt: torch.Tensor, new: torch.Tensor) -> None:
+    """`new` is the reference's own greedy text: fed back in one forward, every argmax is the next token.
+
+    By induction this is what generating with the reference would have given, in a sixty-fourth of the time.
+    """
+    ids = torch.cat([prompt, new])
+    with torch.no_grad():
+        logits = model(ids[None, :-1]).logits[0, -len(new) :]
+    best = logits.argmax(-1)
+    for i in torch.nonzero(best != new).flatten().tolist():
+        assert_near_tie(logits[i], new[i], best[i])
+
+
+def test_greedy_text_of_twenty_prompts(eager: models.LoadedModel, compiled: Any) -> None:
+    for prompt in PROMPTS:
+        x = eager.tokenizer(prompt, return_tensors="pt")
+        length = x["input_ids"].shape[1]
+        text = compiled.generate(**x, max_new_tokens=NEW_TOKENS, do_sample=False)[0]
+        assert len(text) == length + NEW_TOKENS
+        assert_greedy(eager.model, text[:length], text[length:])
+
+
+@pytest.mark.parametrize("prompt", [PROMPTS[0], PROMPTS[12]], ids=["plain", "chat"])
+def test_generate_is_eagers(prompt: str, eager: models.LoadedModel, compiled: Any) -> None:
+    """The reference's own `generate`, a plain prompt and one with the chat template."""
+    x = eager.tokenizer(prompt, return_tensors="pt")
+    how = {"max_new_tokens": 32, "do_sample": False}
+    got, want = compiled.generate(**x, **how), eager.model.generate(**x, **how)
+    assert eager.tokenizer.decode(got[0]) == eager.tokenizer.decode(want[0])
+
+
+@torch.no_grad()
+def test_logits_over_512_tokens(eager: models.LoadedModel, compiled: Any) -> None:
+    ids = text_of(eager.tokenizer, 512)
+    assert_close(compiled(ids, use_cache=False).logits, eager.model(ids).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+@torch.no_grad()
+def test_half_precision_is_as_near_as_eager(
+    eager: models.LoadedModel, dtype: torch.dtype, backend: str
+) -> None:
+    ids = text_of(eager.tokenizer, 96)
+    exact = eager.model(ids).logits
+    half = models.load("smollm2", dtype).model
+    theirs = half(ids, use_cache=False).logits.float() - exact
+    half.compile(backend=backend)
+    ours = half(ids, use_cache=False).logits.float() - exact
+    assert rms(ours) <= 1.02 * rms(theirs)
+
+
+def rms(x: torch.Tensor) -> float:
+    return x.pow(2).mean().sqrt().item()
