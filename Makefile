@@ -20,9 +20,11 @@ test: $(VENV)/installed
 	$(BIN)/python -m pytest -n 2 $(ARGS)
 
 bench: $(VENV)/installed
+	$(PIP) onnx onnxruntime onnxscript
 	$(BIN)/llmopt bench smollm2 --against eager,inductor --markdown README.md
-	$(BIN)/llmopt bench minilm --against eager,inductor --markdown README.md
-	$(BIN)/python -m pytest bench --benchmark-sort=name $(ARGS)
+	$(BIN)/llmopt bench smollm2 --dtype bf16 --against eager --markdown README.md
+	$(BIN)/llmopt bench minilm --against eager,inductor,onnxruntime --markdown README.md
+	$(BIN)/python -m pytest bench $(ARGS)
 
 lint: $(VENV)/installed
 	$(PIP) ruff mypy clang-format

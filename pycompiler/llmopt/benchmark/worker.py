@@ -6,6 +6,7 @@ it waits a worker sleeps, so the systems do not disturb one another.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import multiprocessing
 import resource
@@ -82,18 +83,16 @@ def serve(pipe: Connection, job: Job, phases: Sequence[Phase]) -> None:
     if not job.debug:  # exporters and compilers chat; what fails is sent back as the answer
         warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)
-    while True:
-        try:
+    with contextlib.suppress(EOFError, BrokenPipeError, KeyboardInterrupt):  # the parent is gone
+        while True:
             command, phase = pipe.recv()
-        except (EOFError, KeyboardInterrupt):
-            return
-        try:
-            state = state or _State(job, phases)
-            pipe.send(("ok", getattr(state, command)(phase)))
-        # whatever a peer raises is that peer's result: the others go on
-        except Exception as error:
-            text = traceback.format_exc() if job.debug else sentence(error)
-            pipe.send(("error", text))
+            try:
+                state = state or _State(job, phases)
+                answer = ("ok", getattr(state, command)(phase))
+            # whatever a peer raises is that peer's result: the others go on
+            except Exception as error:
+                answer = ("error", traceback.format_exc() if job.debug else sentence(error))
+            pipe.send(answer)
 
 
 class _State:
