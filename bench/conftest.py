@@ -22,6 +22,10 @@ MAX_COPIES = 64
 _rows: list[tuple[str, str, str, float, float]] = []  # op and shape, dtype, system, seconds, roof
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.option.benchmark_columns = ["median"]  # the table below says the rest
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         item.add_marker(pytest.mark.benchmark(min_rounds=5, max_time=0.2, warmup=True))

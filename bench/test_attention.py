@@ -51,10 +51,8 @@ def test_attention(timed, shape, dtype, system):
     length = shape.slots or shape.keys
     mask = live_mask(shape)
     q = torch.randn(shape.batch, shape.heads, shape.queries, shape.dim).to(dtype)
-    caches = [
-        torch.randn(2, shape.batch, shape.kv_heads, length, shape.dim).to(dtype)
-        for _ in range(copies_beyond_cache(num_bytes * length // shape.keys))
-    ]
+    first = torch.randn(2, shape.batch, shape.kv_heads, length, shape.dim).to(dtype)
+    caches = [first.clone() for _ in range(copies_beyond_cache(num_bytes))]
     if system == "torch":
         calls = [theirs(shape, q, k, v, mask) for k, v in caches]
     else:

@@ -57,10 +57,8 @@ def theirs(shape: Linear, w: torch.Tensor, x: torch.Tensor):
 def test_linear(timed, shape, dtype, system):
     num_bytes = shape.num_bytes(dtype.itemsize)
     x = torch.randn(shape.m, shape.k).to(dtype)
-    weights = [
-        (torch.randn(shape.n, shape.k) / shape.k**0.5).to(dtype)
-        for _ in range(copies_beyond_cache(num_bytes))
-    ]
+    first = (torch.randn(shape.n, shape.k) / shape.k**0.5).to(dtype)
+    weights = [first.clone() for _ in range(copies_beyond_cache(num_bytes))]
     if system == "torch":
         calls = [theirs(shape, w, x) for w in weights]
     else:

@@ -22,10 +22,8 @@ def test_norm(timed, shape, kind, dtype, system):
     num_bytes = shape.num_bytes(2, dtype.itemsize)
     weight, bias = torch.rand(shape.width).to(dtype), torch.rand(shape.width).to(dtype)
     bias = bias if kind == LAYER else None
-    sources = [
-        torch.randn(shape.rows, shape.width).to(dtype)
-        for _ in range(copies_beyond_cache(num_bytes))
-    ]
+    first = torch.randn(shape.rows, shape.width).to(dtype)
+    sources = [first.clone() for _ in range(copies_beyond_cache(num_bytes))]
 
     def reference(x):
         if kind == RMS:

@@ -63,10 +63,8 @@ CHAINS = (
 @pytest.mark.parametrize("shape", ROWS, ids=str)
 def test_chain(timed, shape, chain, dtype, system):
     num_bytes = shape.num_bytes(3, dtype.itemsize)
-    pairs = [
-        torch.randn(2, shape.rows, shape.width).to(dtype)
-        for _ in range(copies_beyond_cache(num_bytes))
-    ]
+    first = torch.randn(2, shape.rows, shape.width).to(dtype)
+    pairs = [first.clone() for _ in range(copies_beyond_cache(num_bytes))]
     if system == "torch":
         calls = [lambda a=a, b=b: chain.torch(a, b) for a, b in pairs]
     else:

@@ -69,16 +69,16 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<size_t>(), py::arg("bytes"))
       .def_property_readonly("address", [](const Memory& a) { return reinterpret_cast<int64_t>(a.data()); })
       .def_property_readonly("bytes", &Memory::bytes);
-  py::class_<Samples>(m, "Samples", "A digest of a few cache lines of each of several memory ranges.")
+  py::class_<Samples>(m, "Samples", "Remembers a few cache lines of each of several memory ranges.")
       .def(py::init<std::vector<int64_t>, std::vector<int64_t>>(), py::arg("addresses"), py::arg("bytes"))
-      .def("digest", &Samples::digest);
+      .def("unchanged", &Samples::unchanged);
   py::class_<Program>(m, "Program", "A native segment of a plan.")
       .def(py::init(&make_program), py::arg("tier"), py::arg("num_symbols"), py::arg("num_externals"), py::arg("exprs"),
            py::arg("slots"), py::arg("buffers"), py::arg("steps"))
       .def("run", &run_program, py::arg("externals"), py::arg("symbols"), py::arg("threads"))
       .def("profile", &profile_program, py::arg("externals"), py::arg("symbols"), py::arg("threads"),
            "Like run; returns nanoseconds per step.")
-      .def("sizes", &Program::sizes, py::arg("symbols"), "The value of every size expression.")
+      .def("sizes", &Program::sizes, py::arg("symbols"), py::arg("wanted"), "The values of some size expressions.")
       .def_property_readonly("num_steps", &Program::num_steps)
       .def_property_readonly("arena_bytes", &Program::arena_bytes);
 }

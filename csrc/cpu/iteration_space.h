@@ -107,15 +107,22 @@ struct RowCursor {
       for (int t = 0; t < s.num_tensors; ++t) offset[t] += index[d] * s.stride[t][d];
     }
   }
-  void next(const Space& s) {
+  // Rows from here on that differ only in the last of the outer dimensions.
+  int64_t run(const Space& s) const { return s.ndim == 1 ? 1 : s.size[s.ndim - 2] - index[s.ndim - 2]; }
+  // Goes on by n <= run() rows.
+  void advance(const Space& s, int64_t n) {
+    int64_t steps = n;
     for (int d = s.ndim - 2; d >= 0; --d) {
-      const bool wraps = ++index[d] == s.size[d];
-      const int64_t steps = wraps ? 1 - s.size[d] : 1;
-      for (int t = 0; t < s.num_tensors; ++t) offset[t] += steps * s.stride[t][d];
+      index[d] += steps;
+      const bool wraps = index[d] == s.size[d];
+      const int64_t moved = wraps ? steps - s.size[d] : steps;
+      for (int t = 0; t < s.num_tensors; ++t) offset[t] += moved * s.stride[t][d];
       if (!wraps) return;
       index[d] = 0;
+      steps = 1;
     }
   }
+  void next(const Space& s) { advance(s, 1); }
 };
 
 // The same for one tensor, starting where a cursor stands.

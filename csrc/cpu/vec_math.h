@@ -21,11 +21,10 @@ inline Vec vexp2(Vec x) {
 }
 
 // e^x, within 1 ulp: ln 2 in two parts keeps the reduced argument exact, the minimax polynomial of degree 6 is good
-// to 3e-9. 0 and inf at the ends, denormals in between, NaN stays NaN.
-inline Vec vexp(Vec x) {
-  Vec clamped = vmin(vset(104.0f), vmax(vset(-120.0f), x));
-  Vec n = vround(vmul(clamped, vset(1.44269504f)));
-  Vec r = vfma(n, vset(-0.693145752f), clamped);
+// to 3e-9. 0 and inf at the ends, denormals in between, NaN stays NaN. The bounded form is for |x| < 120 or NaN.
+inline Vec vexp_bounded(Vec x) {
+  Vec n = vround(vmul(x, vset(1.44269504f)));
+  Vec r = vfma(n, vset(-0.693145752f), x);
   r = vfma(n, vset(-1.42860677e-6f), r);
   Vec p = vset(0.00138206338f);
   p = vfma(p, r, vset(0.00836867373f));
@@ -36,6 +35,7 @@ inline Vec vexp(Vec x) {
   p = vfma(p, r, vset(1.0f));
   return vscale2(p, n);
 }
+inline Vec vexp(Vec x) { return vexp_bounded(vmin(vset(104.0f), vmax(vset(-120.0f), x))); }
 
 inline Vec vsigmoid(Vec x) { return vdiv(vset(1.0f), vadd(vset(1.0f), vexp(vneg(x)))); }
 inline Vec vsilu(Vec x) { return vdiv(x, vadd(vset(1.0f), vexp(vneg(x)))); }
@@ -43,7 +43,8 @@ inline Vec vsilu(Vec x) { return vdiv(x, vadd(vset(1.0f), vexp(vneg(x)))); }
 // tanh: minimax odd polynomial below 0.625, where the exponential form cancels; 1 - 2/(e^2|x| + 1) elsewhere.
 inline Vec vtanh(Vec x) {
   Vec ax = vabs(x);
-  Vec e = vexp(vadd(ax, ax));
+  Vec top = vmin(vset(20.0f), ax);  // the result is 1 from 9 on; NaN passes
+  Vec e = vexp_bounded(vadd(top, top));
   Vec big = vsub(vset(1.0f), vdiv(vset(2.0f), vadd(e, vset(1.0f))));
   Vec s = vmul(x, x);
   Vec p = vset(-0.0056922962f);
@@ -59,16 +60,16 @@ inline Vec vtanh(Vec x) {
 inline Vec verf(Vec x) {
   Vec ax = vabs(x);
   Vec s = vmul(x, x);
-  Vec q = vfma(vset(-1.72853470e-5f), ax, vset(3.83197126e-4f));
-  Vec u = vfma(vset(-3.88396438e-3f), ax, vset(2.42546219e-2f));
-  q = vfma(q, s, u);
-  q = vfma(q, ax, vset(-1.06777877e-1f));
-  q = vfma(q, ax, vset(-6.34846687e-1f));
-  q = vfma(q, ax, vset(-1.28717512e-1f));
-  q = vfma(q, ax, vneg(ax));
-  // Beyond 4 the result is 1 and the polynomial, left alone, turns around at 10.
-  q = vselect(vlt(ax, vset(4.0f)), q, vselect(veq(ax, ax), vset(-20.0f), ax));
-  Vec big = vsub(vset(1.0f), vexp(q));
+  Vec t = vmin(vset(4.0f), ax);  // the result is 1 from 4 on, the polynomial turns around at 10; NaN passes
+  Vec t2 = vmul(t, t);
+  Vec q = vfma(vset(-1.72853470e-5f), t, vset(3.83197126e-4f));
+  Vec u = vfma(vset(-3.88396438e-3f), t, vset(2.42546219e-2f));
+  q = vfma(q, t2, u);
+  q = vfma(q, t, vset(-1.06777877e-1f));
+  q = vfma(q, t, vset(-6.34846687e-1f));
+  q = vfma(q, t, vset(-1.28717512e-1f));
+  q = vfma(q, t, vneg(t));
+  Vec big = vsub(vset(1.0f), vexp_bounded(q));
   Vec p = vset(-5.96761703e-4f);
   p = vfma(p, s, vset(4.99119423e-3f));
   p = vfma(p, s, vset(-2.67681349e-2f));
@@ -83,10 +84,10 @@ inline Vec vgelu_erf(Vec x) {
   Vec half = vmul(x, vset(0.5f));
   return vfma(half, verf(vmul(x, vset(0.707106781f))), half);
 }
+// x/2 (1 + tanh t) is x * sigmoid(2t): cheaper, and relative accuracy in the negative tail as well.
 inline Vec vgelu_tanh(Vec x) {
-  Vec inner = vmul(vmul(x, vset(0.797884561f)), vfma(vmul(x, x), vset(0.044715f), vset(1.0f)));
-  Vec half = vmul(x, vset(0.5f));
-  return vfma(half, vtanh(inner), half);
+  Vec t = vmul(vmul(x, vset(-1.59576912f)), vfma(vmul(x, x), vset(0.044715f), vset(1.0f)));
+  return vdiv(x, vadd(vset(1.0f), vexp(t)));
 }
 
 // Activations an epilogue may apply. The numbers are the contract with pycompiler/llmopt/ops/activation.py.

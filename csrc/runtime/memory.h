@@ -9,12 +9,13 @@
 
 namespace llmopt {
 
-// Owns zeroed memory: 2 MiB-aligned with huge pages asked for when it is large, 64-byte aligned otherwise.
+// Owns zeroed memory: 64-byte aligned; when large, pages of its own (given back at once when freed), 2 MiB-aligned, with huge
+// pages asked for.
 class Memory {
  public:
   Memory() = default;
   explicit Memory(size_t bytes) { reset(bytes); }
-  ~Memory() { std::free(data_); }
+  ~Memory() { release(); }
   Memory(const Memory&) = delete;
   Memory& operator=(const Memory&) = delete;
 
@@ -28,23 +29,46 @@ class Memory {
  private:
   static constexpr size_t kHuge = size_t{2} << 20;
 
-  void reset(size_t bytes) {
-    std::free(data_);
+  static size_t round_up(size_t bytes, size_t unit) { return (bytes + unit - 1) / unit * unit; }
+
+  void release() {
+    if (mapped_) munmap(mapped_, mapped_bytes_);
+    else std::free(data_);
+    mapped_ = nullptr;
     data_ = nullptr;
     bytes_ = 0;
-    const size_t alignment = bytes >= kHuge ? kHuge : 64;
-    const size_t rounded = (bytes + alignment - 1) / alignment * alignment;
-    if (rounded == 0) return;
-    void* p = std::aligned_alloc(alignment, rounded);
+  }
+
+  void reset(size_t bytes) {
+    release();
+    if (bytes == 0) return;
+    if (bytes >= kHuge) {
+      map(round_up(bytes, kHuge));
+      return;
+    }
+    const size_t rounded = round_up(bytes, 64);
+    void* p = std::aligned_alloc(64, rounded);
     if (!p) throw std::bad_alloc();
-    if (alignment == kHuge) madvise(p, rounded, MADV_HUGEPAGE);
+    __builtin_memset(p, 0, rounded);
     data_ = static_cast<char*>(p);
     bytes_ = rounded;
-    __builtin_memset(data_, 0, rounded);
+  }
+
+  // Maps one huge page more than needed, so that an aligned start fits; the untouched ends cost no memory.
+  void map(size_t bytes) {
+    void* p = mmap(nullptr, bytes + kHuge, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (p == MAP_FAILED) throw std::bad_alloc();
+    mapped_ = p;
+    mapped_bytes_ = bytes + kHuge;
+    data_ = reinterpret_cast<char*>(round_up(reinterpret_cast<size_t>(p), kHuge));
+    bytes_ = bytes;
+    madvise(data_, bytes, MADV_HUGEPAGE);
   }
 
   char* data_ = nullptr;
   size_t bytes_ = 0;
+  void* mapped_ = nullptr;
+  size_t mapped_bytes_ = 0;
 };
 
 }  // namespace llmopt

@@ -85,11 +85,11 @@ void Program::check(const Operand& o) const {
     throw std::invalid_argument("an operand names an expression that does not exist");
 }
 
-std::vector<int64_t> Program::sizes(const std::vector<int64_t>& symbols) const {
+std::vector<int64_t> Program::sizes(const std::vector<int64_t>& symbols, const std::vector<ExprId>& wanted) const {
   if (static_cast<int>(symbols.size()) != num_symbols_) throw std::invalid_argument("wrong number of sizes");
   std::vector<int64_t> values, stack;
-  values.reserve(exprs_.size());
-  for (const auto& code : exprs_) values.push_back(evaluate(code, symbols, stack));
+  values.reserve(wanted.size());
+  for (ExprId e : wanted) values.push_back(evaluate(exprs_.at(static_cast<size_t>(e)), symbols, stack));
   return values;
 }
 

@@ -48,8 +48,8 @@ class Program {
   void run(const std::vector<int64_t>& externals, const std::vector<int64_t>& symbols, int threads,
            std::vector<int64_t>* step_ns);
 
-  // The value of every size expression for these symbols.
-  std::vector<int64_t> sizes(const std::vector<int64_t>& symbols) const;
+  // The values of some size expressions for these symbols.
+  std::vector<int64_t> sizes(const std::vector<int64_t>& symbols, const std::vector<ExprId>& wanted) const;
 
   size_t num_steps() const { return steps_.size(); }
   // Bytes of the arena at the last run that needed a new layout; 0 before the first.

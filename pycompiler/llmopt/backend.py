@@ -13,6 +13,7 @@ from torch import fx
 from llmopt import settings
 from llmopt.compiled import CompiledGraph
 from llmopt.executor import build_executable
+from llmopt.graph import kind
 from llmopt.options import Options, parse_options
 from llmopt.passes.pipeline import PIPELINE
 from llmopt.passes.verify import check_form, check_values, run_copy
@@ -53,7 +54,8 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options
     clock.lap("build")
     say(2, str(plan))
     for fallback in plan.fallbacks:
-        say(1, f"runs as in PyTorch: {fallback.node.name}: {fallback.reason}  [{fallback.source}]")
+        where = f"  [{fallback.source}]" if fallback.source else ""
+        say(1, f"runs as in PyTorch: {kind(fallback.node)} ({fallback.node.name}): {fallback.reason}{where}")
     return CompiledGraph(plan, executable, clock.seconds, options)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,31 +15,53 @@ from llmopt.graph import fake, getitem
 from llmopt.kv import groups_of
 from llmopt.native.segment import SegmentBuilder
 from llmopt.plan import Plan
-from llmopt.sizes import expression
+from llmopt.sizes import Size, SizeTable, expression
 from llmopt.types import Target
-from llmopt.weights import STORE, state_of
+from llmopt.weights import STORE
+
+
+_ADDRESS = Tensor.data_ptr
+_VERSION = Tensor._version.__get__  # type: ignore[attr-defined]
 
 
 class _Watch:
     """Notices when the packed copies of a segment's weights are out of date.
 
     Compares identity, address and version of every source tensor, and a digest of sampled content: an edit through `.data` changes
-    neither version nor address. The samples move from call to call only with the weights; an edit of single elements through `.data`
-    can escape them, which is why `llmopt.refresh` exists.
+    neither version nor address. Each call samples one cache line of every weight, another one than the call before. An edit of a few
+    elements through `.data` can escape for a while; `llmopt.refresh` is for that.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self.state = state_of(tensors)
         self.epoch = STORE.epoch
-        self._samples = _C.Samples(
-            [t.data_ptr() for t in tensors], [t.untyped_storage().nbytes() - t.storage_offset() * t.element_size() for t in tensors]
-        )
-        self.digest = self._samples.digest()
+        self._ids = list(map(id, tensors))
+        self._addresses = list(map(_ADDRESS, tensors))
+        self._versions = _versions(tensors)
+        self._samples = _C.Samples(self._addresses, [t.untyped_storage().nbytes() - _start(t) for t in tensors])
 
-    def unchanged(self, tensors: Sequence[Tensor]) -> bool:
-        if self.epoch != STORE.epoch or self.state != state_of(tensors):
-            return False
-        return self.digest == self._samples.digest()
+    def same_tensors(self, tensors: Sequence[Tensor]) -> bool:
+        """The same objects at the same addresses with the same edit counts."""
+        return (
+            self.epoch == STORE.epoch
+            and self._ids == list(map(id, tensors))
+            and self._addresses == list(map(_ADDRESS, tensors))
+            and self._versions == _versions(tensors)
+        )
+
+    def same_content(self) -> bool:
+        """The sampled lines hold what they held; meaningful only while `same_tensors` is true."""
+        return self._samples.unchanged()
+
+
+def _versions(tensors: Sequence[Tensor]) -> list[int]:
+    try:
+        return list(map(_VERSION, tensors))
+    except RuntimeError:  # inference tensors count no edits
+        return [0 if t.is_inference() else t._version for t in tensors]
+
+
+def _start(tensor: Tensor) -> int:
+    return tensor.storage_offset() * tensor.element_size()
 
 
 class Segment(torch.nn.Module):
@@ -50,9 +73,10 @@ class Segment(torch.nn.Module):
         self.records = builder.records
         self.target_ = target
         sizes = builder.builder.sizes
-        self._outputs = [_OutputSpec(fake(n), sizes) for n in builder.results]
+        self._wanted: list[int] = []  # size expressions Python needs at each call
+        self._outputs = [_OutputSpec(fake(n), self._want(sizes)) for n in builder.results]
         self._kv_groups = [
-            (group, [sizes.id(s) for s in (spec.batch, spec.heads, spec.new_length)])
+            (group, [self._want(sizes)(s) for s in (spec.batch, spec.heads, spec.new_length)])
             for group in groups_of(builder.kv)
             for spec in [builder.kv[group.numbers[0]]]
         ]
@@ -71,7 +95,7 @@ class Segment(torch.nn.Module):
         self._check_dense = [builder.inputs[n] for n in builder.inputs if _made_by_python(n)]
         self._template: list[int] = [0] * len(builder.externals)
         self._watch: _Watch | None = None
-        self._held: list[Any] = []
+        self._held: list[weakref.ref] = []  # the store owns them, for as long as their tensors live
         self._lock = threading.Lock()
         self.profile_ns: list[int] | None = None
 
@@ -87,9 +111,9 @@ class Segment(torch.nn.Module):
             arguments = self._with_dense(arguments)
         addresses = self._weights_ready(arguments).copy()
         for slot, number in self._positions["argument"]:
-            addresses[slot] = arguments[number].data_ptr()
+            addresses[slot] = _ADDRESS(arguments[number])
         symbols = [arguments[a] if d is None else arguments[a].shape[d] for a, d in self._symbols]
-        values = self.program.sizes(symbols) if symbols else self._static_sizes()
+        values = self.program.sizes(symbols, self._wanted) if self._wanted else ()
         results = [spec.allocate(values) for spec in self._outputs]
         for slot, number in self._positions["result"]:
             addresses[slot] = results[number].data_ptr()
@@ -111,19 +135,23 @@ class Segment(torch.nn.Module):
 
     def costs(self, symbols: Sequence[int]) -> list[tuple[int, int]]:
         """(flops, bytes) of every step for these symbol values."""
-        values = self.program.sizes(list(symbols))
-        return [(values[f], values[b]) for f, b in self._costs]
+        flops = self.program.sizes(list(symbols), [f for f, _ in self._costs])
+        return list(zip(flops, self.program.sizes(list(symbols), [b for _, b in self._costs]), strict=True))
 
     def symbol_values(self, arguments: Sequence[Any]) -> list[int]:
         return [arguments[a] if d is None else arguments[a].shape[d] for a, d in self._symbols]
 
     def packed_bytes(self) -> int:
-        return sum(entry.bytes for entry in self._held)
+        return sum(entry.bytes for ref in self._held if (entry := ref()) is not None)
 
-    def _static_sizes(self) -> list[int]:
-        if not hasattr(self, "_sizes_once"):
-            self._sizes_once = self.program.sizes([])
-        return self._sizes_once
+    def _want(self, sizes: SizeTable) -> Callable[[Size], int]:
+        """Gives a size the position its value will have in a call's `values`."""
+
+        def position(size: Size) -> int:
+            self._wanted.append(sizes.id(size))
+            return len(self._wanted) - 1
+
+        return position
 
     def _with_dense(self, arguments: tuple) -> tuple:
         """What Python made is passed on contiguous, as its example value promised."""
@@ -140,17 +168,18 @@ class Segment(torch.nn.Module):
             return self._template
         tensors = [arguments[a] for a in self._weight_arguments]
         watch = self._watch
-        if watch is not None and watch.unchanged(tensors):
+        same = watch is not None and watch.same_tensors(tensors)
+        if same and watch.same_content():  # type: ignore[union-attr]
             return self._template
         with self._lock:
-            edited = watch is not None and watch.epoch == STORE.epoch and watch.state == state_of(tensors)
-            held = [STORE.get(spec, arguments, self.target_, changed=edited) for spec in self._packed]
+            held = [STORE.get(spec, arguments, self.target_, changed=same) for spec in self._packed]
             template = list(self._template)
             for slot, number in self._positions["packed"]:
                 template[slot] = held[number].address
             for slot, number in self._positions["bias"]:
                 template[slot] = held[number].bias.data_ptr()
-            self._held, self._template, self._watch = held, template, _Watch(tensors)
+            self._held = [weakref.ref(entry) for entry in held]
+            self._template, self._watch = template, _Watch(tensors)
             return template
 
     def forget_weights(self) -> None:
@@ -161,12 +190,12 @@ class Segment(torch.nn.Module):
 class _OutputSpec:
     """How to allocate one result."""
 
-    def __init__(self, value: Tensor, sizes: Any) -> None:
+    def __init__(self, value: Tensor, want: Callable[[Size], int]) -> None:
         self.dtype = value.dtype
-        self._size = [sizes.id(s) for s in value.shape]
-        self._stride = [sizes.id(s) for s in value.stride()]
         fixed = all(isinstance(expression(s), int) for s in (*value.shape, *value.stride()))
         self._fixed = (tuple(map(int, value.shape)), tuple(map(int, value.stride()))) if fixed else None
+        self._size = [] if fixed else [want(s) for s in value.shape]
+        self._stride = [] if fixed else [want(s) for s in value.stride()]
 
     def allocate(self, values: Sequence[int]) -> Tensor:
         if self._fixed is not None:

@@ -8,8 +8,11 @@ namespace {
 
 constexpr int64_t kScoreBlock = 512;  // keys between two updates of the running softmax
 constexpr int64_t kSubBlock = 32;     // keys whose rows stay in L1 while every group of rows uses them
+constexpr int64_t kAheadBytes = 8192;  // how far the stream of keys or values is fetched before it is used
 constexpr int64_t kScoreLd = kScoreBlock + kLanes;
-constexpr int kValueVecs = kVecRegisters == 32 ? 4 : 2;  // output vectors held in registers per query row
+// A tile of outputs: 4 query rows x kNarrow vectors when that covers a row of values, else 2 x kWide, so that a row is
+// read from end to end.
+constexpr int kNarrow = kVecRegisters / 8, kWide = 2 * kNarrow;
 
 struct DecodeRow {
   int64_t h, i;
@@ -24,15 +27,32 @@ inline Vec load_lanes(const char* p, int64_t i) {
   return vload_bf16(reinterpret_cast<const uint16_t*>(p) + i);
 }
 
+// Rows of keys or values as they lie in memory. `ahead`: the distance to what will be needed later.
+struct Stream {
+  const char* data;
+  int64_t row_bytes, ahead;
+  Stream from(int64_t j) const { return {data + j * row_bytes, row_bytes, ahead}; }
+  Stream again() const { return {data, row_bytes, 0}; }  // rows that are in L1 already
+};
+
+// One vector of a row; fetches the line that lies ahead, once per line. Into L2: a fetch into L1 holds one of the core's
+// few miss buffers for as long as memory takes, and streams slower than with no fetch at all.
+template <DType T>
+inline Vec load_ahead(const char* row, int64_t ahead, int64_t i) {
+  constexpr int64_t kItem = T == DType::f32 ? 4 : 2;
+  if (kItem * kLanes >= 64 || i * kItem % 64 == 0) __builtin_prefetch(row + ahead + i * kItem, 0, 2);
+  return load_lanes<T>(row, i);
+}
+
 // s[r][j] = q[r] . k[j] for R rows of q (padded with zeros to whole vectors) and `keys` keys.
 template <DType T, int R>
-void dot_scores(const char* k, int64_t k_bytes, int64_t keys, const float* q, int64_t depth, float* s) {
+void dot_scores(const Stream& k, int64_t keys, const float* q, int64_t depth, float* s) {
   constexpr int kKeys = kLanes / (R == 3 ? 4 : R);  // sums per reduction: R rows x kKeys keys
   const int64_t whole = depth / kLanes * kLanes;
   for (int64_t j = 0; j < keys; j += kKeys) {
     const char* row[kKeys];
 #pragma GCC unroll 16
-    for (int t = 0; t < kKeys; ++t) row[t] = k + min64(j + t, keys - 1) * k_bytes;
+    for (int t = 0; t < kKeys; ++t) row[t] = k.data + min64(j + t, keys - 1) * k.row_bytes;
     Vec acc[kLanes];
 #pragma GCC unroll 16
     for (int t = 0; t < kLanes; ++t) acc[t] = vzero();
@@ -42,7 +62,7 @@ void dot_scores(const char* k, int64_t k_bytes, int64_t keys, const float* q, in
       for (int r = 0; r < R; ++r) x[r] = vload(q + r * kMaxHeadDim + d);
 #pragma GCC unroll 16
       for (int t = 0; t < kKeys; ++t) {
-        const Vec key = load_lanes<T>(row[t], d);
+        const Vec key = load_ahead<T>(row[t], k.ahead, d);
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) acc[r * kKeys + t] = vfma(key, x[r], acc[r * kKeys + t]);
       }
@@ -65,68 +85,75 @@ void dot_scores(const char* k, int64_t k_bytes, int64_t keys, const float* q, in
 
 // o[r][d..] += sum over j of w[r][j] * v[j][d..] for R rows and N vectors; the last has `lanes` lanes.
 template <DType T, int R, int N>
-void weigh(const char* v, int64_t v_bytes, int64_t keys, const float* w, int64_t d, int lanes, float* o) {
+void weigh(const Stream& v, int64_t keys, const float* w, int64_t d, int lanes, float* o) {
   Vec acc[R][N];
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int c = 0; c < N; ++c) acc[r][c] = vload(o + r * kMaxHeadDim + d + c * kLanes);
   for (int64_t j = 0; j < keys; ++j) {
-    const char* row = v + j * v_bytes;
+    const char* row = v.data + j * v.row_bytes;
     Vec x[N];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int c = 0; c < N; ++c)
-      x[c] = c + 1 < N || lanes == kLanes ? load_lanes<T>(row, d + c * kLanes) : vload_as(T, row, d + c * kLanes, lanes);
+      x[c] = c + 1 < N || lanes == kLanes ? load_ahead<T>(row, v.ahead, d + c * kLanes)
+                                          : vload_as(T, row, d + c * kLanes, lanes);
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       const Vec weight = vset(w[r * kScoreLd + j]);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int c = 0; c < N; ++c) acc[r][c] = vfma(weight, x[c], acc[r][c]);
     }
   }
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int c = 0; c < N; ++c) vstore(o + r * kMaxHeadDim + d + c * kLanes, acc[r][c]);
 }
-template <DType T, int R, int N = kValueVecs>
-void weigh_vectors(int n, const char* v, int64_t v_bytes, int64_t keys, const float* w, int64_t d, int lanes, float* o) {
-  if (n == N) return weigh<T, R, N>(v, v_bytes, keys, w, d, lanes, o);
-  if constexpr (N > 1) weigh_vectors<T, R, N - 1>(n, v, v_bytes, keys, w, d, lanes, o);
+template <DType T, int R, int N>
+void weigh_vectors(int n, const Stream& v, int64_t keys, const float* w, int64_t d, int lanes, float* o) {
+  if (n == N) return weigh<T, R, N>(v, keys, w, d, lanes, o);
+  if constexpr (N > 1) weigh_vectors<T, R, N - 1>(n, v, keys, w, d, lanes, o);
 }
+
+// One to R rows of queries against the same keys.
 template <DType T, int R>
-void weigh_values(const char* v, int64_t v_bytes, int64_t keys, const float* w, int64_t v_dim, float* o) {
-  for (int64_t d = 0; d < v_dim; d += kValueVecs * kLanes) {
-    const int64_t left = min64(kValueVecs * kLanes, v_dim - d);
+void dot_rows(int64_t rows, const Stream& k, int64_t keys, const float* q, int64_t depth, float* s) {
+  if (rows >= R) return dot_scores<T, R>(k, keys, q, depth, s);
+  if constexpr (R > 1) dot_rows<T, R - 1>(rows, k, keys, q, depth, s);
+}
+template <DType T, int R, int N>
+void weigh_rows(int64_t rows, const Stream& v, int64_t keys, const float* w, int64_t v_dim, float* o) {
+  if (rows < R) {
+    if constexpr (R > 1) weigh_rows<T, R - 1, N>(rows, v, keys, w, v_dim, o);
+    return;
+  }
+  for (int64_t d = 0; d < v_dim; d += N * kLanes) {
+    const int64_t left = min64(N * kLanes, v_dim - d);
     const int n = static_cast<int>(ceil_div(left, kLanes));
-    weigh_vectors<T, R>(n, v, v_bytes, keys, w, d, static_cast<int>(left - (n - 1) * kLanes), o);
+    weigh_vectors<T, R, N>(n, v, keys, w, d, static_cast<int>(left - (n - 1) * kLanes), o);
   }
 }
 
-// Blocks of keys for all rows, four rows at a time while the keys are in L1.
-template <DType T, int R = 4>
-void dot_rows(int64_t rows, const char* k, int64_t k_bytes, int64_t keys, const float* q, int64_t depth, float* s) {
-  if (rows >= R) return dot_scores<T, R>(k, k_bytes, keys, q, depth, s);
-  if constexpr (R > 1) dot_rows<T, R - 1>(rows, k, k_bytes, keys, q, depth, s);
-}
-template <DType T, int R = 4>
-void weigh_rows(int64_t rows, const char* v, int64_t v_bytes, int64_t keys, const float* w, int64_t v_dim, float* o) {
-  if (rows >= R) return weigh_values<T, R>(v, v_bytes, keys, w, v_dim, o);
-  if constexpr (R > 1) weigh_rows<T, R - 1>(rows, v, v_bytes, keys, w, v_dim, o);
-}
+// All rows against a block of keys, a few keys at a time so that they stay in L1 from one group of rows to the next.
 template <DType T>
-void dot_block(int64_t rows, const char* k, int64_t k_bytes, int64_t keys, const float* q, int64_t depth, float* s) {
+void dot_block(int64_t rows, const Stream& k, int64_t keys, const float* q, int64_t depth, float* s) {
   for (int64_t j = 0; j < keys; j += kSubBlock)
     for (int64_t r = 0; r < rows; r += 4)
-      dot_rows<T>(rows - r, k + j * k_bytes, k_bytes, min64(kSubBlock, keys - j), q + r * kMaxHeadDim, depth,
-                  s + r * kScoreLd + j);
+      dot_rows<T, 4>(rows - r, r ? k.from(j).again() : k.from(j), min64(kSubBlock, keys - j), q + r * kMaxHeadDim, depth,
+                     s + r * kScoreLd + j);
+}
+template <DType T, int R, int N>
+void weigh_tiles(int64_t rows, const Stream& v, int64_t keys, const float* w, int64_t v_dim, float* o) {
+  for (int64_t j = 0; j < keys; j += kSubBlock)
+    for (int64_t r = 0; r < rows; r += R)
+      weigh_rows<T, R, N>(rows - r, r ? v.from(j).again() : v.from(j), min64(kSubBlock, keys - j), w + r * kScoreLd + j,
+                          v_dim, o + r * kMaxHeadDim);
 }
 template <DType T>
-void weigh_block(int64_t rows, const char* v, int64_t v_bytes, int64_t keys, const float* w, int64_t v_dim, float* o) {
-  for (int64_t j = 0; j < keys; j += kSubBlock)
-    for (int64_t r = 0; r < rows; r += 4)
-      weigh_rows<T>(rows - r, v + j * v_bytes, v_bytes, min64(kSubBlock, keys - j), w + r * kScoreLd + j, v_dim,
-                    o + r * kMaxHeadDim);
+void weigh_block(int64_t rows, const Stream& v, int64_t keys, const float* w, int64_t v_dim, float* o) {
+  if (v_dim <= kNarrow * kLanes) return weigh_tiles<T, 4, kNarrow>(rows, v, keys, w, v_dim, o);
+  weigh_tiles<T, 2, kWide>(rows, v, keys, w, v_dim, o);
 }
 
 // Softcap, bias and the row's own range on scores of keys [j0, j0 + keys); dead scores and the padding become -inf.
@@ -179,14 +206,17 @@ inline void add_nonfinite_row(const Problem& p, int64_t rows, const char* value,
   }
 }
 
+inline Stream stream(const Tensor& t, int64_t b, int64_t h, int64_t j) {
+  const int64_t row_bytes = t.stride[2] * itemsize(t.dtype);
+  return {row_ptr(t, b, h, j), row_bytes, ceil_div(kAheadBytes, max64(1, t.size[3] * itemsize(t.dtype))) * row_bytes};
+}
+
 inline void decode_block(const Problem& p, int64_t b, int64_t kv_head, DecodeRow* row, int64_t rows, int64_t j0,
                          int64_t keys, const float* q, float* s, float* bias, float* o) {
-  const int64_t k_bytes = p.k->stride[2] * itemsize(p.k->dtype), v_bytes = p.v->stride[2] * itemsize(p.v->dtype);
-  const char* k = row_ptr(*p.k, b, kv_head, j0);
   const auto dot = p.k->dtype == DType::f32   ? &dot_block<DType::f32>
                    : p.k->dtype == DType::f16 ? &dot_block<DType::f16>
                                               : &dot_block<DType::bf16>;
-  dot(rows, k, k_bytes, keys, q, p.head_dim, s);
+  dot(rows, stream(*p.k, b, kv_head, j0), keys, q, p.head_dim, s);
   bool has_dead = false;
   for (int64_t r = 0; r < rows; ++r) {
     const KeyRange& range = row[r].range;
@@ -194,18 +224,18 @@ inline void decode_block(const Problem& p, int64_t b, int64_t kv_head, DecodeRow
     mask_row(p, b, row[r], j0, keys, s + r * kScoreLd, bias);
     softmax_row(row[r], keys, s + r * kScoreLd, p.v_dim, o + r * kMaxHeadDim);
   }
-  const char* v = row_ptr(*p.v, b, kv_head, j0);
+  const Stream v = stream(*p.v, b, kv_head, j0);
   const auto weigh = p.v->dtype == DType::f32   ? &weigh_block<DType::f32>
                      : p.v->dtype == DType::f16 ? &weigh_block<DType::f16>
                                                 : &weigh_block<DType::bf16>;
   int32_t bad[kScoreBlock];
-  const int64_t num_bad = has_dead ? find_nonfinite(p.v->dtype, v, p.v->stride[2], p.v_dim, keys, bad) : 0;
+  const int64_t num_bad = has_dead ? find_nonfinite(p.v->dtype, v.data, p.v->stride[2], p.v_dim, keys, bad) : 0;
   int64_t j = 0;
   for (int64_t n = 0; n < num_bad; j = bad[n++] + 1) {
-    weigh(rows, v + j * v_bytes, v_bytes, bad[n] - j, s + j, p.v_dim, o);
-    add_nonfinite_row(p, rows, v + bad[n] * v_bytes, s + bad[n], o);
+    weigh(rows, v.from(j), bad[n] - j, s + j, p.v_dim, o);
+    add_nonfinite_row(p, rows, v.from(bad[n]).data, s + bad[n], o);
   }
-  weigh(rows, v + j * v_bytes, v_bytes, keys - j, s + j, p.v_dim, o);
+  weigh(rows, v.from(j), keys - j, s + j, p.v_dim, o);
 }
 
 // A chunk: one kv head, one split of its live keys. New keys and values are written by the split that owns their slots.

@@ -9,12 +9,14 @@ using llmopt::Scratch;
 using llmopt::Step;
 using llmopt::Tensor;
 
-// Access to a float operand. Kernels are written once over either: F32 when all their operands are fp32, AnyFloat with
-// a well predicted branch a vector otherwise.
-struct F32 {
-  explicit F32(DType) {}
-  Vec load(const char* p, int64_t i, int n = kLanes) const { return vload_as(DType::f32, p, i, n); }
-  void store(char* p, int64_t i, Vec a, int n = kLanes) const { vstore_as(DType::f32, p, i, a, n); }
+// Access to a float operand. Kernels are written once over any of these: Float<d> when all their operands have the
+// dtype d, AnyFloat, with a branch or two for each vector, when they differ.
+template <DType d>
+struct Float {
+  static constexpr DType dtype = d;
+  explicit Float(DType) {}
+  Vec load(const char* p, int64_t i, int n = kLanes) const { return vload_as(d, p, i, n); }
+  void store(char* p, int64_t i, Vec a, int n = kLanes) const { vstore_as(d, p, i, a, n); }
 };
 struct AnyFloat {
   explicit AnyFloat(DType d) : dtype(d) {}
@@ -23,11 +25,27 @@ struct AnyFloat {
   DType dtype;
 };
 
-// Whether every operand that is given, from `first` on, is fp32.
-inline bool all_f32(const Step& s, int first = 0) {
-  for (int k = first; k < s.num_tensors; ++k)
-    if (s.t[k].data && s.t[k].dtype != DType::f32) return false;
-  return true;
+// The dtype of every tensor that is given, or b8 when they differ.
+inline DType common_dtype(const Tensor* t, int n) {
+  for (int k = 1; k < n; ++k)
+    if (t[k].data && t[k].dtype != t[0].dtype) return DType::b8;
+  return t[0].dtype;
+}
+
+// Calls f with an access object for one dtype.
+template <class F>
+inline void with_float(DType d, F f) {
+  if (d == DType::f32) return f(Float<DType::f32>(d));
+  if (d == DType::f16) return f(Float<DType::f16>(d));
+  f(Float<DType::bf16>(d));
+}
+
+// Calls f with an access object (to take the type of) that fits all of the float operands.
+template <class F>
+inline void with_access(const Tensor* t, int n, F f) {
+  const DType common = common_dtype(t, n);
+  if (common == DType::b8) return f(AnyFloat(common));
+  with_float(common, f);
 }
 
 inline char* at(const Tensor& t, int64_t index) { return t.data + index * itemsize(t.dtype); }

@@ -32,7 +32,7 @@ inline CopyPlan plan_copy(const Step& s) {
   const int64_t row = space.row();
   if (p.transposes) {
     const int64_t columns = space.size[last - 1];
-    p.piece = itemsize(s.t[1].dtype) == 2 ? 2 * kLanes : kLanes;
+    p.piece = 64;  // four lines of fp32 in each row of x, so that a page is not left after every line
     p.pieces = ceil_div(columns, p.piece);
     p.units = columns == 0 ? 0 : space.rows() / columns * p.pieces;
     p.unit_elements = row * p.piece;
@@ -71,16 +71,19 @@ inline void copy_piece(const Tensor& x, const char* from, int64_t xs, const Tens
   }
 }
 
-struct Bf16Bits {
-  Vec load(const char* p, int64_t i, int n = kLanes) const { return vload_as(DType::bf16, p, i, n); }
-  void store(char* p, int64_t i, Vec a, int n = kLanes) const { vstore_as(DType::bf16, p, i, a, n); }
-};
+template <class X>
+inline void prefetch_row(X x_as, const char* x, int64_t index, int64_t n) {
+  const int item = itemsize(x_as.dtype);
+  for (int64_t byte = 0; byte < n * item; byte += 64) __builtin_prefetch(x + index * item + byte);
+}
 
 // y[c, r] = x[r, c] for r < rows, c < columns: x rows xs apart, y rows ys apart, both contiguous within.
 template <class X, class Y>
 inline void transpose_float(X x_as, const char* x, int64_t xs, Y y_as, char* y, int64_t ys, int64_t rows, int64_t columns) {
   for (int64_t r = 0; r < rows; r += kLanes) {
     const int tall = static_cast<int>(min64(kLanes, rows - r));
+    // The rows of the next tile are a stride apart, where the hardware does not look ahead.
+    for (int64_t i = r + kLanes; i < min64(rows, r + 2 * kLanes); ++i) prefetch_row(x_as, x, i * xs, columns);
     for (int64_t c = 0; c < columns; c += kLanes) {
       const int wide = static_cast<int>(min64(kLanes, columns - c));
       Vec tile[kLanes];
@@ -115,8 +118,8 @@ inline void transpose_tile(DType xd, const char* x, int64_t xs, DType yd, char* 
   if (bytes == 8) return transpose_plain<uint64_t>(x, xs, y, ys, rows, columns);
   if (xd != yd) return transpose_float(AnyFloat(xd), x, xs, AnyFloat(yd), y, ys, rows, columns);
   // Equal 16-bit dtypes travel as bf16, whose widening is a shift; equal 32-bit dtypes as f32, which only moves bits.
-  if (bytes == 2) return transpose_float(Bf16Bits(), x, xs, Bf16Bits(), y, ys, rows, columns);
-  transpose_float(F32(xd), x, xs, F32(yd), y, ys, rows, columns);
+  if (bytes == 2) return transpose_float(Float<DType::bf16>(xd), x, xs, Float<DType::bf16>(yd), y, ys, rows, columns);
+  transpose_float(Float<DType::f32>(xd), x, xs, Float<DType::f32>(yd), y, ys, rows, columns);
 }
 
 inline int64_t copy_chunks(const Step& s, int, int threads) {
@@ -151,14 +154,26 @@ inline void copy_run(const Step& s, int, int64_t chunk, int threads, const Scrat
   const int64_t xs = space.row_stride(0), ys = space.row_stride(1);
   RowCursor cursor;
   cursor.seek(space, units.begin / p.pieces);
-  int64_t piece = units.begin % p.pieces;
-  for (int64_t u = units.begin; u < units.end; ++u) {
-    const int64_t i = piece * p.piece;
-    copy_piece(x, at(x, cursor.offset[0] + i * xs), xs, y, at(y, cursor.offset[1] + i * ys), ys,
-               min64(p.piece, space.row() - i));
-    if (++piece < p.pieces) continue;
-    piece = 0;
-    cursor.next(space);
+  if (p.pieces > 1) {
+    int64_t piece = units.begin % p.pieces;
+    for (int64_t u = units.begin; u < units.end; ++u) {
+      const int64_t i = piece * p.piece;
+      copy_piece(x, at(x, cursor.offset[0] + i * xs), xs, y, at(y, cursor.offset[1] + i * ys), ys,
+                 min64(p.piece, space.row() - i));
+      if (++piece < p.pieces) continue;
+      piece = 0;
+      cursor.next(space);
+    }
+    return;
+  }
+  for (int64_t u = units.begin; u < units.end;) {
+    const int64_t run = min64(cursor.run(space), units.end - u);
+    const int64_t x_step = run > 1 ? space.stride[0][space.ndim - 2] : 0;
+    const int64_t y_step = run > 1 ? space.stride[1][space.ndim - 2] : 0;
+    for (int64_t r = 0; r < run; ++r)
+      copy_piece(x, at(x, cursor.offset[0] + r * x_step), xs, y, at(y, cursor.offset[1] + r * y_step), ys, space.row());
+    cursor.advance(space, run);
+    u += run;
   }
 }
 

@@ -10,8 +10,7 @@ namespace {
 
 enum NormKind : int64_t { kRms = 1, kLayerNorm = 2 };
 
-// What a row is normalised with: y = ((v - mean) - rest) * scale. `rest` is what fp32 could not hold of the mean: with
-// a mean of 1000 it is 3e-5, which would otherwise be the error of every output.
+// What a row is normalised with: y = ((v - mean) - rest) * scale.
 struct Moments {
   float mean, rest, scale;
 };
@@ -25,10 +24,14 @@ inline Moments rms_moments(int64_t width, float eps, F v) {
   return {0.0f, 0.0f, 1.0f / __builtin_sqrtf(squares / static_cast<float>(width) + eps)};
 }
 
+// One pass over the distances from a pilot mean, that of the row's first eighth. Subtracting it loses nothing where it
+// matters, `rest` keeps what fp32 could not hold of a large mean, and since the pilot's elements are an eighth of the
+// row, rest^2 <= 8 * variance whatever the data: the variance keeps all but three bits of its sum of squares.
 template <class F>
 inline Moments layer_moments(int64_t width, float eps, F v) {
   const float count = static_cast<float>(width);
-  const float mean = sum_over(width, v) / count;
+  const int64_t pilot = min64(width, max64(kLanes, width / 8));
+  const float mean = sum_over(pilot, v) / static_cast<float>(pilot);
   const Vec m = vset(mean);
   Vec d0 = vzero(), d1 = vzero(), s0 = vzero(), s1 = vzero();
   int64_t i = 0;
@@ -51,53 +54,88 @@ inline Moments layer_moments(int64_t width, float eps, F v) {
   return {mean, rest, 1.0f / __builtin_sqrtf(variance + eps)};
 }
 
-// One row; v(i, lanes) gives the input.
+// Weight and bias as fp32: in place where they are, else widened (with the offset added) into the thread's scratch, a
+// tile of columns at a time.
+constexpr int64_t kTile = static_cast<int64_t>(llmopt::kLocalBytes / (2 * sizeof(float)));
+
+struct Affine {
+  const float *weight, *bias;  // of the tile's first column; nullptr when not given
+};
+
+inline const float* widened(const Tensor& t, int64_t first, int64_t n, float offset, float* to) {
+  if (!t.data) return nullptr;
+  if (t.dtype == DType::f32 && offset == 0.0f) return reinterpret_cast<const float*>(t.data) + first;
+  const AnyFloat as(t.dtype);
+  const Vec add = vset(offset);
+  for_lanes(n, [&](int64_t i, int lanes) { vstore_n(to + i, vadd(as.load(at(t, first), i, lanes), add), lanes); });
+  return to;
+}
+
+// Writes n columns of one row; v(i, lanes) gives the input.
 template <class A, class F>
-inline void norm_row(const Step& s, char* y, char* sum, F v) {
-  const Tensor &weight = s.t[2], &bias = s.t[3];
-  const A weight_as(weight.dtype), bias_as(bias.dtype), y_as(s.t[4].dtype), sum_as(s.t[5].dtype);
-  const int64_t width = s.t[4].size[1];
-  const float eps = s.f[0];
-  const Moments moments = s.i[0] == kRms ? rms_moments(width, eps, v) : layer_moments(width, eps, v);
+inline void norm_write(const Step& s, const Moments& moments, Affine affine, char* y, char* sum, int64_t n, F v) {
+  const A y_as(s.t[4].dtype), sum_as(s.t[5].dtype);
   const Vec mean = vset(moments.mean), rest = vset(-moments.rest * moments.scale), scale = vset(moments.scale);
-  const Vec offset = vset(s.f[1]);
-  for_lanes(width, [&](int64_t i, int n) {
-    Vec in = v(i, n);
+  for_lanes(n, [&](int64_t i, int lanes) {
+    Vec in = v(i, lanes);
     Vec out = vfma(vsub(in, mean), scale, rest);
-    if (weight.data) out = vmul(out, vadd(offset, weight_as.load(weight.data, i, n)));
-    if (bias.data) out = vadd(out, bias_as.load(bias.data, i, n));
-    if (sum) sum_as.store(sum, i, in, n);
-    y_as.store(y, i, out, n);
+    if (affine.weight) out = vmul(out, vload_as(DType::f32, reinterpret_cast<const char*>(affine.weight), i, lanes));
+    if (affine.bias) out = vadd(out, vload_as(DType::f32, reinterpret_cast<const char*>(affine.bias), i, lanes));
+    if (sum) sum_as.store(sum, i, in, lanes);
+    y_as.store(y, i, out, lanes);
   });
 }
 
-template <class A>
-inline void norm_rows(const Step& s, const RowRange& rows) {
-  const Tensor &x = s.t[0], &residual = s.t[1], &y = s.t[4], &sum = s.t[5];
-  const A x_as(x.dtype), residual_as(residual.dtype);
+// row(m, first) returns the function that gives the input of row m from column `first` on. The statistics of the next
+// row are asked for before a row is written, so that the latency of their last additions, root and division is hidden.
+template <class A, class R>
+inline void norm_rows(const Step& s, const RowRange& rows, float* scratch, R row) {
+  const Tensor &y = s.t[4], &sum = s.t[5];
+  const int64_t width = y.size[1];
+  auto moments_of = [&](int64_t m) {
+    return s.i[0] == kRms ? rms_moments(width, s.f[0], row(m, 0)) : layer_moments(width, s.f[0], row(m, 0));
+  };
+  Affine affine{};
+  Moments moments = moments_of(rows.begin);
   for (int64_t m = rows.begin; m < rows.end; ++m) {
-    const char* from = at(x, m * x.stride[0]);
-    char* to = at(y, m * y.stride[0]);
-    char* sum_to = sum.data ? at(sum, m * sum.stride[0]) : nullptr;
-    if (!residual.data) {
-      norm_row<A>(s, to, sum_to, [&](int64_t i, int n) { return x_as.load(from, i, n); });
-      continue;
+    const Moments next = m + 1 < rows.end ? moments_of(m + 1) : moments;
+    for (int64_t first = 0; first < width; first += kTile) {
+      const int64_t n = min64(kTile, width - first);
+      if (m == rows.begin || width > kTile)
+        affine = {widened(s.t[2], first, n, s.f[1], scratch), widened(s.t[3], first, n, 0.0f, scratch + kTile)};
+      char* sum_to = sum.data ? at(sum, m * sum.stride[0] + first) : nullptr;
+      norm_write<A>(s, moments, affine, at(y, m * y.stride[0] + first), sum_to, n, row(m, first));
     }
-    const char* other = at(residual, m * residual.stride[0]);
-    norm_row<A>(s, to, sum_to, [&](int64_t i, int n) {
-      return vadd(x_as.load(from, i, n), residual_as.load(other, i, n));
+    moments = next;
+  }
+}
+
+template <class A>
+inline void norm_inputs(const Step& s, const RowRange& rows, float* scratch) {
+  const Tensor &x = s.t[0], &residual = s.t[1];
+  const A x_as(x.dtype), residual_as(residual.dtype);
+  if (!residual.data) {
+    return norm_rows<A>(s, rows, scratch, [&](int64_t m, int64_t first) {
+      const char* p = at(x, m * x.stride[0] + first);
+      return [=](int64_t i, int n) { return x_as.load(p, i, n); };
     });
   }
+  norm_rows<A>(s, rows, scratch, [&](int64_t m, int64_t first) {
+    const char *p = at(x, m * x.stride[0] + first), *q = at(residual, m * residual.stride[0] + first);
+    return [=](int64_t i, int n) { return vadd(x_as.load(p, i, n), residual_as.load(q, i, n)); };
+  });
 }
 
 inline int64_t norm_chunks(const Step& s, int, int threads) {
   return chunk_count(s.t[4].size[0], s.t[4].size[1], threads);
 }
 
-inline void norm_run(const Step& s, int, int64_t chunk, int threads, const Scratch&) {
+inline void norm_run(const Step& s, int, int64_t chunk, int threads, const Scratch& scratch) {
   const RowRange rows = chunk_range(s.t[4].size[0], s.t[4].size[1], threads, chunk);
-  if (all_f32(s)) norm_rows<F32>(s, rows);
-  else norm_rows<AnyFloat>(s, rows);
+  float* local = reinterpret_cast<float*>(scratch.local);
+  // Weight and bias are read as fp32 whatever they are, so the common dtype is that of the others.
+  const Tensor others[] = {s.t[0], s.t[1], s.t[4], s.t[5]};
+  with_access(others, 4, [&](auto access) { norm_inputs<decltype(access)>(s, rows, local); });
 }
 
 }  // namespace

@@ -37,36 +37,43 @@ inline void rope_interleaved(RopeAccess<A> as, const char* x, const char* cos, c
   });
 }
 
+// A row of work is one position of one sequence: its heads share one row of cos and sin, and lie side by side in the
+// layout that projections write.
+inline RowRange rope_range(const Tensor& x, int threads, int64_t chunk) {
+  return chunk_range(x.size[0] * x.size[2], x.size[1] * x.size[3], threads, chunk);
+}
 inline int64_t rope_chunks(const Step& s, int, int threads) {
   const Tensor& x = s.t[0];
-  return chunk_count(x.size[0] * x.size[1] * x.size[2], x.size[3], threads);
+  return chunk_count(x.size[0] * x.size[2], x.size[1] * x.size[3], threads);
 }
 
 template <class A>
 inline void rope_rows(const Step& s, const RowRange& rows) {
   const Tensor &x = s.t[0], &cos = s.t[1], &sin = s.t[2], &y = s.t[3];
-  const int64_t dims = cos.size[3], heads = x.size[1], length = x.size[2];
+  const int64_t dims = cos.size[3], rest = x.size[3] - dims;
+  const int x_item = itemsize(x.dtype), y_item = itemsize(y.dtype);
   const RopeAccess<A> as{A(x.dtype), A(cos.dtype), A(sin.dtype), A(y.dtype)};
-  auto angle = [&](const Tensor& t, int64_t b, int64_t p) {
+  auto angle = [](const Tensor& t, int64_t b, int64_t p) {
     return at(t, (t.size[0] == 1 ? 0 : b * t.stride[0]) + (t.size[2] == 1 ? 0 : p * t.stride[2]));
   };
-  // Heads innermost: they share one row of cos and sin, and lie side by side in the layout projections write.
   for (int64_t r = rows.begin; r < rows.end; ++r) {
-    const int64_t h = r % heads, p = r / heads % length, b = r / (heads * length);
-    const char* from = at(x, b * x.stride[0] + h * x.stride[1] + p * x.stride[2]);
-    char* to = at(y, b * y.stride[0] + h * y.stride[1] + p * y.stride[2]);
-    if (s.i[0] == kHalf) rope_half(as, from, angle(cos, b, p), angle(sin, b, p), to, dims / 2);
-    else rope_interleaved(as, from, angle(cos, b, p), angle(sin, b, p), to, dims);
-    if (from != to && dims < x.size[3])
-      copy_row(x.dtype, from + dims * itemsize(x.dtype), y.dtype, to + dims * itemsize(y.dtype), x.size[3] - dims);
+    const int64_t b = r / x.size[2], p = r % x.size[2];
+    const char *c = angle(cos, b, p), *d = angle(sin, b, p);
+    const char* from = at(x, b * x.stride[0] + p * x.stride[2]);
+    char* to = at(y, b * y.stride[0] + p * y.stride[2]);
+    for (int64_t h = 0; h < x.size[1]; ++h) {
+      if (s.i[0] == kHalf) rope_half(as, from, c, d, to, dims / 2);
+      else rope_interleaved(as, from, c, d, to, dims);
+      if (rest && from != to) copy_row(x.dtype, from + dims * x_item, y.dtype, to + dims * y_item, rest);
+      from += x.stride[1] * x_item;
+      to += y.stride[1] * y_item;
+    }
   }
 }
 
 inline void rope_run(const Step& s, int, int64_t chunk, int threads, const Scratch&) {
-  const Tensor& x = s.t[0];
-  const RowRange rows = chunk_range(x.size[0] * x.size[1] * x.size[2], x.size[3], threads, chunk);
-  if (all_f32(s)) rope_rows<F32>(s, rows);
-  else rope_rows<AnyFloat>(s, rows);
+  const RowRange rows = rope_range(s.t[0], threads, chunk);
+  with_access(s.t, s.num_tensors, [&](auto access) { rope_rows<decltype(access)>(s, rows); });
 }
 
 }  // namespace

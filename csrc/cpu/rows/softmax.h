@@ -54,8 +54,7 @@ inline void softmax_run(const Step& s, int, int64_t chunk, int threads, const Sc
   // The exponentials are kept between the passes where they fit, padded to whole vectors, and computed twice elsewhere.
   const bool fits = (space.row() + kLanes) * sizeof(float) <= llmopt::kLocalBytes;
   float* kept = fits ? reinterpret_cast<float*>(scratch.local) : nullptr;
-  if (all_f32(s)) softmax_rows<F32>(s, space, rows, kept);
-  else softmax_rows<AnyFloat>(s, space, rows, kept);
+  with_access(s.t, s.num_tensors, [&](auto access) { softmax_rows<decltype(access)>(s, space, rows, kept); });
 }
 
 }  // namespace

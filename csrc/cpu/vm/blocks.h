@@ -6,9 +6,11 @@
 
 namespace {
 
-constexpr int64_t kBlock = 512;     // elements; six live registers of it are 12 KiB of L1
-constexpr int64_t kWholeRow = 768;  // rows up to here are one block, so that a row's operands stay contiguous
 constexpr int64_t kShortRow = 256;  // rows below share a block
+
+// Elements of a block: its registers should stay in L1, and the cost of stepping through the program, some ten cycles
+// an instruction, should vanish beside the work.
+inline int64_t block_elements(const Code& code) { return code.registers <= 3 ? 2048 : code.registers <= 6 ? 1024 : 512; }
 
 // A block is `rows_per_block` whole rows, or piece number p of one row: elements [p * piece, ...).
 struct Blocking {
@@ -21,19 +23,20 @@ struct Blocking {
 inline Blocking make_blocking(const Step& s, const Code& code) {
   Blocking b;
   b.space = make_space(s.t, code.inputs + code.outputs, code.has_reduction, code.inputs);
-  const int64_t row = b.space.row(), rows = b.space.rows();
+  const int64_t row = b.space.row(), rows = b.space.rows(), full = block_elements(code);
   b.rows_per_block = b.pieces = 1;
   b.piece = row;
   b.blocks = row == 0 ? 0 : rows;
-  if (code.has_reduction || b.blocks == 0) return b;
+  if (b.blocks == 0) return b;
   if (row < kShortRow) {
-    b.rows_per_block = min64(rows, kBlock / row);
+    b.rows_per_block = min64(rows, full / row);
     b.blocks = ceil_div(rows, b.rows_per_block);
     return b;
   }
-  if (row <= kWholeRow) return b;
-  b.pieces = ceil_div(row, kBlock);
-  b.piece = kBlock;
+  // Half a block more is no reason to cut a row: whole rows keep broadcast operands contiguous.
+  if (code.has_reduction || row <= full + full / 2) return b;
+  b.pieces = ceil_div(row, full);
+  b.piece = full;
   b.blocks = rows * b.pieces;
   return b;
 }
@@ -50,18 +53,18 @@ inline Extent extent_of(const Space& space, const Tensor& tensor, int t) {
   return {tensor.data + low * itemsize(tensor.dtype), tensor.data + high * itemsize(tensor.dtype)};
 }
 
-// Which operands are used in place: inputs read where they lie (`whole`: no copy into a register) and outputs that the
-// computing instruction writes itself. An output may be the same view as an input; then either is done only when no
-// instruction reads the input after the output is written.
+// Which operands may be used in place wherever a block of them is contiguous: inputs read where they lie, and outputs
+// that the computing instruction writes itself. An output may be the same view as an input; then either is done only
+// when no instruction reads the input after the output is written.
 struct Placement {
-  bool whole[kMaxSpaceTensors];
+  bool allowed[kMaxSpaceTensors];
+  bool dense[kMaxSpaceTensors];
 
-  Placement(const Step& s, const Code& code, const Blocking& blocking) {
-    const Space& space = blocking.space;
+  Placement(const Step& s, const Code& code, const Space& space) {
     int last_read[kMaxSpaceTensors], defined[kMaxSpaceTensors], stored[kMaxSpaceTensors];
     for (int t = 0; t < space.num_tensors; ++t) {
-      const bool contiguous = blocking.rows_per_block == 1 ? space.row_stride(t) == 1 : space.dense(t);
-      whole[t] = s.t[t].dtype == DType::f32 && contiguous;
+      allowed[t] = s.t[t].dtype == DType::f32;
+      dense[t] = space.dense(t);
       last_read[t] = defined[t] = stored[t] = -1;
     }
     for (int i = 0; i < code.length; ++i) {
@@ -70,27 +73,22 @@ struct Placement {
       else if (in.op == kStore) stored[code.inputs + in.b] = i;
       else if (in.extra) defined[code.inputs + in.extra - 1] = i;
     }
-    for (int o = code.inputs; o < space.num_tensors; ++o) whole[o] = whole[o] && defined[o] >= 0;
     for (int o = code.inputs; o < space.num_tensors; ++o) {
-      const Extent written = extent_of(space, s.t[o], o);
-      for (int i = 0; i < code.inputs; ++i) {
-        const Extent read = extent_of(space, s.t[i], i);
-        if (read.end <= written.begin || written.end <= read.begin) continue;
-        const bool same = same_view(space, s, i, o);
-        whole[o] = whole[o] && same && last_read[i] <= defined[o];
-      }
+      allowed[o] = allowed[o] && defined[o] >= 0;
+      for (int i = 0; i < code.inputs; ++i)
+        if (overlap(space, s, i, o)) allowed[o] = allowed[o] && same_view(space, s, i, o) && last_read[i] <= defined[o];
     }
-    for (int o = code.inputs; o < space.num_tensors; ++o) {
-      const Extent written = extent_of(space, s.t[o], o);
-      for (int i = 0; i < code.inputs; ++i) {
-        const Extent read = extent_of(space, s.t[i], i);
-        if (read.end <= written.begin || written.end <= read.begin) continue;
-        whole[i] = whole[i] && same_view(space, s, i, o) && last_read[i] <= (whole[o] ? defined[o] : stored[o]);
-      }
-    }
+    for (int o = code.inputs; o < space.num_tensors; ++o)
+      for (int i = 0; i < code.inputs; ++i)
+        if (overlap(space, s, i, o))
+          allowed[i] = allowed[i] && same_view(space, s, i, o) && last_read[i] <= (allowed[o] ? defined[o] : stored[o]);
   }
 
  private:
+  static bool overlap(const Space& space, const Step& s, int i, int o) {
+    const Extent read = extent_of(space, s.t[i], i), written = extent_of(space, s.t[o], o);
+    return read.begin < written.end && written.begin < read.end;
+  }
   static bool same_view(const Space& space, const Step& s, int i, int o) {
     if (s.t[i].data != s.t[o].data || s.t[i].dtype != s.t[o].dtype) return false;
     for (int d = 0; d < space.ndim; ++d)

@@ -39,10 +39,8 @@ inline Instruction decode(int64_t word) {
   auto byte = [&](int shift) { return static_cast<int>(word >> shift & 255); };
   return {byte(0), byte(8), byte(16), byte(24), byte(32), static_cast<int>(word >> 40 & 0xFFFF)};
 }
-inline bool computes(const Instruction& in) { return in.op >= kCopy; }
 
-// A block of fp32. A value that is the same in the whole block (a constant, a row statistic) is one vector read again
-// and again.
+// An operand of a loop over a block. A value that is the same in the whole block is one vector read again and again.
 struct Value {
   const float* data;
   int64_t step;  // masks the element index: 0 for one vector, all ones otherwise

@@ -158,14 +158,12 @@ inline float row_max(const float* a, int64_t n, float sign) {
   return nan ? __builtin_nanf("") : vreduce_max(best);
 }
 
-inline float reduce_row(int op, Value a, int64_t n) {
-  const float count = static_cast<float>(n);
-  if (!a.step) return op == kSum ? a.data[0] * count : a.data[0];
+inline float reduce_row(int op, const float* a, int64_t n) {
   switch (op) {
-    case kSum: return row_sum(a.data, n);
-    case kMean: return row_sum(a.data, n) / count;
-    case kRowMax: return row_max(a.data, n, 1.0f);
-    default: return -row_max(a.data, n, -1.0f);
+    case kSum: return row_sum(a, n);
+    case kMean: return row_sum(a, n) / static_cast<float>(n);
+    case kRowMax: return row_max(a, n, 1.0f);
+    default: return -row_max(a, n, -1.0f);
   }
 }
 
