@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from llmopt import _C
 from llmopt.native.program import run_op
-from tolerance import assert_close
+from tests.tolerance import assert_close
 
 TIERS = _C.tiers()
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
