@@ -35,13 +35,12 @@ int phases(const Step& s, int threads) {
 int64_t chunks(const Step& s, int phase, int threads) {
   const Problem p = parse(s);
   const Plan plan = make_plan(p, threads);
-  const int64_t units = p.batch * p.kv_heads;
   const Stage stage = stage_of(plan, phase);
-  if (stage == Stage::write) return units * ceil_div(p.new_len, kRowsPerWrite);
+  if (stage == Stage::write) return p.batch * p.kv_heads * ceil_div(p.new_len, kRowsPerWrite);
   if (plan.rows == 0) return 0;
   const int64_t splits = live_splits(p, plan);
-  if (stage == Stage::attend) return units * plan.panels * splits;
-  return splits == 1 ? 0 : ceil_div(units * plan.rows, kRowsPerMerge);
+  if (stage == Stage::attend) return plan.units * splits;
+  return splits == 1 ? 0 : ceil_div(p.batch * p.kv_heads * plan.rows, kRowsPerMerge);
 }
 
 size_t workspace(const Step& s, int threads) {

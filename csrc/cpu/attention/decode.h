@@ -7,6 +7,7 @@
 namespace {
 
 constexpr int64_t kScoreBlock = 512;  // keys between two updates of the running softmax
+constexpr int64_t kSharedBlock = 64;  // the same when heads take turns on the same stretch of memory
 constexpr int64_t kSubBlock = 32;     // keys whose rows stay in L1 while every group of rows uses them
 constexpr int64_t kAheadBytes = 8192;  // how far the stream of keys or values is fetched before it is used
 constexpr int64_t kScoreLd = kScoreBlock + kLanes;
@@ -18,6 +19,12 @@ struct DecodeRow {
   int64_t h, i;
   KeyRange range;
   float max, sum;
+};
+// One kv head of a chunk; q and o are rows of kMaxHeadDim floats.
+struct DecodeHead {
+  int64_t b, kv_head, rows;
+  float *q, *o;
+  DecodeRow row[kLanes];
 };
 
 template <DType T>
@@ -211,20 +218,19 @@ inline Stream stream(const Tensor& t, int64_t b, int64_t h, int64_t j) {
   return {row_ptr(t, b, h, j), row_bytes, ceil_div(kAheadBytes, max64(1, t.size[3] * itemsize(t.dtype))) * row_bytes};
 }
 
-inline void decode_block(const Problem& p, int64_t b, int64_t kv_head, DecodeRow* row, int64_t rows, int64_t j0,
-                         int64_t keys, const float* q, float* s, float* bias, float* o) {
+inline void decode_block(const Problem& p, DecodeHead& a, int64_t j0, int64_t keys, float* s, float* bias) {
   const auto dot = p.k->dtype == DType::f32   ? &dot_block<DType::f32>
                    : p.k->dtype == DType::f16 ? &dot_block<DType::f16>
                                               : &dot_block<DType::bf16>;
-  dot(rows, stream(*p.k, b, kv_head, j0), keys, q, p.head_dim, s);
+  dot(a.rows, stream(*p.k, a.b, a.kv_head, j0), keys, a.q, p.head_dim, s);
   bool has_dead = false;
-  for (int64_t r = 0; r < rows; ++r) {
-    const KeyRange& range = row[r].range;
+  for (int64_t r = 0; r < a.rows; ++r) {
+    const KeyRange& range = a.row[r].range;
     has_dead |= range.mask != MaskUse::none || range.lo > j0 || range.hi < j0 + keys;
-    mask_row(p, b, row[r], j0, keys, s + r * kScoreLd, bias);
-    softmax_row(row[r], keys, s + r * kScoreLd, p.v_dim, o + r * kMaxHeadDim);
+    mask_row(p, a.b, a.row[r], j0, keys, s + r * kScoreLd, bias);
+    softmax_row(a.row[r], keys, s + r * kScoreLd, p.v_dim, a.o + r * kMaxHeadDim);
   }
-  const Stream v = stream(*p.v, b, kv_head, j0);
+  const Stream v = stream(*p.v, a.b, a.kv_head, j0);
   const auto weigh = p.v->dtype == DType::f32   ? &weigh_block<DType::f32>
                      : p.v->dtype == DType::f16 ? &weigh_block<DType::f16>
                                                 : &weigh_block<DType::bf16>;
@@ -232,47 +238,68 @@ inline void decode_block(const Problem& p, int64_t b, int64_t kv_head, DecodeRow
   const int64_t num_bad = has_dead ? find_nonfinite(p.v->dtype, v.data, p.v->stride[2], p.v_dim, keys, bad) : 0;
   int64_t j = 0;
   for (int64_t n = 0; n < num_bad; j = bad[n++] + 1) {
-    weigh(rows, v.from(j), bad[n] - j, s + j, p.v_dim, o);
-    add_nonfinite_row(p, rows, v.from(bad[n]).data, s + bad[n], o);
+    weigh(a.rows, v.from(j), bad[n] - j, s + j, p.v_dim, a.o);
+    add_nonfinite_row(p, a.rows, v.from(bad[n]).data, s + bad[n], a.o);
   }
-  weigh(rows, v.from(j), keys - j, s + j, p.v_dim, o);
+  weigh(a.rows, v.from(j), keys - j, s + j, p.v_dim, a.o);
 }
 
-// A chunk: one kv head, one split of its live keys. New keys and values are written by the split that owns their slots.
-inline void decode(const Problem& p, const Plan& plan, int64_t chunk, int64_t splits, const llmopt::Scratch& scratch) {
-  const int64_t split = chunk % splits, b = chunk / splits / p.kv_heads, kv_head = chunk / splits % p.kv_heads;
-  const KeyRange live = union_range(p, b, kv_head, 0, plan.rows);
-  const int64_t length = live.hi - live.lo;
-  const int64_t begin = live.lo + length * split / splits, end = live.lo + length * (split + 1) / splits;
-  if (p.new_len)
-    write_new_rows(p, b, kv_head, 0, p.new_len, split == 0 ? 0 : begin, split == splits - 1 ? p.kv_len : end);
-
-  float* q = reinterpret_cast<float*>(scratch.local);
-  float* o = q + kLanes * kMaxHeadDim;
-  float* s = o + kLanes * kMaxHeadDim;
-  float* bias = s + kLanes * kScoreLd;
-  DecodeRow row[kLanes];
-  for (int64_t r = 0; r < plan.rows; ++r) {
-    const int64_t h = kv_head * p.group + r % p.group, i = r / p.group;
-    row[r] = {h, i, key_range(p, b, h, i), kNegInf, 0.0f};
-    load_query(p, b, h, i, q + r * kMaxHeadDim);
-    for (int64_t d = p.head_dim; d % kLanes; ++d) q[r * kMaxHeadDim + d] = 0.0f;
-    for (int64_t d = 0; d < p.v_dim; d += kLanes) vstore(o + r * kMaxHeadDim + d, vzero());
+// Queries of one kv head; grows `live`, the smallest interval with every row's keys.
+inline void start_head(const Problem& p, DecodeHead& a, KeyRange& live) {
+  for (int64_t r = 0; r < a.rows; ++r) {
+    const int64_t h = a.kv_head * p.group + r % p.group, i = r / p.group;
+    const KeyRange range = key_range(p, a.b, h, i);
+    a.row[r] = {h, i, range, kNegInf, 0.0f};
+    if (range.lo < range.hi) live.lo = min64(live.lo, range.lo), live.hi = max64(live.hi, range.hi);
+    float *q = a.q + r * kMaxHeadDim, *o = a.o + r * kMaxHeadDim;
+    load_query(p, a.b, h, i, q);
+    for (int64_t d = p.head_dim; d % kLanes; ++d) q[d] = 0.0f;
+    for (int64_t d = 0; d < p.v_dim; d += kLanes) vstore(o + d, vzero());
   }
-  for (int64_t j = begin; j < end; j += kScoreBlock)
-    decode_block(p, b, kv_head, row, plan.rows, j, min64(kScoreBlock, end - j), q, s, bias, o);
-  for (int64_t r = 0; r < plan.rows; ++r) {
-    float* from = o + r * kMaxHeadDim;
+}
+
+inline void finish_head(const Problem& p, const Plan& plan, DecodeHead& a, int64_t split, int64_t splits, char* shared) {
+  for (int64_t r = 0; r < a.rows; ++r) {
+    float* o = a.o + r * kMaxHeadDim;
     if (splits > 1) {
-      float* to = partial(p, plan, scratch.shared, b, kv_head, r, split);
-      to[0] = row[r].max, to[1] = row[r].sum;
-      store_row(DType::f32, reinterpret_cast<char*>(to + 2), p.v_dim, from);
+      float* to = partial(p, plan, shared, a.b, a.kv_head, r, split);
+      to[0] = a.row[r].max, to[1] = a.row[r].sum;
+      store_row(DType::f32, reinterpret_cast<char*>(to + 2), p.v_dim, o);
       continue;
     }
-    const Vec inverse = vset(row[r].sum == 0.0f ? 0.0f : 1.0f / row[r].sum);
-    for (int64_t d = 0; d < p.v_dim; d += kLanes) vstore(from + d, vmul(vload(from + d), inverse));
-    store_row(p.out->dtype, row_ptr(*p.out, b, row[r].h, row[r].i), p.v_dim, from);
+    const Vec inverse = vset(a.row[r].sum == 0.0f ? 0.0f : 1.0f / a.row[r].sum);
+    for (int64_t d = 0; d < p.v_dim; d += kLanes) vstore(o + d, vmul(vload(o + d), inverse));
+    store_row(p.out->dtype, row_ptr(*p.out, a.b, a.row[r].h, a.row[r].i), p.v_dim, o);
   }
 }
+
+// A chunk: one kv head, or some that lie side by side, and one split of their live keys. New keys and values are written
+// by the split that owns their slots.
+inline void decode(const Problem& p, const Plan& plan, int64_t chunk, int64_t splits, const llmopt::Scratch& scratch) {
+  const int64_t split = chunk % splits, groups = ceil_div(p.kv_heads, plan.heads);
+  const int64_t b = chunk / splits / groups, head0 = chunk / splits % groups * plan.heads;
+  const int64_t heads = min64(plan.heads, p.kv_heads - head0);
+  float* s = reinterpret_cast<float*>(scratch.local);
+  float* bias = s + kLanes * kScoreLd;
+  float* rows = bias + kScoreLd;
+  DecodeHead head[kHeadsPerChunk];
+  KeyRange live{p.kv_len, 0, MaskUse::none};
+  for (int64_t n = 0; n < heads; ++n) {
+    float* q = rows + 2 * n * kLanes * kMaxHeadDim;
+    head[n].b = b, head[n].kv_head = head0 + n, head[n].rows = plan.rows;
+    head[n].q = q, head[n].o = q + kLanes * kMaxHeadDim;
+    start_head(p, head[n], live);
+  }
+  const int64_t length = max64(0, live.hi - live.lo), lo = length ? live.lo : 0;
+  const int64_t begin = lo + length * split / splits, end = lo + length * (split + 1) / splits;
+  for (int64_t n = 0; p.new_len && n < heads; ++n)
+    write_new_rows(p, b, head0 + n, 0, p.new_len, split == 0 ? 0 : begin, split == splits - 1 ? p.kv_len : end);
+  const int64_t block = heads > 1 ? kSharedBlock : kScoreBlock;
+  for (int64_t j = begin; j < end; j += block)
+    for (int64_t n = 0; n < heads; ++n) decode_block(p, head[n], j, min64(block, end - j), s, bias);
+  for (int64_t n = 0; n < heads; ++n) finish_head(p, plan, head[n], split, splits, scratch.shared);
+}
+static_assert(sizeof(float) * ((kLanes + 1) * kScoreLd + kHeadsPerChunk * 2 * kLanes * kMaxHeadDim) <= llmopt::kLocalBytes,
+              "a decode chunk must fit the local scratch");
 
 }  // namespace

@@ -15,6 +15,7 @@ constexpr float kNegInf = -__builtin_inff();
 constexpr int kMaxNv = kVecRegisters == 32 ? 4 : 2;  // vectors of query rows in one prefill panel
 constexpr int kLd = kMaxNv * kLanes;                 // floats per row of every transposed panel
 constexpr int64_t kMinSplitKeys = 128;               // fewer keys cost less than handing them to another thread
+constexpr int64_t kHeadsPerChunk = 8;                // of kv heads whose rows lie side by side in memory
 
 enum RopeKind : int64_t { kRopeNone = 0, kRopeHalf = 1, kRopeInterleaved = 2 };
 
@@ -85,39 +86,32 @@ inline KeyRange key_range(const Problem& p, int64_t b, int64_t h, int64_t i) {
   return r;
 }
 
-// The smallest interval that holds the keys of every row in [row0, row1) of one kv head; rows are i * group + g.
-inline KeyRange union_range(const Problem& p, int64_t b, int64_t kv_head, int64_t row0, int64_t row1) {
-  KeyRange all{p.kv_len, 0, MaskUse::none};
-  for (int64_t row = row0; row < row1; ++row) {
-    KeyRange r = key_range(p, b, kv_head * p.group + row % p.group, row / p.group);
-    if (r.lo >= r.hi) continue;
-    all.lo = min64(all.lo, r.lo), all.hi = max64(all.hi, r.hi);
-  }
-  if (all.lo >= all.hi) all.lo = all.hi = 0;
-  return all;
-}
-
 // How the work is cut. Rows of one kv head are stacked as i * group + g, so that the heads of a group share every key.
 struct Plan {
-  bool decode;         // few rows: dot products along the head dimension; else panels of rows in vector lanes
-  int nv;              // vectors of a panel
-  int64_t rows, panels, max_splits;
-  bool write_first;    // new keys and values get a phase of their own; decode writes them in its chunks
+  bool decode;                // few rows: dot products along the head dimension; else panels of rows in vector lanes
+  bool write_first;           // new keys and values get a phase of their own; decode writes them in its chunks
+  int nv;                     // vectors of a panel
+  int64_t rows, panels;       // of one kv head
+  int64_t heads;              // kv heads of one chunk
+  int64_t units, max_splits;  // chunks of a phase without splits; most splits of the keys
 };
 
 inline Plan make_plan(const Problem& p, int threads) {
   Plan plan{};
   plan.rows = p.q_len * p.group;
   plan.decode = plan.rows <= kLanes;
-  plan.nv = kMaxNv;
-  const int64_t units = p.batch * p.kv_heads;
-  if (!plan.decode)
-    while (plan.nv > 1 && units * ceil_div(plan.rows, plan.nv * kLanes) < 2 * threads) --plan.nv;
-  plan.panels = plan.decode ? 1 : ceil_div(plan.rows, plan.nv * kLanes);
-  const int64_t wanted = threads > 1 ? 4 * threads : 1;
-  const int64_t chunks = max64(units * plan.panels, 1);
-  plan.max_splits = chunks >= wanted ? 1 : max64(1, min64(ceil_div(wanted, chunks), p.kv_len / kMinSplitKeys));
   plan.write_first = (p.k_new || p.v_new) && !plan.decode;
+  plan.nv = kMaxNv;
+  plan.heads = 1;
+  // With [B,S,H,D] memory a chunk takes neighbouring heads together, so that it reads whole stretches of memory.
+  if (plan.decode && p.k->stride[1] < p.k->stride[2]) plan.heads = max64(1, min64(p.kv_heads, kHeadsPerChunk));
+  const int64_t head_groups = p.batch * ceil_div(p.kv_heads, plan.heads);
+  if (!plan.decode)
+    while (plan.nv > 1 && head_groups * ceil_div(plan.rows, plan.nv * kLanes) < 2 * threads) --plan.nv;
+  plan.panels = plan.decode ? 1 : ceil_div(plan.rows, plan.nv * kLanes);
+  plan.units = head_groups * plan.panels;
+  const int64_t wanted = threads > 1 ? 4 * threads : 1, per = max64(1, plan.units);
+  plan.max_splits = per >= wanted ? 1 : max64(1, min64(ceil_div(wanted, per), p.kv_len * plan.heads / kMinSplitKeys));
   return plan;
 }
 
@@ -133,7 +127,7 @@ inline int64_t live_splits(const Problem& p, const Plan& plan) {
         const KeyRange r = key_range(p, b, h, i);
         longest = max64(longest, r.hi - r.lo);
       }
-  return max64(1, min64(plan.max_splits, longest / kMinSplitKeys));
+  return max64(1, min64(plan.max_splits, longest * plan.heads / kMinSplitKeys));
 }
 
 // The state of one row after some of its keys, when its keys are split: max, sum and the weighted sum of values.
