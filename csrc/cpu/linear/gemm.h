@@ -16,14 +16,20 @@ inline Chunk chunk_at(const Problem& p, const Schedule& s, int64_t chunk) {
   return {panel0, min64(p.panels(), panel0 + s.span), tile0, min64(p.tiles(), tile0 + s.tiles_per_block)};
 }
 
-// One tile: weights are read once, straight through the panels.
-void run_stream(const Problem& p, const Chunk& c, const float* a, float* sums) {
+// A stream asks for its weights this far ahead: the hardware prefetcher alone leaves bandwidth unused.
+constexpr int64_t kStreamAhead = 3 << 10;
+
+// One tile: weights are read once, straight through the panels. The end of every panel runs by itself because the end of
+// the chunk must ask for the start of this thread's next one; every panel, so that sums do not depend on the chunks.
+void run_stream(const Problem& p, const Chunk& c, int64_t next_panel, const float* a, float* sums) {
   const TileFunction run = stream_tile(p.weight, p.M);
-  TileArgs args{a, nullptr, p.padded_k() / steps_of(p.weight), nullptr, 0, sums, false};
-  const int64_t bytes = panel_bytes(p.K, p.weight);
+  const int64_t bytes = panel_bytes(p.K, p.weight), step_bytes = kPanel * itemsize(p.weight) * steps_of(p.weight);
+  const int64_t steps = bytes / step_bytes, tail = min64(steps, kStreamAhead / step_bytes), body = steps - tail;
   for (int64_t panel = c.panel0; panel < c.panel1; ++panel) {
-    args.b = p.w.data + panel * bytes;
-    run(args);
+    const char* b = p.w.data + panel * bytes;
+    const char* next = p.w.data + (panel + 1 < c.panel1 ? panel + 1 : next_panel) * bytes;
+    run({a, b, body, b + kStreamAhead, 0, sums, false});
+    run({a + body * steps_of(p.weight) * p.M, b + body * step_bytes, tail, next, 0, sums, true});
     finish_tile(p, panel, 0, static_cast<int>(p.M), sums);
   }
 }
@@ -70,7 +76,7 @@ void run_blocked(const Problem& p, const Schedule& s, const Chunk& c, int64_t ne
       for (int64_t i = 0; i < panels; ++i) {
         args.sums = local + (s.k_blocks == 1 ? 0 : (tile - c.tile0) * panels + i) * kTileSums;
         args.b = weights[i];
-        args.ahead = next + i * bytes + (tile - c.tile0) * k * args.ahead_stride;
+        args.ahead = is_f32 ? next + i * bytes + (tile - c.tile0) * k * args.ahead_stride : weights[i] + kStreamAhead;
         run(args);
         if (last) finish_tile(p, c.panel0 + i, row0, rows, args.sums);
       }
@@ -99,8 +105,9 @@ void linear_run(const Step& s, int phase, int64_t chunk, int threads, const Scra
   const Chunk c = chunk_at(p, schedule, chunk);
   const float* a = p.prepared() ? prepared : reinterpret_cast<const float*>(p.x.data);
   float* sums = reinterpret_cast<float*>(scratch.local);
-  if (p.tiles() == 1) return run_stream(p, c, a, sums);
-  run_blocked(p, schedule, c, chunk_at(p, schedule, chunk + threads).panel0, a, sums);
+  const int64_t next_panel = chunk_at(p, schedule, chunk + threads).panel0;  // of the chunk this thread likely takes next
+  if (p.tiles() == 1) return run_stream(p, c, next_panel, a, sums);
+  run_blocked(p, schedule, c, next_panel, a, sums);
 }
 
 }  // namespace

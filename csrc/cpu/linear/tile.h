@@ -8,14 +8,11 @@ struct TileArgs {
   const float* a;        // [steps * kSteps][rows]
   const char* b;         // the panel, from the first k of the block on
   int64_t steps;         // of the weight's kSteps values of k each
-  const char* ahead;     // weights wanted in L2 next ...
-  int64_t ahead_stride;  // ... and how many bytes of them to ask for in a step
+  const char* ahead;     // weights wanted next: a stream's own or its successor's, otherwise those of the next chunk ...
+  int64_t ahead_stride;  // ... and how many bytes of them to ask for in a step (a stream asks for as many as it uses)
   float* sums;
   bool accumulate;       // start from `sums` instead of zero
 };
-
-// A stream asks for its own weights this far ahead: the hardware prefetcher alone leaves bandwidth unused.
-constexpr int64_t kStreamAhead = 3 << 10;
 
 // kStream: the weights come from DRAM, are used once and are widened on the way. Otherwise they are f32 in L2 already, and
 // the next ones are fetched while these are used.
@@ -40,8 +37,9 @@ void tile(const TileArgs& args) {
   const char* ahead = args.ahead;
   auto step = [&](int u) __attribute__((always_inline)) {
     if (kStream) {
-      __builtin_prefetch(b + kStreamAhead);
-      if (Weight::kStepBytes > 64) __builtin_prefetch(b + kStreamAhead + 64);
+      __builtin_prefetch(ahead);
+      if (Weight::kStepBytes > 64) __builtin_prefetch(ahead + 64);
+      ahead += Weight::kStepBytes;
     } else {
       __builtin_prefetch(ahead, 0, 2);
       ahead += args.ahead_stride;
