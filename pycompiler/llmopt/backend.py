@@ -55,7 +55,10 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options
     say(2, str(plan))
     for fallback in plan.fallbacks:
         where = f"  [{fallback.source}]" if fallback.source else ""
-        say(1, f"runs as in PyTorch: {kind(fallback.node)} ({fallback.node.name}): {fallback.reason}{where}")
+        say(
+            1,
+            f"runs as in PyTorch: {kind(fallback.node)} ({fallback.node.name}): {fallback.reason}{where}",
+        )
     return CompiledGraph(plan, executable, clock.seconds, options)
 
 

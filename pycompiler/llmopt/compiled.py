@@ -99,7 +99,7 @@ def alive() -> list[CompiledGraph]:
     return [g for r in _alive if (g := r()) is not None]
 
 
-class profiling:  # noqa: N801  (used as `with profiling() as runs`)
+class profiling:
     """Within it, compiled graphs called by this thread record how long each step takes."""
 
     def __enter__(self) -> list[Run]:

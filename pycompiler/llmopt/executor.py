@@ -19,7 +19,6 @@ from llmopt.sizes import Size, SizeTable, expression
 from llmopt.types import Target
 from llmopt.weights import STORE
 
-
 _ADDRESS = Tensor.data_ptr
 _VERSION = Tensor._version.__get__  # type: ignore[attr-defined]
 
@@ -37,7 +36,9 @@ class _Watch:
         self._ids = list(map(id, tensors))
         self._addresses = list(map(_ADDRESS, tensors))
         self._versions = _versions(tensors)
-        self._samples = _C.Samples(self._addresses, [t.untyped_storage().nbytes() - _start(t) for t in tensors])
+        self._samples = _C.Samples(
+            self._addresses, [t.untyped_storage().nbytes() - _start(t) for t in tensors]
+        )
 
     def same_tensors(self, tensors: Sequence[Tensor]) -> bool:
         """The same objects at the same addresses with the same edit counts."""
@@ -67,7 +68,13 @@ def _start(tensor: Tensor) -> int:
 class Segment(torch.nn.Module):
     """A native segment as a callable: values from outside in, values read outside out."""
 
-    def __init__(self, builder: SegmentBuilder, symbols: Sequence[tuple[int, int | None]], target: Target, name: str) -> None:
+    def __init__(
+        self,
+        builder: SegmentBuilder,
+        symbols: Sequence[tuple[int, int | None]],
+        target: Target,
+        name: str,
+    ) -> None:
         super().__init__()
         self.name = name
         self.records = builder.records
@@ -85,11 +92,17 @@ class Segment(torch.nn.Module):
         self.program = builder.builder.build(target.tier)
         self._symbols = symbols
         self._packed = [spec for _, spec in sorted(builder.packed.values(), key=lambda p: p[0])]
-        views = [v for p in self._packed for v in (*p.sources, *(b for b in p.biases if b is not None))]
+        views = [
+            v for p in self._packed for v in (*p.sources, *(b for b in p.biases if b is not None))
+        ]
         self._weight_arguments = list(dict.fromkeys(v.argument for v in views))
         self._sources = builder.externals
         self._positions = {
-            kind: [(slot, number) for slot, (source, number) in enumerate(builder.externals) if source == kind]
+            kind: [
+                (slot, number)
+                for slot, (source, number) in enumerate(builder.externals)
+                if source == kind
+            ]
             for kind in ("argument", "packed", "bias", "result", "kv")
         }
         self._check_dense = [builder.inputs[n] for n in builder.inputs if _made_by_python(n)]
@@ -136,7 +149,9 @@ class Segment(torch.nn.Module):
     def costs(self, symbols: Sequence[int]) -> list[tuple[int, int]]:
         """(flops, bytes) of every step for these symbol values."""
         flops = self.program.sizes(list(symbols), [f for f, _ in self._costs])
-        return list(zip(flops, self.program.sizes(list(symbols), [b for _, b in self._costs]), strict=True))
+        return list(
+            zip(flops, self.program.sizes(list(symbols), [b for _, b in self._costs]), strict=True)
+        )
 
     def symbol_values(self, arguments: Sequence[Any]) -> list[int]:
         return [arguments[a] if d is None else arguments[a].shape[d] for a, d in self._symbols]
@@ -193,7 +208,9 @@ class _OutputSpec:
     def __init__(self, value: Tensor, want: Callable[[Size], int]) -> None:
         self.dtype = value.dtype
         fixed = all(isinstance(expression(s), int) for s in (*value.shape, *value.stride()))
-        self._fixed = (tuple(map(int, value.shape)), tuple(map(int, value.stride()))) if fixed else None
+        self._fixed = (
+            (tuple(map(int, value.shape)), tuple(map(int, value.stride()))) if fixed else None
+        )
         self._size = [] if fixed else [want(s) for s in value.shape]
         self._stride = [] if fixed else [want(s) for s in value.stride()]
 
@@ -205,7 +222,9 @@ class _OutputSpec:
 
 
 def _made_by_python(node: fx.Node) -> bool:
-    return node.op in ("call_function", "call_method", "call_module") and isinstance(fake(node), Tensor)
+    return node.op in ("call_function", "call_method", "call_module") and isinstance(
+        fake(node), Tensor
+    )
 
 
 def build_executable(gm: fx.GraphModule, plan: Plan) -> fx.GraphModule:
@@ -241,7 +260,9 @@ def build_executable(gm: fx.GraphModule, plan: Plan) -> fx.GraphModule:
     return executable
 
 
-def _call_segment(graph: fx.Graph, plan: Plan, level: int, name: str, made: dict, value: Any, modules: dict) -> None:
+def _call_segment(
+    graph: fx.Graph, plan: Plan, level: int, name: str, made: dict, value: Any, modules: dict
+) -> None:
     builder = plan.segments[level]
     symbols = []
     for node, dimension in plan.symbol_nodes[level]:
@@ -255,4 +276,3 @@ def _call_segment(graph: fx.Graph, plan: Plan, level: int, name: str, made: dict
 
 def segments_of(executable: fx.GraphModule) -> list[Segment]:
     return [m for m in executable.children() if isinstance(m, Segment)]
-

@@ -53,6 +53,7 @@ CASTS = {
     "bool": torch.bool,
 }
 
+
 def kind(node: fx.Node) -> str:
     """The canonical name of a node's operation; in-place operations end in an underscore."""
     cached = node.meta.get("llmopt_kind")
@@ -151,7 +152,9 @@ def map_fakes(value: Any) -> Any:
     return fx.node.map_arg(value, fake)
 
 
-def compute_fake(mode: FakeTensorMode, target: Callable | str, op: str, args: Any, kwargs: Any) -> Any:
+def compute_fake(
+    mode: FakeTensorMode, target: Callable | str, op: str, args: Any, kwargs: Any
+) -> Any:
     """The example value of a call, from the example values of its arguments."""
     fake_args, fake_kwargs = map_fakes(tuple(args)), map_fakes(dict(kwargs))
     with mode, torch.no_grad():
@@ -198,7 +201,9 @@ def _stale_users(node: fx.Node, now: Any) -> list[fx.Node]:
 def _same_layout(a: Any, b: Any) -> bool:
     if not (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)):
         return False
-    return a.dtype == b.dtype and same_shape(a.shape, b.shape) and same_shape(a.stride(), b.stride())
+    return (
+        a.dtype == b.dtype and same_shape(a.shape, b.shape) and same_shape(a.stride(), b.stride())
+    )
 
 
 def refresh(nodes: list[fx.Node]) -> None:
@@ -206,11 +211,16 @@ def refresh(nodes: list[fx.Node]) -> None:
     queue = list(nodes)
     while queue:
         node = queue.pop(0)
-        first = next((fake(n) for n in node.all_input_nodes if isinstance(fake(n), FakeTensor)), None)
+        first = next(
+            (fake(n) for n in node.all_input_nodes if isinstance(fake(n), FakeTensor)), None
+        )
         if node.op not in ("call_function", "call_method") or first is None or is_in_place(node):
             continue
         if kind(node) in ("view", "view_as"):  # a view of the traced layout may need a copy in ours
-            node.op, node.target = "call_method", "reshape" if kind(node) == "view" else "reshape_as"
+            node.op, node.target = (
+                "call_method",
+                "reshape" if kind(node) == "view" else "reshape_as",
+            )
             node.meta.pop("llmopt_kind", None)
         new = compute_fake(first.fake_mode, node.target, node.op, node.args, node.kwargs)
         stale = list(node.users) if isinstance(new, (tuple, list)) else _stale_users(node, new)
@@ -236,7 +246,9 @@ def view_base(node: fx.Node) -> fx.Node:
     """The node whose memory a value is a window on: through views and in-place results; itself when it owns its memory."""
     while is_view(node) or is_in_place(node):
         mine = storage(node)
-        source = next((n for n in node.all_input_nodes if mine is not None and storage(n) == mine), None)
+        source = next(
+            (n for n in node.all_input_nodes if mine is not None and storage(n) == mine), None
+        )
         if source is None:
             return node
         node = source
@@ -266,7 +278,9 @@ def mutated_storages(graph: fx.Graph) -> set[int]:
     for node in graph.nodes:
         if is_in_place(node):
             targets = [node.kwargs["out"]] if node.kwargs.get("out") is not None else node.args[:1]
-            written.update(s for n in targets if isinstance(n, fx.Node) and (s := storage(n)) is not None)
+            written.update(
+                s for n in targets if isinstance(n, fx.Node) and (s := storage(n)) is not None
+            )
     return written
 
 
@@ -310,7 +324,9 @@ def scalar(value: Any) -> float | None:
 
 def binary_operands(node: fx.Node) -> tuple[Any, Any] | None:
     """Both operands of a plain two-operand node; None when it has others (alpha=, rounding_mode=)."""
-    extra = {k: v for k, v in node.kwargs.items() if k not in ("other", "input") and v not in (1, None)}
+    extra = {
+        k: v for k, v in node.kwargs.items() if k not in ("other", "input") and v not in (1, None)
+    }
     operands = [*node.args]
     if "other" in node.kwargs:
         operands.append(node.kwargs["other"])

@@ -50,7 +50,9 @@ class KvGroup:
         self.dtype = specs[0][1].dtype
         self.width = specs[0][1].width
 
-    def grow(self, arguments: Sequence, batch: int, heads: int, new_length: int) -> Sequence[Tensor]:
+    def grow(
+        self, arguments: Sequence, batch: int, heads: int, new_length: int
+    ) -> Sequence[Tensor]:
         """Caches [B,H,S+n,D] whose first S positions hold the old content; the last n are for the caller to fill.
 
         arguments: the segment's arguments, among them the old caches [B,H,S,D].
@@ -76,7 +78,9 @@ def _grown(caches: Sequence[Tensor], geometry: tuple, new_length: int) -> Sequen
     return _in_place(caches, geometry, new_length) or _copied(caches, geometry, new_length)
 
 
-def _in_place(caches: Sequence[Tensor], geometry: tuple, new_length: int) -> Sequence[Tensor] | None:
+def _in_place(
+    caches: Sequence[Tensor], geometry: tuple, new_length: int
+) -> Sequence[Tensor] | None:
     first = caches[0]
     itemsize = first.element_size()
     base = first.data_ptr() - first.storage_offset() * itemsize
@@ -94,7 +98,11 @@ def _in_place(caches: Sequence[Tensor], geometry: tuple, new_length: int) -> Seq
     address = first.data_ptr()
     shape, strides = (batch, heads, length, width), (heads * width, width, row, 1)
     for i, cache in enumerate(caches):
-        if cache.data_ptr() != address + i * step or cache.shape != shape or cache.stride() != strides:
+        if (
+            cache.data_ptr() != address + i * step
+            or cache.shape != shape
+            or cache.stride() != strides
+        ):
             return None
     slab.filled = end + new_length
     return _views(first, geometry, slab.capacity, start, length + new_length)
@@ -120,7 +128,9 @@ def _fresh(geometry: tuple, length: int, new_length: int) -> Sequence[Tensor]:
     return _views(memory, geometry, capacity, 0, total)
 
 
-def _views(owner: Tensor, geometry: tuple, capacity: int, start: int, length: int) -> Sequence[Tensor]:
+def _views(
+    owner: Tensor, geometry: tuple, capacity: int, start: int, length: int
+) -> Sequence[Tensor]:
     """[B,H,length,D] of every layer's part of the slab that `owner`'s storage is."""
     layers, batch, heads, width, _ = geometry
     row = batch * heads * width

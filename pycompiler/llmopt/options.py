@@ -39,14 +39,26 @@ def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> Option
     names = ("precision", "kv_cache", "target")
     for name in given:
         if name not in names:
-            raise ValueError(f"llmopt: option {name!r} does not exist; possible: {', '.join(names)}")
+            raise ValueError(
+                f"llmopt: option {name!r} does not exist; possible: {', '.join(names)}"
+            )
     wanted_target = given.get("target", "cpu")
-    if not isinstance(wanted_target, str) or wanted_target.split(":")[0] not in ("cpu", "cuda", "hip"):
-        raise ValueError(f"llmopt: target={wanted_target!r} does not exist; possible: cpu, cuda:<cc>, hip:<arch>")
+    if not isinstance(wanted_target, str) or wanted_target.split(":")[0] not in (
+        "cpu",
+        "cuda",
+        "hip",
+    ):
+        raise ValueError(
+            f"llmopt: target={wanted_target!r} does not exist; possible: cpu, cuda:<cc>, hip:<arch>"
+        )
     if wanted_target != "cpu":
-        raise ValueError(f"llmopt: target={wanted_target!r} is not available in this version; available: cpu")
+        raise ValueError(
+            f"llmopt: target={wanted_target!r} is not available in this version; available: cpu"
+        )
     return Options(
         mode=_choose("mode", mode or "default", MODES, MODES),
-        precision=_choose("precision", given.get("precision", "exact"), PRECISIONS, AVAILABLE_PRECISIONS),
+        precision=_choose(
+            "precision", given.get("precision", "exact"), PRECISIONS, AVAILABLE_PRECISIONS
+        ),
         kv_cache=_choose("kv_cache", given.get("kv_cache", "same"), KV_CACHES, AVAILABLE_KV_CACHES),
     )

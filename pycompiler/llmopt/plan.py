@@ -12,7 +12,19 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
-from llmopt.graph import fake, is_dense, is_in_place, is_tensor, is_view, kind, mutated_storages, numel, source_line, storage, view_base
+from llmopt.graph import (
+    fake,
+    is_dense,
+    is_in_place,
+    is_tensor,
+    is_view,
+    kind,
+    mutated_storages,
+    numel,
+    source_line,
+    storage,
+    view_base,
+)
 from llmopt.memory import Life, assign_slots
 from llmopt.native.kernels import kernel_for
 from llmopt.native.operands import NativeKernel
@@ -40,7 +52,9 @@ class Plan:
     target: Target
     levels: dict[int, list[fx.Node]]
     segments: dict[int, SegmentBuilder]
-    symbol_nodes: dict[int, list[tuple[fx.Node, int | None]]]  # per segment: where each symbol's value comes from
+    symbol_nodes: dict[
+        int, list[tuple[fx.Node, int | None]]
+    ]  # per segment: where each symbol's value comes from
     fallbacks: list[Fallback] = field(default_factory=list)
 
     def records(self) -> Iterator[StepRecord]:
@@ -59,7 +73,9 @@ class Plan:
                 lines.append(f"   pytorch: {words}")
                 continue
             segment = self.segments[level]
-            lines.append(f"   native segment: {len(segment.records)} steps, {len(segment.builder.slots)} arena slots")
+            lines.append(
+                f"   native segment: {len(segment.records)} steps, {len(segment.builder.slots)} arena slots"
+            )
             for record in segment.records:
                 arrow = f" -> {', '.join(record.outputs)}" if record.outputs else ""
                 name = f"{record.kernel} {record.detail}"
@@ -79,7 +95,9 @@ def make_plan(graph: fx.Graph, target: Target) -> Plan:
     for level, nodes in sorted(plan.levels.items()):
         if level % 2:
             plan.segments[level] = _lower(nodes, level, levels, roles)
-            plan.symbol_nodes[level] = [roles.symbols[s] for s in plan.segments[level].builder.sizes.symbols]
+            plan.symbol_nodes[level] = [
+                roles.symbols[s] for s in plan.segments[level].builder.sizes.symbols
+            ]
     return plan
 
 
@@ -92,7 +110,11 @@ class _Roles:
         self.fallbacks: list[Fallback] = []
         self._sizes = SizeTable()
         for node in graph.nodes:
-            if node.op not in ("call_function", "call_method", "call_module") or self.is_part(node) or is_view(node):
+            if (
+                node.op not in ("call_function", "call_method", "call_module")
+                or self.is_part(node)
+                or is_view(node)
+            ):
                 continue
             kernel, reason = kernel_for(node)
             reason = reason or self._unknown_sizes(node) or self._unknown_layout(node)
@@ -108,15 +130,21 @@ class _Roles:
         for node in reversed(list(graph.nodes)):
             if node not in self.native or not self.native[node].is_glue:
                 continue
-            fed = any(_producer(n, self) in self.native for n in node.all_input_nodes if is_tensor(n))
+            fed = any(
+                _producer(n, self) in self.native for n in node.all_input_nodes if is_tensor(n)
+            )
             readers = [u for value in _value_nodes(node) for u in _readers(value) if not is_view(u)]
             if not fed and any(u not in self.native for u in readers):
                 del self.native[node]
-                self.fallbacks.append(Fallback(node, "stands between operations that run in PyTorch"))
+                self.fallbacks.append(
+                    Fallback(node, "stands between operations that run in PyTorch")
+                )
 
     def is_part(self, node: fx.Node) -> bool:
         """getitem of a native node with several results."""
-        return kind(node) == "getitem" and node.args[0] in self.native and not is_tensor(node.args[0])
+        return (
+            kind(node) == "getitem" and node.args[0] in self.native and not is_tensor(node.args[0])
+        )
 
     def is_eager(self, node: fx.Node) -> bool:
         called = node.op in ("call_function", "call_method", "call_module")
@@ -251,7 +279,9 @@ def _readers(value: fx.Node) -> Iterator[fx.Node]:
             yield from _readers(user)
 
 
-def _lower(nodes: list[fx.Node], level: int, levels: dict[fx.Node, int], roles: _Roles) -> SegmentBuilder:
+def _lower(
+    nodes: list[fx.Node], level: int, levels: dict[fx.Node, int], roles: _Roles
+) -> SegmentBuilder:
     segment = SegmentBuilder()
     position = {node: i for i, node in enumerate(nodes)}
     lives: list[Life] = []

@@ -69,11 +69,22 @@ class PackedStore:
         self.epoch = 0  # grows when a source tensor dies: its id may then belong to another tensor
         self.packings = 0
 
-    def get(self, spec: PackedSpec, arguments: Sequence[Tensor], target: Target, changed: bool) -> PackedWeight:
+    def get(
+        self, spec: PackedSpec, arguments: Sequence[Tensor], target: Target, changed: bool
+    ) -> PackedWeight:
         """The packed form of `spec` over a segment's arguments; `changed` forces it to be made again."""
-        bases = [arguments[v.argument] for v in (*spec.sources, *(b for b in spec.biases if b is not None))]
+        bases = [
+            arguments[v.argument]
+            for v in (*spec.sources, *(b for b in spec.biases if b is not None))
+        ]
         cuts = tuple((v.size, v.stride, v.offset) for v in spec.sources)
-        key = (tuple(id(b) for b in bases), cuts, tuple(b is None for b in spec.biases), spec.interleave, str(target))
+        key = (
+            tuple(id(b) for b in bases),
+            cuts,
+            tuple(b is None for b in spec.biases),
+            spec.interleave,
+            str(target),
+        )
         state = state_of(bases)
         with self._lock:
             entry = self._entries.get(key)

@@ -25,7 +25,9 @@ class Block(nn.Module):
             t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for t in self.qkv(self.norm1(x)).chunk(3, dim=-1)
         )
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+        attended = (
+            F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+        )
         x = x + self.drop(self.out(attended))
         return x + self.drop(self.down(F.gelu(self.up(self.norm2(x)))))
 

@@ -36,9 +36,15 @@ def assert_same_output(got: Any, want: Any, where: str = "output") -> None:
 def _parts(value: Any) -> Any:
     """A cache as its tensors: a static one holds zeros or leftovers past its length, so only the lengths' worth."""
     if isinstance(value, EncoderDecoderCache):
-        return {"self": _parts(value.self_attention_cache), "cross": _parts(value.cross_attention_cache)}
+        return {
+            "self": _parts(value.self_attention_cache),
+            "cross": _parts(value.cross_attention_cache),
+        }
     if isinstance(value, Cache):
-        return [{k: v for k, v in vars(layer).items() if k in ("keys", "values")} for layer in value.layers]
+        return [
+            {k: v for k, v in vars(layer).items() if k in ("keys", "values")}
+            for layer in value.layers
+        ]
     return value
 
 
@@ -53,7 +59,9 @@ def assert_same_generation(got: Any, want: Any) -> None:
     assert len(got.logits) == steps, f"{len(got.logits)} steps instead of {steps}"
     alive = torch.ones(tokens.shape[0], dtype=torch.bool)
     for step in range(steps):
-        assert_close(got.logits[step][alive], want.logits[step][alive].double(), want.logits[step].dtype)
+        assert_close(
+            got.logits[step][alive], want.logits[step][alive].double(), want.logits[step].dtype
+        )
         column = reference.shape[1] - steps + step
         same = tokens[:, column] == reference[:, column]
         for i in torch.nonzero(alive & ~same).flatten().tolist():

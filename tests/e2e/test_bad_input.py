@@ -48,7 +48,9 @@ def test_known_modes_and_options_work(mode: str) -> None:
     module = build(Block)
     with torch.no_grad():
         compiled = torch.compile(module, backend="llmopt", mode=mode)
-        torch.testing.assert_close(compiled(block_input()), module(block_input()), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            compiled(block_input()), module(block_input()), rtol=1e-4, atol=1e-4
+        )
 
 
 def test_known_options_work() -> None:
@@ -56,7 +58,9 @@ def test_known_options_work() -> None:
     options: dict[str, Any] = {"precision": "exact", "kv_cache": "same", "target": "cpu"}
     with torch.no_grad():
         compiled = torch.compile(module, backend="llmopt", options=options)
-        torch.testing.assert_close(compiled(block_input()), module(block_input()), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            compiled(block_input()), module(block_input()), rtol=1e-4, atol=1e-4
+        )
 
 
 SCRIPT = """
@@ -109,7 +113,9 @@ def test_an_unwritable_cache_directory() -> None:
 
 
 def test_fallbacks_are_told_at_debug_level_one() -> None:
-    script = SCRIPT.replace("torch.nn.Linear(8, 8)", "torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.CELU())")
+    script = SCRIPT.replace(
+        "torch.nn.Linear(8, 8)", "torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.CELU())"
+    )
     result = subprocess.run(
         [sys.executable, "-c", script],
         env=os.environ | {"LLMOPT_DEBUG": "1"},

@@ -133,7 +133,9 @@ def test_sampling_with_a_seed(backend: str) -> None:
     texts = []
     for model in (eager, compiled):
         torch.manual_seed(7)
-        texts.append(model.generate(**x, do_sample=True, top_k=20, temperature=0.8, max_new_tokens=16))
+        texts.append(
+            model.generate(**x, do_sample=True, top_k=20, temperature=0.8, max_new_tokens=16)
+        )
     assert torch.equal(*texts)
 
 
@@ -156,7 +158,9 @@ def test_text_pipeline(backend: str) -> None:
     words = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, zoo.VOCAB)}}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<s>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", padding_side="left")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", padding_side="left"
+    )
     prompts = ["w5 w9 w33 w101", "w7", "w100 w3 w8 w64 w65 w66"]
     texts = [
         pipeline("text-generation", model=model, tokenizer=fast, batch_size=3)(
@@ -190,7 +194,9 @@ def test_generate_with_prefill_chunks(backend: str) -> None:
     eager, compiled = zoo.pair("llama", backend)
     x = zoo.inputs("llama", 20)
     want = eager.generate(**x, max_new_tokens=5, **GREEDY)
-    assert_same_generation(compiled.generate(**x, max_new_tokens=5, prefill_chunk_size=8, **GREEDY), want)
+    assert_same_generation(
+        compiled.generate(**x, max_new_tokens=5, prefill_chunk_size=8, **GREEDY), want
+    )
 
 
 def test_forked_cropped_and_reordered_caches(backend: str) -> None:
@@ -233,7 +239,9 @@ def test_static_cache_reset_and_reuse(backend: str) -> None:
         cache.reset()
         x = zoo.inputs("llama", length)
         want = eager.generate(**x, max_new_tokens=6, **GREEDY)
-        assert_same_generation(compiled.generate(**x, past_key_values=cache, max_new_tokens=6, **GREEDY), want)
+        assert_same_generation(
+            compiled.generate(**x, past_key_values=cache, max_new_tokens=6, **GREEDY), want
+        )
         assert cache.get_seq_length() == length + 5
 
 

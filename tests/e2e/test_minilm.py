@@ -7,14 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-
 from llmopt import models
 from llmopt.models.minilm import embed
 
 PAIRS = (  # each closer to the other than to any third sentence
     ("A man is playing a guitar.", "Somebody plays a musical instrument."),
     ("The weather is lovely today.", "It's so sunny outside!"),
-    ("How do I reset my password?", "I forgot my login credentials and need a new one, what should I do?"),
+    (
+        "How do I reset my password?",
+        "I forgot my login credentials and need a new one, what should I do?",
+    ),
     ("The stock market fell sharply on Monday.", "Shares dropped at the start of the week."),
     ("def add(a, b): return a + b", "a Python function that sums two numbers"),
 )
@@ -43,7 +45,9 @@ def test_embeddings_equal_eagers(minilm: models.LoadedModel, compiled: Any) -> N
         torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
 
 
-def test_an_embedding_does_not_depend_on_its_batch(minilm: models.LoadedModel, compiled: Any) -> None:
+def test_an_embedding_does_not_depend_on_its_batch(
+    minilm: models.LoadedModel, compiled: Any
+) -> None:
     together = embed(compiled, minilm.tokenizer, SENTENCES)
     for i in (0, 5):
         alone = embed(compiled, minilm.tokenizer, SENTENCES[i : i + 1])

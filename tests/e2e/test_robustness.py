@@ -30,7 +30,9 @@ def twins(make: Callable[[], nn.Module], backend: str) -> tuple[nn.Module, nn.Mo
 def test_gradients_are_pytorchs(backend: str) -> None:
     eager, compiled = twins(Block, backend)
     with torch.no_grad():
-        assert_same_output(compiled(block_input()), eager(block_input()))  # an inference graph exists already
+        assert_same_output(
+            compiled(block_input()), eager(block_input())
+        )  # an inference graph exists already
     results = []
     for module in (eager, compiled):
         x = block_input().requires_grad_()
@@ -299,7 +301,9 @@ def test_forgotten_models_give_their_weights_back(backend: str) -> None:
     """Compiled, used and dropped models leave neither packed weights nor plans behind."""
 
     def use() -> None:
-        module = build(lambda: nn.Sequential(nn.Linear(1024, 2048), nn.GELU(), nn.Linear(2048, 1024)))
+        module = build(
+            lambda: nn.Sequential(nn.Linear(1024, 2048), nn.GELU(), nn.Linear(2048, 1024))
+        )
         torch.compile(module, backend=backend)(torch.randn(4, 1024))
         del module
         torch._dynamo.reset()

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-
 from llmopt import models
+
 from tests.e2e.compare import assert_near_tie
 from tests.tolerance import assert_close
 

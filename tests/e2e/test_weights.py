@@ -170,7 +170,9 @@ def test_deepcopy_of_a_compiled_module(backend: str) -> None:
 
 def test_parametrized_weight_is_computed_every_call(backend: str) -> None:
     """Weight norm makes the weight from two parameters inside the graph."""
-    module = build(lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(48, 32)), nn.GELU()))
+    module = build(
+        lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(48, 32)), nn.GELU())
+    )
     compiled = torch.compile(module, backend=backend)
     x = block_input()
     assert_same_output(compiled(x), module(x))

@@ -14,7 +14,11 @@ from tests.e2e.compare import assert_same_generation, assert_same_output
 # Static shapes first, then the same graph with a symbolic length, then the length Dynamo specialises.
 LENGTHS = (17, 3, 1)
 HALF = (
-    *((name, dtype) for name in ("llama", "gemma2", "gpt2", "bert", "t5") for dtype in ("float16", "bfloat16")),
+    *(
+        (name, dtype)
+        for name in ("llama", "gemma2", "gpt2", "bert", "t5")
+        for dtype in ("float16", "bfloat16")
+    ),
     *((name, "bfloat16") for name in ("qwen3-moe", "vit", "bloom")),
 )
 
@@ -36,19 +40,28 @@ def test_the_zoo_would_notice(row: zoo.Row) -> None:
 @pytest.mark.parametrize("row", params(zoo.ROWS))
 def test_forward(row: zoo.Row, backend: str) -> None:
     eager, compiled = zoo.pair(row, backend)
-    lengths = LENGTHS if row.name in zoo.CORE else LENGTHS[:1] if row.kind == "causal" else LENGTHS[:2]
+    lengths = (
+        LENGTHS if row.name in zoo.CORE else LENGTHS[:1] if row.kind == "causal" else LENGTHS[:2]
+    )
     with torch.no_grad():
         for length in lengths:
             x = zoo.inputs(row, length)
             assert_same_output(compiled(**x), eager(**x))
 
 
-@pytest.mark.parametrize("row", params(r for r in zoo.ROWS if r.kind in ("causal", "seq2seq", "whisper")))
+@pytest.mark.parametrize(
+    "row", params(r for r in zoo.ROWS if r.kind in ("causal", "seq2seq", "whisper"))
+)
 def test_generate(row: zoo.Row, backend: str) -> None:
     eager, compiled = zoo.pair(row, backend)
     prompt = zoo.inputs(row, 11)
     prompt.pop("decoder_input_ids", None)
-    how = {"max_new_tokens": 8, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    how = {
+        "max_new_tokens": 8,
+        "do_sample": False,
+        "return_dict_in_generate": True,
+        "output_logits": True,
+    }
     assert_same_generation(compiled.generate(**prompt, **how), eager.generate(**prompt, **how))
 
 

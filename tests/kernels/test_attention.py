@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from llmopt import _C
 from llmopt.native.program import run_op
+
 from tests.tolerance import assert_close
 
 TIERS = _C.tiers()
@@ -206,7 +207,7 @@ def reference(c: Case, t: Tensors) -> tuple[torch.Tensor, torch.Tensor, torch.Te
     return weight @ value, k, v
 
 
-@lru_cache(maxsize=None)
+@cache
 def solved(c: Case, seed: int) -> tuple[Tensors, torch.Tensor, torch.Tensor, torch.Tensor]:
     """A problem and its reference, shared by the tiers."""
     t = make(c, seed)

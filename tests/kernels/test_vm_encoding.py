@@ -13,6 +13,7 @@ from llmopt.native.vm import (
 
 each_tier = pytest.mark.parametrize("tier", _C.tiers())
 
+
 def test_registers_are_reused():
     program = VmProgram(1, 1)
     v = program.load(0)

@@ -9,17 +9,34 @@ import torch
 from torch import fx
 
 from llmopt.graph import argument, fake, is_one, same_size
-from llmopt.native.operands import FLOATS, NativeKernel, are_static, batch_broadcast, itemsize, num_bytes
+from llmopt.native.operands import (
+    FLOATS,
+    NativeKernel,
+    are_static,
+    batch_broadcast,
+    itemsize,
+    num_bytes,
+)
 from llmopt.native.program import View
 from llmopt.native.segment import KvSpec, SegmentBuilder, StepRecord, describe
 from llmopt.ops.rope import KINDS as ROPE_KINDS
 from llmopt.sizes import Size
 
-_ATTENTION = (("mask", None), ("scale", 1.0), ("causal", False), ("causal_offset", 0), ("window", 0), ("softcap", 0.0))
+_ATTENTION = (
+    ("mask", None),
+    ("scale", 1.0),
+    ("causal", False),
+    ("causal_offset", 0),
+    ("window", 0),
+    ("softcap", 0.0),
+)
 
 
 def _attention_settings(node: fx.Node, first: int) -> dict[str, Any]:
-    return {name: argument(node, first + i, name, default) for i, (name, default) in enumerate(_ATTENTION)}
+    return {
+        name: argument(node, first + i, name, default)
+        for i, (name, default) in enumerate(_ATTENTION)
+    }
 
 
 def _reject_heads(tensors: Sequence[fx.Node | None], mask: fx.Node | None) -> str:
@@ -79,12 +96,16 @@ def _mask_operands(
     buffer, is_new = s.shared_buffer(("bounds", mask), size[0] * size[1] * size[2] * 16)
     bounds = View(buffer, torch.int32, size, _dense_strides(size))
     if is_new:
-        record = StepRecord("mask_bounds", "mask_bounds.cpu", "", (describe(mask),), (), 0, num_bytes(mask), node)
+        record = StepRecord(
+            "mask_bounds", "mask_bounds.cpu", "", (describe(mask),), (), 0, num_bytes(mask), node
+        )
         s.step("mask_bounds", [view, bounds], [], [], record)
     return _broadcast(view, shape), _broadcast(bounds, (*shape[:3], 4))
 
 
-def _attention_record(node: fx.Node, q: fx.Node, keys: Size, detail: str, inputs: tuple, outputs: tuple) -> StepRecord:
+def _attention_record(
+    node: fx.Node, q: fx.Node, keys: Size, detail: str, inputs: tuple, outputs: tuple
+) -> StepRecord:
     b, h, sq, d = fake(q).shape
     kv_heads = fake(inputs[1]).shape[1]
     flops = 4 * b * h * sq * keys * d
@@ -114,7 +135,9 @@ def _lower_attention(s: SegmentBuilder, node: fx.Node) -> None:
 
 
 def _lower_attention_append(s: SegmentBuilder, node: fx.Node) -> None:
-    q, k_new, v_new, k_cache, v_cache, cos, sin, rope_name = (argument(node, i, "") for i in range(8))
+    q, k_new, v_new, k_cache, v_cache, cos, sin, rope_name = (
+        argument(node, i, "") for i in range(8)
+    )
     a = _attention_settings(node, 8)
     out, keys, values = fake(node)
     views = []
@@ -125,7 +148,15 @@ def _lower_attention_append(s: SegmentBuilder, node: fx.Node) -> None:
         views.append(View(buffer, whole.dtype, tuple(whole.shape), tuple(whole.stride())))
     total = keys.shape[2]
     mask, bounds = _mask_operands(s, node, a["mask"], (*fake(q).shape[:3], total))
-    operands = [s.view(q), *views, s.view(s.part(node, 0)), mask, bounds, batch_broadcast(s, cos, q), batch_broadcast(s, sin, q)]
+    operands = [
+        s.view(q),
+        *views,
+        s.view(s.part(node, 0)),
+        mask,
+        bounds,
+        batch_broadcast(s, cos, q),
+        batch_broadcast(s, sin, q),
+    ]
     operands += [s.view(k_new), s.view(v_new), None]
     ints = [int(a["causal"]), a["causal_offset"], a["window"], ROPE_KINDS.index(rope_name), 1]
     detail = "append" + (f"+rope_{rope_name}" if rope_name != "none" else "")
@@ -136,5 +167,7 @@ def _lower_attention_append(s: SegmentBuilder, node: fx.Node) -> None:
 
 KERNELS = {
     "llmopt.attention": NativeKernel("attention.cpu", _reject_attention, _lower_attention),
-    "llmopt.attention_append": NativeKernel("attention.cpu", _reject_attention_append, _lower_attention_append),
+    "llmopt.attention_append": NativeKernel(
+        "attention.cpu", _reject_attention_append, _lower_attention_append
+    ),
 }

@@ -18,8 +18,8 @@ from llmopt.native.operands import (
 from llmopt.native.program import DTYPE_CODES
 from llmopt.native.segment import SegmentBuilder, StepRecord, describe
 from llmopt.ops import activation
-from llmopt.ops.norm import KINDS as NORM_KINDS
 from llmopt.ops.linear import parts
+from llmopt.ops.norm import KINDS as NORM_KINDS
 
 
 def reject(node: fx.Node) -> str:
@@ -49,7 +49,9 @@ def lower(s: SegmentBuilder, node: fx.Node) -> None:
     n, k = sum(fake(w).shape[0] for w in weights), fake(weights[0]).shape[1]
     x, y = p["x"], node
     m, _ = rows(fake(x))  # type: ignore[misc]
-    residual = None if p["residual"] is None else as_rows(s.view(p["residual"]), fake(p["residual"]))
+    residual = (
+        None if p["residual"] is None else as_rows(s.view(p["residual"]), fake(p["residual"]))
+    )
     operands = [
         as_rows(s.view(x), fake(x)),
         packed,
@@ -76,7 +78,9 @@ def lower(s: SegmentBuilder, node: fx.Node) -> None:
     detail = f"{n}x{k}" + (" " + "+".join(fused) if fused else "")
     size = n * k * itemsize(weights[0]) + num_bytes(x, y, p["residual"])
     inputs = (describe(x),) + ((describe(p["residual"]),) if residual is not None else ())
-    record = StepRecord("linear", "linear.cpu", detail, inputs, (describe(y),), 2 * m * n * k, size, node)
+    record = StepRecord(
+        "linear", "linear.cpu", detail, inputs, (describe(y),), 2 * m * n * k, size, node
+    )
     s.step("linear", operands, ints, floats, record)
 
 

@@ -52,7 +52,9 @@ def rows(value: torch.Tensor) -> tuple[Size, Size] | None:
 def as_rows(view: View, value: torch.Tensor) -> View:
     """The operand seen as [rows, K]; the value must have passed `rows`."""
     count, step = rows(value)  # type: ignore[misc]
-    return View(view.buffer, view.dtype, (count, value.shape[-1]), (step, value.stride(-1)), view.offset)
+    return View(
+        view.buffer, view.dtype, (count, value.shape[-1]), (step, value.stride(-1)), view.offset
+    )
 
 
 def reads_as_rows(node: Any) -> bool:

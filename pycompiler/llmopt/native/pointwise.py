@@ -83,4 +83,3 @@ def _lower(s: SegmentBuilder, node: fx.Node) -> None:
 
 
 KERNELS = {"llmopt.pointwise": NativeKernel("vm.cpu", _reject, _lower, is_glue=True)}
-

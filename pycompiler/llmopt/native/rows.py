@@ -6,7 +6,14 @@ import torch
 from torch import fx
 
 from llmopt.graph import argument, fake, is_dense, is_one, is_tensor, numel, same_size
-from llmopt.native.operands import FLOATS, NativeKernel, as_rows, batch_broadcast, num_bytes, reads_as_rows
+from llmopt.native.operands import (
+    FLOATS,
+    NativeKernel,
+    as_rows,
+    batch_broadcast,
+    num_bytes,
+    reads_as_rows,
+)
 from llmopt.native.program import DTYPE_CODES, MAX_DIMS, View
 from llmopt.native.segment import SegmentBuilder, StepRecord, describe
 from llmopt.ops.norm import KINDS as NORM_KINDS
@@ -29,7 +36,14 @@ def _lower_norm(s: SegmentBuilder, node: fx.Node) -> None:
     x_rows, y_rows = as_rows(s.view(x), fake(x)), as_rows(s.view(node), fake(node))
     operands = [x_rows, None, s.view(weight), s.view(bias), y_rows, None]
     record = StepRecord(
-        "norm", "norm.cpu", name, (describe(x),), (describe(node),), 4 * numel(fake(x)), num_bytes(x, node), node
+        "norm",
+        "norm.cpu",
+        name,
+        (describe(x),),
+        (describe(node),),
+        4 * numel(fake(x)),
+        num_bytes(x, node),
+        node,
     )
     s.step("norm", operands, [NORM_KINDS.index(name)], [eps, offset], record)
 
@@ -37,7 +51,9 @@ def _lower_norm(s: SegmentBuilder, node: fx.Node) -> None:
 def _reject_rope(node: fx.Node) -> str:
     x, cos, sin, _ = node.args
     values = [fake(t) for t in (x, cos, sin)]
-    if any(v.dtype not in FLOATS for v in values) or any(not same_size(v.stride(-1), 1) for v in values):
+    if any(v.dtype not in FLOATS for v in values) or any(
+        not same_size(v.stride(-1), 1) for v in values
+    ):
         return "rope needs float tensors with a dense last dimension"
     return "" if is_one(values[1].shape[1]) else "cos and sin differ between heads"
 
@@ -46,7 +62,14 @@ def _lower_rope(s: SegmentBuilder, node: fx.Node) -> None:
     x, cos, sin, name = node.args
     operands = [s.view(x), batch_broadcast(s, cos, x), batch_broadcast(s, sin, x), s.view(node)]
     record = StepRecord(
-        "rope", "rope.cpu", name, (describe(x),), (describe(node),), 3 * numel(fake(x)), num_bytes(x, node), node
+        "rope",
+        "rope.cpu",
+        name,
+        (describe(x),),
+        (describe(node),),
+        3 * numel(fake(x)),
+        num_bytes(x, node),
+        node,
     )
     s.step("rope", operands, [ROPE_KINDS.index(name)], [], record)
 
@@ -72,13 +95,19 @@ def _lower_copy(s: SegmentBuilder, node: fx.Node) -> None:
         step = step * size
     target = s.view(node)
     y = View(target.buffer, target.dtype, tuple(fake(x).shape), tuple(strides), target.offset)
-    record = StepRecord("copy", "copy.cpu", "", (describe(x),), (describe(node),), 0, num_bytes(x, node), node)
+    record = StepRecord(
+        "copy", "copy.cpu", "", (describe(x),), (describe(node),), 0, num_bytes(x, node), node
+    )
     s.step("copy", [s.view(x), y], [], [], record)
 
 
 def _reject_cat(node: fx.Node) -> str:
     pieces, dim = argument(node, 0, "tensors"), argument(node, 1, "dim", 0)
-    if not isinstance(dim, int) or not all(is_tensor(p) for p in pieces) or fake(node).dim() > MAX_DIMS:
+    if (
+        not isinstance(dim, int)
+        or not all(is_tensor(p) for p in pieces)
+        or fake(node).dim() > MAX_DIMS
+    ):
         return "runs as in PyTorch"
     if any(fake(p).dtype != fake(node).dtype or fake(p).dim() != fake(node).dim() for p in pieces):
         return "runs as in PyTorch"
@@ -93,7 +122,16 @@ def _lower_cat(s: SegmentBuilder, node: fx.Node) -> None:
         value = fake(piece)
         offset = whole.offset + start * whole.stride[dim]
         y = View(whole.buffer, whole.dtype, tuple(value.shape), whole.stride, offset)
-        record = StepRecord("copy", "copy.cpu", "cat", (describe(piece),), (describe(node),), 0, 2 * num_bytes(piece), node)
+        record = StepRecord(
+            "copy",
+            "copy.cpu",
+            "cat",
+            (describe(piece),),
+            (describe(node),),
+            0,
+            2 * num_bytes(piece),
+            node,
+        )
         s.step("copy", [s.view(piece), y], [], [], record)
         start = start + value.shape[dim]
 
@@ -112,14 +150,25 @@ def _reject_index_copy(node: fx.Node) -> str:
 
 def _lower_index_copy(s: SegmentBuilder, node: fx.Node) -> None:
     cache, _, index, new = node.args
-    record = StepRecord("index_copy", "index_copy.cpu", "", (describe(new),), (describe(cache),), 0, 2 * num_bytes(new), node)
+    record = StepRecord(
+        "index_copy",
+        "index_copy.cpu",
+        "",
+        (describe(new),),
+        (describe(cache),),
+        0,
+        2 * num_bytes(new),
+        node,
+    )
     s.step("index_copy", [s.view(cache), s.view(index), s.view(new)], [], [], record)
 
 
 KERNELS = {
     "llmopt.norm": NativeKernel("norm.cpu", _reject_norm, _lower_norm),
     "llmopt.rope": NativeKernel("rope.cpu", _reject_rope, _lower_rope),
-    "index_copy_": NativeKernel("index_copy.cpu", _reject_index_copy, _lower_index_copy, is_glue=True),
+    "index_copy_": NativeKernel(
+        "index_copy.cpu", _reject_index_copy, _lower_index_copy, is_glue=True
+    ),
     "cat": NativeKernel("copy.cpu", _reject_cat, _lower_cat, is_glue=True),
     **{name: NativeKernel("copy.cpu", _reject_copy, _lower_copy, is_glue=True) for name in _COPIES},
 }

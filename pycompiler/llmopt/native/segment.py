@@ -73,7 +73,9 @@ class SegmentBuilder:
     packed: dict[tuple, tuple[int, PackedSpec]] = field(default_factory=dict)
     kv: list[KvSpec] = field(default_factory=list)
     results: list[fx.Node] = field(default_factory=list)  # values handed out, in order
-    kv_results: list[fx.Node] = field(default_factory=list)  # grown caches, handed out after the results
+    kv_results: list[fx.Node] = field(
+        default_factory=list
+    )  # grown caches, handed out after the results
     # The address of each external buffer: ("argument", i), ("packed", j), ("bias", j), ("result", k), ("kv", l).
     externals: list[tuple[str, int]] = field(default_factory=list)
     _buffers: dict[Any, int] = field(default_factory=dict)
@@ -134,7 +136,9 @@ class SegmentBuilder:
     def weight_view(self, node: fx.Node) -> WeightView:
         base, value = view_base(node), fake(node)
         offset = value.storage_offset() - fake(base).storage_offset()
-        return WeightView(self.argument(base), tuple(value.shape), tuple(value.stride()), int(offset))
+        return WeightView(
+            self.argument(base), tuple(value.shape), tuple(value.stride()), int(offset)
+        )
 
     def packed_weight(
         self, weights: Sequence[fx.Node], biases: Sequence[fx.Node | None], interleave: bool
@@ -172,6 +176,12 @@ def describe(node: fx.Node | None) -> str:
     if node is None:
         return "-"
     value = fake(node)
-    short = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16", torch.bool: "b8", torch.int64: "i64"}
+    short = {
+        torch.float32: "f32",
+        torch.float16: "f16",
+        torch.bfloat16: "bf16",
+        torch.bool: "b8",
+        torch.int64: "i64",
+    }
     sizes = ",".join(str(s) for s in value.shape)
     return f"{node.name}[{sizes}]{short.get(value.dtype, str(value.dtype))}"

@@ -45,13 +45,17 @@ def attention(
     if allowed is not None:
         scores = scores.masked_fill(~allowed, float("-inf"))
     if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask.float()
+        scores = (
+            scores.masked_fill(~mask, float("-inf"))
+            if mask.dtype == torch.bool
+            else scores + mask.float()
+        )
     dead = (scores == float("-inf")).all(-1, keepdim=True)
     weights = torch.softmax(scores, -1).masked_fill(dead, 0.0)
     return torch.matmul(weights, vf).to(q.dtype)
 
 
-def _fake(q, k, v, *_, **__):  # noqa: ANN001, ANN002, ANN003, ANN202
+def _fake(q, k, v, *_, **__):
     # Memory order [B,Sq,H,Dv]: the projection that follows reads rows of H·Dv.
     b, h, s, _ = q.shape
     return torch.empty((b, s, h, v.shape[3]), dtype=q.dtype, device=q.device).transpose(1, 2)
@@ -89,12 +93,12 @@ def attention_append(
     return out, keys, values
 
 
-def slab_empty(b, h, s, d, like: Tensor) -> Tensor:  # noqa: ANN001
+def slab_empty(b, h, s, d, like: Tensor) -> Tensor:
     """A [B,H,S,D] tensor laid out [S,B,H,D]: its strides do not depend on S, so it can grow in place."""
     return torch.empty((s, b, h, d), dtype=like.dtype, device=like.device).permute(1, 2, 0, 3)
 
 
-def _fake_append(q, k_new, v_new, k_cache, v_cache, *_, **__):  # noqa: ANN001, ANN002, ANN003, ANN202
+def _fake_append(q, k_new, v_new, k_cache, v_cache, *_, **__):
     b, h, s, d = k_new.shape
     k_len = s if k_cache is None else k_cache.shape[2] + s
     v_len = s if v_cache is None else v_cache.shape[2] + s

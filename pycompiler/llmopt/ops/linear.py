@@ -34,7 +34,11 @@ def linear(
 
     residual has the shape of the result. Computed in float32, rounded once.
     """
-    h = x.float() if norm_kind == "none" else normalized(x, norm_kind, norm_weight, norm_bias, norm_eps, norm_offset)
+    h = (
+        x.float()
+        if norm_kind == "none"
+        else normalized(x, norm_kind, norm_weight, norm_bias, norm_eps, norm_offset)
+    )
     parts = []
     for i, w in enumerate(weights):
         part = torch.nn.functional.linear(h, w.float()) * alpha
@@ -46,7 +50,7 @@ def linear(
     return y.to(x.dtype)
 
 
-def _fake(x, weights, biases=None, act="none", gated=False, **_):  # noqa: ANN001, ANN003, ANN202
+def _fake(x, weights, biases=None, act="none", gated=False, **_):
     n = weights[0].shape[0] if gated else sum(w.shape[0] for w in weights)
     return torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device)
 
@@ -73,7 +77,10 @@ DEFAULTS: dict[str, Any] = {
 
 def parts(node: fx.Node) -> dict[str, Any]:
     """Every argument of an ops.linear node by name."""
-    return {name: _argument(node, i, name, default) for i, (name, default) in enumerate(DEFAULTS.items())}
+    return {
+        name: _argument(node, i, name, default)
+        for i, (name, default) in enumerate(DEFAULTS.items())
+    }
 
 
 def _argument(node: fx.Node, position: int, name: str, default: Any) -> Any:

@@ -38,7 +38,7 @@ def norm(
     return normalized(x, kind, weight, bias, eps, offset).to(dtype or x.dtype)
 
 
-def _fake(x, weight, bias, kind, eps, offset=0.0, dtype=None):  # noqa: ANN001, ANN202
+def _fake(x, weight, bias, kind, eps, offset=0.0, dtype=None):
     return torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
 
 

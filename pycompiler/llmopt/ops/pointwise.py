@@ -51,7 +51,9 @@ REDUCE: dict[str, Any] = {
 }
 
 
-def pointwise(program: tuple, results: tuple[int, ...], dtypes: tuple[torch.dtype, ...], *inputs: Tensor) -> tuple[Tensor, ...]:
+def pointwise(
+    program: tuple, results: tuple[int, ...], dtypes: tuple[torch.dtype, ...], *inputs: Tensor
+) -> tuple[Tensor, ...]:
     """Runs the chain on inputs that broadcast together; gives the values named in `results`, in `dtypes`.
 
     Computed in float32; a cast rounds to its dtype only at the end, where a result is stored.
@@ -69,10 +71,12 @@ def pointwise(program: tuple, results: tuple[int, ...], dtypes: tuple[torch.dtyp
         else:
             raise ValueError(f"pointwise: unknown instruction {op!r}")
     shape = torch.broadcast_shapes(*(t.shape for t in inputs))
-    return tuple(values[r].expand(shape).to(d).contiguous() for r, d in zip(results, dtypes, strict=True))
+    return tuple(
+        values[r].expand(shape).to(d).contiguous() for r, d in zip(results, dtypes, strict=True)
+    )
 
 
-def _fake(program, results, dtypes, *inputs):  # noqa: ANN001, ANN002, ANN202
+def _fake(program, results, dtypes, *inputs):
     from torch._refs import _broadcast_shapes
 
     shape = _broadcast_shapes(*(t.shape for t in inputs))

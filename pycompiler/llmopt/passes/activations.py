@@ -11,7 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from llmopt.graph import binary_operands, emit, fake, fake_mode_of, is_tensor, kind, replace, same_shape, scalar
+from llmopt.graph import (
+    binary_operands,
+    emit,
+    fake,
+    fake_mode_of,
+    is_tensor,
+    kind,
+    replace,
+    same_shape,
+    scalar,
+)
 from llmopt.ops.activation import activate
 
 _UNARY = {
@@ -28,7 +38,6 @@ _CANDIDATES = ("gelu_tanh", "gelu_erf", "quick_gelu", "silu", "relu2")
 _LONGEST_CHAIN = 14
 
 
-
 def run(graph: fx.Graph) -> None:
     mode = fake_mode_of(graph)
     for node in reversed(list(graph.nodes)):
@@ -41,7 +50,11 @@ def _match(graph: fx.Graph, mode: Any, root: fx.Node) -> None:
     if found is None:
         return
     chain, x = found
-    if len(chain) < 2 or not same_shape(fake(x).shape, fake(root).shape) or fake(x).dtype != fake(root).dtype:
+    if (
+        len(chain) < 2
+        or not same_shape(fake(x).shape, fake(root).shape)
+        or fake(x).dtype != fake(root).dtype
+    ):
         return
     name = _identify(chain, x)
     if name is None:
@@ -93,7 +106,10 @@ def _identify(chain: list[fx.Node], x: fx.Node) -> str | None:
         operands = [values[o] if isinstance(o, fx.Node) else o for o in operands or ()]
         if not any(isinstance(o, Tensor) for o in operands):
             return None
-        operands = [o if isinstance(o, Tensor) else torch.tensor(float(o), dtype=torch.float64) for o in operands]
+        operands = [
+            o if isinstance(o, Tensor) else torch.tensor(float(o), dtype=torch.float64)
+            for o in operands
+        ]
         values[node] = rule(*operands)
     got = values[chain[-1]]
     for name in _CANDIDATES:

@@ -68,7 +68,11 @@ def _shapes_fit(q: Any, k: Any, v: Any, mask: Any) -> bool:
     if len({fq.dtype, fk.dtype, fv.dtype}) != 1 or fq.device.type != "cpu":
         return False
     heads = [expression(t.shape[1]) for t in (fq, fk, fv)]
-    if not all(isinstance(h, int) and h > 0 for h in heads) or heads[1] != heads[2] or heads[0] % heads[1]:
+    if (
+        not all(isinstance(h, int) and h > 0 for h in heads)
+        or heads[1] != heads[2]
+        or heads[0] % heads[1]
+    ):
         return False
     if not all(isinstance(expression(t.shape[3]), int) for t in (fq, fk, fv)):
         return False
@@ -76,7 +80,9 @@ def _shapes_fit(q: Any, k: Any, v: Any, mask: Any) -> bool:
         return False
     if mask is None:
         return True
-    return is_tensor(mask) and 2 <= fake(mask).dim() <= 4 and fake(mask).dtype in (torch.bool, *FLOATS)
+    return (
+        is_tensor(mask) and 2 <= fake(mask).dim() <= 4 and fake(mask).dtype in (torch.bool, *FLOATS)
+    )
 
 
 def _four_dims(graph: fx.Graph, mode: Any, mask: Any) -> Any:
@@ -90,18 +96,31 @@ def _ungrouped(k: fx.Node) -> fx.Node:
     if kind(k) == "repeat_interleave":
         dim = argument(k, 2, "dim")
         return k.args[0] if dim in (1, -3) and isinstance(argument(k, 1, "repeats"), int) else k
-    if kind(k) not in ("reshape", "view", "flatten") or not is_tensor(k.args[0]) or kind(k.args[0]) != "expand":
+    if (
+        kind(k) not in ("reshape", "view", "flatten")
+        or not is_tensor(k.args[0])
+        or kind(k.args[0]) != "expand"
+    ):
         return k
     expanded = k.args[0]
     unsqueezed = expanded.args[0]
-    if fake(expanded).dim() != 5 or not is_tensor(unsqueezed) or kind(unsqueezed) not in ("getitem", "unsqueeze"):
+    if (
+        fake(expanded).dim() != 5
+        or not is_tensor(unsqueezed)
+        or kind(unsqueezed) not in ("getitem", "unsqueeze")
+    ):
         return k
     base = unsqueezed.args[0]
     if not is_tensor(base) or fake(base).dim() != 4:
         return k
     shape, wide = fake(base).shape, fake(expanded).shape
     repeats = wide[2]
-    fits = all(same_size(a, b) for a, b in zip((shape[0], shape[1], shape[2], shape[3]), (wide[0], wide[1], *wide[3:]), strict=True))
+    fits = all(
+        same_size(a, b)
+        for a, b in zip(
+            (shape[0], shape[1], shape[2], shape[3]), (wide[0], wide[1], *wide[3:]), strict=True
+        )
+    )
     if not fits or not same_size(fake(k).shape[1], shape[1] * repeats) or fake(k).dim() != 4:
         return k
     return base
@@ -129,13 +148,19 @@ def _match_softmax(graph: fx.Graph, mode: Any, node: fx.Node) -> None:
     with graph.inserting_before(product):
         k = emit(graph, mode, "transpose", (k_transposed, 2, 3), like=product)
         if kind(k_transposed) in ("transpose", "mT") and fake(k_transposed.args[0]).dim() == 4:
-            swapped = tuple(a % 4 for a in k_transposed.args[1:3]) if kind(k_transposed) == "transpose" else (2, 3)
+            swapped = (
+                tuple(a % 4 for a in k_transposed.args[1:3])
+                if kind(k_transposed) == "transpose"
+                else (2, 3)
+            )
             k = k_transposed.args[0] if set(swapped) == {2, 3} else k
         if not _shapes_fit(q, k, v, None):
             return
         mask = None
         for bias in biases:
-            mask = bias if mask is None else emit(graph, mode, torch.add, (mask, bias), like=product)
+            mask = (
+                bias if mask is None else emit(graph, mode, torch.add, (mask, bias), like=product)
+            )
         mask = _four_dims(graph, mode, mask)
         args = (q, _ungrouped(k), _ungrouped(v), mask, scale, False, 0, 0, softcap)
         new = emit(graph, mode, ops.attention, args, like=product)
@@ -153,7 +178,12 @@ def _scores(node: fx.Node) -> tuple[fx.Node, fx.Node, float, float, list[fx.Node
         biases.insert(0, bias)
         node = _single(scores)
     softcap, scale = 0.0, 1.0
-    if node is not None and kind(node) == "mul" and is_tensor(node.args[0]) and kind(node.args[0]) == "tanh":
+    if (
+        node is not None
+        and kind(node) == "mul"
+        and is_tensor(node.args[0])
+        and kind(node.args[0]) == "tanh"
+    ):
         inner = node.args[0].args[0]
         softcap = scalar(node.args[1]) or 0.0
         if not softcap or kind(inner) != "div" or scalar(inner.args[1]) != softcap:
@@ -161,7 +191,11 @@ def _scores(node: fx.Node) -> tuple[fx.Node, fx.Node, float, float, list[fx.Node
         if not (sole_user(node.args[0]) and sole_user(inner)):
             return None
         node = _single(inner.args[0])
-    while node is not None and kind(node) in ("mul", "div") and (pair := binary_operands(node)) is not None:
+    while (
+        node is not None
+        and kind(node) in ("mul", "div")
+        and (pair := binary_operands(node)) is not None
+    ):
         factor = scalar(pair[1])
         if factor is None or factor == 0.0 or not is_tensor(pair[0]):
             return None

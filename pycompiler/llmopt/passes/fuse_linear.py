@@ -60,7 +60,11 @@ def _is_plain(node: Any) -> bool:
 def _rebuild(graph: fx.Graph, mode: Any, old: fx.Node, linear: fx.Node, **changes: Any) -> fx.Node:
     """Replaces `old` by the linear with some arguments changed; `linear` goes when nobody else reads it."""
     arguments = {**parts(linear), **changes}
-    kwargs = {k: v for k, v in arguments.items() if k not in ("x", "weights", "biases") and v != DEFAULTS[k]}
+    kwargs = {
+        k: v
+        for k, v in arguments.items()
+        if k not in ("x", "weights", "biases") and v != DEFAULTS[k]
+    }
     with graph.inserting_before(old):
         args = (arguments["x"], arguments["weights"], arguments["biases"])
         new = emit(graph, mode, ops.linear, args, kwargs, like=linear)
@@ -96,7 +100,12 @@ def _gate_times_up(graph: fx.Graph, mode: Any, node: fx.Node) -> None:
         if act is None or sole_user(activated) is not node or sole_user(up) is not node:
             continue
         gate = activated.args[0]
-        if _is_plain(gate) and _is_plain(up) and sole_user(gate) is activated and _gate_two_linears(graph, mode, node, gate, up, act):
+        if (
+            _is_plain(gate)
+            and _is_plain(up)
+            and sole_user(gate) is activated
+            and _gate_two_linears(graph, mode, node, gate, up, act)
+        ):
             graph.erase_node(activated)
             graph.erase_node(gate)
             graph.erase_node(up)
@@ -105,7 +114,9 @@ def _gate_times_up(graph: fx.Graph, mode: Any, node: fx.Node) -> None:
             return
 
 
-def _gate_two_linears(graph: fx.Graph, mode: Any, node: fx.Node, gate: fx.Node, up: fx.Node, act: str) -> bool:
+def _gate_two_linears(
+    graph: fx.Graph, mode: Any, node: fx.Node, gate: fx.Node, up: fx.Node, act: str
+) -> bool:
     g, u = parts(gate), parts(up)
     if g["x"] is not u["x"] or len(g["weights"]) != 1 or len(u["weights"]) != 1:
         return False
@@ -119,7 +130,9 @@ def _gate_two_linears(graph: fx.Graph, mode: Any, node: fx.Node, gate: fx.Node, 
     return True
 
 
-def _gate_one_linear(graph: fx.Graph, mode: Any, node: fx.Node, gate: Any, up: Any, act: str) -> bool:
+def _gate_one_linear(
+    graph: fx.Graph, mode: Any, node: fx.Node, gate: Any, up: Any, act: str
+) -> bool:
     """Phi-3's form: one projection gives gate and up, cut in two halves."""
     halves = [_half_of(n) for n in (gate, up)]
     if None in halves or halves[0][0] is not halves[1][0] or {h[1] for h in halves} != {0, 1}:
@@ -134,16 +147,31 @@ def _gate_one_linear(graph: fx.Graph, mode: Any, node: fx.Node, gate: Any, up: A
     with graph.inserting_before(linear):
         order = [halves[0][1], halves[1][1]]
         weights = tuple(emit(graph, mode, getitem, (weight, rows[i]), like=linear) for i in order)
-        biases = tuple(None if bias is None else emit(graph, mode, getitem, (bias, rows[i]), like=linear) for i in order)
+        biases = tuple(
+            None if bias is None else emit(graph, mode, getitem, (bias, rows[i]), like=linear)
+            for i in order
+        )
     with graph.inserting_before(node):
-        new = emit(graph, mode, ops.linear, (p["x"], weights, biases), {"act": act, "gated": True}, like=linear)
+        new = emit(
+            graph,
+            mode,
+            ops.linear,
+            (p["x"], weights, biases),
+            {"act": act, "gated": True},
+            like=linear,
+        )
     replace(node, new)
     return True
 
 
 def _half_of(node: Any) -> tuple[fx.Node, int] | None:
     """(linear, 0 or 1) when node is linear.chunk(2, -1)[i] and both halves have one reader."""
-    if not is_tensor(node) or kind(node) != "getitem" or node.args[1] not in (0, 1) or sole_user(node) is None:
+    if (
+        not is_tensor(node)
+        or kind(node) != "getitem"
+        or node.args[1] not in (0, 1)
+        or sole_user(node) is None
+    ):
         return None
     chunk = node.args[0]
     if kind(chunk) != "chunk" or len(chunk.users) != 2 or argument(chunk, 1, "chunks") != 2:
@@ -177,11 +205,15 @@ def _side_by_side(graph: fx.Graph, mode: Any) -> None:
 
 def _join(graph: fx.Graph, mode: Any, x: fx.Node, group: list[fx.Node]) -> None:
     weights = tuple(w for n in group for w in parts(n)["weights"])
-    biases = tuple(b for n in group for b in (parts(n)["biases"] or (None,) * len(parts(n)["weights"])))
+    biases = tuple(
+        b for n in group for b in (parts(n)["biases"] or (None,) * len(parts(n)["weights"]))
+    )
     first = group[0]
     late = [w for w in (*weights, *biases) if isinstance(w, fx.Node) and first < w]
     for node in late:  # views of weights (a transposed Conv1D) stand next to their linear
-        if node.all_input_nodes and all(n.op in ("placeholder", "get_attr") for n in node.all_input_nodes):
+        if node.all_input_nodes and all(
+            n.op in ("placeholder", "get_attr") for n in node.all_input_nodes
+        ):
             first.prepend(node)
         else:
             return
@@ -216,9 +248,15 @@ def _residual(graph: fx.Graph, mode: Any, node: fx.Node) -> None:
         return
     # The later linear takes the earlier value: that one is complete when the linear runs.
     for linear, other in sorted((pair, pair[::-1]), key=lambda p: p[0], reverse=True):
-        if kind(linear) != "llmopt.linear" or sole_user(linear) is not node or parts(linear)["residual"] is not None:
+        if (
+            kind(linear) != "llmopt.linear"
+            or sole_user(linear) is not node
+            or parts(linear)["residual"] is not None
+        ):
             continue
-        same = fake(other).dtype == fake(linear).dtype and same_shape(fake(other).shape, fake(linear).shape)
+        same = fake(other).dtype == fake(linear).dtype and same_shape(
+            fake(other).shape, fake(linear).shape
+        )
         if same and fake(node).dtype == fake(linear).dtype:
             _rebuild(graph, mode, node, linear, residual=other)
             return
@@ -238,9 +276,19 @@ def _norm_in_front(graph: fx.Graph, mode: Any) -> None:
             and parts(u)["residual"] is not norm
             for u in users
         )
-        if not readers_fit or fake(x).dtype != fake(norm).dtype or not same_size(fake(x).shape[-1], fake(norm).shape[-1]):
+        if (
+            not readers_fit
+            or fake(x).dtype != fake(norm).dtype
+            or not same_size(fake(x).shape[-1], fake(norm).shape[-1])
+        ):
             continue
         for user in users:
-            changes = {"norm_kind": name, "norm_weight": weight, "norm_bias": bias, "norm_eps": eps, "norm_offset": offset}
+            changes = {
+                "norm_kind": name,
+                "norm_weight": weight,
+                "norm_bias": bias,
+                "norm_eps": eps,
+                "norm_offset": offset,
+            }
             _rebuild(graph, mode, user, user, x=x, **changes)
         graph.erase_node(norm)

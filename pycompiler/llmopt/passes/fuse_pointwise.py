@@ -56,7 +56,12 @@ def _takes(node: fx.Node, written: set[int]) -> bool:
     if node.op not in ("call_function", "call_method") or not is_tensor(node) or is_in_place(node):
         return False
     value = fake(node)
-    if value.dtype not in FLOATS or value.device.type != "cpu" or value.dim() == 0 or value.dim() > 5:
+    if (
+        value.dtype not in FLOATS
+        or value.device.type != "cpu"
+        or value.dim() == 0
+        or value.dim() > 5
+    ):
         return False
     if storage(node) in written:
         return False
@@ -82,14 +87,22 @@ def _is_row_mean(node: fx.Node) -> bool:
     dim = argument(node, 1, "dim")
     dim = dim[0] if isinstance(dim, (tuple, list)) and len(dim) == 1 else dim
     last = fake(node.args[0]).dim() - 1
-    return dim in (-1, last) and bool(argument(node, 2, "keepdim", False)) and "dtype" not in node.kwargs
+    return (
+        dim in (-1, last)
+        and bool(argument(node, 2, "keepdim", False))
+        and "dtype" not in node.kwargs
+    )
 
 
 def _fits(value: torch.Tensor, shape: Any) -> bool:
     """A value inside a chain has the chain's shape, or that shape with a last dimension of one (a reduced row)."""
     if same_shape(value.shape, shape):
         return True
-    return len(value.shape) == len(shape) and is_one(value.shape[-1]) and same_shape(value.shape[:-1], shape[:-1])
+    return (
+        len(value.shape) == len(shape)
+        and is_one(value.shape[-1])
+        and same_shape(value.shape[:-1], shape[:-1])
+    )
 
 
 def _grow(root: fx.Node, written: set[int]) -> set[fx.Node]:
@@ -100,7 +113,11 @@ def _grow(root: fx.Node, written: set[int]) -> set[fx.Node]:
         node = frontier.pop(0)
         if node in members or not _takes(node, written) or not _fits(fake(node), shape):
             continue
-        if is_one(fake(node).shape[-1]) and not is_one(shape[-1]) and not _reduces_inside(node, shape):
+        if (
+            is_one(fake(node).shape[-1])
+            and not is_one(shape[-1])
+            and not _reduces_inside(node, shape)
+        ):
             continue
         if any(u not in members for u in node.users):
             continue

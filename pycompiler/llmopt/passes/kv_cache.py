@@ -57,7 +57,9 @@ def _match(graph: fx.Graph, mode: Any, node: fx.Node, written: set[int]) -> None
         return
     if any(storage(t) in written for t in (keys, values, k_cache, v_cache) if t is not None):
         return
-    if sum(1 for n in keys.users if kind(n) == "llmopt.attention") != 1 or not (_leaves(keys) or _leaves(values)):
+    if sum(1 for n in keys.users if kind(n) == "llmopt.attention") != 1 or not (
+        _leaves(keys) or _leaves(values)
+    ):
         return
     last = max(keys, values)
     if any(u < last for u in (*keys.users, *values.users)):
@@ -66,7 +68,11 @@ def _match(graph: fx.Graph, mode: Any, node: fx.Node, written: set[int]) -> None
     rope_kind = "none"
     q_raw, k_raw = q, k_new
     if kind(q) == "llmopt.rope" and kind(k_new) == "llmopt.rope" and q.args[1:] == k_new.args[1:]:
-        if sole_user(q) is node and sole_user(k_new) is keys and same_size(fake(q).shape[2], fake(k_new).shape[2]):
+        if (
+            sole_user(q) is node
+            and sole_user(k_new) is keys
+            and same_size(fake(q).shape[2], fake(k_new).shape[2])
+        ):
             q_raw, cos, sin, rope_kind = q.args
             k_raw = k_new.args[0]
     inputs = [n for n in (q_raw, k_raw, v_new, k_cache, v_cache, cos, sin, mask) if n is not None]
@@ -88,9 +94,18 @@ def _match(graph: fx.Graph, mode: Any, node: fx.Node, written: set[int]) -> None
     refresh(changed)
 
 
-_SETTINGS = ((4, "scale", 1.0), (5, "causal", False), (6, "causal_offset", 0), (7, "window", 0), (8, "softcap", 0.0))
+_SETTINGS = (
+    (4, "scale", 1.0),
+    (5, "causal", False),
+    (6, "causal_offset", 0),
+    (7, "window", 0),
+    (8, "softcap", 0.0),
+)
 
 
 def _leaves(node: fx.Node) -> bool:
     """True when the value, or a slice of it, is returned by the graph."""
-    return any(u.op == "output" or (kind(u) == "getitem" and is_tensor(u) and _leaves(u)) for u in node.users)
+    return any(
+        u.op == "output" or (kind(u) == "getitem" and is_tensor(u) and _leaves(u))
+        for u in node.users
+    )

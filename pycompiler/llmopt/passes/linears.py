@@ -27,7 +27,9 @@ def _usable(x: Any, weight: Any, bias: Any) -> bool:
         return False
     if fake(x).dtype not in FLOATS or fake(weight).dtype != fake(x).dtype:
         return False
-    return bias is None or (is_weight(bias) and fake(bias).dtype == fake(x).dtype and fake(bias).dim() == 1)
+    return bias is None or (
+        is_weight(bias) and fake(bias).dtype == fake(x).dtype and fake(bias).dim() == 1
+    )
 
 
 def _linear(graph: fx.Graph, mode: Any, node: fx.Node) -> None:
@@ -56,4 +58,3 @@ def _matmul(graph: fx.Graph, mode: Any, node: fx.Node) -> None:
         transposed = emit(graph, mode, "t", (weight,), like=node)
         new = emit(graph, mode, ops.linear, (x, (transposed,), (None,)), like=node)
     replace(node, new)
-

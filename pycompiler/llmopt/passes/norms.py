@@ -77,7 +77,11 @@ def _match_rms(graph: fx.Graph, mode: Any, node: fx.Node) -> None:
         return
     squared, eps = found
     x = strip(squared, _CASTS)
-    if strip(other, _CASTS) is not x or fake(x).dtype not in FLOATS or fake(squared).dtype != torch.float32:
+    if (
+        strip(other, _CASTS) is not x
+        or fake(x).dtype not in FLOATS
+        or fake(squared).dtype != torch.float32
+    ):
         if fake(x).dtype != torch.float32:
             return
         if strip(other, _CASTS) is not x:
@@ -106,7 +110,9 @@ def _follow_weight(product: fx.Node) -> tuple[fx.Node, Any, float]:
             break
         last = user
         # casts after the weight belong to the norm too
-        while (cast := sole_user(last)) is not None and kind(cast) in _CASTS and cast.args[0] is last:
+        while (
+            (cast := sole_user(last)) is not None and kind(cast) in _CASTS and cast.args[0] is last
+        ):
             last = cast
         return last, *found
     return last, None, 0.0
@@ -154,7 +160,13 @@ def _match_rms_norm_call(graph: fx.Graph, mode: Any, node: fx.Node) -> None:
     if len(shape) != 1 or fake(x).dtype not in FLOATS:
         return
     if eps is None:
-        eps = torch.finfo(torch.float32).eps if fake(x).dtype == torch.float32 else torch.finfo(fake(x).dtype).eps
+        eps = (
+            torch.finfo(torch.float32).eps
+            if fake(x).dtype == torch.float32
+            else torch.finfo(fake(x).dtype).eps
+        )
     with graph.inserting_before(node):
-        new = emit(graph, mode, ops.norm, (x, weight, None, "rms", eps, 0.0, fake(node).dtype), like=node)
+        new = emit(
+            graph, mode, ops.norm, (x, weight, None, "rms", eps, 0.0, fake(node).dtype), like=node
+        )
     replace(node, new)

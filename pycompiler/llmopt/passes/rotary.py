@@ -70,7 +70,9 @@ def _slice_of(node: Any, start: int | None, stop: int | None, step: int | None) 
         return None
     x = node.args[0]
     width = expression(fake(x).shape[-1])
-    if not isinstance(width, int) or not all(isinstance(v, (int, type(None))) for v in (last.start, last.stop, last.step)):
+    if not isinstance(width, int) or not all(
+        isinstance(v, (int, type(None))) for v in (last.start, last.stop, last.step)
+    ):
         return None
     wanted = slice(start, stop, step).indices(width)
     return x if last.indices(width) == wanted else None
@@ -122,7 +124,9 @@ def _interleaved(rotated: fx.Node) -> tuple[fx.Node, str] | None:
     return (x, "interleaved") if same_size(fake(rotated).shape[-1], fake(x).shape[-1]) else None
 
 
-def _rewrite(graph: fx.Graph, mode: Any, node: fx.Node, x: fx.Node, cos: fx.Node, sin: fx.Node, name: str) -> None:
+def _rewrite(
+    graph: fx.Graph, mode: Any, node: fx.Node, x: fx.Node, cos: fx.Node, sin: fx.Node, name: str
+) -> None:
     tail = _pass_through(node, x)
     last, whole = (tail, x.args[0]) if tail is not None else (node, x)
     heads_second = is_one(fake(cos).shape[1]) and not is_one(fake(cos).shape[2])
@@ -131,7 +135,9 @@ def _rewrite(graph: fx.Graph, mode: Any, node: fx.Node, x: fx.Node, cos: fx.Node
         return
     with graph.inserting_before(last):
         if heads_third:  # [B,S,H,D] with cos [B,S,1,R]
-            whole, cos, sin = (emit(graph, mode, "transpose", (t, 1, 2), like=node) for t in (whole, cos, sin))
+            whole, cos, sin = (
+                emit(graph, mode, "transpose", (t, 1, 2), like=node) for t in (whole, cos, sin)
+            )
         new = emit(graph, mode, ops.rope, (whole, cos, sin, name), like=node)
         if heads_third:
             new = emit(graph, mode, "transpose", (new, 1, 2), like=node)

@@ -25,15 +25,17 @@ _CASTS = frozenset({"to", "float", "half", "bfloat16", "double", "type_as"})
 _SAME_LAYOUT_VIEWS = frozenset(
     {"view", "reshape", "expand", "flatten", "squeeze", "detach", "getitem", "expand_as", "alias"}
 )
-_FUNCTIONAL = {"add_": torch.add, "mul_": torch.mul, "sub_": torch.sub, "div_": torch.div, "relu_": torch.relu}
+_FUNCTIONAL = {
+    "add_": torch.add,
+    "mul_": torch.mul,
+    "sub_": torch.sub,
+    "div_": torch.div,
+    "relu_": torch.relu,
+}
 
 # Unused nodes of these kinds may go: they neither write nor check anything.
 _PURE = frozenset(
-    "_log_api_usage_once add sub mul div neg pow rsqrt sqrt mean sum view reshape transpose permute unsqueeze squeeze expand "
-    "flatten getitem to float half bfloat16 long int bool type_as contiguous arange numel size dim sym_sum sym_size le lt ge gt eq ne "
-    "and_ or_ cat stack chunk split unbind repeat_interleave matmul softmax silu gelu relu tanh sigmoid cos sin exp new_ones zeros ones "
-    "full tensor ones_like zeros_like where masked_fill linear embedding layer_norm rms_norm sym_int sym_float invert __and__ __or__ "
-    "floordiv mod floor t chunk narrow select expand_as getattr_shape getattr_dtype getattr_device is_contiguous dropout".split()
+    ["_log_api_usage_once", "add", "sub", "mul", "div", "neg", "pow", "rsqrt", "sqrt", "mean", "sum", "view", "reshape", "transpose", "permute", "unsqueeze", "squeeze", "expand", "flatten", "getitem", "to", "float", "half", "bfloat16", "long", "int", "bool", "type_as", "contiguous", "arange", "numel", "size", "dim", "sym_sum", "sym_size", "le", "lt", "ge", "gt", "eq", "ne", "and_", "or_", "cat", "stack", "chunk", "split", "unbind", "repeat_interleave", "matmul", "softmax", "silu", "gelu", "relu", "tanh", "sigmoid", "cos", "sin", "exp", "new_ones", "zeros", "ones", "full", "tensor", "ones_like", "zeros_like", "where", "masked_fill", "linear", "embedding", "layer_norm", "rms_norm", "sym_int", "sym_float", "invert", "__and__", "__or__", "floordiv", "mod", "floor", "t", "chunk", "narrow", "select", "expand_as", "getattr_shape", "getattr_dtype", "getattr_device", "is_contiguous", "dropout"]
 )
 
 
@@ -72,7 +74,11 @@ def _identity_of(node: fx.Node) -> fx.Node | None:
     if not same_shape(before.shape, after.shape):
         return None
     if name in _CASTS:
-        plain = node.kwargs.get("copy") is not True and "memory_format" not in node.kwargs and len(node.args) < 4
+        plain = (
+            node.kwargs.get("copy") is not True
+            and "memory_format" not in node.kwargs
+            and len(node.args) < 4
+        )
         return source if plain else None
     if name == "contiguous":
         return source if is_dense(before) and "memory_format" not in node.kwargs else None

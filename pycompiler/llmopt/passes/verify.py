@@ -24,7 +24,9 @@ def check_form(graph: fx.Graph, pass_name: str) -> None:
     except RuntimeError as error:
         raise BrokenGraph(f"pass {pass_name}: {error}") from error
     for node in graph.nodes:
-        ours = node.op == "call_function" and getattr(node.target, "__module__", "").startswith("llmopt.ops.")
+        ours = node.op == "call_function" and getattr(node.target, "__module__", "").startswith(
+            "llmopt.ops."
+        )
         if ours and node.target not in ALL:
             raise BrokenGraph(f"pass {pass_name}: {node.target} is not an op")
         if ours and fake(node) is None:
@@ -46,7 +48,9 @@ def check_values(before: list[torch.Tensor], after: list[torch.Tensor], pass_nam
         raise BrokenGraph(f"pass {pass_name}: {len(after)} results instead of {len(before)}")
     for i, (a, b) in enumerate(zip(before, after, strict=True)):
         if a.shape != b.shape or a.dtype != b.dtype:
-            raise BrokenGraph(f"pass {pass_name}: result {i} is {b.shape} {b.dtype} instead of {a.shape} {a.dtype}")
+            raise BrokenGraph(
+                f"pass {pass_name}: result {i} is {b.shape} {b.dtype} instead of {a.shape} {a.dtype}"
+            )
         if not a.dtype.is_floating_point or a.numel() == 0:
             if not torch.equal(a, b):
                 raise BrokenGraph(f"pass {pass_name}: integer result {i} differs")
@@ -55,6 +59,6 @@ def check_values(before: list[torch.Tensor], after: list[torch.Tensor], pass_nam
         scale = a.double().nan_to_num().abs().max().clamp_min(1e-6)
         difference = (a.double() - b.double()).nan_to_num().abs().max() / scale
         if difference > bound:
-            raise BrokenGraph(f"pass {pass_name}: result {i} differs by {difference:.2g} of its largest value")
-
-
+            raise BrokenGraph(
+                f"pass {pass_name}: result {i} differs by {difference:.2g} of its largest value"
+            )
