@@ -11,6 +11,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="llmopt",
         help="the torch.compile backend of tests/e2e; 'eager' tells a fault of ours from one of Dynamo's",
     )
+    parser.addoption(
+        "--accept-plans", action="store_true", help="write tests/golden from the plans made now"
+    )
     parser.addoption("--slow", action="store_true", help="run the tests marked slow too")
 
 
