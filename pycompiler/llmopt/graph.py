@@ -206,14 +206,17 @@ def _same_layout(a: Any, b: Any) -> bool:
     )
 
 
+def _fakes_in(value: Any) -> list[FakeTensor]:
+    pieces = value if isinstance(value, (tuple, list)) else (value,)
+    return [p for p in pieces if isinstance(p, FakeTensor)]
+
+
 def refresh(nodes: list[fx.Node]) -> None:
     """Recomputes the example values of nodes whose input moved or changed layout, and of what depends on them."""
     queue = list(nodes)
     while queue:
         node = queue.pop(0)
-        first = next(
-            (fake(n) for n in node.all_input_nodes if isinstance(fake(n), FakeTensor)), None
-        )
+        first = next((v for n in node.all_input_nodes for v in _fakes_in(fake(n))), None)
         if node.op not in ("call_function", "call_method") or first is None or is_in_place(node):
             continue
         if kind(node) in ("view", "view_as"):  # a view of the traced layout may need a copy in ours
@@ -229,9 +232,15 @@ def refresh(nodes: list[fx.Node]) -> None:
 
 
 def storage(node: fx.Node) -> int | None:
-    """Identity of the memory behind a tensor node: equal for a tensor and its views. None for other values."""
+    """Identity of the memory behind a tensor node: equal for a tensor and its views, split into pieces or not. None for other values."""
     value = fake(node)
+    if isinstance(value, (tuple, list)) and value and kind(node) in _PIECES:
+        value = value[0]
     return value.untyped_storage()._cdata if isinstance(value, FakeTensor) else None
+
+
+# Views that come as a tuple of pieces.
+_PIECES = frozenset({"split", "chunk", "unbind", "tensor_split", "split_with_sizes"})
 
 
 def is_view(node: fx.Node) -> bool:

@@ -28,6 +28,7 @@ from llmopt.graph import (
     same_shape,
     scalar,
     storage,
+    view_base,
 )
 from llmopt.ops.pointwise import BINARY, UNARY
 from llmopt.passes.activations import activation_of
@@ -137,9 +138,12 @@ def _reduces_inside(node: fx.Node, shape: Any) -> bool:
 
 
 def _worthwhile(members: set[fx.Node]) -> bool:
-    """One kernel instead of several passes over memory; a single small operation stays with PyTorch."""
+    """One kernel instead of several passes over memory, or instead of a way out of C++ and back for one operation."""
     arithmetic = [m for m in members if kind(m) not in _CASTS]
-    return len(members) >= 2 and len(arithmetic) >= 1
+    if not arithmetic:
+        return False
+    inputs = [view_base(n) for m in members for n in m.all_input_nodes if is_tensor(n)]
+    return len(members) >= 2 or any(kind(n).startswith("llmopt.") for n in inputs)
 
 
 def _rewrite(graph: fx.Graph, mode: Any, root: fx.Node, members: set[fx.Node]) -> None:

@@ -8,7 +8,19 @@ import torch
 from torch import fx
 
 from llmopt import ops
-from llmopt.graph import argument, emit, fake, fake_mode_of, is_tensor, is_weight, kind, replace
+from llmopt.graph import (
+    argument,
+    emit,
+    fake,
+    fake_mode_of,
+    is_tensor,
+    is_weight,
+    kind,
+    replace,
+    same_shape,
+    same_size,
+    sole_user,
+)
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -44,10 +56,35 @@ def _addmm(graph: fx.Graph, mode: Any, node: fx.Node) -> None:
     bias, x, weight = node.args[:3]
     if any(node.kwargs.get(k, 1) != 1 for k in ("beta", "alpha")) or not _usable(x, weight, bias):
         return
-    with graph.inserting_before(node):
+    x, last = _unflattened(node, x)
+    with graph.inserting_before(last):
         transposed = emit(graph, mode, "t", (weight,), like=node)
         new = emit(graph, mode, ops.linear, (x, (transposed,), (bias,)), like=node)
-    replace(node, new)
+    replace(last, new)
+    if last is not node:
+        graph.erase_node(node)
+
+
+def _unflattened(node: fx.Node, x: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """The input before a flattening view and the view behind that restores its shape; (x, node) when there are none."""
+    user = sole_user(node)
+    if (
+        kind(x) not in _RESHAPES
+        or user is None
+        or kind(user) not in _RESHAPES
+        or not is_tensor(x.args[0])
+    ):
+        return x, node
+    source = x.args[0]
+    restored = (*fake(source).shape[:-1], fake(node).shape[-1])
+    if same_size(fake(source).shape[-1], fake(x).shape[-1]) and same_shape(
+        fake(user).shape, restored
+    ):
+        return source, user
+    return x, node
+
+
+_RESHAPES = ("view", "reshape")
 
 
 def _matmul(graph: fx.Graph, mode: Any, node: fx.Node) -> None:
