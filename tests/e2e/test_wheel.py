@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 # An editable install puts its own finder first; the wheel's files must be what is imported.
 PROGRAM = """
 import sys
-sys.meta_path[:] = [f for f in sys.meta_path if "Editable" not in type(f).__name__
+sys.meta_path[:] = [f for f in sys.meta_path if "Redirecting" not in type(f).__name__
                     and "scikit" not in type(f).__module__.lower()]
 import torch
 model = torch.nn.Sequential(torch.nn.Linear(33, 65), torch.nn.GELU(), torch.nn.Linear(65, 17))
