@@ -35,8 +35,8 @@ def plot(path: Path, rows: Sequence[Row], setting: Setting) -> None:
         roof = _roof(shown)
         if roof is not None:
             axis.axvline(roof, color=ROOF, linestyle="--", linewidth=1)
-            axis.text(roof, -0.6, "roofline ", color=ROOF, fontsize=8, ha="right", va="bottom")
-    figure.suptitle(f"{setting.model} {setting.dtype} — {setting.machine()}", fontsize=9)
+    heading = f"{setting.model} {setting.dtype} — {setting.machine()}"
+    figure.suptitle(f"{heading}\ndashed: the roofline of the probes around it", fontsize=9)
     figure.tight_layout(rect=(0, 0, 1, 0.98))
     figure.savefig(path, dpi=120)
     plt.close(figure)
