@@ -11,9 +11,11 @@ from transformers import PreTrainedTokenizerFast, pipeline
 from transformers.cache_utils import DynamicCache, StaticCache
 
 from tests.e2e import zoo
+from tests.e2e.architectures import VOCAB
 from tests.e2e.compare import assert_same_generation, assert_same_output
 
 GREEDY = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+ONE = {"num_hidden_layers": 1}  # caches are one per layer: the zoo generates with two of them
 BOTH = pytest.mark.parametrize("name", ["llama", "mistral-window"])
 
 
@@ -47,7 +49,7 @@ class Counted:
 @BOTH
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_no_recompiles_after_warm_up(name: str, cache: str, backend: str) -> None:
-    model, eager, counted = zoo.make(name), zoo.make(name), Counted(backend)
+    model, eager, counted = zoo.make(name, **ONE), zoo.make(name, **ONE), Counted(backend)
     model.compile(backend=counted)
     how = GREEDY | {"cache_implementation": cache}
     for length, new in ((9, 5), (14, 9), (15, 6)):
@@ -61,11 +63,18 @@ def test_no_recompiles_after_warm_up(name: str, cache: str, backend: str) -> Non
     assert counted.calls - calls == 4 + 25 + 7, "every forward is one whole graph"
 
 
-@BOTH
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_batches_with_padding(name: str, side: str, backend: str) -> None:
-    eager, compiled = zoo.pair(name, backend)
-    for lengths in ((13, 1, 7), (5, 12, 12, 2, 9, 1, 3, 11), (10,)):
+BATCHES = {
+    "llama-left": ("llama", "left", ((13, 1, 7), (5, 12, 12, 2, 9, 1, 3, 11), (10,))),
+    "llama-right": ("llama", "right", ((13, 1, 7),)),
+    "mistral-left": ("mistral-window", "left", ((13, 1, 7), (3, 9))),
+}
+
+
+@pytest.mark.parametrize("case", BATCHES)
+def test_batches_with_padding(case: str, backend: str) -> None:
+    name, side, batches = BATCHES[case]
+    eager, compiled = zoo.pair(name, backend, **ONE)
+    for lengths in batches:
         x = padded(lengths, side)
         want = eager.generate(**x, max_new_tokens=4, **GREEDY)
         assert_same_generation(compiled.generate(**x, max_new_tokens=4, **GREEDY), want)
@@ -73,7 +82,7 @@ def test_batches_with_padding(name: str, side: str, backend: str) -> None:
 
 def test_right_padding_does_not_reach_the_rows_beside_it(backend: str) -> None:
     """In a padded batch each prompt gets the logits that it gets alone."""
-    eager, compiled = zoo.pair("llama", backend)
+    eager, compiled = zoo.pair("llama", backend, **ONE)
     x = padded((13, 1, 7), "right")
     with torch.no_grad():
         together = compiled(**x).logits
@@ -83,7 +92,7 @@ def test_right_padding_does_not_reach_the_rows_beside_it(backend: str) -> None:
 
 
 def test_inputs_embeds(backend: str) -> None:
-    eager, compiled = zoo.pair("llama", backend)
+    eager, compiled = zoo.pair("llama", backend, **ONE)
     x = zoo.inputs("llama", 11)
     x["inputs_embeds"] = eager.get_input_embeddings()(x.pop("input_ids")).detach() * 1.25
     want = eager.generate(**x, max_new_tokens=6, **GREEDY)
@@ -107,7 +116,7 @@ def test_hidden_states_and_attentions(name: str, backend: str) -> None:
 
 def test_explicit_position_ids(backend: str) -> None:
     """Shifted, and two sequences packed into one row."""
-    eager, compiled = zoo.pair("llama", backend)
+    eager, compiled = zoo.pair("llama", backend, **ONE)
     ids = zoo.inputs("llama", 12)["input_ids"]
     packed = torch.cat([torch.arange(5), torch.arange(7)]).expand(2, -1)
     with torch.no_grad():
@@ -118,7 +127,7 @@ def test_explicit_position_ids(backend: str) -> None:
 
 
 def test_beam_search(backend: str) -> None:
-    eager, compiled = zoo.pair("mistral-window", backend)
+    eager, compiled = zoo.pair("mistral-window", backend, **ONE)
     x = padded((11, 6), "left")
     how = {"num_beams": 3, "num_return_sequences": 2, "do_sample": False, "max_new_tokens": 7,
            "return_dict_in_generate": True, "output_scores": True}  # fmt: skip
@@ -128,7 +137,7 @@ def test_beam_search(backend: str) -> None:
 
 
 def test_sampling_with_a_seed(backend: str) -> None:
-    eager, compiled = zoo.pair("llama", backend)
+    eager, compiled = zoo.pair("llama", backend, **ONE)
     x = zoo.inputs("llama", 9, batch=3)
     texts = []
     for model in (eager, compiled):
@@ -142,11 +151,11 @@ def test_sampling_with_a_seed(backend: str) -> None:
 @pytest.mark.parametrize("assistant", ["model", "prompt-lookup"])
 def test_assisted_decoding(assistant: str, backend: str) -> None:
     """The cache is cropped after every rejected guess; the text must stay the greedy one."""
-    eager, compiled = zoo.pair("llama", backend)
+    eager, compiled = zoo.pair("llama", backend, **ONE)
     x = zoo.inputs("llama", 12, batch=1)
     x["input_ids"][:, 6:] = x["input_ids"][:, :6]  # a repetition, for the lookup to find
     if assistant == "model":
-        guesses = {"assistant_model": zoo.make("llama", num_hidden_layers=1)}
+        guesses = {"assistant_model": zoo.make("llama", seed=1, **ONE)}
         guesses["assistant_model"].compile(backend=backend)
     else:
         guesses = {"prompt_lookup_num_tokens": 3}
@@ -155,7 +164,7 @@ def test_assisted_decoding(assistant: str, backend: str) -> None:
 
 
 def test_text_pipeline(backend: str) -> None:
-    words = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, zoo.VOCAB)}}
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, VOCAB)}}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<s>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     fast = PreTrainedTokenizerFast(
@@ -166,7 +175,7 @@ def test_text_pipeline(backend: str) -> None:
         pipeline("text-generation", model=model, tokenizer=fast, batch_size=3)(
             prompts, max_new_tokens=6, do_sample=False
         )
-        for model in zoo.pair("llama", backend)
+        for model in zoo.pair("llama", backend, **ONE)
     ]
     assert texts[0] == texts[1]
     assert len(texts[0][1][0]["generated_text"].split("w")) == 1 + 1 + 6
@@ -181,7 +190,7 @@ def feed(model: Any, cache: Any, ids: torch.Tensor) -> torch.Tensor:
 @BOTH
 def test_chunked_prefill_and_long_decode(name: str, backend: str) -> None:
     """Two prefills into one cache, then 300 single tokens: past any capacity a cache may have started with."""
-    eager, compiled = zoo.pair(name, backend)
+    eager, compiled = zoo.pair(name, backend, **ONE)
     ids = zoo.inputs(name, 340)["input_ids"]
     want = feed(eager, DynamicCache(config=eager.config), ids)
     cache = DynamicCache(config=compiled.config)
@@ -191,7 +200,7 @@ def test_chunked_prefill_and_long_decode(name: str, backend: str) -> None:
 
 
 def test_generate_with_prefill_chunks(backend: str) -> None:
-    eager, compiled = zoo.pair("llama", backend)
+    eager, compiled = zoo.pair("llama", backend, **ONE)
     x = zoo.inputs("llama", 20)
     want = eager.generate(**x, max_new_tokens=5, **GREEDY)
     assert_same_generation(
@@ -203,7 +212,7 @@ def test_forked_cropped_and_reordered_caches(backend: str) -> None:
     """One prefix goes on in several ways; no branch may write into what another one still reads."""
     import copy
 
-    eager, compiled = zoo.pair("llama", backend)
+    eager, compiled = zoo.pair("llama", backend, **ONE)
     ids = zoo.inputs("llama", 40, batch=2)["input_ids"]
     prefix, left, right = ids[:, :10], ids[:, 10:16], ids[:, 20:26]
 
@@ -233,7 +242,7 @@ def test_forked_cropped_and_reordered_caches(backend: str) -> None:
 
 
 def test_static_cache_reset_and_reuse(backend: str) -> None:
-    eager, compiled = zoo.pair("llama", backend)
+    eager, compiled = zoo.pair("llama", backend, **ONE)
     cache = StaticCache(config=compiled.config, max_cache_len=48)
     for length in (12, 19, 5):
         cache.reset()
@@ -247,7 +256,7 @@ def test_static_cache_reset_and_reuse(backend: str) -> None:
 
 def test_two_models_and_two_conversations_interleaved(backend: str) -> None:
     """Each conversation has its own model or its own cache; turns alternate token by token."""
-    pairs = [zoo.pair("llama", backend), zoo.pair("mistral-window", backend)]
+    pairs = [zoo.pair("llama", backend, **ONE), zoo.pair("mistral-window", backend, **ONE)]
     talks = [(pairs[0], 3), (pairs[0], 5), (pairs[1], 4), (pairs[1], 6)]
     prompts = [zoo.inputs("llama", 9, seed=seed)["input_ids"] for _, seed in talks]
     caches = [[DynamicCache(config=model.config) for model in pair] for pair, _ in talks]

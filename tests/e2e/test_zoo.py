@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.e2e import zoo
+from tests.e2e.architectures import CORE, ROWS, Row
 from tests.e2e.compare import assert_same_generation, assert_same_output
 
 # Static shapes first, then the same graph with a symbolic length, then the length Dynamo specialises.
@@ -23,12 +24,12 @@ HALF = (
 )
 
 
-def params(rows: Iterable[zoo.Row]) -> list:
+def params(rows: Iterable[Row]) -> list:
     return [pytest.param(r, id=r.name, marks=[pytest.mark.slow] if r.rare else []) for r in rows]
 
 
-@pytest.mark.parametrize("row", params(r for r in zoo.ROWS if r.matters))
-def test_the_zoo_would_notice(row: zoo.Row) -> None:
+@pytest.mark.parametrize("row", params(r for r in ROWS if r.matters))
+def test_the_zoo_would_notice(row: Row) -> None:
     """The feature a row is there for changes its output by far more than the tolerance."""
     with torch.no_grad():
         want = zoo.make(row)(**zoo.inputs(row, 17))[0]
@@ -37,12 +38,10 @@ def test_the_zoo_would_notice(row: zoo.Row) -> None:
             assert (other - want).std() > 0.1 * want.std(), name
 
 
-@pytest.mark.parametrize("row", params(zoo.ROWS))
-def test_forward(row: zoo.Row, backend: str) -> None:
+@pytest.mark.parametrize("row", params(ROWS))
+def test_forward(row: Row, backend: str) -> None:
     eager, compiled = zoo.pair(row, backend)
-    lengths = (
-        LENGTHS if row.name in zoo.CORE else LENGTHS[:1] if row.kind == "causal" else LENGTHS[:2]
-    )
+    lengths = LENGTHS if row.name in CORE else LENGTHS[:1] if row.kind == "causal" else LENGTHS[:2]
     with torch.no_grad():
         for length in lengths:
             x = zoo.inputs(row, length)
@@ -50,9 +49,9 @@ def test_forward(row: zoo.Row, backend: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "row", params(r for r in zoo.ROWS if r.kind in ("causal", "seq2seq", "whisper"))
+    "row", params(r for r in ROWS if r.kind in ("causal", "seq2seq", "whisper"))
 )
-def test_generate(row: zoo.Row, backend: str) -> None:
+def test_generate(row: Row, backend: str) -> None:
     eager, compiled = zoo.pair(row, backend)
     prompt = zoo.inputs(row, 11)
     prompt.pop("decoder_input_ids", None)
