@@ -253,7 +253,6 @@ inline void start_head(const Problem& p, DecodeHead& a, KeyRange& live) {
     if (range.lo < range.hi) live.lo = min64(live.lo, range.lo), live.hi = max64(live.hi, range.hi);
     float *q = a.q + r * kMaxHeadDim, *o = a.o + r * kMaxHeadDim;
     load_query(p, a.b, h, i, q);
-    for (int64_t d = p.head_dim; d % kLanes; ++d) q[d] = 0.0f;
     for (int64_t d = 0; d < p.v_dim; d += kLanes) vstore(o + d, vzero());
   }
 }
@@ -299,7 +298,7 @@ inline void decode(const Problem& p, const Plan& plan, int64_t chunk, int64_t sp
     for (int64_t n = 0; n < heads; ++n) decode_block(p, head[n], j, min64(block, end - j), s, bias);
   for (int64_t n = 0; n < heads; ++n) finish_head(p, plan, head[n], split, splits, scratch.shared);
 }
-static_assert(sizeof(float) * ((kLanes + 1) * kScoreLd + kHeadsPerChunk * 2 * kLanes * kMaxHeadDim) <= llmopt::kLocalBytes,
+static_assert(sizeof(float) * ((kLanes + 1) * kScoreLd + kHeadsPerChunk * 2 * kLanes * kMaxHeadDim + kLanes) <= llmopt::kLocalBytes,
               "a decode chunk must fit the local scratch");
 
 }  // namespace

@@ -9,13 +9,15 @@
 namespace {
 
 constexpr int64_t kBlock = 192;       // keys per block: a multiple of both tile heights
+constexpr int64_t kRowLd = (kMaxHeadDim > kBlock ? kMaxHeadDim : kBlock) + kLanes;  // of rows on their way to lanes
 constexpr int64_t kMinSegment = 16;   // keys worth a tile call of their own on the causal diagonal
 
 struct Panel {
   int64_t b, kv_head, row0, rows;
   int nv;
   float *qt, *ot, *st, *bias, *k_block, *v_block, *row;  // scratch
-  KeyRange range[kLd];                                   // per lane; padding lanes see every key
+  int64_t head[kLd], pos[kLd];                           // query row of each lane
+  KeyRange range[kLd];                                   // its keys; padding lanes see every key
   int64_t vec_lo[kMaxNv], vec_hi[kMaxNv];                // keys that any lane of a vector may see
   int64_t common_lo, common_hi;                          // keys that every lane sees
   bool masked;                                           // some lane must read the mask
@@ -32,16 +34,11 @@ inline void place_scratch(Panel& a, char* local) {
   a.qt = take(kMaxHeadDim * kLd), a.ot = take(kMaxHeadDim * kLd);
   a.st = take(kBlock * kLd), a.bias = take(kBlock * kLd);
   a.k_block = take(kBlock * kMaxHeadDim), a.v_block = take(kBlock * kMaxHeadDim);
-  a.row = take(kLanes * max64(kMaxHeadDim, kBlock));
+  a.row = take(kLanes * kRowLd);
 }
 static_assert(sizeof(float) * (kMaxHeadDim * kLd * 2 + kBlock * kLd * 2 + kBlock * kMaxHeadDim * 2 +
-                               kLanes * (kMaxHeadDim > kBlock ? kMaxHeadDim : kBlock)) <= llmopt::kLocalBytes,
+                               kLanes * kRowLd) <= llmopt::kLocalBytes,
               "a prefill panel must fit the local scratch");
-
-inline int64_t lane_head(const Problem& p, const Panel& a, int lane) {
-  return a.kv_head * p.group + (a.row0 + lane) % p.group;
-}
-inline int64_t lane_pos(const Problem& p, const Panel& a, int lane) { return (a.row0 + lane) / p.group; }
 
 // Qᵀ, rotated and scaled; padding lanes are zero.
 inline void load_queries(const Problem& p, Panel& a) {
@@ -49,13 +46,14 @@ inline void load_queries(const Problem& p, Panel& a) {
   for (int v = 0; v < a.nv; ++v) {
     for (int l = 0; l < kLanes; ++l) {
       const int lane = v * kLanes + l;
-      float* row = a.row + l * kMaxHeadDim;
-      for (int64_t d = lane < a.rows ? p.head_dim : 0; d < dim; ++d) row[d] = 0.0f;
-      if (lane < a.rows) load_query(p, a.b, lane_head(p, a, lane), lane_pos(p, a, lane), row);
+      float* row = a.row + l * kRowLd;
+      if (lane < a.rows) load_query(p, a.b, a.head[lane], a.pos[lane], row);
+      else
+        for (int64_t d = 0; d < dim; ++d) row[d] = 0.0f;
     }
     for (int64_t d = 0; d < dim; d += kLanes) {
       Vec t[kLanes];
-      for (int l = 0; l < kLanes; ++l) t[l] = vload(a.row + l * kMaxHeadDim + d);
+      for (int l = 0; l < kLanes; ++l) t[l] = vload(a.row + l * kRowLd + d);
       vtranspose(t);
       for (int l = 0; l < kLanes && d + l < p.head_dim; ++l) vstore(a.qt + (d + l) * kLd + v * kLanes, t[l]);
     }
@@ -63,13 +61,18 @@ inline void load_queries(const Problem& p, Panel& a) {
 }
 
 inline void find_ranges(const Problem& p, Panel& a) {
+  int64_t pos = a.row0 / p.group, g = a.row0 % p.group;
+  for (int lane = 0; lane < a.nv * kLanes; ++lane) {
+    a.head[lane] = a.kv_head * p.group + g, a.pos[lane] = pos;
+    if (++g == p.group) g = 0, ++pos;
+  }
   a.common_lo = 0, a.common_hi = p.kv_len, a.masked = false;
   for (int v = 0; v < a.nv; ++v) {
     a.vec_lo[v] = p.kv_len, a.vec_hi[v] = 0;
     for (int lane = v * kLanes; lane < (v + 1) * kLanes; ++lane) {
       a.range[lane] = {0, p.kv_len, MaskUse::none};
       if (lane >= a.rows) continue;
-      const KeyRange r = a.range[lane] = key_range(p, a.b, lane_head(p, a, lane), lane_pos(p, a, lane));
+      const KeyRange r = a.range[lane] = key_range(p, a.b, a.head[lane], a.pos[lane]);
       a.common_lo = max64(a.common_lo, r.lo), a.common_hi = min64(a.common_hi, r.hi);
       a.masked |= r.mask != MaskUse::none;
       if (r.lo >= r.hi) continue;
@@ -83,12 +86,12 @@ inline void load_bias_block(const Problem& p, const Panel& a, int v0, int v1, in
   for (int v = v0; v < v1; ++v) {
     for (int l = 0; l < kLanes; ++l) {
       const int lane = v * kLanes + l;
-      load_bias(p, a.range[lane].mask, a.b, lane_head(p, a, lane), lane_pos(p, a, lane), j0, keys, a.row + l * kBlock);
+      load_bias(p, a.range[lane].mask, a.b, a.head[lane], a.pos[lane], j0, keys, a.row + l * kRowLd);
     }
     for (int64_t j = 0; j < keys; j += kLanes) {
       Vec t[kLanes];
       const int n = static_cast<int>(min64(kLanes, keys - j));
-      for (int l = 0; l < kLanes; ++l) t[l] = vload_n(a.row + l * kBlock + j, n);
+      for (int l = 0; l < kLanes; ++l) t[l] = vload_n(a.row + l * kRowLd + j, n);
       vtranspose(t);
       for (int l = 0; l < n; ++l) vstore(a.bias + (j + l) * kLd + v * kLanes, t[l]);
     }
@@ -243,24 +246,24 @@ inline void store_panel(const Problem& p, const Plan& plan, Panel& a, int64_t sp
     vstore(sum, a.sum[v]);
     const Vec none = vset(0.0f);
     const Vec inverse = splits > 1 ? vset(1.0f) : vselect(veq(a.sum[v], none), none, vdiv(vset(1.0f), a.sum[v]));
-    const int lanes = static_cast<int>(max64(0, min64(kLanes, a.rows - v * kLanes)));
+    const int lanes = static_cast<int>(min64(kLanes, a.rows - v * kLanes));
+    char* row[kLanes];
+    for (int l = 0; l < lanes; ++l) {
+      const int lane = v * kLanes + l;
+      if (splits > 1) row[l] = reinterpret_cast<char*>(partial(p, plan, shared, a.b, a.kv_head, a.row0 + lane, split) + 2);
+      else row[l] = row_ptr(*p.out, a.b, a.head[lane], a.pos[lane]);
+    }
+    const DType dtype = splits > 1 ? DType::f32 : p.out->dtype;
     for (int64_t d = 0; d < p.v_dim; d += kLanes) {
       const int n = static_cast<int>(min64(kLanes, p.v_dim - d));
       Vec t[kLanes];
       for (int c = 0; c < kLanes; ++c)
         t[c] = c < n ? vmul(inverse, vload(a.ot + (d + c) * kLd + v * kLanes)) : vzero();
       vtranspose(t);
-      for (int l = 0; l < lanes; ++l) {
-        const int lane = v * kLanes + l;
-        if (splits > 1) {
-          vstore_n(partial(p, plan, shared, a.b, a.kv_head, a.row0 + lane, split) + 2 + d, t[l], n);
-          continue;
-        }
-        vstore_as(p.out->dtype, row_ptr(*p.out, a.b, lane_head(p, a, lane), lane_pos(p, a, lane)), d, t[l], n);
-      }
+      for (int l = 0; l < lanes; ++l) vstore_as(dtype, row[l], d, t[l], n);
     }
     for (int l = 0; splits > 1 && l < lanes; ++l) {
-      float* to = partial(p, plan, shared, a.b, a.kv_head, a.row0 + v * kLanes + l, split);
+      float* to = reinterpret_cast<float*>(row[l]) - 2;
       to[0] = max[l], to[1] = sum[l];
     }
   }
@@ -277,8 +280,8 @@ inline void prefill(const Problem& p, const Plan& plan, int64_t chunk, int64_t s
   a.rows = min64(plan.nv * kLanes, plan.rows - a.row0);
   a.nv = static_cast<int>(ceil_div(a.rows, kLanes));
   place_scratch(a, scratch.local);
-  load_queries(p, a);
   find_ranges(p, a);
+  load_queries(p, a);
   int64_t lo = p.kv_len, hi = 0;
   for (int v = 0; v < a.nv; ++v) {
     lo = min64(lo, a.vec_lo[v]), hi = max64(hi, a.vec_hi[v]);

@@ -4,11 +4,10 @@
 
 namespace {
 
+// Whole vectors are stored, so `to` has room for n rounded up to kLanes; what is past n becomes zero. (A masked store is
+// slow on some CPUs and cannot be forwarded to the loads that follow.)
 inline void load_row(DType d, const char* p, int64_t n, float* to) {
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const int lanes = static_cast<int>(min64(kLanes, n - i));
-    vstore_n(to + i, vload_as(d, p, i, lanes), lanes);
-  }
+  for (int64_t i = 0; i < n; i += kLanes) vstore(to + i, vload_as(d, p, i, static_cast<int>(min64(kLanes, n - i))));
 }
 inline void store_row(DType d, char* p, int64_t n, const float* from) {
   for (int64_t i = 0; i < n; i += kLanes) {
@@ -20,13 +19,14 @@ inline void store_row(DType d, char* p, int64_t n, const float* from) {
 // Rotates pairs (i, i + r/2), the Llama and NeoX convention.
 inline void rotate_half(float* x, const float* cos, const float* sin, int64_t r) {
   const int64_t half = r / 2;
+  char* out = reinterpret_cast<char*>(x);
   for (int64_t i = 0; i < half; i += kLanes) {
     const int n = static_cast<int>(min64(kLanes, half - i));
-    const Vec a = vload_n(x + i, n), b = vload_n(x + half + i, n);
-    const Vec ra = vsub(vmul(a, vload_n(cos + i, n)), vmul(b, vload_n(sin + i, n)));
-    const Vec rb = vfma(b, vload_n(cos + half + i, n), vmul(a, vload_n(sin + half + i, n)));
-    vstore_n(x + i, ra, n);
-    vstore_n(x + half + i, rb, n);
+    const Vec a = vload(x + i), b = vload(x + half + i);
+    const Vec ra = vsub(vmul(a, vload(cos + i)), vmul(b, vload(sin + i)));
+    const Vec rb = vfma(b, vload(cos + half + i), vmul(a, vload(sin + half + i)));
+    vstore_as(DType::f32, out, i, ra, n);
+    vstore_as(DType::f32, out, half + i, rb, n);
   }
 }
 // Rotates pairs (2i, 2i + 1), the GPT-J convention.
@@ -38,27 +38,24 @@ inline void rotate_interleaved(float* x, const float* cos, const float* sin, int
   }
 }
 
-// Rotates the first R dims of a row at position i of batch b.
+// Rotates the first R dims of a row at position i of batch b; x has kLanes floats more than the row.
 inline void rotate(const Problem& p, int64_t b, int64_t i, float* x) {
   if (p.rope_kind == kRopeNone) return;
   const int64_t r = p.cos->size[3];
-  alignas(64) float cos[kMaxHeadDim], sin[kMaxHeadDim];
+  alignas(64) float cos[kMaxHeadDim + kLanes], sin[kMaxHeadDim + kLanes];
   load_row(p.cos->dtype, row_ptr(*p.cos, b, 0, i), r, cos);
   load_row(p.sin->dtype, row_ptr(*p.sin, b, 0, i), r, sin);
   if (p.rope_kind == kRopeHalf) rotate_half(x, cos, sin, r);
   else rotate_interleaved(x, cos, sin, r);
 }
 
-// One query row in fp32, rotated and scaled so that its dot product with a key is the score (with a softcap: the
+// One query row in fp32 (padded with zeros to whole vectors), rotated and scaled so that its dot product with a key is the score (with a softcap: the
 // argument of the tanh).
 inline void load_query(const Problem& p, int64_t b, int64_t h, int64_t i, float* to) {
   load_row(p.q->dtype, row_ptr(*p.q, b, h, i), p.head_dim, to);
   rotate(p, b, i, to);
   const Vec scale = vset(p.softcap > 0 ? p.scale / p.softcap : p.scale);
-  for (int64_t d = 0; d < p.head_dim; d += kLanes) {
-    const int n = static_cast<int>(min64(kLanes, p.head_dim - d));
-    vstore_n(to + d, vmul(vload_n(to + d, n), scale), n);
-  }
+  for (int64_t d = 0; d < p.head_dim; d += kLanes) vstore(to + d, vmul(vload(to + d), scale));
 }
 
 // The cache slot of new row j.
@@ -70,7 +67,7 @@ inline int64_t slot_of(const Problem& p, int64_t j) {
 // Writes those of the new rows [j0, j1) whose slot is in [slot0, slot1).
 inline void write_new_rows(const Problem& p, int64_t b, int64_t kv_head, int64_t j0, int64_t j1, int64_t slot0,
                            int64_t slot1) {
-  alignas(64) float row[kMaxHeadDim];
+  alignas(64) float row[kMaxHeadDim + kLanes];
   for (int64_t j = j0; j < j1; ++j) {
     const int64_t slot = slot_of(p, j);
     if (slot < slot0 || slot >= slot1) continue;
