@@ -16,7 +16,8 @@ using StepTuple = std::tuple<std::string, std::vector<OperandTuple>, std::vector
 
 std::unique_ptr<Program> make_program(const std::string& tier_name, int num_symbols, int num_externals,
                                       std::vector<std::vector<int64_t>> exprs, std::vector<std::vector<ExprId>> slots,
-                                      const std::vector<std::pair<bool, int>>& buffers, const std::vector<StepTuple>& steps) {
+                                      const std::vector<std::pair<bool, int>>& buffers,
+                                      const std::vector<StepTuple>& steps) {
   std::vector<Buffer> buffer_rows;
   for (auto [external, index] : buffers) buffer_rows.push_back({external, index});
   std::vector<StepSpec> specs;
@@ -63,8 +64,9 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Native half of llmopt: CPU kernels and the plan executor.";
   m.def("tiers", &tier_names, py::arg("supported_only") = true, "CPU tiers, best first.");
   m.def("tier_ops", &tier_ops, py::arg("tier"), "Names of the ops a tier has kernels for.");
-  m.def("panel_width", [](const std::string& t) { return tier(t).panel_width(); }, py::arg("tier"),
-        "Columns of one packed weight panel (NR) in a tier.");
+  m.def(
+      "panel_width", [](const std::string& t) { return tier(t).panel_width(); }, py::arg("tier"),
+      "Columns of one packed weight panel (NR) in a tier.");
   py::class_<Memory>(m, "Memory", "Zeroed, aligned memory; huge pages when large.")
       .def(py::init<size_t>(), py::arg("bytes"))
       .def_property_readonly("address", [](const Memory& a) { return reinterpret_cast<int64_t>(a.data()); })

@@ -2,8 +2,8 @@
 //
 // op attention. Operands ("-": may be absent; any strides, last dim dense, float dtypes may differ):
 //   0 q [B,H,Sq,D]  1 k [B,Hkv,Skv,D]  2 v [B,Hkv,Skv,Dv]  3 out [B,H,Sq,Dv]
-//   4 mask [B,H,Sq,Skv] (b8: true attends; float: bias) -   5 bounds i32 [B,H,Sq,4] of mask_bounds, always with a mask -
-//   6 cos, 7 sin [B,1,Sq,R] -   8 k_new [B,Hkv,Sn,D] -   9 v_new [B,Hkv,Sn,Dv] -   10 positions i64 [Sn] -
+//   4 mask [B,H,Sq,Skv] (b8: true attends; float: bias) -   5 bounds i32 [B,H,Sq,4] of mask_bounds, always with a mask
+//   - 6 cos, 7 sin [B,1,Sq,R] -   8 k_new [B,Hkv,Sn,D] -   9 v_new [B,Hkv,Sn,Dv] -   10 positions i64 [Sn] -
 // ints: is_causal, causal_offset, window (0: none), rope_kind (0 none, 1 half, 2 interleaved), write_kv
 // floats: scale, softcap (0: none)
 //   H is a multiple of Hkv; D and Dv are at most 256. Key j is allowed for row i when j <= i + causal_offset (causal),

@@ -7,10 +7,10 @@
 // LLMOPT_FAMILY_SYMBOL(linear) → llmopt_linear_<tier>
 #define LLMOPT_FAMILY_SYMBOL(family) LLMOPT_CAT(llmopt_, family, _, LLMOPT_ISA)
 
-#define LLMOPT_EXPORT_FAMILY(family, ...)                                          \
-  extern "C" {                                                                     \
-  extern const llmopt::KernelFamily LLMOPT_FAMILY_SYMBOL(family);                  \
-  const llmopt::KernelFamily LLMOPT_FAMILY_SYMBOL(family) = {__VA_ARGS__};         \
+#define LLMOPT_EXPORT_FAMILY(family, ...)                                  \
+  extern "C" {                                                             \
+  extern const llmopt::KernelFamily LLMOPT_FAMILY_SYMBOL(family);          \
+  const llmopt::KernelFamily LLMOPT_FAMILY_SYMBOL(family) = {__VA_ARGS__}; \
   }
 
 #include LLMOPT_ISA_HEADER

@@ -2,7 +2,8 @@
 // chunks and leaves one float per chunk in t[last], so that all threads work and nothing is optimised away.
 //
 // probe_fma    t: sink f32 [chunks].  i: iterations.  kChains * 2 * kLanes flops per iteration and chunk, in registers.
-// probe_vnni   t: sink f32 [chunks].  i: iterations.  kChains * 128 int8 operations (a multiply or an add) per iteration
+// probe_vnni   t: sink f32 [chunks].  i: iterations.  kChains * 128 int8 operations (a multiply or an add) per
+// iteration
 //              and chunk. Only in tiers with vpdpbusd.
 // probe_read   t: buffer u8 [bytes], sink f32 [chunks].  Reads the buffer once, each chunk as four streams. The buffer
 //              must hold floats without denormals and NaNs (zeros do), which cost time of their own.
@@ -21,9 +22,7 @@ constexpr int kStreams = 4;
 
 int one_phase(const Step&, int) { return 1; }
 int64_t sink_chunks(const Step& s, int, int) { return s.t[s.num_tensors - 1].size[0]; }
-float* sink(const Step& s, int64_t chunk) {
-  return reinterpret_cast<float*>(s.t[s.num_tensors - 1].data) + chunk;
-}
+float* sink(const Step& s, int64_t chunk) { return reinterpret_cast<float*>(s.t[s.num_tensors - 1].data) + chunk; }
 
 void fma_run(const Step& s, int, int64_t chunk, int, const Scratch&) {
   Vec acc[kChains];

@@ -92,37 +92,58 @@ inline Vec vgelu_tanh(Vec x) {
 
 // Activations an epilogue may apply. The numbers are the contract with pycompiler/llmopt/ops/activation.py.
 enum Activation : int64_t {
-  kActNone = 0, kActRelu = 1, kActSilu = 2, kActGeluErf = 3, kActGeluTanh = 4, kActSigmoid = 5, kActTanh = 6,
+  kActNone = 0,
+  kActRelu = 1,
+  kActSilu = 2,
+  kActGeluErf = 3,
+  kActGeluTanh = 4,
+  kActSigmoid = 5,
+  kActTanh = 6,
   kActQuickGelu = 7,  // x * sigmoid(1.702 x)
   kActRelu2 = 8,      // relu(x)^2
 };
 inline Vec vactivate(int64_t act, Vec x) {
   switch (act) {
-    case kActRelu: return vselect(vlt(x, vzero()), vzero(), x);
-    case kActSilu: return vsilu(x);
-    case kActGeluErf: return vgelu_erf(x);
-    case kActGeluTanh: return vgelu_tanh(x);
-    case kActSigmoid: return vsigmoid(x);
-    case kActTanh: return vtanh(x);
-    case kActQuickGelu: return vdiv(x, vadd(vset(1.0f), vexp(vmul(x, vset(-1.702f)))));
+    case kActRelu:
+      return vselect(vlt(x, vzero()), vzero(), x);
+    case kActSilu:
+      return vsilu(x);
+    case kActGeluErf:
+      return vgelu_erf(x);
+    case kActGeluTanh:
+      return vgelu_tanh(x);
+    case kActSigmoid:
+      return vsigmoid(x);
+    case kActTanh:
+      return vtanh(x);
+    case kActQuickGelu:
+      return vdiv(x, vadd(vset(1.0f), vexp(vmul(x, vset(-1.702f)))));
     case kActRelu2: {
       Vec r = vselect(vlt(x, vzero()), vzero(), x);
       return vmul(r, r);
     }
-    default: return x;
+    default:
+      return x;
   }
 }
 
 inline int itemsize(llmopt::DType d) {
   switch (d) {
-    case llmopt::DType::f32: case llmopt::DType::i32: return 4;
-    case llmopt::DType::f16: case llmopt::DType::bf16: return 2;
-    case llmopt::DType::i64: return 8;
-    default: return 1;
+    case llmopt::DType::f32:
+    case llmopt::DType::i32:
+      return 4;
+    case llmopt::DType::f16:
+    case llmopt::DType::bf16:
+      return 2;
+    case llmopt::DType::i64:
+      return 8;
+    default:
+      return 1;
   }
 }
 
-// Typed vector access: n lanes (n <= kLanes) at element `index` of a float tensor of dtype d, widened to / narrowed from f32.
+// Typed vector access: n lanes (n <= kLanes) at element `index` of a float tensor of dtype d, widened to / narrowed
+// from f32.
 inline Vec vload_as(llmopt::DType d, const char* p, int64_t index, int n) {
   if (d == llmopt::DType::f32) {
     const float* f = reinterpret_cast<const float*>(p) + index;
@@ -135,18 +156,24 @@ inline Vec vload_as(llmopt::DType d, const char* p, int64_t index, int n) {
 inline void vstore_as(llmopt::DType d, char* p, int64_t index, Vec a, int n) {
   if (d == llmopt::DType::f32) {
     float* f = reinterpret_cast<float*>(p) + index;
-    if (n == kLanes) vstore(f, a);
-    else vstore_n(f, a, n);
+    if (n == kLanes)
+      vstore(f, a);
+    else
+      vstore_n(f, a, n);
     return;
   }
   uint16_t* h = reinterpret_cast<uint16_t*>(p) + index;
   if (d == llmopt::DType::f16) {
-    if (n == kLanes) vstore_f16(h, a);
-    else vstore_f16_n(h, a, n);
+    if (n == kLanes)
+      vstore_f16(h, a);
+    else
+      vstore_f16_n(h, a, n);
     return;
   }
-  if (n == kLanes) vstore_bf16(h, a);
-  else vstore_bf16_n(h, a, n);
+  if (n == kLanes)
+    vstore_bf16(h, a);
+  else
+    vstore_bf16_n(h, a, n);
 }
 // One element, for edges and scalars.
 inline float load_scalar(llmopt::DType d, const char* p, int64_t index) {

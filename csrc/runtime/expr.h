@@ -15,7 +15,8 @@ inline int64_t floor_div(int64_t a, int64_t b) {
   return (a % b != 0 && (a < 0) != (b < 0)) ? q - 1 : q;
 }
 
-inline int64_t evaluate(const std::vector<int64_t>& code, const std::vector<int64_t>& symbols, std::vector<int64_t>& stack) {
+inline int64_t evaluate(const std::vector<int64_t>& code, const std::vector<int64_t>& symbols,
+                        std::vector<int64_t>& stack) {
   stack.clear();
   for (size_t i = 0; i < code.size(); ++i) {
     if (code[i] == kConst) {
@@ -30,12 +31,24 @@ inline int64_t evaluate(const std::vector<int64_t>& code, const std::vector<int6
     stack.pop_back();
     int64_t& a = stack.back();
     switch (code[i]) {
-      case kAdd: a += b; break;
-      case kMul: a *= b; break;
-      case kFloorDiv: a = floor_div(a, b); break;
-      case kMod: a -= floor_div(a, b) * b; break;
-      case kMax: a = a > b ? a : b; break;
-      default: a = a < b ? a : b; break;
+      case kAdd:
+        a += b;
+        break;
+      case kMul:
+        a *= b;
+        break;
+      case kFloorDiv:
+        a = floor_div(a, b);
+        break;
+      case kMod:
+        a -= floor_div(a, b) * b;
+        break;
+      case kMax:
+        a = a > b ? a : b;
+        break;
+      default:
+        a = a < b ? a : b;
+        break;
     }
   }
   return stack.back();

@@ -9,8 +9,8 @@
 
 namespace llmopt {
 
-// Owns zeroed memory: 64-byte aligned; when large, pages of its own (given back at once when freed), 2 MiB-aligned, with huge
-// pages asked for.
+// Owns zeroed memory: 64-byte aligned; when large, pages of its own (given back at once when freed), 2 MiB-aligned,
+// with huge pages asked for.
 class Memory {
  public:
   Memory() = default;
@@ -32,8 +32,10 @@ class Memory {
   static size_t round_up(size_t bytes, size_t unit) { return (bytes + unit - 1) / unit * unit; }
 
   void release() {
-    if (mapped_) munmap(mapped_, mapped_bytes_);
-    else std::free(data_);
+    if (mapped_)
+      munmap(mapped_, mapped_bytes_);
+    else
+      std::free(data_);
     mapped_ = nullptr;
     data_ = nullptr;
     bytes_ = 0;

@@ -63,7 +63,8 @@ Program::Program(const Tier& tier, int num_symbols, int num_externals, std::vect
       throw std::invalid_argument("a buffer names memory that does not exist");
   for (const StepSpec& step : steps_) {
     const Kernel* kernel = tier.find(step.op);
-    if (!kernel) throw std::invalid_argument("tier " + std::string(tier.name) + " has no kernel for op '" + step.op + "'");
+    if (!kernel)
+      throw std::invalid_argument("tier " + std::string(tier.name) + " has no kernel for op '" + step.op + "'");
     kernels_.push_back(kernel);
     for (const Operand& operand : step.operands) check(operand);
     for (ExprId e : step.ints)
@@ -81,7 +82,8 @@ void Program::check(const Operand& o) const {
     throw std::invalid_argument("an operand needs as many strides as sizes and at most 6 of each");
   const int num_exprs = static_cast<int>(exprs_.size());
   auto bad = [&](ExprId e) { return e < 0 || e >= num_exprs; };
-  if (bad(o.offset) || std::any_of(o.size.begin(), o.size.end(), bad) || std::any_of(o.stride.begin(), o.stride.end(), bad))
+  if (bad(o.offset) || std::any_of(o.size.begin(), o.size.end(), bad) ||
+      std::any_of(o.stride.begin(), o.stride.end(), bad))
     throw std::invalid_argument("an operand names an expression that does not exist");
 }
 
@@ -93,7 +95,8 @@ std::vector<int64_t> Program::sizes(const std::vector<int64_t>& symbols, const s
   return values;
 }
 
-void Program::resolve(Context& c, const std::vector<int64_t>& externals, const std::vector<int64_t>& symbols, int threads) {
+void Program::resolve(Context& c, const std::vector<int64_t>& externals, const std::vector<int64_t>& symbols,
+                      int threads) {
   c.values.resize(exprs_.size());
   for (size_t i = 0; i < exprs_.size(); ++i) c.values[i] = evaluate(exprs_[i], symbols, c.stack);
 
@@ -119,8 +122,12 @@ void Program::resolve(Context& c, const std::vector<int64_t>& externals, const s
   for (size_t k = 0; k < steps_.size(); ++k) {
     const StepSpec& spec = steps_[k];
     Step& step = c.steps[k];
-    step = {t, attr, spec.floats.data(), static_cast<int32_t>(spec.operands.size()),
-            static_cast<int32_t>(spec.ints.size()), static_cast<int32_t>(spec.floats.size())};
+    step = {t,
+            attr,
+            spec.floats.data(),
+            static_cast<int32_t>(spec.operands.size()),
+            static_cast<int32_t>(spec.ints.size()),
+            static_cast<int32_t>(spec.floats.size())};
     for (const Operand& o : spec.operands) {
       Tensor& out = *t++;
       out = Tensor{};

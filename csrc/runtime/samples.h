@@ -12,8 +12,8 @@ namespace llmopt {
 
 class Samples {
  public:
-  // Remembers kLines cache lines of each range, spread evenly with the first and the last among them. The ranges must stay
-  // readable for as long as unchanged() is called.
+  // Remembers kLines cache lines of each range, spread evenly with the first and the last among them. The ranges must
+  // stay readable for as long as unchanged() is called.
   Samples(const std::vector<int64_t>& addresses, const std::vector<int64_t>& bytes) {
     if (addresses.size() != bytes.size()) throw std::invalid_argument("Samples needs as many sizes as addresses");
     for (int line = 0; line < kLines; ++line) {

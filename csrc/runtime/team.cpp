@@ -32,8 +32,10 @@ void Team::barrier() {
     return;
   }
   for (int spins = 0; generation_.load(std::memory_order_acquire) == generation; ++spins) {
-    if (spins < kSpins) relax();
-    else sched_yield();
+    if (spins < kSpins)
+      relax();
+    else
+      sched_yield();
   }
 }
 

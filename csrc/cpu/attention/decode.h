@@ -6,9 +6,9 @@
 
 namespace {
 
-constexpr int64_t kScoreBlock = 512;  // keys between two updates of the running softmax
-constexpr int64_t kSharedBlock = 64;  // the same when heads take turns on the same stretch of memory
-constexpr int64_t kSubBlock = 32;     // keys whose rows stay in L1 while every group of rows uses them
+constexpr int64_t kScoreBlock = 512;   // keys between two updates of the running softmax
+constexpr int64_t kSharedBlock = 64;   // the same when heads take turns on the same stretch of memory
+constexpr int64_t kSubBlock = 32;      // keys whose rows stay in L1 while every group of rows uses them
 constexpr int64_t kAheadBytes = 8192;  // how far the stream of keys or values is fetched before it is used
 constexpr int64_t kScoreLd = kScoreBlock + kLanes;
 // A tile of outputs: 4 query rows x kNarrow vectors when that covers a row of values, else 2 x kWide, so that a row is
@@ -42,8 +42,8 @@ struct Stream {
   Stream again() const { return {data, row_bytes, 0}; }  // rows that are in L1 already
 };
 
-// One vector of a row; fetches the line that lies ahead, once per line. Into L2: a fetch into L1 holds one of the core's
-// few miss buffers for as long as memory takes, and streams slower than with no fetch at all.
+// One vector of a row; fetches the line that lies ahead, once per line. Into L2: a fetch into L1 holds one of the
+// core's few miss buffers for as long as memory takes, and streams slower than with no fetch at all.
 template <DType T>
 inline Vec load_ahead(const char* row, int64_t ahead, int64_t i) {
   constexpr int64_t kItem = T == DType::f32 ? 4 : 2;
@@ -147,8 +147,8 @@ template <DType T>
 void dot_block(int64_t rows, const Stream& k, int64_t keys, const float* q, int64_t depth, float* s) {
   for (int64_t j = 0; j < keys; j += kSubBlock)
     for (int64_t r = 0; r < rows; r += 4)
-      dot_rows<T, 4>(rows - r, r ? k.from(j).again() : k.from(j), min64(kSubBlock, keys - j), q + r * kMaxHeadDim, depth,
-                     s + r * kScoreLd + j);
+      dot_rows<T, 4>(rows - r, r ? k.from(j).again() : k.from(j), min64(kSubBlock, keys - j), q + r * kMaxHeadDim,
+                     depth, s + r * kScoreLd + j);
 }
 template <DType T, int R, int N>
 void weigh_tiles(int64_t rows, const Stream& v, int64_t keys, const float* w, int64_t v_dim, float* o) {
@@ -164,7 +164,8 @@ void weigh_block(int64_t rows, const Stream& v, int64_t keys, const float* w, in
 }
 
 // Softcap, bias and the row's own range on scores of keys [j0, j0 + keys); dead scores and the padding become -inf.
-inline void mask_row(const Problem& p, int64_t b, const DecodeRow& row, int64_t j0, int64_t keys, float* s, float* bias) {
+inline void mask_row(const Problem& p, int64_t b, const DecodeRow& row, int64_t j0, int64_t keys, float* s,
+                     float* bias) {
   if (p.softcap > 0)
     for (int64_t j = 0; j < keys; j += kLanes) vstore(s + j, vmul(vset(p.softcap), vtanh(vload(s + j))));
   if (row.range.mask != MaskUse::none) {
@@ -257,7 +258,8 @@ inline void start_head(const Problem& p, DecodeHead& a, KeyRange& live) {
   }
 }
 
-inline void finish_head(const Problem& p, const Plan& plan, DecodeHead& a, int64_t split, int64_t splits, char* shared) {
+inline void finish_head(const Problem& p, const Plan& plan, DecodeHead& a, int64_t split, int64_t splits,
+                        char* shared) {
   for (int64_t r = 0; r < a.rows; ++r) {
     float* o = a.o + r * kMaxHeadDim;
     if (splits > 1) {
@@ -272,8 +274,8 @@ inline void finish_head(const Problem& p, const Plan& plan, DecodeHead& a, int64
   }
 }
 
-// A chunk: one kv head, or some that lie side by side, and one split of their live keys. New keys and values are written
-// by the split that owns their slots.
+// A chunk: one kv head, or some that lie side by side, and one split of their live keys. New keys and values are
+// written by the split that owns their slots.
 inline void decode(const Problem& p, const Plan& plan, int64_t chunk, int64_t splits, const llmopt::Scratch& scratch) {
   const int64_t split = chunk % splits, groups = ceil_div(p.kv_heads, plan.heads);
   const int64_t b = chunk / splits / groups, head0 = chunk / splits % groups * plan.heads;
@@ -298,7 +300,8 @@ inline void decode(const Problem& p, const Plan& plan, int64_t chunk, int64_t sp
     for (int64_t n = 0; n < heads; ++n) decode_block(p, head[n], j, min64(block, end - j), s, bias);
   for (int64_t n = 0; n < heads; ++n) finish_head(p, plan, head[n], split, splits, scratch.shared);
 }
-static_assert(sizeof(float) * ((kLanes + 1) * kScoreLd + kHeadsPerChunk * 2 * kLanes * kMaxHeadDim + kLanes) <= llmopt::kLocalBytes,
+static_assert(sizeof(float) * ((kLanes + 1) * kScoreLd + kHeadsPerChunk * 2 * kLanes * kMaxHeadDim + kLanes) <=
+                  llmopt::kLocalBytes,
               "a decode chunk must fit the local scratch");
 
 }  // namespace

@@ -5,7 +5,8 @@
 namespace {
 
 // bias[k] for keys [j0, j0 + n) of one row: -inf for a dead key, else what to add to the score.
-inline void load_bias(const Problem& p, MaskUse use, int64_t b, int64_t h, int64_t i, int64_t j0, int64_t n, float* bias) {
+inline void load_bias(const Problem& p, MaskUse use, int64_t b, int64_t h, int64_t i, int64_t j0, int64_t n,
+                      float* bias) {
   if (use == MaskUse::none) {
     for (int64_t k = 0; k < n; ++k) bias[k] = 0.0f;
     return;
@@ -129,8 +130,10 @@ void bounds_run(const Step& s, int, int64_t chunk, int, const llmopt::Scratch&) 
                   b = row / (bounds.size[2] * bounds.size[1]);
     const int64_t first = row_index(mask, b, h, i);
     MaskRow r{0, 0, true};
-    if (n > 0 && mask.stride[3] == 0) r = scan_constant(mask, first, n);
-    else if (n > 0) r = is_bool(mask.dtype) ? scan_bool(mask.data + first, n) : scan_bias(mask, first, n);
+    if (n > 0 && mask.stride[3] == 0)
+      r = scan_constant(mask, first, n);
+    else if (n > 0)
+      r = is_bool(mask.dtype) ? scan_bool(mask.data + first, n) : scan_bias(mask, first, n);
     int32_t* to = reinterpret_cast<int32_t*>(row_ptr(bounds, b, h, i));
     to[0] = static_cast<int32_t>(r.lo), to[1] = static_cast<int32_t>(r.hi), to[2] = r.dense, to[3] = 0;
   }

@@ -8,9 +8,9 @@
 
 namespace {
 
-constexpr int64_t kBlock = 192;       // keys per block: a multiple of both tile heights
+constexpr int64_t kBlock = 192;  // keys per block: a multiple of both tile heights
 constexpr int64_t kRowLd = (kMaxHeadDim > kBlock ? kMaxHeadDim : kBlock) + kLanes;  // of rows on their way to lanes
-constexpr int64_t kMinSegment = 16;   // keys worth a tile call of their own on the causal diagonal
+constexpr int64_t kMinSegment = 16;  // keys worth a tile call of their own on the causal diagonal
 
 struct Panel {
   int64_t b, kv_head, row0, rows;
@@ -36,8 +36,8 @@ inline void place_scratch(Panel& a, char* local) {
   a.k_block = take(kBlock * kMaxHeadDim), a.v_block = take(kBlock * kMaxHeadDim);
   a.row = take(kLanes * kRowLd);
 }
-static_assert(sizeof(float) * (kMaxHeadDim * kLd * 2 + kBlock * kLd * 2 + kBlock * kMaxHeadDim * 2 +
-                               kLanes * kRowLd) <= llmopt::kLocalBytes,
+static_assert(sizeof(float) * (kMaxHeadDim * kLd * 2 + kBlock * kLd * 2 + kBlock * kMaxHeadDim * 2 + kLanes * kRowLd) <=
+                  llmopt::kLocalBytes,
               "a prefill panel must fit the local scratch");
 
 // Qᵀ, rotated and scaled; padding lanes are zero.
@@ -47,7 +47,8 @@ inline void load_queries(const Problem& p, Panel& a) {
     for (int l = 0; l < kLanes; ++l) {
       const int lane = v * kLanes + l;
       float* row = a.row + l * kRowLd;
-      if (lane < a.rows) load_query(p, a.b, a.head[lane], a.pos[lane], row);
+      if (lane < a.rows)
+        load_query(p, a.b, a.head[lane], a.pos[lane], row);
       else
         for (int64_t d = 0; d < dim; ++d) row[d] = 0.0f;
     }
@@ -99,7 +100,8 @@ inline void load_bias_block(const Problem& p, const Panel& a, int v0, int v1, in
 }
 
 // Softcap, bias and the lanes' own ranges; dead scores become -inf. Returns the running max including this block.
-inline void mask_scores(const Problem& p, const Panel& a, int v, int64_t j0, int64_t keys, bool ragged, Vec* block_max) {
+inline void mask_scores(const Problem& p, const Panel& a, int v, int64_t j0, int64_t keys, bool ragged,
+                        Vec* block_max) {
   alignas(64) float lo[kLanes], hi[kLanes];
   for (int l = 0; l < kLanes; ++l) {  // relative to the block, so that they are exact as floats
     const KeyRange& r = a.range[v * kLanes + l];
@@ -206,7 +208,8 @@ inline void attend_block(const Problem& p, Panel& a, int64_t j0, int64_t keys) {
   if (a.masked) load_bias_block(p, a, v0, v1, j0, keys);
   for (int v = v0; v < v1; ++v) {
     Vec top = a.max[v];
-    if (has_dead || p.softcap > 0) mask_scores(p, a, v, j0, keys, ragged, &top);
+    if (has_dead || p.softcap > 0)
+      mask_scores(p, a, v, j0, keys, ragged, &top);
     else
       for (int64_t j = 0; j < keys; ++j) top = vmax(vload(a.st + j * kLd + v * kLanes), top);
     exponentiate(a, v, keys, has_dead, top, alpha);
@@ -250,15 +253,16 @@ inline void store_panel(const Problem& p, const Plan& plan, Panel& a, int64_t sp
     char* row[kLanes];
     for (int l = 0; l < lanes; ++l) {
       const int lane = v * kLanes + l;
-      if (splits > 1) row[l] = reinterpret_cast<char*>(partial(p, plan, shared, a.b, a.kv_head, a.row0 + lane, split) + 2);
-      else row[l] = row_ptr(*p.out, a.b, a.head[lane], a.pos[lane]);
+      if (splits > 1)
+        row[l] = reinterpret_cast<char*>(partial(p, plan, shared, a.b, a.kv_head, a.row0 + lane, split) + 2);
+      else
+        row[l] = row_ptr(*p.out, a.b, a.head[lane], a.pos[lane]);
     }
     const DType dtype = splits > 1 ? DType::f32 : p.out->dtype;
     for (int64_t d = 0; d < p.v_dim; d += kLanes) {
       const int n = static_cast<int>(min64(kLanes, p.v_dim - d));
       Vec t[kLanes];
-      for (int c = 0; c < kLanes; ++c)
-        t[c] = c < n ? vmul(inverse, vload(a.ot + (d + c) * kLd + v * kLanes)) : vzero();
+      for (int c = 0; c < kLanes; ++c) t[c] = c < n ? vmul(inverse, vload(a.ot + (d + c) * kLd + v * kLanes)) : vzero();
       vtranspose(t);
       for (int l = 0; l < lanes; ++l) vstore_as(dtype, row[l], d, t[l], n);
     }
@@ -269,8 +273,8 @@ inline void store_panel(const Problem& p, const Plan& plan, Panel& a, int64_t sp
   }
 }
 
-// Chunks run over splits fastest, then panels from the last (under a causal mask the longest), then heads: the chunks in
-// flight share a head's keys, and the shortest come at the end.
+// Chunks run over splits fastest, then panels from the last (under a causal mask the longest), then heads: the chunks
+// in flight share a head's keys, and the shortest come at the end.
 inline void prefill(const Problem& p, const Plan& plan, int64_t chunk, int64_t splits, const llmopt::Scratch& scratch) {
   Panel a;
   const int64_t split = chunk % splits, head = chunk / splits / plan.panels;

@@ -4,8 +4,8 @@
 
 namespace {
 
-// Whole vectors are stored, so `to` has room for n rounded up to kLanes; what is past n becomes zero. (A masked store is
-// slow on some CPUs and cannot be forwarded to the loads that follow.)
+// Whole vectors are stored, so `to` has room for n rounded up to kLanes; what is past n becomes zero. (A masked store
+// is slow on some CPUs and cannot be forwarded to the loads that follow.)
 inline void load_row(DType d, const char* p, int64_t n, float* to) {
   for (int64_t i = 0; i < n; i += kLanes) vstore(to + i, vload_as(d, p, i, static_cast<int>(min64(kLanes, n - i))));
 }
@@ -45,12 +45,14 @@ inline void rotate(const Problem& p, int64_t b, int64_t i, float* x) {
   alignas(64) float cos[kMaxHeadDim + kLanes], sin[kMaxHeadDim + kLanes];
   load_row(p.cos->dtype, row_ptr(*p.cos, b, 0, i), r, cos);
   load_row(p.sin->dtype, row_ptr(*p.sin, b, 0, i), r, sin);
-  if (p.rope_kind == kRopeHalf) rotate_half(x, cos, sin, r);
-  else rotate_interleaved(x, cos, sin, r);
+  if (p.rope_kind == kRopeHalf)
+    rotate_half(x, cos, sin, r);
+  else
+    rotate_interleaved(x, cos, sin, r);
 }
 
-// One query row in fp32 (padded with zeros to whole vectors), rotated and scaled so that its dot product with a key is the score (with a softcap: the
-// argument of the tanh).
+// One query row in fp32 (padded with zeros to whole vectors), rotated and scaled so that its dot product with a key is
+// the score (with a softcap: the argument of the tanh).
 inline void load_query(const Problem& p, int64_t b, int64_t h, int64_t i, float* to) {
   load_row(p.q->dtype, row_ptr(*p.q, b, h, i), p.head_dim, to);
   rotate(p, b, i, to);

@@ -79,7 +79,8 @@ void score_panel(const float* k, int64_t k_stride, int64_t keys, const float* qt
   constexpr int kRows = tile_rows(NV);
   int64_t j = 0;
   for (; j + kRows <= keys; j += kRows) score_tile<NV, kRows>(k + j * k_stride, k_stride, qt, depth, s + j * kLd);
-  if (j < keys) score_edge<NV, kRows - 1>(static_cast<int>(keys - j), k + j * k_stride, k_stride, qt, depth, s + j * kLd);
+  if (j < keys)
+    score_edge<NV, kRows - 1>(static_cast<int>(keys - j), k + j * k_stride, k_stride, qt, depth, s + j * kLd);
 }
 template <int NV>
 void value_panel(const float* value, int64_t v_stride, int64_t v_dim, const float* pt, int64_t keys, const float* alpha,

@@ -33,8 +33,8 @@ inline Vec vsub(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
 inline Vec vmul(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
 inline Vec vdiv(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
 inline Vec vfma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
-// acc += a * b in the accumulator's own register. GCC 12 likes to turn the intrinsic into other forms of the instruction,
-// with copies and spills of accumulators in loops that have no register to spare.
+// acc += a * b in the accumulator's own register. GCC 12 likes to turn the intrinsic into other forms of the
+// instruction, with copies and spills of accumulators in loops that have no register to spare.
 inline __attribute__((always_inline)) void vfma_acc(Vec& acc, Vec a, Vec b) {
 #if defined(__GNUC__) && !defined(__clang__)
   asm("vfmadd231ps %2, %1, %0" : "+x"(acc.v) : "x"(a.v), "x"(b.v));
@@ -148,14 +148,14 @@ inline Vec vload_bf16_even(const uint16_t* p) {
   return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), 16))};
 }
 inline Vec vload_bf16_odd(const uint16_t* p) {
-  // In assembly because the compiler would keep the values from vload_bf16_even and the mask in registers, three in all,
-  // which a kernel with twelve sums does not have.
+  // In assembly because the compiler would keep the values from vload_bf16_even and the mask in registers, three in
+  // all, which a kernel with twelve sums does not have.
   alignas(32) static const uint32_t kMask[8] = {0xFFFF0000, 0xFFFF0000, 0xFFFF0000, 0xFFFF0000,
                                                 0xFFFF0000, 0xFFFF0000, 0xFFFF0000, 0xFFFF0000};
   Vec r;
   asm("vmovups %1, %0\n\tvandps %2, %0, %0"
       : "=x"(r.v)
-      : "m"(*reinterpret_cast<const uint16_t(*)[16]>(p)), "m"(kMask));
+      : "m"(*reinterpret_cast<const uint16_t (*)[16]>(p)), "m"(kMask));
   return r;
 }
 

@@ -34,8 +34,8 @@ inline Vec vsub(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
 inline Vec vmul(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline Vec vdiv(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
 inline Vec vfma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
-// acc += a * b in the accumulator's own register. GCC 12 likes to turn the intrinsic into other forms of the instruction,
-// with copies and spills of accumulators in loops that have no register to spare.
+// acc += a * b in the accumulator's own register. GCC 12 likes to turn the intrinsic into other forms of the
+// instruction, with copies and spills of accumulators in loops that have no register to spare.
 inline __attribute__((always_inline)) void vfma_acc(Vec& acc, Vec a, Vec b) {
 #if defined(__GNUC__) && !defined(__clang__)
   asm("vfmadd231ps %2, %1, %0" : "+v"(acc.v) : "v"(a.v), "v"(b.v));
@@ -49,9 +49,7 @@ inline Vec vmin(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
 inline Vec vsqrt(Vec a) { return {_mm512_sqrt_ps(a.v)}; }
 inline Vec vabs(Vec a) { return {_mm512_abs_ps(a.v)}; }
 inline Vec vneg(Vec a) { return {_mm512_xor_ps(a.v, _mm512_set1_ps(-0.0f))}; }
-inline Vec vround(Vec a) {
-  return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
-}
+inline Vec vround(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 inline Vec vfloor(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)}; }
 inline Vec vcopysign(Vec magnitude, Vec sign) {
   const __m512 bit = _mm512_set1_ps(-0.0f);
@@ -107,9 +105,7 @@ inline void vstore_f16(uint16_t* p, Vec a) {
 inline void vstore_f16_n(uint16_t* p, Vec a, int n) {
   _mm256_mask_storeu_epi16(p, tail_mask(n), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
 }
-inline Vec widen_bf16(__m256i h) {
-  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))};
-}
+inline Vec widen_bf16(__m256i h) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))}; }
 // Round to nearest even; NaN stays NaN (quiet). The upper halves are picked by one permutation.
 inline __m256i narrow_bf16(Vec a) {
   const __m512i upper = _mm512_set_epi16(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 31, 29, 27, 25, 23, 21, 19, 17,
@@ -122,21 +118,15 @@ inline __m256i narrow_bf16(Vec a) {
   r = _mm512_mask_mov_epi32(r, nan, _mm512_set1_epi32(0x7FC00000));
   return _mm512_castsi512_si256(_mm512_permutexvar_epi16(upper, r));
 }
-inline Vec vload_bf16(const uint16_t* p) {
-  return widen_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-}
+inline Vec vload_bf16(const uint16_t* p) { return widen_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
 inline Vec vload_bf16_n(const uint16_t* p, int n) { return widen_bf16(_mm256_maskz_loadu_epi16(tail_mask(n), p)); }
-inline void vstore_bf16(uint16_t* p, Vec a) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_bf16(a));
-}
+inline void vstore_bf16(uint16_t* p, Vec a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_bf16(a)); }
 inline void vstore_bf16_n(uint16_t* p, Vec a, int n) { _mm256_mask_storeu_epi16(p, tail_mask(n), narrow_bf16(a)); }
 // The even- and the odd-indexed of 32 bf16 values, widened: one register operation each, no shuffle.
 inline Vec vload_bf16_even(const uint16_t* p) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16))};
 }
-inline Vec vload_bf16_odd(const uint16_t* p) {
-  return {_mm512_castsi512_ps(_mm512_maskz_loadu_epi16(0xAAAAAAAAu, p))};
-}
+inline Vec vload_bf16_odd(const uint16_t* p) { return {_mm512_castsi512_ps(_mm512_maskz_loadu_epi16(0xAAAAAAAAu, p))}; }
 
 // Transposes the kLanes x kLanes matrix whose rows are r[0..kLanes). Only moves bits, so any 32-bit type may be inside.
 inline void vtranspose(Vec* r) {

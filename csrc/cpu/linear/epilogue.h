@@ -17,12 +17,18 @@ inline void each_vector(float* sums, int rows, int vectors, F f) {
 
 void activate(int64_t act, float* sums, int rows, int vectors) {
   switch (act) {
-    case kActNone: return;
-    case kActRelu: return each_vector(sums, rows, vectors, [](Vec x) { return vactivate(kActRelu, x); });
-    case kActSilu: return each_vector(sums, rows, vectors, [](Vec x) { return vactivate(kActSilu, x); });
-    case kActGeluErf: return each_vector(sums, rows, vectors, [](Vec x) { return vactivate(kActGeluErf, x); });
-    case kActGeluTanh: return each_vector(sums, rows, vectors, [](Vec x) { return vactivate(kActGeluTanh, x); });
-    default: return each_vector(sums, rows, vectors, [act](Vec x) { return vactivate(act, x); });
+    case kActNone:
+      return;
+    case kActRelu:
+      return each_vector(sums, rows, vectors, [](Vec x) { return vactivate(kActRelu, x); });
+    case kActSilu:
+      return each_vector(sums, rows, vectors, [](Vec x) { return vactivate(kActSilu, x); });
+    case kActGeluErf:
+      return each_vector(sums, rows, vectors, [](Vec x) { return vactivate(kActGeluErf, x); });
+    case kActGeluTanh:
+      return each_vector(sums, rows, vectors, [](Vec x) { return vactivate(kActGeluTanh, x); });
+    default:
+      return each_vector(sums, rows, vectors, [act](Vec x) { return vactivate(act, x); });
   }
 }
 

@@ -19,8 +19,8 @@ inline Chunk chunk_at(const Problem& p, const Schedule& s, int64_t chunk) {
 // A stream asks for its weights this far ahead: the hardware prefetcher alone leaves bandwidth unused.
 constexpr int64_t kStreamAhead = 3 << 10;
 
-// One tile: weights are read once, straight through the panels. The end of every panel runs by itself because the end of
-// the chunk must ask for the start of this thread's next one; every panel, so that sums do not depend on the chunks.
+// One tile: weights are read once, straight through the panels. The end of every panel runs by itself because the end
+// of the chunk must ask for the start of this thread's next one; every panel, so that sums do not depend on the chunks.
 void run_stream(const Problem& p, const Chunk& c, int64_t next_panel, const float* a, float* sums) {
   const TileFunction run = stream_tile(p.weight, p.M);
   const int64_t bytes = panel_bytes(p.K, p.weight), step_bytes = kPanel * itemsize(p.weight) * steps_of(p.weight);
@@ -39,13 +39,16 @@ constexpr int64_t kTilesToWiden = 5;
 
 // One K block of a panel as f32.
 inline void widen_block(DType weight, const char* packed, int64_t k, float* to) {
-  if (weight == DType::f16) widen<WeightF16>(packed, k / WeightF16::kSteps, to);
-  else widen<WeightBF16>(packed, k / WeightBF16::kSteps, to);
+  if (weight == DType::f16)
+    widen<WeightF16>(packed, k / WeightF16::kSteps, to);
+  else
+    widen<WeightBF16>(packed, k / WeightBF16::kSteps, to);
 }
 
 // Many tiles: the panels stay in L2 for one K block while all tiles pass over it; meanwhile the weights that come next
 // are fetched.
-void run_blocked(const Problem& p, const Schedule& s, const Chunk& c, int64_t next_panel, const float* a, float* local) {
+void run_blocked(const Problem& p, const Schedule& s, const Chunk& c, int64_t next_panel, const float* a,
+                 float* local) {
   const int64_t bytes = panel_bytes(p.K, p.weight), k_bytes = kPanel * itemsize(p.weight);
   const int64_t tiles = c.tile1 - c.tile0, panels = c.panel1 - c.panel0;
   const bool widened = p.weight != DType::f32 && tiles >= kTilesToWiden;
@@ -105,7 +108,8 @@ void linear_run(const Step& s, int phase, int64_t chunk, int threads, const Scra
   const Chunk c = chunk_at(p, schedule, chunk);
   const float* a = p.prepared() ? prepared : reinterpret_cast<const float*>(p.x.data);
   float* sums = reinterpret_cast<float*>(scratch.local);
-  const int64_t next_panel = chunk_at(p, schedule, chunk + threads).panel0;  // of the chunk this thread likely takes next
+  const int64_t next_panel =
+      chunk_at(p, schedule, chunk + threads).panel0;  // of the chunk this thread likely takes next
   if (p.tiles() == 1) return run_stream(p, c, next_panel, a, sums);
   run_blocked(p, schedule, c, next_panel, a, sums);
 }

@@ -119,8 +119,10 @@ void pack_run(const Step& s, int, int64_t panel, int, const Scratch&) {
   WeightRow rows[kPanel];
   for (int c = 0; c < kPanel; ++c) rows[c] = weight_row(s, s.i[0] != 0, panel, c);
   char* to = packed.data + panel * panel_bytes(K, w.dtype);
-  if (itemsize(w.dtype) == 4) pack_panel<uint32_t>(rows, w.dtype, K, to);
-  else pack_panel<uint16_t>(rows, w.dtype, K, to);
+  if (itemsize(w.dtype) == 4)
+    pack_panel<uint32_t>(rows, w.dtype, K, to);
+  else
+    pack_panel<uint16_t>(rows, w.dtype, K, to);
 }
 
 constexpr int64_t kUnpackRows = 16;
@@ -147,8 +149,10 @@ void unpack_run(const Step& s, int, int64_t chunk, int, const Scratch&) {
   for (int64_t m = chunk * kUnpackRows; m < end; ++m) {
     const int64_t id = reinterpret_cast<const int64_t*>(ids.data)[m * ids.stride[0]];
     const char* panel = packed.data + id / kPanel * panel_bytes(K, dtype);
-    if (itemsize(dtype) == 4) unpack_row<uint32_t>(panel, id % kPanel, dtype, K, y, m);
-    else unpack_row<uint16_t>(panel, id % kPanel, dtype, K, y, m);
+    if (itemsize(dtype) == 4)
+      unpack_row<uint32_t>(panel, id % kPanel, dtype, K, y, m);
+    else
+      unpack_row<uint16_t>(panel, id % kPanel, dtype, K, y, m);
   }
 }
 

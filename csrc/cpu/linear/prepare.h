@@ -107,8 +107,10 @@ void prepare_tile(const Problem& p, int64_t chunk, int threads, float* shared) {
       // A whole vector is stored: what lies past the rows is overwritten by the next k. Near the end of a part those
       // are another thread's.
       float* to = out + (k + i) * rows;
-      if (part + 1 == parts || to + kLanes <= out + k1 * rows) vstore(to, turned[i]);
-      else vstore_n(to, turned[i], rows);
+      if (part + 1 == parts || to + kLanes <= out + k1 * rows)
+        vstore(to, turned[i]);
+      else
+        vstore_n(to, turned[i], rows);
     }
   }
 }

@@ -16,9 +16,23 @@ struct Problem {
   const float eps, alpha, norm_offset;
 
   explicit Problem(const Step& s)
-      : x(s.t[0]), w(s.t[1]), bias(s.t[2]), residual(s.t[3]), y(s.t[4]), norm_weight(s.t[5]), norm_bias(s.t[6]),
-        M(x.size[0]), N(s.i[0]), K(s.i[1]), weight(static_cast<DType>(s.i[2])), act(s.i[3]), gated(s.i[4] != 0),
-        norm(s.i[5]), eps(s.f[0]), alpha(s.f[1]), norm_offset(s.f[2]) {}
+      : x(s.t[0]),
+        w(s.t[1]),
+        bias(s.t[2]),
+        residual(s.t[3]),
+        y(s.t[4]),
+        norm_weight(s.t[5]),
+        norm_bias(s.t[6]),
+        M(x.size[0]),
+        N(s.i[0]),
+        K(s.i[1]),
+        weight(static_cast<DType>(s.i[2])),
+        act(s.i[3]),
+        gated(s.i[4] != 0),
+        norm(s.i[5]),
+        eps(s.f[0]),
+        alpha(s.f[1]),
+        norm_offset(s.f[2]) {}
 
   int64_t outputs() const { return gated ? N / 2 : N; }
   int64_t panels() const { return ceil_div(N, kPanel); }
@@ -33,8 +47,8 @@ struct Problem {
   int64_t tile_offset(int64_t tile) const { return tile_row(tile) * padded_k() + tile * kLanes; }
 };
 
-// How the GEMM is cut. A chunk is `span` panels by `tiles_per_block` tiles. With more than one tile the panels of a chunk
-// stay in L2 while the tiles pass over them, K block after K block.
+// How the GEMM is cut. A chunk is `span` panels by `tiles_per_block` tiles. With more than one tile the panels of a
+// chunk stay in L2 while the tiles pass over them, K block after K block.
 struct Schedule {
   int64_t span, tiles_per_block, blocks, k_block, k_blocks;
 

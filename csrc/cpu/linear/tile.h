@@ -5,17 +5,17 @@
 namespace {
 
 struct TileArgs {
-  const float* a;        // [steps * kSteps][rows]
-  const char* b;         // the panel, from the first k of the block on
-  int64_t steps;         // of the weight's kSteps values of k each
-  const char* ahead;     // weights wanted next: a stream's own or its successor's, otherwise those of the next chunk ...
+  const float* a;     // [steps * kSteps][rows]
+  const char* b;      // the panel, from the first k of the block on
+  int64_t steps;      // of the weight's kSteps values of k each
+  const char* ahead;  // weights wanted next: a stream's own or its successor's, otherwise those of the next chunk ...
   int64_t ahead_stride;  // ... and how many bytes of them to ask for in a step (a stream asks for as many as it uses)
   float* sums;
-  bool accumulate;       // start from `sums` instead of zero
+  bool accumulate;  // start from `sums` instead of zero
 };
 
-// kStream: the weights come from DRAM, are used once and are widened on the way. Otherwise they are f32 in L2 already, and
-// the next ones are fetched while these are used.
+// kStream: the weights come from DRAM, are used once and are widened on the way. Otherwise they are f32 in L2 already,
+// and the next ones are fetched while these are used.
 template <class Weight, int kRows, bool kStream>
 void tile(const TileArgs& args) {
   // Few rows have few sums: several k in flight keep the FMA pipes busy over their latency.
@@ -87,9 +87,12 @@ TileFunction tile_function(int64_t rows) {
 
 inline TileFunction stream_tile(DType weight, int64_t rows) {
   switch (weight) {
-    case DType::f16: return tile_function<WeightF16, true>(rows);
-    case DType::bf16: return tile_function<WeightBF16, true>(rows);
-    default: return tile_function<WeightF32, true>(rows);
+    case DType::f16:
+      return tile_function<WeightF16, true>(rows);
+    case DType::bf16:
+      return tile_function<WeightBF16, true>(rows);
+    default:
+      return tile_function<WeightF32, true>(rows);
   }
 }
 inline TileFunction blocked_tile(int64_t rows) { return tile_function<WeightF32, false>(rows); }

@@ -57,17 +57,22 @@ inline void copy_strided(const char* x, int64_t xs, char* y, int64_t ys, int64_t
   for (int64_t i = 0; i < n; ++i) to[i * ys] = from[i * xs];
 }
 
-inline void copy_piece(const Tensor& x, const char* from, int64_t xs, const Tensor& y, char* to, int64_t ys, int64_t n) {
+inline void copy_piece(const Tensor& x, const char* from, int64_t xs, const Tensor& y, char* to, int64_t ys,
+                       int64_t n) {
   if (xs == 1 && ys == 1) return copy_row(x.dtype, from, y.dtype, to, n);
   if (x.dtype != y.dtype) {
     for (int64_t i = 0; i < n; ++i) store_scalar(y.dtype, to, i * ys, load_scalar(x.dtype, from, i * xs));
     return;
   }
   switch (itemsize(x.dtype)) {
-    case 1: return copy_strided<uint8_t>(from, xs, to, ys, n);
-    case 2: return copy_strided<uint16_t>(from, xs, to, ys, n);
-    case 4: return copy_strided<uint32_t>(from, xs, to, ys, n);
-    default: return copy_strided<uint64_t>(from, xs, to, ys, n);
+    case 1:
+      return copy_strided<uint8_t>(from, xs, to, ys, n);
+    case 2:
+      return copy_strided<uint16_t>(from, xs, to, ys, n);
+    case 4:
+      return copy_strided<uint32_t>(from, xs, to, ys, n);
+    default:
+      return copy_strided<uint64_t>(from, xs, to, ys, n);
   }
 }
 
@@ -79,7 +84,8 @@ inline void prefetch_row(X x_as, const char* x, int64_t index, int64_t n) {
 
 // y[c, r] = x[r, c] for r < rows, c < columns: x rows xs apart, y rows ys apart, both contiguous within.
 template <class X, class Y>
-inline void transpose_float(X x_as, const char* x, int64_t xs, Y y_as, char* y, int64_t ys, int64_t rows, int64_t columns) {
+inline void transpose_float(X x_as, const char* x, int64_t xs, Y y_as, char* y, int64_t ys, int64_t rows,
+                            int64_t columns) {
   for (int64_t r = 0; r < rows; r += kLanes) {
     const int tall = static_cast<int>(min64(kLanes, rows - r));
     // The rows of the next tile are a stride apart, where the hardware does not look ahead.

@@ -46,8 +46,10 @@ inline void embedding_run(const Step& s, int, int64_t chunk, int threads, const 
     id = max64(0, min64(id, table.size[0] - 1));
     const char* from = at(table, id * table.stride[0]);
     char* to = at(y, m * y.stride[0]);
-    if (s.f[0] == 1.0f) copy_row(table.dtype, from, y.dtype, to, y.size[1]);
-    else scale_row(table.dtype, from, y.dtype, to, y.size[1], s.f[0]);
+    if (s.f[0] == 1.0f)
+      copy_row(table.dtype, from, y.dtype, to, y.size[1]);
+    else
+      scale_row(table.dtype, from, y.dtype, to, y.size[1], s.f[0]);
   }
 }
 

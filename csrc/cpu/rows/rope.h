@@ -62,8 +62,10 @@ inline void rope_rows(const Step& s, const RowRange& rows) {
     const char* from = at(x, b * x.stride[0] + p * x.stride[2]);
     char* to = at(y, b * y.stride[0] + p * y.stride[2]);
     for (int64_t h = 0; h < x.size[1]; ++h) {
-      if (s.i[0] == kHalf) rope_half(as, from, c, d, to, dims / 2);
-      else rope_interleaved(as, from, c, d, to, dims);
+      if (s.i[0] == kHalf)
+        rope_half(as, from, c, d, to, dims / 2);
+      else
+        rope_interleaved(as, from, c, d, to, dims);
       if (rest && from != to) copy_row(x.dtype, from + dims * x_item, y.dtype, to + dims * y_item, rest);
       from += x.stride[1] * x_item;
       to += y.stride[1] * y_item;

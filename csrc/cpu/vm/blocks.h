@@ -10,7 +10,9 @@ constexpr int64_t kShortRow = 256;  // rows below share a block
 
 // Elements of a block: its registers should stay in L1, and the cost of stepping through the program, some ten cycles
 // an instruction, should vanish beside the work.
-inline int64_t block_elements(const Code& code) { return code.registers <= 3 ? 2048 : code.registers <= 6 ? 1024 : 512; }
+inline int64_t block_elements(const Code& code) {
+  return code.registers <= 3 ? 2048 : code.registers <= 6 ? 1024 : 512;
+}
 
 // A block is `rows_per_block` whole rows, or piece number p of one row: elements [p * piece, ...).
 struct Blocking {
@@ -69,9 +71,12 @@ struct Placement {
     }
     for (int i = 0; i < code.length; ++i) {
       const Instruction in = decode(code.words[i]);
-      if (in.op == kLoad) last_read[in.a] = in.extra;
-      else if (in.op == kStore) stored[code.inputs + in.b] = i;
-      else if (in.extra) defined[code.inputs + in.extra - 1] = i;
+      if (in.op == kLoad)
+        last_read[in.a] = in.extra;
+      else if (in.op == kStore)
+        stored[code.inputs + in.b] = i;
+      else if (in.extra)
+        defined[code.inputs + in.extra - 1] = i;
     }
     for (int o = code.inputs; o < space.num_tensors; ++o) {
       allowed[o] = allowed[o] && defined[o] >= 0;

@@ -18,17 +18,60 @@ enum OpCode : int {
   kLoad = 0,   // dst = input a; extra = index of the last instruction that reads it
   kStore = 1,  // output b = register a
   // Unary: dst = f(a). For every op that computes, extra = 1 + the output that stores its value, 0 if none does.
-  kCopy = 8, kNeg, kAbs, kSqrt, kRsqrt, kReciprocal, kExp, kExp2, kLog, kLog1p, kTanh, kSigmoid, kErf, kSilu,
-  kGeluErf, kGeluTanh, kQuickGelu, kRelu, kRelu2, kSquare, kSin, kCos, kRound, kFloor, kLogicalNot, kRoundF16,
-  kRoundBf16, kUnaryEnd,
+  kCopy = 8,
+  kNeg,
+  kAbs,
+  kSqrt,
+  kRsqrt,
+  kReciprocal,
+  kExp,
+  kExp2,
+  kLog,
+  kLog1p,
+  kTanh,
+  kSigmoid,
+  kErf,
+  kSilu,
+  kGeluErf,
+  kGeluTanh,
+  kQuickGelu,
+  kRelu,
+  kRelu2,
+  kSquare,
+  kSin,
+  kCos,
+  kRound,
+  kFloor,
+  kLogicalNot,
+  kRoundF16,
+  kRoundBf16,
+  kUnaryEnd,
   // Binary: dst = f(a, b).
-  kAdd = 64, kSub, kMul, kDiv, kMaximum, kMinimum, kLt, kLe, kGt, kGe, kEq, kNe, kLogicalAnd, kLogicalOr, kBinaryEnd,
+  kAdd = 64,
+  kSub,
+  kMul,
+  kDiv,
+  kMaximum,
+  kMinimum,
+  kLt,
+  kLe,
+  kGt,
+  kGe,
+  kEq,
+  kNe,
+  kLogicalAnd,
+  kLogicalOr,
+  kBinaryEnd,
   // Ternary: dst = f(a, b, c).
   kWhere = 96,  // a != 0 ? b : c
   kMulAdd,      // a * b + c
   kTernaryEnd,
   // Row reductions: dst = the same value in the whole row.
-  kSum = 112, kMean, kRowMax, kRowMin, kReduceEnd,
+  kSum = 112,
+  kMean,
+  kRowMax,
+  kRowMin,
+  kReduceEnd,
 };
 
 struct Instruction {
@@ -56,8 +99,14 @@ struct Code {
   int num_constants;
 };
 inline Code code_of(const Step& s) {
-  return {static_cast<int>(s.i[0]), static_cast<int>(s.i[1]), static_cast<int>(s.i[2]), s.i[3] != 0,
-          s.i + 4,                  s.num_ints - 4,           s.f,                      s.num_floats};
+  return {static_cast<int>(s.i[0]),
+          static_cast<int>(s.i[1]),
+          static_cast<int>(s.i[2]),
+          s.i[3] != 0,
+          s.i + 4,
+          s.num_ints - 4,
+          s.f,
+          s.num_floats};
 }
 
 }  // namespace

@@ -31,7 +31,11 @@ inline size_t scratch_bytes(const Code& code, const Blocking& b) {
 class Machine {
  public:
   Machine(const Step& step, const Code& code, const Blocking& blocking, float* memory)
-      : s_(step), code_(code), b_(blocking), placement_(step, code, blocking.space), memory_(memory),
+      : s_(step),
+        code_(code),
+        b_(blocking),
+        placement_(step, code, blocking.space),
+        memory_(memory),
         stride_(register_stride(blocking)) {
     for (int t = 0; t < blocking.space.num_tensors; ++t) item_[t] = itemsize(step.t[t].dtype);
     float* constants = memory + register_count(code, blocking) * stride_;
@@ -74,10 +78,14 @@ class Machine {
     }
     for (int i = 0; i < code_.length; ++i) {
       const Instruction in = decode(code_.words[i]);
-      if (in.op == kLoad) load(in);
-      else if (in.op == kStore) store(in);
-      else if (in.op >= kSum) reduce(in);
-      else compute(in);
+      if (in.op == kLoad)
+        load(in);
+      else if (in.op == kStore)
+        store(in);
+      else if (in.op >= kSum)
+        reduce(in);
+      else
+        compute(in);
     }
   }
 
@@ -170,10 +178,14 @@ class Machine {
     const int64_t n = kind == kFull ? count_ : kind == kPerRow ? rows_ : kLanes;
     float* to = kind == kFull && in.extra ? in_place(code_.inputs + in.extra - 1) : nullptr;
     if (!to) to = home(in.dst);
-    if (in.op < kAdd) kUnaryLoops[in.op - kCopy](to, a.data, n);
-    else if (in.op < kWhere) kBinaryLoops[in.op - kAdd](to, a, b, n);
-    else if (in.op == kWhere) where_loop(to, a, b, c, n);
-    else mul_add_loop(to, a, b, c, n);
+    if (in.op < kAdd)
+      kUnaryLoops[in.op - kCopy](to, a.data, n);
+    else if (in.op < kWhere)
+      kBinaryLoops[in.op - kAdd](to, a, b, n);
+    else if (in.op == kWhere)
+      where_loop(to, a, b, c, n);
+    else
+      mul_add_loop(to, a, b, c, n);
     register_[in.dst] = {to, nullptr, kind};
   }
 
@@ -182,7 +194,8 @@ class Machine {
     float* to = home(in.dst);
     if (from.kind == kFull) {
       const bool single = rows_ == 1;
-      if (single) vstore(to, vset(reduce_row(in.op, from.data, length_)));
+      if (single)
+        vstore(to, vset(reduce_row(in.op, from.data, length_)));
       else
         for (int64_t r = 0; r < rows_; ++r) to[r] = reduce_row(in.op, from.data + r * length_, length_);
       register_[in.dst] = {to, nullptr, single ? kOne : kPerRow};
@@ -207,7 +220,8 @@ class Machine {
   int64_t rows_, first_, length_, count_;
   bool whole_vectors_;
   bool one_run_;  // the block's rows are one stride apart
-  // Of each operand, for the block: where it begins, whether it is contiguous, where it is used as it lies (or nullptr).
+  // Of each operand, for the block: where it begins, whether it is contiguous, where it is used as it lies (or
+  // nullptr).
   char* address_[kMaxSpaceTensors];
   bool contiguous_[kMaxSpaceTensors];
   char* in_place_[kMaxSpaceTensors];

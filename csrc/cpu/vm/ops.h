@@ -28,51 +28,92 @@ inline Vec round_bf16(Vec a) {
 template <int kOp>
 inline Vec unary(Vec a) {
   const Vec one = vset(1.0f);
-  if constexpr (kOp == kCopy) return a;
-  else if constexpr (kOp == kNeg) return vneg(a);
-  else if constexpr (kOp == kAbs) return vabs(a);
-  else if constexpr (kOp == kSqrt) return vsqrt(a);
-  else if constexpr (kOp == kRsqrt) return vdiv(one, vsqrt(a));
-  else if constexpr (kOp == kReciprocal) return vdiv(one, a);
-  else if constexpr (kOp == kExp) return vexp(a);
-  else if constexpr (kOp == kExp2) return vexp2(a);
-  else if constexpr (kOp == kLog) return vlog(a);
-  else if constexpr (kOp == kLog1p) return vlog1p(a);
-  else if constexpr (kOp == kTanh) return vtanh(a);
-  else if constexpr (kOp == kSigmoid) return vsigmoid(a);
-  else if constexpr (kOp == kErf) return verf(a);
-  else if constexpr (kOp == kSilu) return vsilu(a);
-  else if constexpr (kOp == kGeluErf) return vgelu_erf(a);
-  else if constexpr (kOp == kGeluTanh) return vgelu_tanh(a);
-  else if constexpr (kOp == kQuickGelu) return vactivate(kActQuickGelu, a);
-  else if constexpr (kOp == kRelu) return vactivate(kActRelu, a);
-  else if constexpr (kOp == kRelu2) return vactivate(kActRelu2, a);
-  else if constexpr (kOp == kSquare) return vmul(a, a);
-  else if constexpr (kOp == kSin) return vsin(a);
-  else if constexpr (kOp == kCos) return vcos(a);
-  else if constexpr (kOp == kRound) return vround(a);
-  else if constexpr (kOp == kFloor) return vfloor(a);
-  else if constexpr (kOp == kLogicalNot) return flag_not(a);
-  else if constexpr (kOp == kRoundF16) return round_f16(a);
-  else return round_bf16(a);
+  if constexpr (kOp == kCopy)
+    return a;
+  else if constexpr (kOp == kNeg)
+    return vneg(a);
+  else if constexpr (kOp == kAbs)
+    return vabs(a);
+  else if constexpr (kOp == kSqrt)
+    return vsqrt(a);
+  else if constexpr (kOp == kRsqrt)
+    return vdiv(one, vsqrt(a));
+  else if constexpr (kOp == kReciprocal)
+    return vdiv(one, a);
+  else if constexpr (kOp == kExp)
+    return vexp(a);
+  else if constexpr (kOp == kExp2)
+    return vexp2(a);
+  else if constexpr (kOp == kLog)
+    return vlog(a);
+  else if constexpr (kOp == kLog1p)
+    return vlog1p(a);
+  else if constexpr (kOp == kTanh)
+    return vtanh(a);
+  else if constexpr (kOp == kSigmoid)
+    return vsigmoid(a);
+  else if constexpr (kOp == kErf)
+    return verf(a);
+  else if constexpr (kOp == kSilu)
+    return vsilu(a);
+  else if constexpr (kOp == kGeluErf)
+    return vgelu_erf(a);
+  else if constexpr (kOp == kGeluTanh)
+    return vgelu_tanh(a);
+  else if constexpr (kOp == kQuickGelu)
+    return vactivate(kActQuickGelu, a);
+  else if constexpr (kOp == kRelu)
+    return vactivate(kActRelu, a);
+  else if constexpr (kOp == kRelu2)
+    return vactivate(kActRelu2, a);
+  else if constexpr (kOp == kSquare)
+    return vmul(a, a);
+  else if constexpr (kOp == kSin)
+    return vsin(a);
+  else if constexpr (kOp == kCos)
+    return vcos(a);
+  else if constexpr (kOp == kRound)
+    return vround(a);
+  else if constexpr (kOp == kFloor)
+    return vfloor(a);
+  else if constexpr (kOp == kLogicalNot)
+    return flag_not(a);
+  else if constexpr (kOp == kRoundF16)
+    return round_f16(a);
+  else
+    return round_bf16(a);
 }
 
 template <int kOp>
 inline Vec binary(Vec a, Vec b) {
-  if constexpr (kOp == kAdd) return vadd(a, b);
-  else if constexpr (kOp == kSub) return vsub(a, b);
-  else if constexpr (kOp == kMul) return vmul(a, b);
-  else if constexpr (kOp == kDiv) return vdiv(a, b);
-  else if constexpr (kOp == kMaximum) return nan_max(a, b);
-  else if constexpr (kOp == kMinimum) return nan_min(a, b);
-  else if constexpr (kOp == kLt) return truth(vlt(a, b));
-  else if constexpr (kOp == kLe) return truth(vle(a, b));
-  else if constexpr (kOp == kGt) return truth(vlt(b, a));
-  else if constexpr (kOp == kGe) return truth(vle(b, a));
-  else if constexpr (kOp == kEq) return truth(veq(a, b));
-  else if constexpr (kOp == kNe) return flag_not(truth(veq(a, b)));
-  else if constexpr (kOp == kLogicalAnd) return vselect(veq(a, vzero()), vzero(), flag_not(flag_not(b)));
-  else return vselect(veq(a, vzero()), flag_not(flag_not(b)), vset(1.0f));
+  if constexpr (kOp == kAdd)
+    return vadd(a, b);
+  else if constexpr (kOp == kSub)
+    return vsub(a, b);
+  else if constexpr (kOp == kMul)
+    return vmul(a, b);
+  else if constexpr (kOp == kDiv)
+    return vdiv(a, b);
+  else if constexpr (kOp == kMaximum)
+    return nan_max(a, b);
+  else if constexpr (kOp == kMinimum)
+    return nan_min(a, b);
+  else if constexpr (kOp == kLt)
+    return truth(vlt(a, b));
+  else if constexpr (kOp == kLe)
+    return truth(vle(a, b));
+  else if constexpr (kOp == kGt)
+    return truth(vlt(b, a));
+  else if constexpr (kOp == kGe)
+    return truth(vle(b, a));
+  else if constexpr (kOp == kEq)
+    return truth(veq(a, b));
+  else if constexpr (kOp == kNe)
+    return flag_not(truth(veq(a, b)));
+  else if constexpr (kOp == kLogicalAnd)
+    return vselect(veq(a, vzero()), vzero(), flag_not(flag_not(b)));
+  else
+    return vselect(veq(a, vzero()), flag_not(flag_not(b)), vset(1.0f));
 }
 
 template <int kOp>
@@ -107,26 +148,25 @@ inline void where_loop(float* to, Value a, Value b, Value c, int64_t n) {
 inline void mul_add_loop(float* to, Value a, Value b, Value c, int64_t n) {
   const Vec a0 = vload(a.data), b0 = vload(b.data), c0 = vload(c.data);
   for (int64_t i = 0; i < n; i += kLanes)
-    vstore(to + i, vfma(a.step ? vload(a.data + i) : a0, b.step ? vload(b.data + i) : b0,
-                        c.step ? vload(c.data + i) : c0));
+    vstore(to + i,
+           vfma(a.step ? vload(a.data + i) : a0, b.step ? vload(b.data + i) : b0, c.step ? vload(c.data + i) : c0));
 }
 
 // Index: opcode - kCopy.
 const UnaryLoop kUnaryLoops[] = {
-    unary_loop<kCopy>,      unary_loop<kNeg>,        unary_loop<kAbs>,       unary_loop<kSqrt>,
-    unary_loop<kRsqrt>,     unary_loop<kReciprocal>, unary_loop<kExp>,       unary_loop<kExp2>,
-    unary_loop<kLog>,       unary_loop<kLog1p>,      unary_loop<kTanh>,      unary_loop<kSigmoid>,
-    unary_loop<kErf>,       unary_loop<kSilu>,       unary_loop<kGeluErf>,   unary_loop<kGeluTanh>,
-    unary_loop<kQuickGelu>, unary_loop<kRelu>,       unary_loop<kRelu2>,     unary_loop<kSquare>,
-    unary_loop<kSin>,       unary_loop<kCos>,        unary_loop<kRound>,     unary_loop<kFloor>,
-    unary_loop<kLogicalNot>, unary_loop<kRoundF16>,  unary_loop<kRoundBf16>};
+    unary_loop<kCopy>,       unary_loop<kNeg>,       unary_loop<kAbs>,   unary_loop<kSqrt>,  unary_loop<kRsqrt>,
+    unary_loop<kReciprocal>, unary_loop<kExp>,       unary_loop<kExp2>,  unary_loop<kLog>,   unary_loop<kLog1p>,
+    unary_loop<kTanh>,       unary_loop<kSigmoid>,   unary_loop<kErf>,   unary_loop<kSilu>,  unary_loop<kGeluErf>,
+    unary_loop<kGeluTanh>,   unary_loop<kQuickGelu>, unary_loop<kRelu>,  unary_loop<kRelu2>, unary_loop<kSquare>,
+    unary_loop<kSin>,        unary_loop<kCos>,       unary_loop<kRound>, unary_loop<kFloor>, unary_loop<kLogicalNot>,
+    unary_loop<kRoundF16>,   unary_loop<kRoundBf16>};
 static_assert(sizeof(kUnaryLoops) / sizeof(kUnaryLoops[0]) == kUnaryEnd - kCopy, "one loop for each unary op");
 
 // Index: opcode - kAdd.
 const BinaryLoop kBinaryLoops[] = {
-    binary_loop<kAdd>, binary_loop<kSub>, binary_loop<kMul>, binary_loop<kDiv>, binary_loop<kMaximum>,
-    binary_loop<kMinimum>, binary_loop<kLt>, binary_loop<kLe>, binary_loop<kGt>, binary_loop<kGe>, binary_loop<kEq>,
-    binary_loop<kNe>, binary_loop<kLogicalAnd>, binary_loop<kLogicalOr>};
+    binary_loop<kAdd>,     binary_loop<kSub>, binary_loop<kMul>,        binary_loop<kDiv>,      binary_loop<kMaximum>,
+    binary_loop<kMinimum>, binary_loop<kLt>,  binary_loop<kLe>,         binary_loop<kGt>,       binary_loop<kGe>,
+    binary_loop<kEq>,      binary_loop<kNe>,  binary_loop<kLogicalAnd>, binary_loop<kLogicalOr>};
 static_assert(sizeof(kBinaryLoops) / sizeof(kBinaryLoops[0]) == kBinaryEnd - kAdd, "one loop for each binary op");
 
 inline float row_sum(const float* a, int64_t n) {
@@ -160,10 +200,14 @@ inline float row_max(const float* a, int64_t n, float sign) {
 
 inline float reduce_row(int op, const float* a, int64_t n) {
   switch (op) {
-    case kSum: return row_sum(a, n);
-    case kMean: return row_sum(a, n) / static_cast<float>(n);
-    case kRowMax: return row_max(a, n, 1.0f);
-    default: return -row_max(a, n, -1.0f);
+    case kSum:
+      return row_sum(a, n);
+    case kMean:
+      return row_sum(a, n) / static_cast<float>(n);
+    case kRowMax:
+      return row_max(a, n, 1.0f);
+    default:
+      return -row_max(a, n, -1.0f);
   }
 }
 

@@ -31,13 +31,21 @@ inline void widen_halves(DType dtype, const char* p, int64_t stride, float* to, 
 // to[0..n) = elements p[0], p[stride], ... as fp32. Integers beyond 2^24 are rounded; b8 gives 0 and 1.
 inline void load_segment(DType dtype, const char* p, int64_t stride, float* to, int64_t n) {
   switch (dtype) {
-    case DType::i64: return widen_integers<int64_t>(p, stride, to, n);
-    case DType::i32: return widen_integers<int32_t>(p, stride, to, n);
-    case DType::b8: case DType::u8: return widen_integers<uint8_t>(p, stride, to, n);
-    case DType::s8: return widen_integers<int8_t>(p, stride, to, n);
-    case DType::f32: return stride == 1 ? widen_row<DType::f32>(p, to, n) : widen_integers<float>(p, stride, to, n);
-    case DType::f16: return stride == 1 ? widen_row<DType::f16>(p, to, n) : widen_halves(dtype, p, stride, to, n);
-    default: return stride == 1 ? widen_row<DType::bf16>(p, to, n) : widen_halves(dtype, p, stride, to, n);
+    case DType::i64:
+      return widen_integers<int64_t>(p, stride, to, n);
+    case DType::i32:
+      return widen_integers<int32_t>(p, stride, to, n);
+    case DType::b8:
+    case DType::u8:
+      return widen_integers<uint8_t>(p, stride, to, n);
+    case DType::s8:
+      return widen_integers<int8_t>(p, stride, to, n);
+    case DType::f32:
+      return stride == 1 ? widen_row<DType::f32>(p, to, n) : widen_integers<float>(p, stride, to, n);
+    case DType::f16:
+      return stride == 1 ? widen_row<DType::f16>(p, to, n) : widen_halves(dtype, p, stride, to, n);
+    default:
+      return stride == 1 ? widen_row<DType::bf16>(p, to, n) : widen_halves(dtype, p, stride, to, n);
   }
 }
 
