@@ -7,11 +7,12 @@ problem); its attribute `fake` gives shape, dtype and layout of the result from 
 from llmopt.ops.attention import attention, attention_append
 from llmopt.ops.embedding import embedding
 from llmopt.ops.linear import linear
+from llmopt.ops.linear_quantized import linear_quantized
 from llmopt.ops.norm import norm
 from llmopt.ops.pointwise import pointwise
 from llmopt.ops.rope import rope
 
-ALL = (attention, attention_append, embedding, linear, norm, pointwise, rope)
+ALL = (attention, attention_append, embedding, linear, linear_quantized, norm, pointwise, rope)
 
 __all__ = [
     "ALL",
@@ -19,6 +20,7 @@ __all__ = [
     "attention_append",
     "embedding",
     "linear",
+    "linear_quantized",
     "norm",
     "pointwise",
     "rope",

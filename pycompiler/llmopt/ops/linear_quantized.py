@@ -1,0 +1,88 @@
+"""linear_quantized: ops.linear over weights stored as small integers, with activations as they are or rounded to int8 on the fly.
+
+A weight element is scale · code + offset, one scale and one offset per output channel and group of `group` inputs. Codes:
+
+    8 bits  int8  [N, K]       −127 … 127; symmetric unless offsets are given
+    4 bits  uint8 [N, K / 2]   two codes 0 … 15 a byte, the even input in the low half; without offsets the zero point is 8
+
+With activations="int8" each token's inputs are rounded symmetrically to −127 … 127 with one scale per group (the largest magnitude
+divided by 127, ties to even), and integer dot products are folded into float32 once a group. With activations="same" the weights are
+widened instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from llmopt.ops.linear import linear
+from llmopt.ops.norm import normalized
+
+ZERO_POINT_4BIT = 8
+
+
+def dequantized(codes: Tensor, scale: Tensor, offset: Tensor | None, bits: int) -> Tensor:
+    """codes [N, K] or [N, K/2], scale and offset [N, K/group] float32 → the weight [N, K] in float32."""
+    if bits == 4:
+        codes = torch.stack((codes & 15, codes >> 4), -1).flatten(-2)
+    values = codes.float().unflatten(-1, (scale.shape[-1], -1))
+    if offset is None:
+        values = values - (ZERO_POINT_4BIT if bits == 4 else 0)
+        return (values * scale[..., None]).flatten(-2)
+    return (values * scale[..., None] + offset[..., None]).flatten(-2)
+
+
+def quantized_activations(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """x [..., K] → codes [..., groups, K/groups] and scales [..., groups], both float32. NaN and Inf give NaN codes."""
+    values = x.float().unflatten(-1, (groups, -1))
+    scale = values.abs().amax(-1) / 127
+    inverse = torch.where(scale > 0, 1 / scale, scale)  # a group of zeros stays zero, NaN stays NaN
+    return (values * inverse[..., None]).round(), scale
+
+
+def linear_quantized(
+    x: Tensor,
+    codes: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    offsets: Sequence[Tensor | None],
+    bits: int,
+    activations: str,
+    biases: Sequence[Tensor | None] | None = None,
+    act: str = "none",
+    gated: bool = False,
+    residual: Tensor | None = None,
+    alpha: float = 1.0,
+    norm_kind: str = "none",
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    norm_eps: float = 0.0,
+    norm_offset: float = 0.0,
+) -> Tensor:
+    """x [..., K], codes_i as above, scales_i and offsets_i [N_i, K/group] float32 → [..., ΣN_i] (gated: [..., N]) in x's dtype.
+
+    bits: 8 or 4. activations: "same" or "int8". The rest as in ops.linear; a norm comes before the rounding of activations.
+    """
+    weights = [dequantized(c, s, o, bits) for c, s, o in zip(codes, scales, offsets, strict=True)]
+    if activations == "int8":
+        if norm_kind != "none":
+            x_float = normalized(x, norm_kind, norm_weight, norm_bias, norm_eps, norm_offset)
+        else:
+            x_float = x.float()
+        rounded, scale = quantized_activations(x_float, scales[0].shape[-1])
+        x_float = (rounded * scale[..., None]).flatten(-2)
+        wide = None if residual is None else residual.float()
+        return linear(x_float, weights, biases, act, gated, wide, alpha).to(x.dtype)
+    return linear(
+        x, weights, biases, act, gated, residual, alpha,
+        norm_kind, norm_weight, norm_bias, norm_eps, norm_offset,
+    )  # fmt: skip
+
+
+def _fake(x, codes, scales, offsets, bits, activations, biases=None, act="none", gated=False, **_):  # type: ignore[no-untyped-def]
+    n = codes[0].shape[0] if gated else sum(c.shape[0] for c in codes)
+    return torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device)
+
+
+linear_quantized.fake = _fake  # type: ignore[attr-defined]
