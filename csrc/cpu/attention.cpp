@@ -50,6 +50,18 @@ size_t workspace(const Step& s, int threads) {
   return static_cast<size_t>(p.batch * p.kv_heads * plan.rows * plan.max_splits * partial_stride(p)) * sizeof(float);
 }
 
+// Decoding begins with the keys of the thread's first chunk.
+llmopt::Span first_read(const Step& s, int phase, int threads, int thread) {
+  const Problem p = parse(s);
+  const Plan plan = make_plan(p, threads);
+  const int64_t splits = plan.decode && !p.bounds ? live_splits(p, plan) : 1;
+  if (!plan.decode || p.bounds || phase > 0 || plan.rows == 0 || thread >= plan.units * splits) return {};
+  const KeyRange live = key_range(p, 0, 0, 0);
+  const Stream keys = DecodeChunk(p, plan, thread, splits).keys(p, live.lo, live.hi - live.lo, splits);
+  const int64_t rows = min64(kSharedBlock, (live.hi - live.lo) / splits);
+  return {keys.data, rows * (plan.heads > 1 ? keys.row_bytes : p.head_dim * itemsize(p.k->dtype))};
+}
+
 inline void write_rows(const Problem& p, int64_t chunk) {
   const int64_t blocks = ceil_div(p.new_len, kRowsPerWrite), head = chunk / blocks, j = chunk % blocks * kRowsPerWrite;
   write_new_rows(p, head / p.kv_heads, head % p.kv_heads, j, min64(p.new_len, j + kRowsPerWrite), 0, p.kv_len);
@@ -87,13 +99,13 @@ void run(const Step& s, int phase, int64_t chunk, int threads, const llmopt::Scr
   if (stage == Stage::write) return write_rows(p, chunk);
   const int64_t splits = live_splits(p, plan);
   if (stage == Stage::attend)
-    return plan.decode ? decode(p, plan, chunk, splits, scratch) : prefill(p, plan, chunk, splits, scratch);
+    return plan.decode ? decode(p, plan, chunk, splits, threads, scratch) : prefill(p, plan, chunk, splits, scratch);
   const int64_t end = min64(p.batch * p.kv_heads * plan.rows, (chunk + 1) * kRowsPerMerge);
   for (int64_t index = chunk * kRowsPerMerge; index < end; ++index) merge_row(p, plan, index, splits, scratch.shared);
 }
 
 const llmopt::Kernel kKernels[] = {
-    {"attention", phases, chunks, workspace, run},
+    {"attention", phases, chunks, workspace, run, first_read},
     {"mask_bounds", bounds_phases, bounds_chunks, nullptr, bounds_run},
 };
 

@@ -18,7 +18,7 @@ namespace {
 const Kernel kKernels[] = {
     {"pack_linear", one_phase, pack_chunks, nullptr, pack_run},
     {"unpack_rows", one_phase, unpack_chunks, nullptr, unpack_run},
-    {"linear", linear_phases, linear_chunks, linear_workspace, linear_run},
+    {"linear", linear_phases, linear_chunks, linear_workspace, linear_run, linear_first_read},
 };
 }  // namespace
 

@@ -10,6 +10,9 @@
 
 namespace llmopt {
 
+// Of what a waiting thread fetches: a good part of a core's L2, beside which the running step's data stays.
+constexpr int64_t kMostFetched = 128 << 10;
+
 // What one run needs and the next may reuse. A context belongs to one thread at a time.
 struct Program::Context {
   const Program* program = nullptr;
@@ -151,6 +154,18 @@ void Program::resolve(Context& c, const std::vector<int64_t>& externals, const s
   c.local.reserve(kLocalBytes * static_cast<size_t>(threads));
 }
 
+// What a thread will read next after a phase of step k, as far as a few steps tell.
+Span Program::first_read_after(const Context& c, size_t k, int phase, int threads, int thread) const {
+  constexpr size_t kStepsAhead = 3;
+  const size_t end = std::min(c.steps.size(), k + kStepsAhead);
+  for (++phase; k < end; ++k, phase = 0) {
+    if (phase >= c.phases[k] || !kernels_[k]->first_read) continue;
+    const Span span = kernels_[k]->first_read(c.steps[k], phase, threads, thread);
+    if (span.bytes > 0) return {span.data, std::min(span.bytes, kMostFetched)};
+  }
+  return {};
+}
+
 void Program::body(Team& team, int thread, void* context) {
   Context& c = *static_cast<Context*>(context);
   const Program& p = *c.program;
@@ -162,9 +177,8 @@ void Program::body(Team& team, int thread, void* context) {
     const Step& step = c.steps[k];
     for (int phase = 0; phase < c.phases[k]; ++phase) {
       const int64_t chunks = kernel.chunks(step, phase, team.threads());
-      for (int64_t i = team.next_chunk(); i < chunks; i = team.next_chunk())
-        kernel.run(step, phase, i, team.threads(), scratch);
-      team.barrier();
+      for (int64_t i = thread; i < chunks; i = team.next_chunk()) kernel.run(step, phase, i, team.threads(), scratch);
+      team.barrier(p.first_read_after(c, k, phase, team.threads(), thread));
     }
     if (!timed) continue;
     auto now = std::chrono::steady_clock::now();

@@ -61,6 +61,7 @@ class Program {
 
   void check(const Operand& operand) const;
   void resolve(Context& c, const std::vector<int64_t>& externals, const std::vector<int64_t>& symbols, int threads);
+  Span first_read_after(const Context& c, size_t k, int phase, int threads, int thread) const;
   static void body(Team& team, int thread, void* context);
 
   const int num_symbols_, num_externals_;

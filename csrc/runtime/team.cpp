@@ -10,6 +10,7 @@ namespace {
 
 // A few microseconds of spinning: two orders above a hand-over between running cores, well below a time slice.
 constexpr int kSpins = 2000;
+constexpr int64_t kLineBytes = 64;
 
 inline void relax() {
 #if defined(__x86_64__) || defined(__i386__)
@@ -19,17 +20,21 @@ inline void relax() {
 
 }  // namespace
 
-void Team::barrier() {
+void Team::barrier(Span wanted) {
   if (threads_ == 1) {
-    chunk_solo_ = 0;
+    chunk_solo_ = 1;
     return;
   }
   const uint32_t generation = generation_.load(std::memory_order_relaxed);
   if (arrived_.fetch_add(1, std::memory_order_acq_rel) == threads_ - 1) {
     arrived_.store(0, std::memory_order_relaxed);
-    chunk_.store(0, std::memory_order_relaxed);
+    chunk_.store(threads_, std::memory_order_relaxed);
     generation_.store(generation + 1, std::memory_order_release);
     return;
+  }
+  for (; wanted.bytes > 0 && generation_.load(std::memory_order_acquire) == generation; wanted.bytes -= kLineBytes) {
+    __builtin_prefetch(wanted.data, 0, 2);
+    wanted.data += kLineBytes;
   }
   for (int spins = 0; generation_.load(std::memory_order_acquire) == generation; ++spins) {
     if (spins < kSpins)

@@ -3,21 +3,25 @@
 #include <atomic>
 #include <cstdint>
 
+#include "runtime/tensor.h"
+
 namespace llmopt {
 
-// Barrier and chunk counter of one team. The last thread to arrive resets the counter, so that a phase costs one
-// barrier and no other synchronisation. Spins a bounded time, then yields the core.
+// Barrier and chunk counter of one team. Thread t begins a phase with chunk t and then takes next_chunk(). The last
+// thread to arrive resets the counter, so that a phase costs one barrier and no other synchronisation. Spins a bounded
+// time, then yields the core.
 class Team {
  public:
-  explicit Team(int threads) : threads_(threads) {}
+  explicit Team(int threads) : threads_(threads), chunk_solo_(1), chunk_(threads) {}
   int threads() const { return threads_; }
   int64_t next_chunk() { return threads_ == 1 ? chunk_solo_++ : chunk_.fetch_add(1, std::memory_order_relaxed); }
-  void barrier();
+  // Returns when all threads have come; a thread that waits fetches `wanted` meanwhile.
+  void barrier(Span wanted);
 
  private:
   const int threads_;
-  int64_t chunk_solo_ = 0;
-  alignas(128) std::atomic<int64_t> chunk_{0};
+  int64_t chunk_solo_;
+  alignas(128) std::atomic<int64_t> chunk_;
   alignas(128) std::atomic<int> arrived_{0};
   alignas(128) std::atomic<uint32_t> generation_{0};
 };

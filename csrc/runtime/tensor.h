@@ -35,14 +35,22 @@ struct Scratch {
 };
 constexpr size_t kLocalBytes = 1 << 20;
 
-// One op in one CPU tier. A step runs as `phases` rounds with a barrier after each; a round is cut into `chunks` that
-// threads take dynamically, in any order. `run` does one chunk. Functions must not throw and not allocate.
+struct Span {
+  const char* data;
+  int64_t bytes;
+};
+
+// One op in one CPU tier. A step runs as `phases` rounds with a barrier after each; a round is cut into `chunks`:
+// thread t begins with chunk t, the others are taken dynamically, in any order. `run` does one chunk. `first_read`,
+// where an op has it, tells what a thread will read first in a phase or those after it: memory that no earlier step
+// writes, which a thread that waits may fetch. Functions must not throw and not allocate.
 struct Kernel {
   const char* op;
   int (*phases)(const Step&, int threads);
   int64_t (*chunks)(const Step&, int phase, int threads);
   size_t (*workspace)(const Step&, int threads);  // bytes of Scratch::shared; nullptr means none
   void (*run)(const Step&, int phase, int64_t chunk, int threads, const Scratch&);
+  Span (*first_read)(const Step&, int phase, int threads, int thread) = nullptr;
 };
 
 // What one object file exports: the kernels of one family compiled for one tier.

@@ -34,7 +34,7 @@ inline Vec load_lanes(const char* p, int64_t i) {
   return vload_bf16(reinterpret_cast<const uint16_t*>(p) + i);
 }
 
-// Rows of keys or values as they lie in memory. `ahead`: the distance to what will be needed later.
+// Rows of keys or values as they lie in memory. `ahead`: the distance to what will be needed later, 0 for nothing.
 struct Stream {
   const char* data;
   int64_t row_bytes, ahead;
@@ -219,11 +219,21 @@ inline Stream stream(const Tensor& t, int64_t b, int64_t h, int64_t j) {
   return {row_ptr(t, b, h, j), row_bytes, ceil_div(kAheadBytes, max64(1, t.size[3] * itemsize(t.dtype))) * row_bytes};
 }
 
-inline void decode_block(const Problem& p, DecodeHead& a, int64_t j0, int64_t keys, float* s, float* bias) {
+// The distance from where keys or values are read to `next`, which is read after them: rows at equal distances let one
+// fetch the other.
+inline Stream followed_by(Stream now, const Stream& next) {
+  if (next.row_bytes == now.row_bytes) now.ahead = next.data - now.data;
+  return now;
+}
+
+// `next`: the keys that this thread reads after this block's values.
+inline void decode_block(const Problem& p, DecodeHead& a, int64_t j0, int64_t keys, const Stream& next, float* s,
+                         float* bias) {
   const auto dot = p.k->dtype == DType::f32   ? &dot_block<DType::f32>
                    : p.k->dtype == DType::f16 ? &dot_block<DType::f16>
                                               : &dot_block<DType::bf16>;
-  dot(a.rows, stream(*p.k, a.b, a.kv_head, j0), keys, a.q, p.head_dim, s);
+  const Stream v = followed_by(stream(*p.v, a.b, a.kv_head, j0), next);
+  dot(a.rows, followed_by(stream(*p.k, a.b, a.kv_head, j0), v), keys, a.q, p.head_dim, s);
   bool has_dead = false;
   for (int64_t r = 0; r < a.rows; ++r) {
     const KeyRange& range = a.row[r].range;
@@ -231,7 +241,6 @@ inline void decode_block(const Problem& p, DecodeHead& a, int64_t j0, int64_t ke
     mask_row(p, a.b, a.row[r], j0, keys, s + r * kScoreLd, bias);
     softmax_row(a.row[r], keys, s + r * kScoreLd, p.v_dim, a.o + r * kMaxHeadDim);
   }
-  const Stream v = stream(*p.v, a.b, a.kv_head, j0);
   const auto weigh = p.v->dtype == DType::f32   ? &weigh_block<DType::f32>
                      : p.v->dtype == DType::f16 ? &weigh_block<DType::f16>
                                                 : &weigh_block<DType::bf16>;
@@ -274,11 +283,25 @@ inline void finish_head(const Problem& p, const Plan& plan, DecodeHead& a, int64
   }
 }
 
-// A chunk: one kv head, or some that lie side by side, and one split of their live keys. New keys and values are
-// written by the split that owns their slots.
-inline void decode(const Problem& p, const Plan& plan, int64_t chunk, int64_t splits, const llmopt::Scratch& scratch) {
-  const int64_t split = chunk % splits, groups = ceil_div(p.kv_heads, plan.heads);
-  const int64_t b = chunk / splits / groups, head0 = chunk / splits % groups * plan.heads;
+// Which part of the work a chunk is: one kv head, or some that lie side by side, and one split of their live keys.
+struct DecodeChunk {
+  int64_t split, b, head0;
+  DecodeChunk(const Problem& p, const Plan& plan, int64_t chunk, int64_t splits)
+      : split(chunk % splits),
+        b(chunk / splits / groups(p, plan)),
+        head0(chunk / splits % groups(p, plan) * plan.heads) {}
+  static int64_t groups(const Problem& p, const Plan& plan) { return ceil_div(p.kv_heads, plan.heads); }
+  // The first key of it when keys [lo, lo + length) live.
+  Stream keys(const Problem& p, int64_t lo, int64_t length, int64_t splits) const {
+    return stream(*p.k, b, head0, lo + length * split / splits);
+  }
+};
+
+// New keys and values are written by the split that owns their slots.
+inline void decode(const Problem& p, const Plan& plan, int64_t chunk, int64_t splits, int threads,
+                   const llmopt::Scratch& scratch) {
+  const DecodeChunk mine(p, plan, chunk, splits);
+  const int64_t split = mine.split, b = mine.b, head0 = mine.head0;
   const int64_t heads = min64(plan.heads, p.kv_heads - head0);
   float* s = reinterpret_cast<float*>(scratch.local);
   float* bias = s + kLanes * kScoreLd;
@@ -296,8 +319,16 @@ inline void decode(const Problem& p, const Plan& plan, int64_t chunk, int64_t sp
   for (int64_t n = 0; p.new_len && n < heads; ++n)
     write_new_rows(p, b, head0 + n, 0, p.new_len, split == 0 ? 0 : begin, split == splits - 1 ? p.kv_len : end);
   const int64_t block = heads > 1 ? kSharedBlock : kScoreBlock;
+  // The chunk this thread likely takes next; its live keys are most often the same.
+  const bool has_next = chunk + threads < plan.units * splits;
+  const DecodeChunk then(p, plan, has_next ? chunk + threads : chunk, splits);
   for (int64_t j = begin; j < end; j += block)
-    for (int64_t n = 0; n < heads; ++n) decode_block(p, head[n], j, min64(block, end - j), s, bias);
+    for (int64_t n = 0; n < heads; ++n) {
+      const Stream next = n + 1 < heads     ? stream(*p.k, b, head0 + n + 1, j)
+                          : j + block < end ? stream(*p.k, b, head0, j + block)
+                                            : then.keys(p, lo, length, splits);
+      decode_block(p, head[n], j, min64(block, end - j), next, s, bias);
+    }
   for (int64_t n = 0; n < heads; ++n) finish_head(p, plan, head[n], split, splits, scratch.shared);
 }
 static_assert(sizeof(float) * ((kLanes + 1) * kScoreLd + kHeadsPerChunk * 2 * kLanes * kMaxHeadDim + kLanes) <=

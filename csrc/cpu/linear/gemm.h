@@ -95,6 +95,16 @@ int64_t linear_chunks(const Step& s, int phase, int threads) {
   return Schedule(p, threads).chunks(p);
 }
 
+// A stream begins with the panels of the thread's first chunk.
+llmopt::Span linear_first_read(const Step& s, int, int threads, int thread) {
+  const Problem p(s);
+  const Schedule schedule(p, threads);
+  if (p.tiles() != 1 || thread >= schedule.chunks(p)) return {};
+  const Chunk c = chunk_at(p, schedule, thread);
+  const int64_t bytes = panel_bytes(p.K, p.weight);
+  return {p.w.data + c.panel0 * bytes, (c.panel1 - c.panel0) * bytes};
+}
+
 size_t linear_workspace(const Step& s, int) {
   const Problem p(s);
   return p.prepared() ? static_cast<size_t>(p.tile_offset(p.tiles()) + kLanes) * sizeof(float) : 0;
