@@ -54,12 +54,13 @@ size_t workspace(const Step& s, int threads) {
 llmopt::Span first_read(const Step& s, int phase, int threads, int thread) {
   const Problem p = parse(s);
   const Plan plan = make_plan(p, threads);
-  const int64_t splits = plan.decode && !p.bounds ? live_splits(p, plan) : 1;
-  if (!plan.decode || p.bounds || phase > 0 || plan.rows == 0 || thread >= plan.units * splits) return {};
+  if (!plan.decode || p.bounds || phase > 0 || plan.rows == 0) return {};
+  const int64_t splits = live_splits(p, plan);
+  if (thread >= plan.units * splits) return {};
   const KeyRange live = key_range(p, 0, 0, 0);
-  const Stream keys = DecodeChunk(p, plan, thread, splits).keys(p, live.lo, live.hi - live.lo, splits);
-  const int64_t rows = min64(kSharedBlock, (live.hi - live.lo) / splits);
-  return {keys.data, rows * (plan.heads > 1 ? keys.row_bytes : p.head_dim * itemsize(p.k->dtype))};
+  const Block block = DecodeChunk(p, plan, thread, splits).first(live.lo, live.hi - live.lo);
+  const Stream keys = stream(*p.k, block, 0, block);
+  return {keys.data, block.keys * (block.heads > 1 ? keys.row_bytes : p.head_dim * itemsize(p.k->dtype))};
 }
 
 inline void write_rows(const Problem& p, int64_t chunk) {

@@ -6,10 +6,9 @@
 
 namespace {
 
-constexpr int64_t kScoreBlock = 512;   // keys between two updates of the running softmax
-constexpr int64_t kSharedBlock = 64;   // the same when heads take turns on the same stretch of memory
-constexpr int64_t kSubBlock = 32;      // keys whose rows stay in L1 while every group of rows uses them
-constexpr int64_t kAheadBytes = 8192;  // how far the stream of keys or values is fetched before it is used
+constexpr int64_t kScoreBlock = 512;  // keys between two updates of the running softmax
+constexpr int64_t kSharedBlock = 64;  // the same when heads take turns on the same stretch of memory
+constexpr int64_t kSubBlock = 32;     // keys whose rows stay in L1 while every group of rows uses them
 constexpr int64_t kScoreLd = kScoreBlock + kLanes;
 // A tile of outputs: 4 query rows x kNarrow vectors when that covers a row of values, else 2 x kWide, so that a row is
 // read from end to end.
@@ -34,20 +33,23 @@ inline Vec load_lanes(const char* p, int64_t i) {
   return vload_bf16(reinterpret_cast<const uint16_t*>(p) + i);
 }
 
-// Rows of keys or values as they lie in memory. `ahead`: the distance to what will be needed later, 0 for nothing.
+// Rows of keys or values as they lie in memory, and rows that will be needed later: reading row j fetches row j of
+// those.
 struct Stream {
   const char* data;
-  int64_t row_bytes, ahead;
-  Stream from(int64_t j) const { return {data + j * row_bytes, row_bytes, ahead}; }
-  Stream again() const { return {data, row_bytes, 0}; }  // rows that are in L1 already
+  int64_t row_bytes;
+  const char* later;
+  int64_t later_bytes;
+  Stream from(int64_t j) const { return {data + j * row_bytes, row_bytes, later + j * later_bytes, later_bytes}; }
+  Stream again() const { return {data, row_bytes, data, row_bytes}; }  // rows that are in L1 already
 };
 
 // One vector of a row; fetches the line that lies ahead, once per line. Into L2: a fetch into L1 holds one of the
 // core's few miss buffers for as long as memory takes, and streams slower than with no fetch at all.
 template <DType T>
-inline Vec load_ahead(const char* row, int64_t ahead, int64_t i) {
+inline Vec load_ahead(const char* row, const char* later, int64_t i) {
   constexpr int64_t kItem = T == DType::f32 ? 4 : 2;
-  if (kItem * kLanes >= 64 || i * kItem % 64 == 0) __builtin_prefetch(row + ahead + i * kItem, 0, 2);
+  if (kItem * kLanes >= 64 || i * kItem % 64 == 0) __builtin_prefetch(later + i * kItem, 0, 2);
   return load_lanes<T>(row, i);
 }
 
@@ -69,7 +71,7 @@ void dot_scores(const Stream& k, int64_t keys, const float* q, int64_t depth, fl
       for (int r = 0; r < R; ++r) x[r] = vload(q + r * kMaxHeadDim + d);
 #pragma GCC unroll 16
       for (int t = 0; t < kKeys; ++t) {
-        const Vec key = load_ahead<T>(row[t], k.ahead, d);
+        const Vec key = load_ahead<T>(row[t], k.later + (j + t) * k.later_bytes, d);
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) acc[r * kKeys + t] = vfma(key, x[r], acc[r * kKeys + t]);
       }
@@ -103,7 +105,7 @@ void weigh(const Stream& v, int64_t keys, const float* w, int64_t d, int lanes, 
     Vec x[N];
 #pragma GCC unroll 8
     for (int c = 0; c < N; ++c)
-      x[c] = c + 1 < N || lanes == kLanes ? load_ahead<T>(row, v.ahead, d + c * kLanes)
+      x[c] = c + 1 < N || lanes == kLanes ? load_ahead<T>(row, v.later + j * v.later_bytes, d + c * kLanes)
                                           : vload_as(T, row, d + c * kLanes, lanes);
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
@@ -214,26 +216,29 @@ inline void add_nonfinite_row(const Problem& p, int64_t rows, const char* value,
   }
 }
 
-inline Stream stream(const Tensor& t, int64_t b, int64_t h, int64_t j) {
-  const int64_t row_bytes = t.stride[2] * itemsize(t.dtype);
-  return {row_ptr(t, b, h, j), row_bytes, ceil_div(kAheadBytes, max64(1, t.size[3] * itemsize(t.dtype))) * row_bytes};
+// A block of work: keys [j, j + keys) of some kv heads of a sequence.
+struct Block {
+  int64_t b, head0, heads, j, keys;
+};
+
+// Rows of the n-th head of `now`. They fetch the n-th part of block `later`: where its heads lie side by side in dense
+// rows, a stretch of that memory, because the hardware follows an unbroken stream best; else the same head's rows.
+inline Stream stream(const Tensor& t, const Block& now, int64_t n, const Block& later) {
+  const int64_t item = itemsize(t.dtype), row_bytes = t.stride[2] * item, head_bytes = t.size[3] * item;
+  const char* data = row_ptr(t, now.b, now.head0 + n, now.j);
+  if (t.stride[1] == t.size[3] && row_bytes == now.heads * head_bytes)
+    return {data, row_bytes, row_ptr(t, later.b, later.head0, later.j) + n * now.keys * head_bytes, head_bytes};
+  return {data, row_bytes, row_ptr(t, later.b, later.head0 + n, later.j), row_bytes};
 }
 
-// The distance from where keys or values are read to `next`, which is read after them: rows at equal distances let one
-// fetch the other.
-inline Stream followed_by(Stream now, const Stream& next) {
-  if (next.row_bytes == now.row_bytes) now.ahead = next.data - now.data;
-  return now;
-}
-
-// `next`: the keys that this thread reads after this block's values.
-inline void decode_block(const Problem& p, DecodeHead& a, int64_t j0, int64_t keys, const Stream& next, float* s,
+inline void decode_block(const Problem& p, DecodeHead& a, int64_t n, const Block& now, const Block& later, float* s,
                          float* bias) {
+  const int64_t j0 = now.j, keys = now.keys;
   const auto dot = p.k->dtype == DType::f32   ? &dot_block<DType::f32>
                    : p.k->dtype == DType::f16 ? &dot_block<DType::f16>
                                               : &dot_block<DType::bf16>;
-  const Stream v = followed_by(stream(*p.v, a.b, a.kv_head, j0), next);
-  dot(a.rows, followed_by(stream(*p.k, a.b, a.kv_head, j0), v), keys, a.q, p.head_dim, s);
+  const Stream v = stream(*p.v, now, n, later);
+  dot(a.rows, stream(*p.k, now, n, later), keys, a.q, p.head_dim, s);
   bool has_dead = false;
   for (int64_t r = 0; r < a.rows; ++r) {
     const KeyRange& range = a.row[r].range;
@@ -285,24 +290,25 @@ inline void finish_head(const Problem& p, const Plan& plan, DecodeHead& a, int64
 
 // Which part of the work a chunk is: one kv head, or some that lie side by side, and one split of their live keys.
 struct DecodeChunk {
-  int64_t split, b, head0;
-  DecodeChunk(const Problem& p, const Plan& plan, int64_t chunk, int64_t splits)
-      : split(chunk % splits),
-        b(chunk / splits / groups(p, plan)),
-        head0(chunk / splits % groups(p, plan) * plan.heads) {}
-  static int64_t groups(const Problem& p, const Plan& plan) { return ceil_div(p.kv_heads, plan.heads); }
-  // The first key of it when keys [lo, lo + length) live.
-  Stream keys(const Problem& p, int64_t lo, int64_t length, int64_t splits) const {
-    return stream(*p.k, b, head0, lo + length * split / splits);
+  int64_t split, splits, b, head0, heads;
+  DecodeChunk(const Problem& p, const Plan& plan, int64_t chunk, int64_t num_splits) {
+    const int64_t groups = ceil_div(p.kv_heads, plan.heads);
+    split = chunk % num_splits, splits = num_splits, b = chunk / splits / groups;
+    head0 = chunk / splits % groups * plan.heads, heads = min64(plan.heads, p.kv_heads - head0);
   }
+  // Its first block when keys [lo, lo + length) live.
+  Block first(int64_t lo, int64_t length) const {
+    const int64_t begin = lo + length * split / splits, end = lo + length * (split + 1) / splits;
+    return {b, head0, heads, begin, min64(block_keys(), end - begin)};
+  }
+  int64_t block_keys() const { return heads > 1 ? kSharedBlock : kScoreBlock; }
 };
 
 // New keys and values are written by the split that owns their slots.
 inline void decode(const Problem& p, const Plan& plan, int64_t chunk, int64_t splits, int threads,
                    const llmopt::Scratch& scratch) {
   const DecodeChunk mine(p, plan, chunk, splits);
-  const int64_t split = mine.split, b = mine.b, head0 = mine.head0;
-  const int64_t heads = min64(plan.heads, p.kv_heads - head0);
+  const int64_t split = mine.split, b = mine.b, head0 = mine.head0, heads = mine.heads;
   float* s = reinterpret_cast<float*>(scratch.local);
   float* bias = s + kLanes * kScoreLd;
   float* rows = bias + kScoreLd;
@@ -318,17 +324,16 @@ inline void decode(const Problem& p, const Plan& plan, int64_t chunk, int64_t sp
   const int64_t begin = lo + length * split / splits, end = lo + length * (split + 1) / splits;
   for (int64_t n = 0; p.new_len && n < heads; ++n)
     write_new_rows(p, b, head0 + n, 0, p.new_len, split == 0 ? 0 : begin, split == splits - 1 ? p.kv_len : end);
-  const int64_t block = heads > 1 ? kSharedBlock : kScoreBlock;
   // The chunk this thread likely takes next; its live keys are most often the same.
-  const bool has_next = chunk + threads < plan.units * splits;
-  const DecodeChunk then(p, plan, has_next ? chunk + threads : chunk, splits);
-  for (int64_t j = begin; j < end; j += block)
-    for (int64_t n = 0; n < heads; ++n) {
-      const Stream next = n + 1 < heads     ? stream(*p.k, b, head0 + n + 1, j)
-                          : j + block < end ? stream(*p.k, b, head0, j + block)
-                                            : then.keys(p, lo, length, splits);
-      decode_block(p, head[n], j, min64(block, end - j), next, s, bias);
-    }
+  const bool is_last = chunk + threads >= plan.units * splits;
+  const DecodeChunk next_chunk(p, plan, is_last ? chunk : chunk + threads, splits);
+  const int64_t step = mine.block_keys();
+  Block later{};
+  for (Block now = mine.first(lo, length); now.j < end; now = later) {
+    later = {b, head0, heads, now.j + step, min64(step, end - now.j - step)};
+    const Block& fetched = later.j < end ? later : next_chunk.first(lo, length);
+    for (int64_t n = 0; n < heads; ++n) decode_block(p, head[n], n, now, fetched, s, bias);
+  }
   for (int64_t n = 0; n < heads; ++n) finish_head(p, plan, head[n], split, splits, scratch.shared);
 }
 static_assert(sizeof(float) * ((kLanes + 1) * kScoreLd + kHeadsPerChunk * 2 * kLanes * kMaxHeadDim + kLanes) <=
