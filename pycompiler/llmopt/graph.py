@@ -152,13 +152,11 @@ def map_fakes(value: Any) -> Any:
     return fx.node.map_arg(value, fake)
 
 
-def compute_fake(
-    mode: FakeTensorMode, target: Callable | str, op: str, args: Any, kwargs: Any
-) -> Any:
+def compute_fake(mode: FakeTensorMode, target: Callable | str, args: Any, kwargs: Any) -> Any:
     """The example value of a call, from the example values of its arguments."""
     fake_args, fake_kwargs = map_fakes(tuple(args)), map_fakes(dict(kwargs))
     with mode, torch.no_grad():
-        if op == "call_method":
+        if isinstance(target, str):
             return getattr(fake_args[0], target)(*fake_args[1:], **fake_kwargs)
         rule = getattr(target, "fake", None)
         return (rule or target)(*fake_args, **fake_kwargs)
@@ -179,7 +177,7 @@ def emit(
         for key in ("stack_trace", "nn_module_stack", "source_fn_stack"):
             if key in like.meta:
                 node.meta[key] = like.meta[key]
-    node.meta["example_value"] = compute_fake(mode, target, op, args, kwargs or {})
+    node.meta["example_value"] = compute_fake(mode, target, args, kwargs or {})
     return node
 
 
@@ -225,7 +223,7 @@ def refresh(nodes: list[fx.Node]) -> None:
                 "reshape" if kind(node) == "view" else "reshape_as",
             )
             node.meta.pop("llmopt_kind", None)
-        new = compute_fake(first.fake_mode, node.target, node.op, node.args, node.kwargs)
+        new = compute_fake(first.fake_mode, node.target, node.args, node.kwargs)
         stale = list(node.users) if isinstance(new, (tuple, list)) else _stale_users(node, new)
         node.meta["example_value"] = new
         queue += stale
