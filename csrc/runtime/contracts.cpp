@@ -101,9 +101,8 @@ bool angles(const Tensor& t, int64_t batch, int64_t positions, int64_t width) {
          t.size[3] % 2 == 0 && t.size[3] <= width;
 }
 
-const char* rows_to_write(const Call& c) {
-  const Step& s = c.step;
-  const Tensor &k = s.t[1], &v = s.t[2], &k_new = s.t[8], &v_new = s.t[9], &positions = s.t[10];
+const char* rows_to_write(const Call& c, const Tensor* t) {
+  const Tensor &k = t[1], &v = t[2], &k_new = t[8], &v_new = t[9], &positions = t[10];
   for (const auto& [rows, cache] : {std::pair<const Tensor&, const Tensor&>{k_new, k}, {v_new, v}}) {
     if (absent(rows)) continue;
     if (!float_rows(rows, 4) || rows.size[0] != cache.size[0] || rows.size[1] != cache.size[1] ||
@@ -121,11 +120,13 @@ const char* rows_to_write(const Call& c) {
 
 const char* attention(const Call& c) {
   const Step& s = c.step;
-  if (!has(s, 11, 5, 2)) return kWrongCount;
-  const Tensor &q = s.t[0], &k = s.t[1], &v = s.t[2], &out = s.t[3], &mask = s.t[4], &bounds = s.t[5];
+  if (s.num_tensors < 4 || s.num_tensors > 11 || s.num_ints < 5 || s.num_floats < 2) return kWrongCount;
+  Tensor t[11] = {};  // those past the end of the list are not given
+  for (int i = 0; i < s.num_tensors; ++i) t[i] = s.t[i];
+  const Tensor &q = t[0], &k = t[1], &v = t[2], &out = t[3], &mask = t[4], &bounds = t[5];
   for (int i = 0; i < 4; ++i) {
-    if (!float_rows(s.t[i], 4)) return "q, k, v and out are not float [B, H, S, D]";
-    if (s.t[i].size[3] > kMaxHeadDim) return "a head is longer than 256";
+    if (!float_rows(t[i], 4)) return "q, k, v and out are not float [B, H, S, D]";
+    if (t[i].size[3] > kMaxHeadDim) return "a head is longer than 256";
   }
   const int64_t batch = q.size[0], heads = q.size[1], queries = q.size[2], keys = k.size[2], kv_heads = k.size[1];
   if (k.size[0] != batch || k.size[3] != q.size[3]) return "q and k differ in batch or head size";
@@ -138,8 +139,8 @@ const char* attention(const Call& c) {
   if (!absent(mask)) {
     if (mask.ndim != 4 || bounds.ndim != 4 || bounds.dtype != DType::i32 || bounds.size[3] != 4)
       return "mask and bounds are not [B, H, Sq, .]";
-    for (const Tensor* t : {&mask, &bounds})
-      if (!one_or(t->size[0], batch) || !one_or(t->size[1], heads) || !one_or(t->size[2], queries))
+    for (const Tensor* m : {&mask, &bounds})
+      if (!one_or(m->size[0], batch) || !one_or(m->size[1], heads) || !one_or(m->size[2], queries))
         return "mask and bounds are not [B, H, Sq, .]";
     if (mask.size[3] != keys) return "the mask has another number of keys";
     const bool is_mask = is_float(mask.dtype) || mask.dtype == DType::b8 || mask.dtype == DType::u8;
@@ -147,14 +148,14 @@ const char* attention(const Call& c) {
       return "the mask is not dense bool or float";
   }
   if (s.i[3] < 0 || s.i[3] > 2) return "there is no such rotary form";
-  if (s.i[3] && !absent(s.t[6]) && !absent(s.t[7])) {
-    const int64_t written = s.i[4] && !absent(s.t[8]) ? s.t[8].size[2] : queries;
+  if (s.i[3] && !absent(t[6]) && !absent(t[7])) {
+    const int64_t written = s.i[4] && !absent(t[8]) ? t[8].size[2] : queries;
     for (int i : {6, 7})
-      if (!angles(s.t[i], batch, queries, q.size[3]) || (written != queries && s.t[i].size[2] != 1))
+      if (!angles(t[i], batch, queries, q.size[3]) || (written != queries && t[i].size[2] != 1))
         return "cos or sin is not float [B, 1, Sq, R]";
-    if (s.t[6].size[3] != s.t[7].size[3]) return "cos and sin differ in size";
+    if (t[6].size[3] != t[7].size[3]) return "cos and sin differ in size";
   }
-  return s.i[4] ? rows_to_write(c) : nullptr;
+  return s.i[4] ? rows_to_write(c, t) : nullptr;
 }
 
 const char* mask_bounds(const Call& c) {
