@@ -12,6 +12,7 @@ namespace llmopt {
 
 // Of what a waiting thread fetches: a good part of a core's L2, beside which the running step's data stays.
 constexpr int64_t kMostFetched = 128 << 10;
+constexpr size_t kMaxOperands = 64;
 
 // What one run needs and the next may reuse. A context belongs to one thread at a time.
 struct Program::Context {
@@ -49,7 +50,8 @@ Program::Program(const Tier& tier, int num_symbols, int num_externals, std::vect
       exprs_(std::move(exprs)),
       slots_(std::move(slots)),
       buffers_(std::move(buffers)),
-      steps_(std::move(steps)) {
+      steps_(std::move(steps)),
+      panel_width_(tier.panel_width()) {
   for (const auto& code : exprs_)
     for (size_t i = 0; i < code.size(); ++i) {
       const bool has_operand = code[i] == kConst || code[i] == kSymbol;
@@ -69,6 +71,8 @@ Program::Program(const Tier& tier, int num_symbols, int num_externals, std::vect
     if (!kernel)
       throw std::invalid_argument("tier " + std::string(tier.name) + " has no kernel for op '" + step.op + "'");
     kernels_.push_back(kernel);
+    contracts_.push_back(contract_of(kernel->op));
+    if (step.operands.size() > kMaxOperands) throw std::invalid_argument("a step has too many operands");
     for (const Operand& operand : step.operands) check(operand);
     for (ExprId e : step.ints)
       if (e < 0 || e >= num_exprs) throw std::invalid_argument("an attribute names an expression that does not exist");
@@ -88,6 +92,20 @@ void Program::check(const Operand& o) const {
   if (bad(o.offset) || std::any_of(o.size.begin(), o.size.end(), bad) ||
       std::any_of(o.stride.begin(), o.stride.end(), bad))
     throw std::invalid_argument("an operand names an expression that does not exist");
+}
+
+void Program::check(const Step& step, size_t index) const {
+  const StepSpec& spec = steps_[index];
+  for (int n = 0; n < step.num_tensors; ++n)
+    for (int d = 0; d < step.t[n].ndim; ++d)
+      if (step.t[n].size[d] < 0) throw std::invalid_argument(spec.op + ": a size is negative");
+  if (!contracts_[index]) return;
+  bool is_external[kMaxOperands];
+  for (int n = 0; n < step.num_tensors; ++n)
+    is_external[n] = spec.operands[n].buffer >= 0 && buffers_[spec.operands[n].buffer].external;
+  const char* reason = contracts_[index]({step, is_external, panel_width_});
+  if (reason == kIndexRange) throw std::out_of_range(spec.op + ": " + reason);
+  if (reason) throw std::invalid_argument(spec.op + ": " + reason);
 }
 
 std::vector<int64_t> Program::sizes(const std::vector<int64_t>& symbols, const std::vector<ExprId>& wanted) const {
@@ -147,6 +165,7 @@ void Program::resolve(Context& c, const std::vector<int64_t>& externals, const s
       }
     }
     for (ExprId e : spec.ints) *attr++ = c.values[e];
+    check(step, k);
     c.phases[k] = kernels_[k]->phases(step, threads);
     if (kernels_[k]->workspace) workspace = std::max(workspace, kernels_[k]->workspace(step, threads));
   }

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cpu/dispatch.h"
+#include "runtime/contracts.h"
 #include "runtime/memory.h"
 #include "runtime/team.h"
 #include "runtime/tensor.h"
@@ -44,7 +45,8 @@ class Program {
   ~Program();
 
   // Runs every step in order. externals: one address per external buffer; symbols: the values of this call's sizes.
-  // step_ns: when not null, receives the wall time of each step in nanoseconds.
+  // step_ns: when not null, receives the wall time of each step in nanoseconds. Throws std::invalid_argument before
+  // anything runs when the operands of a step are not what its kernel takes for granted (runtime/contracts.cpp).
   void run(const std::vector<int64_t>& externals, const std::vector<int64_t>& symbols, int threads,
            std::vector<int64_t>* step_ns);
 
@@ -60,6 +62,7 @@ class Program {
   struct ContextLease;
 
   void check(const Operand& operand) const;
+  void check(const Step& step, size_t index) const;
   void resolve(Context& c, const std::vector<int64_t>& externals, const std::vector<int64_t>& symbols, int threads);
   Span first_read_after(const Context& c, size_t k, int phase, int threads, int thread) const;
   static void body(Team& team, int thread, void* context);
@@ -70,6 +73,8 @@ class Program {
   const std::vector<Buffer> buffers_;
   const std::vector<StepSpec> steps_;
   std::vector<const Kernel*> kernels_;
+  std::vector<Contract> contracts_;  // nullptr for a step whose op has none
+  const int panel_width_;
   std::mutex mutex_;
   std::vector<std::unique_ptr<Context>> idle_;
   size_t arena_bytes_ = 0;

@@ -62,7 +62,7 @@ def _versions(tensors: Sequence[Tensor]) -> list[int]:
 
 
 def _start(tensor: Tensor) -> int:
-    return tensor.storage_offset() * tensor.element_size()
+    return int(tensor.storage_offset()) * tensor.element_size()
 
 
 class Segment(torch.nn.Module):
@@ -183,16 +183,22 @@ class Segment(torch.nn.Module):
             return self._template
         tensors = [arguments[a] for a in self._weight_arguments]
         watch = self._watch
-        same = watch is not None and watch.same_tensors(tensors)
-        if same and watch.same_content():  # type: ignore[union-attr]
-            return self._template
+        same = False
+        if watch is not None and watch.same_tensors(tensors):
+            if watch.same_content():
+                return self._template
+            same = True
         with self._lock:
             held = [STORE.get(spec, arguments, self.target_, changed=same) for spec in self._packed]
             template = list(self._template)
             for slot, number in self._positions["packed"]:
                 template[slot] = held[number].address
             for slot, number in self._positions["bias"]:
-                template[slot] = held[number].bias.data_ptr()
+                bias = held[number].bias
+                assert bias is not None, (
+                    "a program names a bias vector only where its linear has one"
+                )
+                template[slot] = bias.data_ptr()
             self._held = [weakref.ref(entry) for entry in held]
             self._template, self._watch = template, _Watch(tensors)
             return template

@@ -7,7 +7,9 @@ example value that carries shape, dtype and strides, `emit` adds a node with its
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -152,13 +154,11 @@ def map_fakes(value: Any) -> Any:
     return fx.node.map_arg(value, fake)
 
 
-def compute_fake(
-    mode: FakeTensorMode, target: Callable | str, op: str, args: Any, kwargs: Any
-) -> Any:
+def compute_fake(mode: FakeTensorMode, target: Callable | str, args: Any, kwargs: Any) -> Any:
     """The example value of a call, from the example values of its arguments."""
     fake_args, fake_kwargs = map_fakes(tuple(args)), map_fakes(dict(kwargs))
     with mode, torch.no_grad():
-        if op == "call_method":
+        if isinstance(target, str):
             return getattr(fake_args[0], target)(*fake_args[1:], **fake_kwargs)
         rule = getattr(target, "fake", None)
         return (rule or target)(*fake_args, **fake_kwargs)
@@ -179,7 +179,7 @@ def emit(
         for key in ("stack_trace", "nn_module_stack", "source_fn_stack"):
             if key in like.meta:
                 node.meta[key] = like.meta[key]
-    node.meta["example_value"] = compute_fake(mode, target, op, args, kwargs or {})
+    node.meta["example_value"] = compute_fake(mode, target, args, kwargs or {})
     return node
 
 
@@ -225,7 +225,7 @@ def refresh(nodes: list[fx.Node]) -> None:
                 "reshape" if kind(node) == "view" else "reshape_as",
             )
             node.meta.pop("llmopt_kind", None)
-        new = compute_fake(first.fake_mode, node.target, node.op, node.args, node.kwargs)
+        new = compute_fake(first.fake_mode, node.target, node.args, node.kwargs)
         stale = list(node.users) if isinstance(new, (tuple, list)) else _stale_users(node, new)
         node.meta["example_value"] = new
         queue += stale
@@ -345,19 +345,44 @@ def binary_operands(node: fx.Node) -> tuple[Any, Any] | None:
 
 
 def source_line(node: fx.Node) -> str:
-    """The user's source line that made this node, as `file:line: code`, or "" when unknown."""
-    trace = node.meta.get("stack_trace")
-    if not trace:
+    """The user's source line that made this node, as `file:line: code`, "" when unknown.
+
+    A member of an nn.Sequential has no line of its own: its path and class, as `0.2 (GELU)`, stand before the line that called the
+    container. Paths are short: from the working directory, or from the package's name on.
+    """
+    return "  ".join(part for part in (_member(node), _nearest_line(node)) if part)
+
+
+def _nearest_line(node: fx.Node) -> str:
+    lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines()]
+    frames = [i for i, line in enumerate(lines) if line.startswith("File ")]
+    if not frames:
         return ""
-    lines = [line.strip() for line in trace.strip().splitlines()]
-    for i in range(len(lines) - 1, -1, -1):
-        if lines[i].startswith("File "):
-            parts = lines[i].split(",")
-            file = parts[0].removeprefix("File ").strip('"')
-            number = parts[1].strip().removeprefix("line ") if len(parts) > 1 else "?"
-            code = lines[i + 1] if i + 1 < len(lines) else ""
-            return f"{file}:{number}: {code}"
-    return ""
+    last = frames[-1]
+    file, _, rest = lines[last].removeprefix('File "').partition('", line ')
+    number = rest.partition(",")[0] or "?"
+    code = lines[last + 1] if last + 1 < len(lines) else ""
+    return f"{_short_path(file)}:{number}: {code}"
+
+
+def _member(node: fx.Node) -> str:
+    """`path (Class)` below the outermost container, when the innermost module is called by an nn.Sequential."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    if len(stack) < 2 or not issubclass(stack[-2][1], torch.nn.Sequential):
+        return ""
+    paths = [path for path, _ in stack]
+    first = next(i for i, (_, cls) in enumerate(stack) if issubclass(cls, torch.nn.Sequential))
+    return f"{paths[-1].removeprefix(paths[first] + '.')} ({stack[-1][1].__name__})"
+
+
+def _short_path(file: str) -> str:
+    path = Path(file)
+    if path.is_relative_to(Path.cwd()):
+        return str(path.relative_to(Path.cwd()))
+    for root in sorted(sys.path, key=len, reverse=True):
+        if root and path.is_relative_to(root):
+            return str(path.relative_to(root))
+    return file
 
 
 getitem = operator.getitem

@@ -58,20 +58,20 @@ class KvGroup:
         arguments: the segment's arguments, among them the old caches [B,H,S,D].
         """
         geometry = (len(self.arguments), batch, heads, self.width, self.dtype)
-        if self.arguments[0] is None:
+        caches = [arguments[a] for a in self.arguments if a is not None]
+        if not caches:  # `groups_of` never mixes empty and filled ones
             return _fresh(geometry, 0, new_length)
-        caches = [arguments[a] for a in self.arguments]
         length = caches[0].shape[2]
         if all(c.shape[2] == length for c in caches):
             return _grown(caches, geometry, new_length)
         # Layers with a window hold fewer positions than the others: each length has a slab of its own.
-        result: list[Tensor | None] = [None] * len(caches)
+        result = list(caches)
         for some in {c.shape[2]: None for c in caches}:
             picked = [i for i, c in enumerate(caches) if c.shape[2] == some]
             grown = _grown([caches[i] for i in picked], (len(picked), *geometry[1:]), new_length)
             for i, cache in zip(picked, grown, strict=True):
                 result[i] = cache
-        return result  # type: ignore[return-value]
+        return result
 
 
 def _grown(caches: Sequence[Tensor], geometry: tuple, new_length: int) -> Sequence[Tensor]:
@@ -83,7 +83,7 @@ def _in_place(
 ) -> Sequence[Tensor] | None:
     first = caches[0]
     itemsize = first.element_size()
-    base = first.data_ptr() - first.storage_offset() * itemsize
+    base = first.data_ptr() - int(first.storage_offset()) * itemsize
     slab = _slabs.get(base)
     if slab is None or slab.geometry != geometry or slab.storage.expired():
         return None

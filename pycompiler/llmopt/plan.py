@@ -206,56 +206,60 @@ def _symbol_sources(graph: fx.Graph) -> dict:
 
 def _levels(graph: fx.Graph, roles: _Roles) -> dict[fx.Node, int]:
     """The level of every native and eager node."""
-    level: dict[fx.Node, int] = {}
-    eager_ready: dict[fx.Node, int] = {}  # first even level at which Python can read a value
-    written = mutated_storages(graph)
-    writer: dict[int, fx.Node] = {}
-    readers: dict[int, list[fx.Node]] = {}
-
-    def after(node: fx.Node, for_native: bool) -> int:
-        """The earliest level of a node of the given sort that comes after `node`."""
-        at = level[node]
-        if for_native:
-            return at if at % 2 else at + 1
-        return at + 1 if at % 2 else at
-
+    levels = _Levels(graph, roles)
     for node in graph.nodes:
+        levels.place(node)
+    return levels.level
+
+
+def _after(level: int, for_native: bool) -> int:
+    """The earliest level of the given sort (odd: native) that may come after work at `level`."""
+    return level if level % 2 == for_native else level + 1
+
+
+class _Levels:
+    """Gives nodes levels, in graph order: as early as what they read, and what is written in place, allow."""
+
+    def __init__(self, graph: fx.Graph, roles: _Roles) -> None:
+        self.level: dict[fx.Node, int] = {}
+        self._roles = roles
+        self._ready: dict[fx.Node, int] = {}  # first even level at which Python can read a value
+        self._written = mutated_storages(graph)
+        self._writer: dict[int, fx.Node] = {}  # the last one that wrote a storage
+        self._readers: dict[int, list[fx.Node]] = {}  # who read it since
+
+    def place(self, node: fx.Node) -> None:
         if node.op in ("placeholder", "get_attr"):
-            eager_ready[node] = 0
-            continue
-        if roles.is_part(node):
-            level_of = level[node.args[0]]
-            eager_ready[node] = level_of + 1
-            continue
-        if is_view(node):
-            eager_ready[node] = max((eager_ready[n] for n in node.all_input_nodes), default=0)
-            continue
-        native = node in roles.native
-        if not native and not roles.is_eager(node):
-            continue  # the output
-        at = 1 if native else 0
-        if native:
-            for n in node.all_input_nodes:
-                if is_tensor(n):
-                    producer = _producer(n, roles)
-                    at = max(at, after(producer, True) if producer in level else 1)
-        else:
-            at = max((eager_ready[n] for n in node.all_input_nodes), default=0)
-        touched = {s for n in (node, *node.all_input_nodes) if (s := storage(n)) in written}
-        for s in touched:
-            before = [writer[s]] if s in writer else []
+            self._ready[node] = 0
+        elif self._roles.is_part(node):
+            self._ready[node] = self.level[node.args[0]] + 1
+        elif is_view(node):
+            self._ready[node] = self._inputs_ready(node)
+        elif node in self._roles.native:
+            self._place_work(node, self._native_inputs_ready(node), native=True)
+        elif self._roles.is_eager(node):
+            self._place_work(node, self._inputs_ready(node), native=False)
+        # What remains is the output.
+
+    def _inputs_ready(self, node: fx.Node) -> int:
+        return max((self._ready[n] for n in node.all_input_nodes), default=0)
+
+    def _native_inputs_ready(self, node: fx.Node) -> int:
+        producers = [_producer(n, self._roles) for n in node.all_input_nodes if is_tensor(n)]
+        return max((_after(self.level[p], True) for p in producers if p in self.level), default=1)
+
+    def _place_work(self, node: fx.Node, at: int, native: bool) -> None:
+        touched = [s for n in (node, *node.all_input_nodes) if (s := storage(n)) in self._written]
+        for s in dict.fromkeys(touched):
+            before = [self._writer[s]] if s in self._writer else []
             if is_in_place(node):
-                before += readers.pop(s, [])
-            for other in before:
-                at = max(at, after(other, native))
-        level[node] = at
-        eager_ready[node] = at + 1 if native else at
-        for s in touched:
-            if is_in_place(node):
-                writer[s] = node
+                before += self._readers.pop(s, [])
+                self._writer[s] = node
             else:
-                readers.setdefault(s, []).append(node)
-    return level
+                self._readers.setdefault(s, []).append(node)
+            at = max(at, *(_after(self.level[other], native) for other in before), 0)
+        self.level[node] = at
+        self._ready[node] = _after(at, for_native=False)
 
 
 def _producer(node: fx.Node, roles: _Roles) -> fx.Node:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import textwrap
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from llmopt.native.probe import Probe, measure
 from llmopt.native.segment import StepRecord
 from llmopt.target import target
 
+_WIDTH = 120
 _MACHINERY = frozenset({"getitem", "size", "sym_sum", "numel", "dim"})
 
 
@@ -83,14 +85,12 @@ class Report:
 
     def __str__(self) -> str:
         lines = [self.summary(), "", "steps:"]
-        for i, s in enumerate(self.steps):
-            lines.append(
-                f"{i:4d} {s.microseconds:9.1f} us {s.roof:5.0%} of {s.bound:7s} {s.kernel}:{s.isa} {s.detail:32s} "
-                f"{', '.join(s.inputs)} -> {', '.join(s.outputs)}  {s.source}"
-            )
+        for i, step in enumerate(self.steps):
+            lines += _step_lines(i, step)
         if self.fallbacks:
             lines += ["", "ran as in PyTorch:"]
-            lines += [f"  {f.operation}: {f.reason}  {f.source}" for f in self.fallbacks]
+            for f in self.fallbacks:
+                lines += [f"  {f.operation}: {f.reason}", *_indented(f.source)]
         lines += ["", "compile seconds beyond Dynamo:"]
         lines += [f"  {phase}: {seconds:.3f}" for phase, seconds in self.compile_seconds.items()]
         return "\n".join(lines)
@@ -116,6 +116,29 @@ class Report:
             roof = sum(s.roof * s.microseconds for s in steps) / time if time else 0.0
             rows.append((name, time, len(steps), roof, steps[0].bound))
         return sorted(rows, key=lambda r: -r[1])
+
+
+def _step_lines(number: int, s: StepTime) -> list[str]:
+    """Times and costs, then operands, then the source: each on a line of its own where they are many."""
+    numbers = f"{number:4d} {s.microseconds:9.1f} us {s.roof:5.0%} of {s.bound:7s} {_amount(s.flops)}FLOP {_amount(s.bytes)}B"
+    operands = ", ".join(s.inputs) + (f" -> {', '.join(s.outputs)}" if s.outputs else "")
+    return [f"{numbers}  {s.kernel}:{s.isa} {s.detail}", *_indented(operands), *_indented(s.source)]
+
+
+def _amount(count: float) -> str:
+    """With a prefix: 12.3 M."""
+    for prefix in ("", "k", "M", "G"):
+        if count < 999.95:
+            return f"{count:.1f} {prefix}"
+        count /= 1000
+    return f"{count:.1f} T"
+
+
+def _indented(text: str) -> list[str]:
+    """The text as lines of at most _WIDTH characters under a step, without lines when it is empty."""
+    return textwrap.wrap(
+        text, _WIDTH, initial_indent=" " * 8, subsequent_indent=" " * 10, break_long_words=False
+    )
 
 
 def _row(name: str, microseconds: float, count: int, roof: float, bound: str) -> str:
@@ -178,11 +201,14 @@ def _steps(run: Run, probe: Probe) -> list[StepTime]:
     for segment in run.graph.segments():
         times, costs = run.step_ns[segment.name], run.costs[segment.name]
         for record, ns, (flops, num_bytes) in zip(segment.records, times, costs, strict=True):
-            steps.append(_step(record, ns, flops, num_bytes, probe))
+            isa = segment.target_.tier  # of the program that ran, whatever is set now
+            steps.append(_step(record, isa, ns, flops, num_bytes, probe))
     return steps
 
 
-def _step(record: StepRecord, ns: int, flops: int, num_bytes: int, probe: Probe) -> StepTime:
+def _step(
+    record: StepRecord, isa: str, ns: int, flops: int, num_bytes: int, probe: Probe
+) -> StepTime:
     from llmopt.graph import source_line
 
     compute, memory = flops / probe.fma_flops, num_bytes / probe.read_bytes
@@ -190,7 +216,7 @@ def _step(record: StepRecord, ns: int, flops: int, num_bytes: int, probe: Probe)
     return StepTime(
         kernel=record.kernel,
         detail=record.detail,
-        isa=target().tier,
+        isa=isa,
         inputs=record.inputs,
         outputs=record.outputs,
         microseconds=ns / 1e3,

@@ -6,14 +6,14 @@ Codes are the contract with csrc/runtime/expr.h.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 if TYPE_CHECKING:
     import sympy
 
-Size = Union[int, torch.SymInt]
+Size = int | torch.SymInt
 
 CONST, SYMBOL, ADD, MUL, FLOOR_DIV, MOD, MAX, MIN = range(8)
 

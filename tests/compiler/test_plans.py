@@ -23,7 +23,9 @@ def llama() -> torch.nn.Module:
 
 
 def qwen3() -> torch.nn.Module:
-    config = transformers.Qwen3Config(**SMALL, intermediate_size=128, num_key_value_heads=2, head_dim=16)
+    config = transformers.Qwen3Config(
+        **SMALL, intermediate_size=128, num_key_value_heads=2, head_dim=16
+    )
     return transformers.Qwen3ForCausalLM(config)
 
 
@@ -43,7 +45,9 @@ def neox() -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("build", [llama, qwen3, gpt2, bert, neox], ids=lambda f: f.__name__)
-def test_plan_is_as_reviewed(build: Callable[[], torch.nn.Module], request: pytest.FixtureRequest) -> None:
+def test_plan_is_as_reviewed(
+    build: Callable[[], torch.nn.Module], request: pytest.FixtureRequest
+) -> None:
     torch._dynamo.reset()
     model = build().eval()
     with torch.no_grad():

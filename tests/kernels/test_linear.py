@@ -71,10 +71,8 @@ class Case:
 
     def run(self, tier: str, threads: int) -> torch.Tensor:
         n, k = self.w.shape
-        if self.gated:
-            packed = pack(self.w.chunk(2, 0), tier, threads, interleave=True)
-        else:
-            packed = pack([self.w], tier, threads)
+        weights = self.w.chunk(2, 0) if self.gated else [self.w]
+        packed = pack(weights, tier, threads, interleave=self.gated)
         y = self.y
         if y is None:
             y = torch.full((self.x.shape[0], n // 2 if self.gated else n), 7.0, dtype=self.out)

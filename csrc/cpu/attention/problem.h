@@ -1,14 +1,15 @@
 // What an attention step asks for, which keys each query row may see, and how the work is cut into chunks.
 #pragma once
 #include "cpu/family.h"
+#include "runtime/contracts.h"
 
 namespace {
 
 using llmopt::DType;
+using llmopt::kMaxHeadDim;
 using llmopt::Step;
 using llmopt::Tensor;
 
-constexpr int64_t kMaxHeadDim = 256;
 constexpr float kLog2e = 1.44269504f;
 constexpr float kNegInf = -__builtin_inff();
 

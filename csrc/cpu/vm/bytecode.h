@@ -5,7 +5,7 @@
 // A word is op | dst << 8 | a << 16 | b << 24 | c << 32 | extra << 40; ops with fewer operands repeat a in b and c.
 // Values are fp32 in registers; register numbers from num_registers on are the constants. Stores come after all loads.
 #pragma once
-#include "cpu/family.h"
+#include "runtime/tensor.h"
 
 namespace {
 

@@ -47,8 +47,9 @@ def _reject_heads(tensors: Sequence[fx.Node | None], mask: fx.Node | None) -> st
             return f"head size {fake(t).shape[3]}: up to 256 is possible"
     if mask is not None and fake(mask).dtype not in (torch.bool, *FLOATS):
         return f"a mask of {fake(mask).dtype}: bool, f32, f16 and bf16 are possible"
-    if mask is not None and not (is_one(fake(mask).shape[3]) or same_size(fake(mask).stride(3), 1)):
-        if not same_size(fake(mask).stride(3), 0):
+    if mask is not None and not is_one(fake(mask).shape[3]):
+        step = fake(mask).stride(3)
+        if not same_size(step, 1) and not same_size(step, 0):
             return "the mask's last dimension is not dense"
     return ""
 
@@ -139,7 +140,7 @@ def _lower_attention_append(s: SegmentBuilder, node: fx.Node) -> None:
         argument(node, i, "") for i in range(8)
     )
     a = _attention_settings(node, 8)
-    out, keys, values = fake(node)
+    _, keys, values = fake(node)
     views = []
     for i, (cache, new, whole) in enumerate(((k_cache, k_new, keys), (v_cache, v_new, values))):
         b, h, n, d = fake(new).shape

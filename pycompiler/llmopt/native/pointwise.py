@@ -63,9 +63,9 @@ def _lower(s: SegmentBuilder, node: fx.Node) -> None:
     inputs = node.args[3:]
     shape = tuple(fake(node)[0].shape)
     ints, floats = _encode(node)
-    operands = [_broadcast(s.view(n), tuple(fake(n).shape), shape) for n in inputs]  # type: ignore[arg-type]
+    operands = [_broadcast(s.view(n), tuple(fake(n).shape), shape) for n in inputs]
     outputs = [s.part(node, i) for i in range(len(fake(node)))]
-    operands += [s.view(o) for o in outputs]  # type: ignore[misc]
+    operands += [s.view(o) for o in outputs]
     names = [args[0] for op, *args in node.args[0] if op != "const"]
     detail = "+".join(names[:4]) + ("+…" if len(names) > 4 else "")
     cost = numel(fake(outputs[0])) * len(names)

@@ -5,7 +5,17 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from llmopt.graph import argument, fake, is_dense, is_one, is_tensor, numel, same_size
+from llmopt.graph import (
+    argument,
+    fake,
+    is_dense,
+    is_one,
+    is_tensor,
+    kind,
+    numel,
+    same_size,
+    view_base,
+)
 from llmopt.native.operands import (
     FLOATS,
     NativeKernel,
@@ -145,6 +155,8 @@ def _reject_index_copy(node: fx.Node) -> str:
         return "runs as in PyTorch"
     if fake(index).dtype != torch.int64 or fake(index).dim() != 1:
         return "positions are not a vector of int64"
+    if kind(view_base(index)) in (*_COPIES, "cat"):
+        return "positions are made by a copy: their range can be checked only where they come from outside"
     return "" if all(same_size(v.stride(-1), 1) for v in values) else "last dimension is not dense"
 
 

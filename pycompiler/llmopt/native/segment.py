@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import fx
@@ -121,6 +121,12 @@ class SegmentBuilder:
     def part(node: fx.Node, index: int) -> fx.Node:
         """The node that reads part `index` of a node with several results."""
         return next(u for u in node.users if kind(u) == "getitem" and u.args[1] == index)
+
+    @overload
+    def view(self, node: None) -> None: ...
+
+    @overload
+    def view(self, node: fx.Node) -> View: ...
 
     def view(self, node: fx.Node | None) -> View | None:
         """The operand for a value; None stays None."""

@@ -6,10 +6,13 @@ softcap c > 0 replaces a score s by c · tanh(s / c) (Gemma 2) before the bias i
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from llmopt.ops.rope import rope
+from llmopt.sizes import Size
 
 
 def _allowed(q: Tensor, k: Tensor, causal: bool, offset: int, window: int) -> Tensor | None:
@@ -55,7 +58,7 @@ def attention(
     return torch.matmul(weights, vf).to(q.dtype)
 
 
-def _fake(q, k, v, *_, **__):
+def _fake(q: Tensor, k: Tensor, v: Tensor, *_settings: Any, **_named: Any) -> Tensor:
     # Memory order [B,Sq,H,Dv]: the projection that follows reads rows of H·Dv.
     b, h, s, _ = q.shape
     return torch.empty((b, s, h, v.shape[3]), dtype=q.dtype, device=q.device).transpose(1, 2)
@@ -85,7 +88,8 @@ def attention_append(
     Returns (out, keys, values); keys and values hold S + Sn positions. A cache of None is empty.
     """
     if rope_kind != "none":
-        assert cos is not None and sin is not None
+        assert cos is not None
+        assert sin is not None
         q, k_new = rope(q, cos, sin, rope_kind), rope(k_new, cos, sin, rope_kind)
     keys = k_new if k_cache is None else torch.cat((k_cache, k_new), 2)
     values = v_new if v_cache is None else torch.cat((v_cache, v_new), 2)
@@ -93,12 +97,20 @@ def attention_append(
     return out, keys, values
 
 
-def slab_empty(b, h, s, d, like: Tensor) -> Tensor:
+def slab_empty(b: Size, h: Size, s: Size, d: Size, like: Tensor) -> Tensor:
     """A [B,H,S,D] tensor laid out [S,B,H,D]: its strides do not depend on S, so it can grow in place."""
     return torch.empty((s, b, h, d), dtype=like.dtype, device=like.device).permute(1, 2, 0, 3)
 
 
-def _fake_append(q, k_new, v_new, k_cache, v_cache, *_, **__):
+def _fake_append(
+    q: Tensor,
+    k_new: Tensor,
+    v_new: Tensor,
+    k_cache: Tensor | None,
+    v_cache: Tensor | None,
+    *_settings: Any,
+    **_named: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
     b, h, s, d = k_new.shape
     k_len = s if k_cache is None else k_cache.shape[2] + s
     v_len = s if v_cache is None else v_cache.shape[2] + s

@@ -15,7 +15,7 @@ def embedding(ids: Tensor, table: Tensor, scale: float = 1.0) -> Tensor:
     return rows if scale == 1.0 else rows * scale
 
 
-def _fake(ids, table, scale=1.0):
+def _fake(ids: Tensor, table: Tensor, scale: float = 1.0) -> Tensor:
     return torch.empty((*ids.shape, table.shape[1]), dtype=table.dtype, device=table.device)
 
 

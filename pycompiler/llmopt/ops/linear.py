@@ -50,7 +50,14 @@ def linear(
     return y.to(x.dtype)
 
 
-def _fake(x, weights, biases=None, act="none", gated=False, **_):
+def _fake(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None] | None = None,
+    act: str = "none",
+    gated: bool = False,
+    **_: Any,
+) -> Tensor:
     n = weights[0].shape[0] if gated else sum(w.shape[0] for w in weights)
     return torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device)
 

@@ -13,6 +13,7 @@ widened instead.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,10 +67,9 @@ def linear_quantized(
     """
     weights = [dequantized(c, s, o, bits) for c, s, o in zip(codes, scales, offsets, strict=True)]
     if activations == "int8":
+        x_float = x.float()
         if norm_kind != "none":
             x_float = normalized(x, norm_kind, norm_weight, norm_bias, norm_eps, norm_offset)
-        else:
-            x_float = x.float()
         rounded, scale = quantized_activations(x_float, scales[0].shape[-1])
         x_float = (rounded * scale[..., None]).flatten(-2)
         wide = None if residual is None else residual.float()
@@ -80,7 +80,18 @@ def linear_quantized(
     )  # fmt: skip
 
 
-def _fake(x, codes, scales, offsets, bits, activations, biases=None, act="none", gated=False, **_):  # type: ignore[no-untyped-def]
+def _fake(
+    x: Tensor,
+    codes: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    offsets: Sequence[Tensor],
+    bits: int,
+    activations: str,
+    biases: Sequence[Tensor | None] | None = None,
+    act: str = "none",
+    gated: bool = False,
+    **_: Any,
+) -> Tensor:
     n = codes[0].shape[0] if gated else sum(c.shape[0] for c in codes)
     return torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device)
 

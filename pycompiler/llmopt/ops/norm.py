@@ -38,7 +38,15 @@ def norm(
     return normalized(x, kind, weight, bias, eps, offset).to(dtype or x.dtype)
 
 
-def _fake(x, weight, bias, kind, eps, offset=0.0, dtype=None):
+def _fake(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    kind: str,
+    eps: float,
+    offset: float = 0.0,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
     return torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
 
 

@@ -76,7 +76,9 @@ def pointwise(
     )
 
 
-def _fake(program, results, dtypes, *inputs):
+def _fake(
+    program: tuple, results: tuple[int, ...], dtypes: tuple[torch.dtype, ...], *inputs: Tensor
+) -> tuple[Tensor, ...]:
     from torch._refs import _broadcast_shapes
 
     shape = _broadcast_shapes(*(t.shape for t in inputs))

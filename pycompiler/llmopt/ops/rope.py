@@ -28,7 +28,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, kind: str) -> Tensor:
     return turned if width == x.shape[-1] else torch.cat((turned, x[..., width:]), dim=-1)
 
 
-def _fake(x, cos, sin, kind):
+def _fake(x: Tensor, cos: Tensor, sin: Tensor, kind: str) -> Tensor:
     # Memory order [B,S,H,D], the order in which the projections write their heads.
     b, h, s, d = x.shape
     return torch.empty((b, s, h, d), dtype=x.dtype, device=x.device).transpose(1, 2)

@@ -6,6 +6,7 @@ activation there; agreement to 1e-6 from −12 to 12 (constants are written with
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from llmopt.graph import (
 )
 from llmopt.ops.activation import activate
 
-_UNARY = {
+_UNARY: dict[str, Callable[..., Tensor]] = {
     "tanh": torch.tanh,
     "sigmoid": torch.sigmoid,
     "erf": torch.erf,
@@ -33,7 +34,13 @@ _UNARY = {
     "neg": torch.neg,
     "exp": torch.exp,
 }
-_BINARY = {"add": torch.add, "mul": torch.mul, "sub": torch.sub, "div": torch.div, "pow": torch.pow}
+_BINARY: dict[str, Callable[..., Tensor]] = {
+    "add": torch.add,
+    "mul": torch.mul,
+    "sub": torch.sub,
+    "div": torch.div,
+    "pow": torch.pow,
+}
 _CANDIDATES = ("gelu_tanh", "gelu_erf", "quick_gelu", "silu", "relu2")
 _LONGEST_CHAIN = 14
 

@@ -203,7 +203,7 @@ def _scores(node: fx.Node) -> tuple[fx.Node, fx.Node, float, float, list[fx.Node
         node = _single(pair[0])
     if node is None or kind(node) != "matmul" or not all(is_tensor(a) for a in node.args[:2]):
         return None
-    return node.args[0], node.args[1], scale, softcap, biases  # type: ignore[return-value]
+    return node.args[0], node.args[1], scale, softcap, biases
 
 
 def _is_scores(node: fx.Node) -> bool:

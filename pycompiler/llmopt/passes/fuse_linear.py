@@ -76,7 +76,7 @@ def _rebuild(graph: fx.Graph, mode: Any, old: fx.Node, linear: fx.Node, **change
 
 def _slice_before_norm(graph: fx.Graph, mode: Any, node: fx.Node) -> None:
     norm, index = node.args
-    if not is_tensor(norm) or kind(norm) != "llmopt.norm" or sole_user(norm) is not node:
+    if not is_tensor(norm) or kind(norm) != "llmopt.norm" or sole_user(norm) != node:
         return
     index = index if isinstance(index, tuple) else (index,)
     if Ellipsis in index or not all(isinstance(i, slice) for i in index):
@@ -134,8 +134,8 @@ def _gate_one_linear(
     graph: fx.Graph, mode: Any, node: fx.Node, gate: Any, up: Any, act: str
 ) -> bool:
     """Phi-3's form: one projection gives gate and up, cut in two halves."""
-    halves = [_half_of(n) for n in (gate, up)]
-    if None in halves or halves[0][0] is not halves[1][0] or {h[1] for h in halves} != {0, 1}:
+    halves = [half for n in (gate, up) if (half := _half_of(n)) is not None]
+    if len(halves) != 2 or halves[0][0] is not halves[1][0] or {h[1] for h in halves} != {0, 1}:
         return False
     linear = halves[0][0]
     if not _is_plain(linear) or len(parts(linear)["weights"]) != 1:
@@ -187,7 +187,7 @@ def _half_of(node: Any) -> tuple[fx.Node, int] | None:
 def _activations(graph: fx.Graph, mode: Any) -> None:
     for node in list(graph.nodes):
         act = activation_of(node)
-        if act is not None and _is_plain(node.args[0]) and sole_user(node.args[0]) is node:
+        if act is not None and _is_plain(node.args[0]) and sole_user(node.args[0]) == node:
             _rebuild(graph, mode, node, node.args[0], act=act)
 
 

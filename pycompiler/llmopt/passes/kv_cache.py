@@ -67,14 +67,16 @@ def _match(graph: fx.Graph, mode: Any, node: fx.Node, written: set[int]) -> None
     cos = sin = None
     rope_kind = "none"
     q_raw, k_raw = q, k_new
-    if kind(q) == "llmopt.rope" and kind(k_new) == "llmopt.rope" and q.args[1:] == k_new.args[1:]:
-        if (
-            sole_user(q) is node
-            and sole_user(k_new) is keys
-            and same_size(fake(q).shape[2], fake(k_new).shape[2])
-        ):
-            q_raw, cos, sin, rope_kind = q.args
-            k_raw = k_new.args[0]
+    both_turned = kind(q) == "llmopt.rope" and kind(k_new) == "llmopt.rope"
+    if (
+        both_turned
+        and q.args[1:] == k_new.args[1:]
+        and sole_user(q) is node
+        and sole_user(k_new) is keys
+        and same_size(fake(q).shape[2], fake(k_new).shape[2])
+    ):
+        q_raw, cos, sin, rope_kind = q.args
+        k_raw = k_new.args[0]
     inputs = [n for n in (q_raw, k_raw, v_new, k_cache, v_cache, cos, sin, mask) if n is not None]
     if any(last < n for n in inputs):
         return

@@ -1,0 +1,294 @@
+#include "runtime/contracts.h"
+
+#include <cstring>
+#include <utility>
+
+#include "cpu/iteration_space.h"
+#include "cpu/vm/bytecode.h"
+
+namespace llmopt {
+namespace {
+
+bool is_float(DType d) { return d == DType::f32 || d == DType::f16 || d == DType::bf16; }
+int bytes_of(DType d) { return d == DType::f32 || d == DType::i32 ? 4 : d == DType::i64 ? 8 : is_float(d) ? 2 : 1; }
+
+// Whether an operand of so many dimensions is there; one without elements needs no memory.
+bool given(const Tensor& t, int ndim) {
+  if (t.ndim != ndim) return false;
+  for (int d = 0; d < ndim; ++d)
+    if (t.size[d] == 0) return true;
+  return t.data != nullptr;
+}
+bool absent(const Tensor& t) { return t.data == nullptr; }
+
+bool float_rows(const Tensor& t, int ndim) {
+  return given(t, ndim) && is_float(t.dtype) && (t.size[ndim - 1] <= 1 || t.stride[ndim - 1] == 1);
+}
+bool float_vector(const Tensor& t, int64_t n) { return absent(t) || (float_rows(t, 1) && t.size[0] == n); }
+bool same_sizes(const Tensor& a, const Tensor& b) {
+  if (a.ndim != b.ndim) return false;
+  for (int d = 0; d < a.ndim; ++d)
+    if (a.size[d] != b.size[d]) return false;
+  return true;
+}
+bool one_or(int64_t size, int64_t n) { return size == 1 || size == n; }
+bool has(const Step& s, int tensors, int ints, int floats) {
+  return s.num_tensors == tensors && s.num_ints >= ints && s.num_floats >= floats;
+}
+
+// Content is looked at only where it exists already: see Call::is_external.
+bool indices_below(const Call& c, int operand, int64_t limit) {
+  const Tensor& t = c.step.t[operand];
+  if (!c.is_external[operand]) return true;
+  for (int64_t j = 0; j < t.size[0]; ++j) {
+    const int64_t index = reinterpret_cast<const int64_t*>(t.data)[j * t.stride[0]];
+    if (index < 0 || index >= limit) return false;
+  }
+  return true;
+}
+
+constexpr const char* kWrongCount = "takes another number of operands or attributes";
+
+const char* pack_linear(const Call& c) {
+  const Step& s = c.step;
+  if (s.num_tensors < 2 || s.num_ints < 1) return kWrongCount;
+  const int weights = s.num_tensors - 1;
+  const Tensor &first = s.t[0], &packed = s.t[weights];
+  int64_t columns = 0;
+  for (int i = 0; i < weights; ++i) {
+    const Tensor& w = s.t[i];
+    if (!given(w, 2) || !is_float(w.dtype)) return "a weight is not a float matrix";
+    if (w.dtype != first.dtype || w.size[1] != first.size[1]) return "the weights differ in K or dtype";
+    columns += w.size[0];
+  }
+  if (s.i[0] && (weights != 2 || s.t[1].size[0] != first.size[0])) return "only two weights of equal N interleave";
+  const int64_t panels = (columns + c.panel_width - 1) / c.panel_width, k = first.size[1] + first.size[1] % 2;
+  const int64_t padded = first.dtype == DType::bf16 ? k : first.size[1];
+  if (!given(packed, 1) || packed.size[0] < panels * c.panel_width * padded * bytes_of(first.dtype))
+    return "the packed form does not fit its memory";
+  return nullptr;
+}
+
+const char* unpack_rows(const Call& c) {
+  const Step& s = c.step;
+  if (!has(s, 3, 3, 0)) return kWrongCount;
+  const Tensor &ids = s.t[1], &y = s.t[2];
+  if (!given(ids, 1) || ids.dtype != DType::i64) return "ids are not a vector of int64";
+  if (!float_rows(y, 2) || y.size[0] != ids.size[0] || y.size[1] != s.i[1]) return "y is not float [M, K]";
+  if (!is_float(static_cast<DType>(s.i[2])) || absent(s.t[0])) return "there is no packed float weight";
+  return indices_below(c, 1, s.i[0]) ? nullptr : kIndexRange;
+}
+
+const char* linear(const Call& c) {
+  const Step& s = c.step;
+  if (!has(s, 7, 6, 3)) return kWrongCount;
+  const Tensor &x = s.t[0], &residual = s.t[3], &y = s.t[4];
+  const int64_t n = s.i[0], k = s.i[1], outputs = s.i[4] ? n / 2 : n;
+  if (n < 0 || k < 0 || (s.i[4] && n % 2)) return "N and K are not sizes of a weight";
+  if (!float_rows(x, 2) || x.size[1] != k) return "x is not float [M, K]";
+  if (!float_rows(y, 2) || y.size[0] != x.size[0] || y.size[1] != outputs) return "y is not float [M, N]";
+  if (!is_float(static_cast<DType>(s.i[2])) || absent(s.t[1])) return "there is no packed float weight";
+  if (!float_vector(s.t[2], n)) return "bias is not float [N]";
+  if (!absent(residual) && (!float_rows(residual, 2) || !same_sizes(residual, y)))
+    return "residual is not float [M, N]";
+  if (!float_vector(s.t[5], k) || !float_vector(s.t[6], k)) return "norm weight or bias is not float [K]";
+  return nullptr;
+}
+
+// cos or sin [B|1, 1, S|1, R] with even R <= D.
+bool angles(const Tensor& t, int64_t batch, int64_t positions, int64_t width) {
+  return float_rows(t, 4) && one_or(t.size[0], batch) && t.size[1] == 1 && one_or(t.size[2], positions) &&
+         t.size[3] % 2 == 0 && t.size[3] <= width;
+}
+
+const char* rows_to_write(const Call& c, const Tensor* t) {
+  const Tensor &k = t[1], &v = t[2], &k_new = t[8], &v_new = t[9], &positions = t[10];
+  for (const auto& [rows, cache] : {std::pair<const Tensor&, const Tensor&>{k_new, k}, {v_new, v}}) {
+    if (absent(rows)) continue;
+    if (!float_rows(rows, 4) || rows.size[0] != cache.size[0] || rows.size[1] != cache.size[1] ||
+        rows.size[3] != cache.size[3])
+      return "new keys or values are not like those of the cache";
+    if (rows.size[2] > cache.size[2]) return "more new keys or values than the cache holds";
+    if (!absent(positions) && (!given(positions, 1) || positions.size[0] != rows.size[2]))
+      return "positions are not [Sn]";
+  }
+  if (!absent(k_new) && !absent(v_new) && k_new.size[2] != v_new.size[2]) return "new keys and values differ in number";
+  if (absent(positions)) return nullptr;
+  if (positions.dtype != DType::i64) return "positions are not int64";
+  return indices_below(c, 10, k.size[2]) ? nullptr : kIndexRange;
+}
+
+const char* attention(const Call& c) {
+  const Step& s = c.step;
+  if (s.num_tensors < 4 || s.num_tensors > 11 || s.num_ints < 5 || s.num_floats < 2) return kWrongCount;
+  Tensor t[11] = {};  // those past the end of the list are not given
+  for (int i = 0; i < s.num_tensors; ++i) t[i] = s.t[i];
+  const Tensor &q = t[0], &k = t[1], &v = t[2], &out = t[3], &mask = t[4], &bounds = t[5];
+  for (int i = 0; i < 4; ++i) {
+    if (!float_rows(t[i], 4)) return "q, k, v and out are not float [B, H, S, D]";
+    if (t[i].size[3] > kMaxHeadDim) return "a head is longer than 256";
+  }
+  const int64_t batch = q.size[0], heads = q.size[1], queries = q.size[2], keys = k.size[2], kv_heads = k.size[1];
+  if (k.size[0] != batch || k.size[3] != q.size[3]) return "q and k differ in batch or head size";
+  if (v.size[0] != batch || v.size[1] != kv_heads || v.size[2] != keys)
+    return "k and v differ in batch, heads or length";
+  if (kv_heads ? heads % kv_heads != 0 : heads != 0) return "the heads of q are not a multiple of those of k";
+  if (out.size[0] != batch || out.size[1] != heads || out.size[2] != queries || out.size[3] != v.size[3])
+    return "out is not [B, H, Sq, Dv]";
+  if (absent(mask) != absent(bounds) && keys > 0 && queries > 0) return "a mask and its bounds come together";
+  if (!absent(mask)) {
+    if (mask.ndim != 4 || bounds.ndim != 4 || bounds.dtype != DType::i32 || bounds.size[3] != 4)
+      return "mask and bounds are not [B, H, Sq, .]";
+    for (const Tensor* m : {&mask, &bounds})
+      if (!one_or(m->size[0], batch) || !one_or(m->size[1], heads) || !one_or(m->size[2], queries))
+        return "mask and bounds are not [B, H, Sq, .]";
+    if (mask.size[3] != keys) return "the mask has another number of keys";
+    const bool is_mask = is_float(mask.dtype) || mask.dtype == DType::b8 || mask.dtype == DType::u8;
+    if (!is_mask || (keys > 1 && mask.stride[3] != 1 && mask.stride[3] != 0))
+      return "the mask is not dense bool or float";
+  }
+  if (s.i[3] < 0 || s.i[3] > 2) return "there is no such rotary form";
+  if (s.i[3] && !absent(t[6]) && !absent(t[7])) {
+    const int64_t written = s.i[4] && !absent(t[8]) ? t[8].size[2] : queries;
+    for (int i : {6, 7})
+      if (!angles(t[i], batch, queries, q.size[3]) || (written != queries && t[i].size[2] != 1))
+        return "cos or sin is not float [B, 1, Sq, R]";
+    if (t[6].size[3] != t[7].size[3]) return "cos and sin differ in size";
+  }
+  return s.i[4] ? rows_to_write(c, t) : nullptr;
+}
+
+const char* mask_bounds(const Call& c) {
+  const Step& s = c.step;
+  if (!has(s, 2, 0, 0)) return kWrongCount;
+  const Tensor &mask = s.t[0], &bounds = s.t[1];
+  if (!given(mask, 4) || !(is_float(mask.dtype) || mask.dtype == DType::b8 || mask.dtype == DType::u8))
+    return "the mask is not bool or float [B, H, Sq, Skv]";
+  if (mask.size[3] > 1 && mask.stride[3] != 1 && mask.stride[3] != 0) return "the mask's last dimension is not dense";
+  if (!given(bounds, 4) || bounds.dtype != DType::i32 || bounds.size[3] != 4 || bounds.stride[3] != 1)
+    return "bounds are not int32 [B, H, Sq, 4]";
+  for (int d = 0; d < 3; ++d)
+    if (!one_or(mask.size[d], bounds.size[d])) return "mask and bounds differ in size";
+  return nullptr;
+}
+
+const char* norm(const Call& c) {
+  const Step& s = c.step;
+  if (!has(s, 6, 1, 2)) return kWrongCount;
+  const Tensor& y = s.t[4];
+  if (!float_rows(s.t[0], 2) || !float_rows(y, 2) || !same_sizes(s.t[0], y)) return "x and y are not float [M, K]";
+  for (int i : {1, 5})
+    if (!absent(s.t[i]) && (!float_rows(s.t[i], 2) || !same_sizes(s.t[i], y))) return "residual or sum is not [M, K]";
+  if (!float_vector(s.t[2], y.size[1]) || !float_vector(s.t[3], y.size[1])) return "weight or bias is not float [K]";
+  return nullptr;
+}
+
+const char* softmax(const Call& c) {
+  const Step& s = c.step;
+  if (!has(s, 2, 0, 0)) return kWrongCount;
+  const bool good = s.t[0].ndim >= 1 && float_rows(s.t[0], s.t[0].ndim) && float_rows(s.t[1], s.t[0].ndim);
+  return good && same_sizes(s.t[0], s.t[1]) ? nullptr : "x and y are not float rows of one size";
+}
+
+const char* embedding(const Call& c) {
+  const Step& s = c.step;
+  if (!has(s, 3, 0, 1)) return kWrongCount;
+  const Tensor &ids = s.t[0], &table = s.t[1], &y = s.t[2];
+  if (!given(ids, 1) || ids.dtype != DType::i64) return "ids are not a vector of int64";
+  if (!float_rows(table, 2) || !float_rows(y, 2) || table.size[1] != y.size[1] || y.size[0] != ids.size[0])
+    return "table and y are not float [V, K] and [M, K]";
+  return table.size[0] == 0 && y.size[0] != 0 ? "the table is empty" : nullptr;
+}
+
+const char* index_copy(const Call& c) {
+  const Step& s = c.step;
+  if (!has(s, 3, 0, 0)) return kWrongCount;
+  const Tensor &y = s.t[0], &index = s.t[1], &x = s.t[2];
+  if (!float_rows(y, 4) || !float_rows(x, 4)) return "y and x are not float [B, H, S, D]";
+  if (x.size[0] != y.size[0] || x.size[1] != y.size[1] || x.size[3] != y.size[3]) return "y and x differ in size";
+  if (!given(index, 1) || index.dtype != DType::i64 || index.size[0] != x.size[2]) return "index is not int64 [Sn]";
+  return indices_below(c, 1, y.size[2]) ? nullptr : kIndexRange;
+}
+
+const char* copy(const Call& c) {
+  const Step& s = c.step;
+  if (!has(s, 2, 0, 0)) return kWrongCount;
+  const Tensor &x = s.t[0], &y = s.t[1];
+  if (!given(x, x.ndim) || !given(y, x.ndim) || !same_sizes(x, y)) return "x and y differ in size";
+  const bool converts = is_float(x.dtype) && is_float(y.dtype);
+  return x.dtype == y.dtype || converts ? nullptr : "x and y differ in dtype";
+}
+
+const char* rope(const Call& c) {
+  const Step& s = c.step;
+  if (!has(s, 4, 1, 0)) return kWrongCount;
+  const Tensor& x = s.t[0];
+  if (!float_rows(x, 4) || !float_rows(s.t[3], 4) || !same_sizes(x, s.t[3]))
+    return "x and y are not float [B, H, S, D]";
+  for (int i : {1, 2})
+    if (!angles(s.t[i], x.size[0], x.size[2], x.size[3])) return "cos or sin is not float [B, 1, S, R]";
+  return s.t[1].size[3] == s.t[2].size[3] ? nullptr : "cos and sin differ in size";
+}
+
+bool known(int op) {
+  return (op >= kCopy && op < kUnaryEnd) || (op >= kAdd && op < kBinaryEnd) || (op >= kWhere && op < kTernaryEnd) ||
+         (op >= kSum && op < kReduceEnd);
+}
+
+const char* vm_word(const Code& code, const Instruction& in) {
+  const int readable = code.registers + code.num_constants;
+  if (in.op == kLoad)
+    return in.a < code.inputs && in.dst < code.registers ? nullptr : "a load names what does not exist";
+  if (in.op == kStore) return in.b < code.outputs && in.a < readable ? nullptr : "a store names what does not exist";
+  if (!known(in.op)) return "there is no such instruction";
+  if (in.dst >= code.registers || in.a >= readable || in.b >= readable || in.c >= readable || in.extra > code.outputs)
+    return "an instruction names what does not exist";
+  return in.op >= kSum && !code.has_reduction ? "a reduction was not announced" : nullptr;
+}
+
+const char* vm(const Call& c) {
+  const Step& s = c.step;
+  if (s.num_ints < 4) return kWrongCount;
+  const Code code = code_of(s);
+  if (code.inputs < 0 || code.outputs < 1 || code.registers < 0 || code.registers + code.num_constants > 256 ||
+      code.inputs + code.outputs != s.num_tensors || s.num_tensors > kMaxSpaceTensors)
+    return kWrongCount;
+  for (int i = 0; i < s.num_tensors; ++i) {
+    if (!given(s.t[i], s.t[0].ndim) || !same_sizes(s.t[i], s.t[0])) return "operands differ in size";
+    if (i >= code.inputs && !is_float(s.t[i].dtype) && s.t[i].dtype != DType::b8)
+      return "an output is not float or bool";
+  }
+  for (int i = 0; i < code.length; ++i)
+    if (const char* reason = vm_word(code, decode(code.words[i]))) return reason;
+  return nullptr;
+}
+
+const struct {
+  const char* op;
+  Contract contract;
+} kContracts[] = {
+    {"pack_linear", pack_linear},
+    {"unpack_rows", unpack_rows},
+    {"linear", linear},
+    {"attention", attention},
+    {"mask_bounds", mask_bounds},
+    {"norm", norm},
+    {"softmax", softmax},
+    {"embedding", embedding},
+    {"index_copy", index_copy},
+    {"copy", copy},
+    {"rope", rope},
+    {"vm", vm},
+};
+
+}  // namespace
+
+const char* const kIndexRange = "an index is out of range";
+
+Contract contract_of(const char* op) {
+  for (const auto& row : kContracts)
+    if (std::strcmp(row.op, op) == 0) return row.contract;
+  return nullptr;
+}
+
+}  // namespace llmopt

@@ -1,0 +1,27 @@
+// What the kernels take for granted about their operands, checked once for every step of a run.
+#pragma once
+#include <cstdint>
+
+#include "runtime/tensor.h"
+
+namespace llmopt {
+
+constexpr int64_t kMaxHeadDim = 256;  // of attention: heads live in arrays of this length
+
+// A resolved step before it runs. is_external[n]: operand n has its content already; arena operands are still to be
+// written by earlier steps.
+struct Call {
+  const Step& step;
+  const bool* is_external;
+  int panel_width;  // of the tier's packed weights
+};
+
+// nullptr, or what is wrong with the operands.
+using Contract = const char* (*)(const Call&);
+
+extern const char* const kIndexRange;  // the reason that is an IndexError in Python
+
+// The contract of an op; nullptr for ops that have none.
+Contract contract_of(const char* op);
+
+}  // namespace llmopt

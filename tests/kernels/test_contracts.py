@@ -1,0 +1,167 @@
+"""Operands that do not fit together are refused before anything runs: an error, never memory corruption."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from llmopt import _C
+from llmopt.native.program import DTYPE_CODES, ProgramBuilder, View, run_op
+
+TIER = _C.tiers()[0]
+F32 = DTYPE_CODES[torch.float32]
+ONES = torch.ones
+
+
+def attention(**change: Any) -> tuple[str, list, list, list]:
+    names = ["q", "k", "v", "out", "mask", "bounds", "cos", "sin", "k_new", "v_new", "positions"]
+    operands = dict.fromkeys(names)
+    operands |= {"q": ONES(2, 4, 3, 8), "k": ONES(2, 2, 5, 8), "v": ONES(2, 2, 5, 6)}
+    operands |= {"out": ONES(2, 4, 3, 6)} | change
+    ints = [0, 0, 0, 1 if operands["cos"] is not None else 0, int(operands["k_new"] is not None)]
+    return "attention", list(operands.values()), ints, [1.0, 0.0]
+
+
+def linear(
+    n: int = 6, k: int = 4, weight: int = F32, **change: Any
+) -> tuple[str, list, list, list]:
+    names = ["x", "w", "bias", "residual", "y", "norm_weight", "norm_bias"]
+    operands = dict.fromkeys(names)
+    operands |= {"x": ONES(3, 4), "w": ONES(8192), "y": ONES(3, 6)} | change
+    return "linear", list(operands.values()), [n, k, weight, 0, 0, 0], [1e-5, 1.0, 0.0]
+
+
+def heads(batch: int, number: int, positions: int, width: int) -> torch.Tensor:
+    return ONES(batch, number, positions, width)
+
+
+LONG = {name: heads(1, 1, 2, 257) for name in ("q", "k", "v", "out")}
+NEW = {"k_new": heads(2, 2, 1, 8), "v_new": heads(2, 2, 1, 6)}
+WORD_LOAD, WORD_STORE = 0, 1
+
+# name → (op, operands, ints, floats), words of the error
+WRONG = {
+    "head size": (attention(**LONG), "longer than 256"),
+    "v head size": (attention(v=heads(2, 2, 5, 300), out=heads(2, 4, 3, 300)), "longer than 256"),
+    "q missing": (attention(q=None), "q, k, v and out"),
+    "q of integers": (attention(q=heads(2, 4, 3, 8).long()), "q, k, v and out"),
+    "rows not dense": (attention(q=heads(2, 4, 8, 3).transpose(2, 3)), "q, k, v and out"),
+    "batches": (attention(k=heads(1, 2, 5, 8)), "batch or head size"),
+    "head sizes of q and k": (attention(q=heads(2, 4, 3, 7)), "batch or head size"),
+    "values shorter than keys": (attention(v=heads(2, 2, 4, 6)), "k and v differ"),
+    "head groups": (attention(q=heads(2, 3, 3, 8), out=heads(2, 3, 3, 6)), "multiple"),
+    "out": (attention(out=heads(2, 4, 2, 6)), "out is not"),
+    "mask without bounds": (attention(mask=heads(2, 1, 3, 5)), "come together"),
+    "mask of too few keys": (
+        attention(mask=heads(2, 1, 3, 4), bounds=ONES(2, 1, 3, 4, dtype=torch.int32)),
+        "number of keys",
+    ),
+    "bounds of another dtype": (attention(mask=heads(2, 1, 3, 5), bounds=ONES(2, 1, 3, 4)), "bounds"),
+    "cos too wide": (attention(cos=heads(1, 1, 3, 10), sin=heads(1, 1, 3, 10)), "cos or sin"),
+    "cos too short": (attention(cos=heads(1, 1, 2, 8), sin=heads(1, 1, 2, 8)), "cos or sin"),
+    "new keys of other heads": (attention(**NEW | {"k_new": heads(2, 1, 1, 8)}), "like those of"),
+    "more new keys than slots": (attention(k_new=heads(2, 2, 6, 8)), "more new keys"),
+    "a position past the cache": (attention(**NEW, positions=torch.tensor([5])), "out of range"),
+    "a position before the cache": (attention(**NEW, positions=torch.tensor([-1])), "out of range"),
+    "x of another width": (linear(x=ONES(3, 5)), "x is not float"),
+    "y of another height": (linear(y=ONES(2, 6)), "y is not float"),
+    "y of another width": (linear(y=ONES(3, 5)), "y is not float"),
+    "bias too short": (linear(bias=ONES(5)), "bias is not"),
+    "residual too small": (linear(residual=ONES(1, 6)), "residual is not"),
+    "norm weight too short": (linear(norm_weight=ONES(3)), "norm weight"),
+    "no weight": (linear(w=None), "no packed float weight"),
+    "weight of integers": (linear(weight=DTYPE_CODES[torch.int64]), "no packed float weight"),
+    "negative N": (linear(n=-1), "not sizes"),
+    "packed too small": (
+        ("pack_linear", [ONES(8, 8), torch.zeros(64, dtype=torch.uint8)], [0], []),
+        "does not fit",
+    ),
+    "weights of other K": (
+        ("pack_linear", [ONES(8, 8), ONES(8, 7), torch.zeros(4096, dtype=torch.uint8)], [0], []),
+        "differ in K",
+    ),
+    "gate and up of other N": (
+        ("pack_linear", [ONES(8, 8), ONES(7, 8), torch.zeros(4096, dtype=torch.uint8)], [1], []),
+        "interleave",
+    ),
+    "norm of other rows": (("norm", [ONES(3, 4), None, None, None, ONES(2, 4), None], [1], [0, 0]), "x and y"),
+    "norm weight": (("norm", [ONES(3, 4), None, ONES(3), None, ONES(3, 4), None], [1], [0, 0]), "weight"),
+    "softmax": (("softmax", [ONES(3, 4), ONES(3, 5)], [], []), "one size"),
+    "embedding of no rows": (
+        ("embedding", [torch.zeros(2, dtype=torch.int64), ONES(0, 4), ONES(2, 4)], [], [1.0]),
+        "table is empty",
+    ),
+    "embedding ids": (("embedding", [ONES(2), ONES(5, 4), ONES(2, 4)], [], [1.0]), "ids"),
+    "slot past the cache": (
+        ("index_copy", [heads(1, 2, 5, 4), torch.tensor([5]), heads(1, 2, 1, 4)], [], []),
+        "out of range",
+    ),
+    "rows that are not indexed": (
+        ("index_copy", [heads(1, 2, 5, 4), torch.tensor([1]), heads(1, 2, 2, 4)], [], []),
+        "index is not",
+    ),
+    "copy of other sizes": (("copy", [ONES(3, 4), ONES(4, 3)], [], []), "differ in size"),
+    "copy to integers": (("copy", [ONES(3), torch.zeros(3, dtype=torch.int64)], [], []), "dtype"),
+    "rope wider than the head": (
+        ("rope", [heads(1, 2, 3, 4), heads(1, 1, 3, 6), heads(1, 1, 3, 6), heads(1, 2, 3, 4)], [1], []),
+        "cos or sin",
+    ),
+    "vm operands": (("vm", [ONES(3), ONES(4)], [1, 1, 1, 0], []), "differ in size"),
+    "vm register": (("vm", [ONES(3), ONES(3)], [1, 1, 1, 0, WORD_LOAD | 9 << 8], []), "a load"),
+    "vm input": (("vm", [ONES(3), ONES(3)], [1, 1, 1, 0, WORD_LOAD | 4 << 16], []), "a load"),
+    "vm output": (("vm", [ONES(3), ONES(3)], [1, 1, 1, 0, WORD_STORE | 7 << 24], []), "a store"),
+    "vm instruction": (("vm", [ONES(3), ONES(3)], [1, 1, 1, 0, 250], []), "no such instruction"),
+    "too few operands": (("linear", [ONES(3, 4)], [6, 4, F32, 0, 0, 0], [0, 1, 0]), "another number"),
+    "too few attributes": (("rope", [heads(1, 1, 1, 4)] * 4, [], []), "another number"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_operands_that_do_not_agree_are_refused(name: str) -> None:
+    (op, operands, ints, floats), words = WRONG[name]
+    with pytest.raises((ValueError, IndexError), match=f"^{op}: .*{words}"):
+        run_op(op, operands, ints, floats, tier=TIER)
+
+
+@pytest.mark.parametrize("make", [attention, linear])
+def test_what_the_wrong_ones_derive_from_runs(make: Any) -> None:
+    run_op(*make(), tier=TIER)
+    assert make is linear or not torch.isnan(make()[1][3]).any()
+
+
+def test_the_longest_head_that_fits_runs() -> None:
+    q = torch.randn(1, 1, 2, 256)
+    out = torch.full_like(q, 7.0)
+    run_op(*attention(q=q, k=q, v=q, out=out), tier=TIER)
+    want = torch.softmax(q.double() @ q.double().transpose(2, 3), -1) @ q.double()
+    torch.testing.assert_close(out, want.float())
+
+
+def test_a_null_pointer_is_an_operand_that_is_missing() -> None:
+    builder = ProgramBuilder()
+    views = [View(builder.external(), torch.float32, (4,), (1,)) for _ in range(2)]
+    builder.step("copy", views)
+    program, x = builder.build(TIER), torch.zeros(4)
+    for addresses in ([0, x.data_ptr()], [x.data_ptr(), 0]):
+        with pytest.raises(ValueError, match="copy: "):
+            program.run(addresses, [], 1)
+    program.run([x.data_ptr(), x.data_ptr()], [], 1)  # an error leaves the program usable
+
+
+def test_a_negative_size_is_refused() -> None:
+    builder = ProgramBuilder()
+    views = [View(builder.external(), torch.float32, (-4,), (1,)) for _ in range(2)]
+    builder.step("copy", views)
+    program = builder.build(TIER)
+    with pytest.raises(ValueError, match="a size is negative"):
+        program.run([64, 64], [], 1)
+
+
+def test_every_op_has_a_contract() -> None:
+    """Without operands each one is refused; an op without a contract would read past them."""
+    ops = [op for op in _C.tier_ops(TIER) if not op.startswith("probe")]
+    assert len(ops) >= 12
+    for op in ops:
+        with pytest.raises(ValueError, match=f"^{op}: "):
+            run_op(op, [], [], [], tier=TIER)
