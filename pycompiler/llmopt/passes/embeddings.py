@@ -16,6 +16,7 @@ from llmopt.graph import (
     fake_mode_of,
     is_tensor,
     kind,
+    own_value,
     replace,
     scalar,
     sole_user,
@@ -40,7 +41,7 @@ def _match(graph: fx.Graph, mode: Any, node: fx.Node) -> None:
     last, scale = _scaled(node)
     with graph.inserting_before(last):
         args = (ids, table) if scale == 1.0 else (ids, table, scale)
-        new = emit(graph, mode, ops.embedding, args, like=node)
+        new = emit(graph, mode, ops.embedding, args, None, node, own_value(last))
     replace(last, new)
     if last is not node:
         graph.erase_node(node)
