@@ -11,7 +11,7 @@ namespace {
 const llmopt::Kernel kKernels[] = {
     {"norm", one_phase, norm_chunks, nullptr, norm_run},
     {"softmax", one_phase, softmax_chunks, nullptr, softmax_run},
-    {"embedding", one_phase, embedding_chunks, nullptr, embedding_run, nullptr, embedding_refuse},
+    {"embedding", one_phase, embedding_chunks, nullptr, embedding_run},
     {"index_copy", one_phase, index_copy_chunks, nullptr, index_copy_run},
     {"copy", one_phase, copy_chunks, nullptr, copy_run},
     {"rope", one_phase, rope_chunks, nullptr, rope_run},

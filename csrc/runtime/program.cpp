@@ -166,8 +166,6 @@ void Program::resolve(Context& c, const std::vector<int64_t>& externals, const s
     }
     for (ExprId e : spec.ints) *attr++ = c.values[e];
     check(step, k);
-    if (kernels_[k]->refuse)
-      if (const char* why = kernels_[k]->refuse(step)) throw std::out_of_range(why);
     c.phases[k] = kernels_[k]->phases(step, threads);
     if (kernels_[k]->workspace) workspace = std::max(workspace, kernels_[k]->workspace(step, threads));
   }

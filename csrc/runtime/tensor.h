@@ -43,9 +43,7 @@ struct Span {
 // One op in one CPU tier. A step runs as `phases` rounds with a barrier after each; a round is cut into `chunks`:
 // thread t begins with chunk t, the others are taken dynamically, in any order. `run` does one chunk. `first_read`,
 // where an op has it, tells what a thread will read first in a phase or those after it: memory that no earlier step
-// writes, which a thread that waits may fetch. `refuse`, where an op has it, sees the step before any step of its
-// program runs and returns what is wrong with its data, or nullptr: it may read only operands that come from outside
-// the program. Functions must not throw and not allocate.
+// writes, which a thread that waits may fetch. Functions must not throw and not allocate.
 struct Kernel {
   const char* op;
   int (*phases)(const Step&, int threads);
@@ -53,7 +51,6 @@ struct Kernel {
   size_t (*workspace)(const Step&, int threads);  // bytes of Scratch::shared; nullptr means none
   void (*run)(const Step&, int phase, int64_t chunk, int threads, const Scratch&);
   Span (*first_read)(const Step&, int phase, int threads, int thread) = nullptr;
-  const char* (*refuse)(const Step&) = nullptr;
 };
 
 // What one object file exports: the kernels of one family compiled for one tier.

@@ -66,9 +66,9 @@ def test_an_id_outside_the_table_is_pytorchs_error(bad: int) -> None:
     want = compiled(good, kinds)
     ids = good.clone()
     ids[1, 3] = bad
-    with pytest.raises(IndexError, match="index out of range in self"):
+    with pytest.raises(IndexError, match="out of range"):
         model(ids, kinds)
-    with pytest.raises(IndexError, match="index out of range in self"):
+    with pytest.raises(IndexError, match="out of range"):
         compiled(ids, kinds)
     assert torch.equal(compiled(good, kinds), want)
     assert steps().count("embedding") == 3

@@ -168,7 +168,7 @@ def test_embedding_of_ids_in_any_layout(tier):
 @pytest.mark.parametrize("bad", [-1, 4, 1 << 40, -(1 << 62)])
 def test_embedding_refuses_ids_outside_the_table(tier, bad):
     table, y = randn(4, 8), torch.full((3, 8), 7.0)
-    with pytest.raises(IndexError, match="index out of range in self"):
+    with pytest.raises(IndexError, match="out of range"):
         run_op("embedding", [torch.tensor([0, bad, 2]), table, y], floats=[1.0], tier=tier)
     assert torch.equal(y, torch.full((3, 8), 7.0))
 

@@ -1,8 +1,8 @@
 // Rows picked by index.
 // embedding: y[m,:] = scale * table[ids[m],:]
 //   operands: 0 ids i64 or i32 [...], M together, 1 table [V,K], 2 y [M,K]   floats: [scale]
-//   Ids are checked before the program runs, so they must come from outside it. One that another thread changes after
-//   that reads the row nearest to it, never anything outside the table.
+//   The op's contract checks the ids before the program runs, so they must come from outside it. One that another
+//   thread changes after that reads the row nearest to it, never anything outside the table.
 // index_copy: y[:,:,index[j],:] = x[:,:,j,:]
 //   operands: 0 y [B,H,S,D], 1 index i64 [Sn], 2 x [B,H,Sn,D]   The caller guarantees the range.
 #pragma once
@@ -39,15 +39,6 @@ inline int64_t load_id(const Tensor& ids, int64_t m) {
   const int64_t i = position_offset(ids, ids.ndim, m);
   return ids.dtype == DType::i32 ? reinterpret_cast<const int32_t*>(ids.data)[i]
                                  : reinterpret_cast<const int64_t*>(ids.data)[i];
-}
-
-inline const char* embedding_refuse(const Step& s) {
-  const Tensor &ids = s.t[0], &table = s.t[1], &y = s.t[2];
-  for (int64_t m = 0; m < y.size[0]; ++m) {
-    const int64_t id = load_id(ids, m);
-    if (id < 0 || id >= table.size[0]) return "index out of range in self";
-  }
-  return nullptr;
 }
 
 inline int64_t embedding_chunks(const Step& s, int, int threads) {
