@@ -1,9 +1,11 @@
-// Row kernels: norm, softmax, embedding, index_copy, copy, rope. Each op's contract heads its file in rows/.
+// Row kernels: norm, softmax, embedding, index_copy, copy, rope, rotary_table. Each op's contract heads its file in
+// rows/.
 #include "cpu/family.h"
 #include "cpu/rows/copy.h"
 #include "cpu/rows/gather.h"
 #include "cpu/rows/norm.h"
 #include "cpu/rows/rope.h"
+#include "cpu/rows/rotary_table.h"
 #include "cpu/rows/softmax.h"
 
 namespace {
@@ -15,6 +17,7 @@ const llmopt::Kernel kKernels[] = {
     {"index_copy", one_phase, index_copy_chunks, nullptr, index_copy_run},
     {"copy", one_phase, copy_chunks, nullptr, copy_run},
     {"rope", one_phase, rope_chunks, nullptr, rope_run},
+    {"rotary_table", one_phase, rotary_table_chunks, nullptr, rotary_table_run},
 };
 
 }  // namespace

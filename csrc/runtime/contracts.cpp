@@ -250,6 +250,18 @@ const char* copy(const Call& c) {
   return x.dtype == y.dtype || converts ? nullptr : "x and y differ in dtype";
 }
 
+const char* rotary_table(const Call& c) {
+  const Step& s = c.step;
+  if (!has(s, 4, 0, 1)) return kWrongCount;
+  const Tensor &frequencies = s.t[0], &positions = s.t[1], &cos = s.t[2];
+  if (!float_rows(frequencies, 3) || frequencies.dtype != DType::f32) return "frequencies are not float32 [B, S, R/2]";
+  if (!given(positions, 3) || !same_sizes(positions, frequencies) || positions.stride[2] != 0)
+    return "positions are not [B, S, R/2], the same along a row";
+  if (positions.dtype != DType::i64 && positions.dtype != DType::f32) return "positions are not int64 or float32";
+  if (!float_rows(cos, 3) || !float_rows(s.t[3], 3) || !same_sizes(cos, s.t[3])) return "cos and sin are not [B, S, R]";
+  const bool fits = cos.size[0] == positions.size[0] && cos.size[1] == positions.size[1];
+  return fits && cos.size[2] == 2 * positions.size[2] ? nullptr : "cos does not fit the positions";
+}
 const char* rope(const Call& c) {
   const Step& s = c.step;
   if (!has(s, 4, 1, 0)) return kWrongCount;
@@ -309,6 +321,7 @@ const struct {
     {"index_copy", index_copy},
     {"copy", copy},
     {"rope", rope},
+    {"rotary_table", rotary_table},
     {"vm", vm},
 };
 

@@ -1,5 +1,7 @@
-// Sampled content of memory ranges: cheap evidence that a weight was edited where no version counter shows it.
+// Sampled content of memory ranges: cheap evidence that a weight was edited where no version counter shows it. And
+// memory to fetch before many small objects are looked at, each of which would miss every cache by itself.
 #pragma once
+#include <algorithm>
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
@@ -57,6 +59,34 @@ class Samples {
   std::vector<std::pair<int64_t, int64_t>> lines_[kLines];  // per turn: (address, bytes) in every range
   uint64_t digests_[kLines] = {};
   std::atomic<uint32_t> turn_{0};
+};
+
+// Objects in memory and the objects they point to. Only `objects` are read, in the constructor, while they are alive;
+// what they point to is fetched and never looked at.
+class Neighbourhood {
+ public:
+  // objects: address and bytes of each.
+  explicit Neighbourhood(const std::vector<std::pair<int64_t, int64_t>>& objects) {
+    for (const auto& [address, bytes] : objects) {
+      for (int64_t offset = 0; offset < bytes; offset += kLineBytes) lines_.push_back(address + offset);
+      for (int64_t offset = 0; offset + 8 <= bytes; offset += 8) {
+        int64_t word;
+        std::memcpy(&word, reinterpret_cast<const char*>(address) + offset, 8);
+        if (word > kLowestPointer && word < kHighestPointer && word % 8 == 0) lines_.push_back(word);
+      }
+    }
+    for (int64_t& line : lines_) line &= -kLineBytes;
+    std::sort(lines_.begin(), lines_.end());
+    lines_.erase(std::unique(lines_.begin(), lines_.end()), lines_.end());
+  }
+  void fetch() const {
+    for (int64_t line : lines_) __builtin_prefetch(reinterpret_cast<const void*>(line));
+  }
+
+ private:
+  static constexpr int64_t kLineBytes = 64;
+  static constexpr int64_t kLowestPointer = 1 << 20, kHighestPointer = int64_t{1} << 47;
+  std::vector<int64_t> lines_;
 };
 
 }  // namespace llmopt

@@ -50,7 +50,7 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options
     clock.lap("plan")
     if not plan.segments:
         say(1, "nothing in this graph has a native kernel")
-    executable = build_executable(gm, plan)
+    executable = build_executable(gm, plan, options)
     clock.lap("build")
     say(2, str(plan))
     for fallback in plan.fallbacks:

@@ -14,6 +14,8 @@ from llmopt import _C
 from llmopt.graph import fake, getitem, is_dense
 from llmopt.kv import groups_of
 from llmopt.native.segment import SegmentBuilder
+from llmopt.offload import offload
+from llmopt.options import Options
 from llmopt.plan import Plan
 from llmopt.sizes import Size, SizeTable, expression
 from llmopt.types import Target
@@ -36,12 +38,14 @@ class _Watch:
         self._ids = list(map(id, tensors))
         self._addresses = list(map(_ADDRESS, tensors))
         self._versions = _versions(tensors)
+        self._objects = _C.Neighbourhood([piece for t in tensors for piece in _pieces(t)])
         self._samples = _C.Samples(
             self._addresses, [t.untyped_storage().nbytes() - _start(t) for t in tensors]
         )
 
     def same_tensors(self, tensors: Sequence[Tensor]) -> bool:
         """The same objects at the same addresses with the same edit counts."""
+        self._objects.fetch()
         return (
             self.epoch == STORE.epoch
             and self._ids == list(map(id, tensors))
@@ -52,6 +56,11 @@ class _Watch:
     def same_content(self) -> bool:
         """The sampled lines hold what they held; meaningful only while `same_tensors` is true."""
         return self._samples.unchanged()
+
+
+def _pieces(tensor: Tensor) -> list[tuple[int, int]]:
+    """Where torch keeps a tensor, as (address, bytes): after a pass over all weights none of it is in any cache."""
+    return [(id(tensor), 64), (tensor._cdata, 160), (tensor.untyped_storage()._cdata, 64)]
 
 
 def _versions(tensors: Sequence[Tensor]) -> list[int]:
@@ -74,6 +83,7 @@ class Segment(torch.nn.Module):
         symbols: Sequence[tuple[int, int | None]],
         target: Target,
         name: str,
+        options: Options,
     ) -> None:
         super().__init__()
         self.name = name
@@ -96,7 +106,8 @@ class Segment(torch.nn.Module):
             v for p in self._packed for v in (*p.sources, *(b for b in p.biases if b is not None))
         ]
         self._weight_arguments = list(dict.fromkeys(v.argument for v in views))
-        self._sources = builder.externals
+        self._matrices = sorted({v.argument for p in self._packed for v in p.sources})
+        self._offload = options.weights == "packed"
         self._positions = {
             kind: [
                 (slot, number)
@@ -190,6 +201,8 @@ class Segment(torch.nn.Module):
             same = True
         with self._lock:
             held = [STORE.get(spec, arguments, self.target_, changed=same) for spec in self._packed]
+            if self._offload and offload(arguments[a] for a in self._matrices):
+                STORE.follow(self._packed, arguments, self.target_)
             template = list(self._template)
             for slot, number in self._positions["packed"]:
                 template[slot] = held[number].address
@@ -235,7 +248,7 @@ def _made_by_python(node: fx.Node) -> bool:
     return isinstance(fake(node), Tensor) and is_dense(fake(node))
 
 
-def build_executable(gm: fx.GraphModule, plan: Plan) -> fx.GraphModule:
+def build_executable(gm: fx.GraphModule, plan: Plan, options: Options) -> fx.GraphModule:
     """The graph that runs the plan: eager nodes as they were, each native segment one call."""
     source = gm.graph
     graph = fx.Graph()
@@ -257,7 +270,7 @@ def build_executable(gm: fx.GraphModule, plan: Plan) -> fx.GraphModule:
                 value(node)
             continue
         name = f"segment_{level // 2}"
-        _call_segment(graph, plan, level, name, made, value, modules)
+        _call_segment(graph, plan, level, name, options, made, value, modules)
     output = next(n for n in source.nodes if n.op == "output")
     graph.node_copy(output, value)
     for name, module in modules.items():
@@ -269,13 +282,20 @@ def build_executable(gm: fx.GraphModule, plan: Plan) -> fx.GraphModule:
 
 
 def _call_segment(
-    graph: fx.Graph, plan: Plan, level: int, name: str, made: dict, value: Any, modules: dict
+    graph: fx.Graph,
+    plan: Plan,
+    level: int,
+    name: str,
+    options: Options,
+    made: dict,
+    value: Any,
+    modules: dict,
 ) -> None:
     builder = plan.segments[level]
     symbols = []
     for node, dimension in plan.symbol_nodes[level]:
         symbols.append((builder.argument(node), dimension))
-    segment = Segment(builder, symbols, plan.target, name)
+    segment = Segment(builder, symbols, plan.target, name, options)
     modules[name] = segment
     call = graph.call_module(name, tuple(value(n) for n in builder.inputs))
     for i, result in enumerate((*builder.results, *builder.kv_results)):

@@ -9,6 +9,7 @@ from typing import Any
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 PRECISIONS = ("exact", "w8a8", "w8a16", "w4a16", "w4a8", "auto")
 AVAILABLE_PRECISIONS = ("exact",)
+WEIGHTS = ("keep", "packed")
 KV_CACHES = ("same", "int8")
 AVAILABLE_KV_CACHES = ("same",)
 
@@ -21,6 +22,7 @@ class Options:
     precision: str = "exact"
     kv_cache: str = "same"
     target: str = "cpu"
+    weights: str = "keep"  # "packed": the module's own leave memory once packed, see llmopt.offload
 
 
 def _choose(name: str, value: Any, known: tuple[str, ...], available: tuple[str, ...]) -> str:
@@ -36,7 +38,7 @@ def _choose(name: str, value: Any, known: tuple[str, ...], available: tuple[str,
 def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> Options:
     """Checks mode and options; raises ValueError that names the allowed values."""
     given = dict(options or {})
-    names = ("precision", "kv_cache", "target")
+    names = ("precision", "kv_cache", "target", "weights")
     for name in given:
         if name not in names:
             raise ValueError(
@@ -61,4 +63,5 @@ def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> Option
             "precision", given.get("precision", "exact"), PRECISIONS, AVAILABLE_PRECISIONS
         ),
         kv_cache=_choose("kv_cache", given.get("kv_cache", "same"), KV_CACHES, AVAILABLE_KV_CACHES),
+        weights=_choose("weights", given.get("weights", "keep"), WEIGHTS, WEIGHTS),
     )

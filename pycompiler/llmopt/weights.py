@@ -73,18 +73,7 @@ class PackedStore:
         self, spec: PackedSpec, arguments: Sequence[Tensor], target: Target, changed: bool
     ) -> PackedWeight:
         """The packed form of `spec` over a segment's arguments; `changed` forces it to be made again."""
-        bases = [
-            arguments[v.argument]
-            for v in (*spec.sources, *(b for b in spec.biases if b is not None))
-        ]
-        cuts = tuple((v.size, v.stride, v.offset) for v in spec.sources)
-        key = (
-            tuple(id(b) for b in bases),
-            cuts,
-            tuple(b is None for b in spec.biases),
-            spec.interleave,
-            str(target),
-        )
+        bases, key = _identity(spec, arguments, target)
         state = state_of(bases)
         with self._lock:
             entry = self._entries.get(key)
@@ -92,6 +81,16 @@ class PackedStore:
                 entry = self._make(spec, arguments, target, state, bases, key, entry)
                 self._entries[key] = entry
             return entry
+
+    def follow(
+        self, specs: Sequence[PackedSpec], arguments: Sequence[Tensor], target: Target
+    ) -> None:
+        """Takes note that the sources moved in memory and kept their content."""
+        with self._lock:
+            for spec in specs:
+                bases, key = _identity(spec, arguments, target)
+                if key in self._entries:
+                    self._entries[key].state = state_of(bases)
 
     def _make(
         self,
@@ -121,6 +120,23 @@ class PackedStore:
     def total_bytes(self) -> int:
         """Bytes of packed copies now held."""
         return sum(e.bytes for e in self._entries.values())
+
+
+def _identity(
+    spec: PackedSpec, arguments: Sequence[Tensor], target: Target
+) -> tuple[list[Tensor], tuple]:
+    """The tensors a packed weight is made from, and its key in the store."""
+    bases = [
+        arguments[v.argument] for v in (*spec.sources, *(b for b in spec.biases if b is not None))
+    ]
+    key = (
+        tuple(id(b) for b in bases),
+        tuple((v.size, v.stride, v.offset) for v in spec.sources),
+        tuple(b is None for b in spec.biases),
+        spec.interleave,
+        str(target),
+    )
+    return bases, key
 
 
 def pack(weights: Sequence[Tensor], memory: _C.Memory, interleave: bool, tier: str) -> None:

@@ -21,7 +21,7 @@ LAYERS = (
     ("target", "graph", "memory"),
     ("ops",),
     ("passes", "native", "kernels"),
-    ("kv", "weights"),
+    ("kv", "weights", "offload"),
     ("plan",),
     ("executor",),
     ("compiled",),
@@ -33,7 +33,7 @@ LAYERS = (
     ("cli",),
 )
 RANK = {group: rank for rank, groups in enumerate(LAYERS) for group in groups}
-MAY_WRITE_FILES = {"models", "benchmark", "cli", "explain", "report", "tune"}
+MAY_WRITE_FILES = {"offload", "models", "benchmark", "cli", "explain", "report", "tune"}
 
 
 def python_files() -> list[Path]:

@@ -1,4 +1,4 @@
-// Logarithms and sine/cosine over Vec, for the elementwise VM only: positions, rotary tables, softplus.
+// Logarithms and sine/cosine over Vec, for the elementwise VM and rotary tables.
 #pragma once
 #include "cpu/family.h"
 

@@ -92,6 +92,15 @@ def num_bytes(*nodes: fx.Node | None) -> Size:
     return total
 
 
+def broadcast(view: View, value_shape: tuple[Size, ...], shape: tuple[Size, ...]) -> View:
+    """The operand stretched to a shape it broadcasts to: missing dimensions and dimensions of one get stride 0."""
+    missing = len(shape) - len(value_shape)
+    stride: list[Size] = [0] * missing
+    for have, want, step in zip(value_shape, shape[missing:], view.stride, strict=True):
+        stride.append(0 if is_one(have) and not is_one(want) else step)
+    return View(view.buffer, view.dtype, shape, tuple(stride), view.offset)
+
+
 def batch_broadcast(s: SegmentBuilder, table: fx.Node | None, like: fx.Node) -> View | None:
     """cos or sin [B|1,1,S,R] as [B,1,S,R], with stride 0 where one batch row serves all."""
     if table is None:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from torch import fx
 
-from llmopt.graph import fake, is_one, numel
-from llmopt.native.operands import FLOATS, NativeKernel, num_bytes
-from llmopt.native.program import View
+from llmopt.graph import fake, numel
+from llmopt.native.operands import FLOATS, NativeKernel, broadcast, num_bytes
 from llmopt.native.segment import SegmentBuilder, StepRecord, describe
 from llmopt.native.vm import Unsupported, VmProgram
-from llmopt.sizes import Size
 
 _LONGEST_REDUCED_ROW = 16384  # elements; longer rows with reductions stay with PyTorch
 
@@ -50,20 +48,11 @@ def _reject(node: fx.Node) -> str:
     return ""
 
 
-def _broadcast(view: View, value_shape: tuple[Size, ...], shape: tuple[Size, ...]) -> View:
-    """The operand stretched to the chain's shape: missing dimensions and dimensions of one get stride 0."""
-    missing = len(shape) - len(value_shape)
-    stride: list[Size] = [0] * missing
-    for have, want, step in zip(value_shape, shape[missing:], view.stride, strict=True):
-        stride.append(0 if is_one(have) and not is_one(want) else step)
-    return View(view.buffer, view.dtype, shape, tuple(stride), view.offset)
-
-
 def _lower(s: SegmentBuilder, node: fx.Node) -> None:
     inputs = node.args[3:]
     shape = tuple(fake(node)[0].shape)
     ints, floats = _encode(node)
-    operands = [_broadcast(s.view(n), tuple(fake(n).shape), shape) for n in inputs]
+    operands = [broadcast(s.view(n), tuple(fake(n).shape), shape) for n in inputs]
     outputs = [s.part(node, i) for i in range(len(fake(node)))]
     operands += [s.view(o) for o in outputs]
     names = [args[0] for op, *args in node.args[0] if op != "const"]

@@ -22,6 +22,7 @@ from llmopt.native.operands import (
     as_row_groups,
     as_rows,
     batch_broadcast,
+    broadcast,
     num_bytes,
     reads_as_row_groups,
 )
@@ -108,6 +109,33 @@ def _lower_embedding(s: SegmentBuilder, node: fx.Node) -> None:
         node,
     )
     s.step("embedding", operands, [], [argument(node, 2, "scale", 1.0)], record)
+
+
+def _reject_rotary_table(node: fx.Node) -> str:
+    used = all(any(u.args[1] == i for u in node.users) for i in range(2))
+    return "" if used else "cos or sin is not used"
+
+
+def _lower_rotary_table(s: SegmentBuilder, node: fx.Node) -> None:
+    frequencies, positions, scale, _ = node.args
+    tables = [s.part(node, i) for i in range(2)]
+    *front, width = fake(tables[0]).shape
+    operands = [
+        broadcast(s.view(n), tuple(fake(n).shape), (*front, width // 2))
+        for n in (frequencies, positions)
+    ]
+    operands += [s.view(t) for t in tables]
+    record = StepRecord(
+        "rotary_table",
+        "rotary_table.cpu",
+        "",
+        (describe(frequencies), describe(positions)),
+        tuple(describe(t) for t in tables),
+        20 * numel(fake(tables[0])),  # about that many for each cosine and sine
+        num_bytes(*tables),
+        node,
+    )
+    s.step("rotary_table", operands, [], [scale], record)
 
 
 _COPIES = frozenset({"contiguous", "clone", "reshape", "flatten"})
@@ -212,6 +240,9 @@ KERNELS = {
         "embedding.cpu", _reject_embedding, _lower_embedding, is_glue=True
     ),
     "llmopt.rope": NativeKernel("rope.cpu", _reject_rope, _lower_rope),
+    "llmopt.rotary_table": NativeKernel(
+        "rotary_table.cpu", _reject_rotary_table, _lower_rotary_table
+    ),
     "index_copy_": NativeKernel(
         "index_copy.cpu", _reject_index_copy, _lower_index_copy, is_glue=True
     ),

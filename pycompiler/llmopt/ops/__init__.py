@@ -11,8 +11,19 @@ from llmopt.ops.linear_quantized import linear_quantized
 from llmopt.ops.norm import norm
 from llmopt.ops.pointwise import pointwise
 from llmopt.ops.rope import rope
+from llmopt.ops.rotary_table import rotary_table
 
-ALL = (attention, attention_append, embedding, linear, linear_quantized, norm, pointwise, rope)
+ALL = (
+    attention,
+    attention_append,
+    embedding,
+    linear,
+    linear_quantized,
+    norm,
+    pointwise,
+    rope,
+    rotary_table,
+)
 
 __all__ = [
     "ALL",
@@ -24,4 +35,5 @@ __all__ = [
     "norm",
     "pointwise",
     "rope",
+    "rotary_table",
 ]

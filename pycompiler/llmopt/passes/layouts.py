@@ -58,7 +58,7 @@ def _of_heads(node: fx.Node) -> list[tuple[Any, Callable[[torch.Tensor], bool]]]
     return [(operand, _last_is_dense) for operand in node.args[:3]]
 
 
-_OPERANDS = {
+_OPERANDS: dict[str, Callable[[fx.Node], list[tuple[Any, Callable[[torch.Tensor], bool]]]]] = {
     "llmopt.linear": _of_linear,
     "llmopt.norm": lambda node: [(node.args[0], _last_is_dense)],
     "llmopt.attention": _of_heads,

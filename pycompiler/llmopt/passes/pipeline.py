@@ -17,6 +17,7 @@ from llmopt.passes import (
     linears,
     norms,
     rotary,
+    rotary_tables,
     share,
     simplify,
 )
@@ -25,6 +26,7 @@ PIPELINE: tuple[tuple[str, Callable[[fx.Graph], None]], ...] = (
     ("simplify", simplify.run),
     ("norms", norms.run),
     ("rotary", rotary.run),
+    ("rotary_tables", rotary_tables.run),
     ("attentions", attentions.run),
     ("kv_cache", kv_cache.run),
     ("activations", activations.run),
