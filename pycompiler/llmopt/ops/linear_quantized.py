@@ -39,7 +39,8 @@ def quantized_activations(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     """x [..., K] → codes [..., groups, K/groups] and scales [..., groups], both float32. NaN and Inf give NaN codes."""
     values = x.float().unflatten(-1, (groups, -1))
     scale = values.abs().amax(-1) / 127
-    inverse = torch.where(scale > 0, 1 / scale, scale)  # a group of zeros stays zero, NaN stays NaN
+    # A group whose scale has no finite reciprocal counts as zero; NaN stays NaN.
+    inverse = torch.where(scale >= torch.finfo(torch.float32).tiny, 1 / scale, scale * 0)
     return (values * inverse[..., None]).round(), scale
 
 
