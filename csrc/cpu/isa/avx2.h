@@ -222,9 +222,18 @@ inline void quad_pack(char* to, const int8_t* a) {
   const int16_t pairs[4] = {a[0], a[2], a[1], a[3]};
   __builtin_memcpy(to, pairs, 8);
 }
-inline void quad_dot(IntVec& acc, const Quad& w, const Quad& a) {
-  acc.v = _mm256_add_epi32(acc.v, _mm256_madd_epi16(w.even, a.even));
-  acc.v = _mm256_add_epi32(acc.v, _mm256_madd_epi16(w.odd, a.odd));
+// GCC piles up the products of a loop before it adds them, and spills.
+inline __attribute__((always_inline)) void multiply_add(__m256i& acc, __m256i w, __m256i a) {
+#if defined(__GNUC__) && !defined(__clang__)
+  __m256i product;
+  asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(acc), "=&x"(product) : "x"(w), "x"(a));
+#else
+  acc = _mm256_add_epi32(acc, _mm256_madd_epi16(w, a));
+#endif
+}
+inline __attribute__((always_inline)) void quad_dot(IntVec& acc, const Quad& w, const Quad& a) {
+  multiply_add(acc.v, w.even, a.even);
+  multiply_add(acc.v, w.odd, a.odd);
 }
 
 }  // namespace

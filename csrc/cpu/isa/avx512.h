@@ -216,9 +216,18 @@ inline void quad_pack(char* to, const int8_t* a) {
   const int16_t pairs[4] = {a[0], a[2], a[1], a[3]};
   __builtin_memcpy(to, pairs, 8);
 }
-inline void quad_dot(IntVec& acc, const Quad& w, const Quad& a) {
-  acc.v = _mm512_add_epi32(acc.v, _mm512_madd_epi16(w.even, a.even));
-  acc.v = _mm512_add_epi32(acc.v, _mm512_madd_epi16(w.odd, a.odd));
+// GCC piles up the products of a loop before it adds them, and spills.
+inline __attribute__((always_inline)) void multiply_add(__m512i& acc, __m512i w, __m512i a) {
+#if defined(__GNUC__) && !defined(__clang__)
+  __m512i product;
+  asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+v"(acc), "=&v"(product) : "v"(w), "v"(a));
+#else
+  acc = _mm512_add_epi32(acc, _mm512_madd_epi16(w, a));
+#endif
+}
+inline __attribute__((always_inline)) void quad_dot(IntVec& acc, const Quad& w, const Quad& a) {
+  multiply_add(acc.v, w.even, a.even);
+  multiply_add(acc.v, w.odd, a.odd);
 }
 #endif
 
