@@ -183,8 +183,8 @@ inline __m512i high_nibbles(const char* p) {
 inline void store_quads(char* p, __m512i quads) { _mm512_storeu_si512(p, quads); }
 
 #ifdef __AVX512VNNI__
-constexpr int kQuantizedRows = 14;  // MR: with two weight vectors and a broadcast they fill the registers
-constexpr int kQuadBytes = 4;       // one row's quad as quad_row reads it
+constexpr int kQuantizedRows = 7;  // MR: integer and f32 sums, two weight vectors and a broadcast fill the registers
+constexpr int kQuadBytes = 4;      // one row's quad as quad_row reads it
 struct Quad {
   __m512i bytes;
 };
@@ -200,7 +200,7 @@ inline __attribute__((always_inline)) void quad_dot(IntVec& acc, const Quad& w, 
 #endif
 }
 #else
-constexpr int kQuantizedRows = 12;
+constexpr int kQuantizedRows = 6;
 constexpr int kQuadBytes = 8;
 // 16-bit pairs (0, 2) and (1, 3): two exact multiply-adds, where byte products would saturate.
 struct Quad {

@@ -13,7 +13,6 @@
 namespace {
 
 constexpr int64_t kStepK = 8;
-constexpr int kNibbleRows = kQuantizedRows - 1;  // MR of 4-bit codes, whose mask takes a register
 
 struct Form {
   int64_t K, bits, group;
@@ -38,7 +37,7 @@ struct QuantizedProblem : Problem {
   explicit QuantizedProblem(const Step& s)
       : Problem(s), form{K, s.i[6], s.i[7], s.i[8] != 0}, planes(static_cast<int>(s.i[9])) {}
 
-  int64_t most_tokens() const { return (form.bits == 8 ? kQuantizedRows : kNibbleRows) / planes; }  // of a tile
+  int64_t most_tokens() const { return kQuantizedRows / planes; }  // of a tile
   int64_t tiles() const { return ceil_div(M, most_tokens()); }
   int64_t tile_row(int64_t tile) const { return tile * M / tiles(); }
   int64_t row_bytes() const { return form.groups() * form.steps() * 2 * kQuadBytes; }

@@ -33,8 +33,32 @@ void quantized_tile(const QuantizedTileArgs& args) {
   constexpr int kVectorBytes = 4 * kLanes, kStepBytes = (kBits == 8 ? 4 : 2) * kVectorBytes;
   constexpr int kScaleBytes = kPanel * (kBits == 8 ? 4 : 2);
   const char *a = args.a, *b = args.b, *ahead = args.ahead, *ahead_end = args.ahead_end;
-#pragma GCC unroll 32
-  for (int i = 0; i < 2 * kRows; ++i) vstore(args.sums + i * kLanes, vzero());
+  constexpr bool kHeld = kVecRegisters == 32;  // f32 sums in registers too
+  Vec held[kRows][2];
+#pragma GCC unroll 16
+  for (int m = 0; m < kRows; ++m)
+#pragma GCC unroll 2
+    for (int v = 0; v < 2; ++v) {
+      held[m][v] = vzero();
+      if (!kHeld) vstore(args.sums + m * kPanel + v * kLanes, vzero());
+    }
+  auto fold = [&](int64_t group, IntVec(&acc)[kRows][2]) __attribute__((always_inline)) {
+    const float *scale = args.scale + group * kRows, *sum = args.sum + group * kRows;
+    const Vec w[2] = {load_factor<kBits>(b, 0), load_factor<kBits>(b, 1)};
+    Vec offset[2] = {vzero(), vzero()};
+    if (args.offsets) offset[0] = load_factor<kBits>(b + kScaleBytes, 0), offset[1] = load_factor<kBits>(b + kScaleBytes, 1);
+#pragma GCC unroll 16
+    for (int m = 0; m < kRows; ++m)
+#pragma GCC unroll 2
+      for (int v = 0; v < 2; ++v) {
+        float* at = args.sums + m * kPanel + v * kLanes;
+        Vec total = kHeld ? held[m][v] : vload(at);
+        total = vfma(vfrom_int(acc[m][v]), vmul(w[v], vset(scale[m])), total);
+        if (args.offsets) total = vfma(offset[v], vset(sum[m]), total);
+        held[m][v] = total;
+        if (!kHeld) vstore(at, total);
+      }
+  };
   for (int64_t group = 0; group < args.groups; ++group) {
     IntVec acc[kRows][2];
 #pragma GCC unroll 16
@@ -70,37 +94,25 @@ void quantized_tile(const QuantizedTileArgs& args) {
         multiply(quad(high_nibbles(b)), quad(high_nibbles(b + kVectorBytes)));
       }
     }
-    const Vec w0 = load_factor<kBits>(b, 0), w1 = load_factor<kBits>(b, 1);
-    b += kScaleBytes;
-#pragma GCC unroll 16
-    for (int m = 0; m < kRows; ++m) {
-      float* sums = args.sums + m * kPanel;
-      const Vec s = vset(args.scale[group * kRows + m]);
-      vstore(sums, vfma(vfrom_int(acc[m][0]), vmul(w0, s), vload(sums)));
-      vstore(sums + kLanes, vfma(vfrom_int(acc[m][1]), vmul(w1, s), vload(sums + kLanes)));
-    }
-    if (args.offsets) {
-      const Vec o0 = load_factor<kBits>(b, 0), o1 = load_factor<kBits>(b, 1);
-      b += kScaleBytes;
-#pragma GCC unroll 16
-      for (int m = 0; m < kRows; ++m) {
-        float* sums = args.sums + m * kPanel;
-        const Vec s = vset(args.sum[group * kRows + m]);
-        vstore(sums, vfma(o0, s, vload(sums)));
-        vstore(sums + kLanes, vfma(o1, s, vload(sums + kLanes)));
-      }
-    }
+    fold(group, acc);
+    b += args.offsets ? 2 * kScaleBytes : kScaleBytes;
     if (kStream) {  // the scales are part of the stream
       __builtin_prefetch(ahead);
       ahead += args.offsets ? 2 * kScaleBytes : kScaleBytes;
     }
   }
+  if (kHeld)
+#pragma GCC unroll 16
+    for (int m = 0; m < kRows; ++m) {
+      vstore(args.sums + m * kPanel, held[m][0]);
+      vstore(args.sums + m * kPanel + kLanes, held[m][1]);
+    }
 }
 
 using QuantizedTileFunction = void (*)(const QuantizedTileArgs&);
 
 // The kernel for a height of kRows or less; rows >= 1.
-template <int kBits, bool kStream, int kRows = kBits == 8 ? kQuantizedRows : kNibbleRows>
+template <int kBits, bool kStream, int kRows = kQuantizedRows>
 QuantizedTileFunction quantized_tile_function(int64_t rows) {
   if constexpr (kRows > 1) {
     if (rows < kRows) return quantized_tile_function<kBits, kStream, kRows - 1>(rows);
