@@ -6,7 +6,7 @@
 //      [N_i, groups] f32, offsets [N_i, groups] f32 | none (all or no weights have them); packed u8 [bytes].
 //   i: bits, group, interleave (as in pack_linear).  layout.h has the layout and its size.
 // linear_quantized
-//   t: as in linear.  i: N, K, weight dtype (u8), activation, gated, norm kind, bits, group, has offsets, planes.
+//   t: as in linear.  i: N, K, u8 (unused), activation, gated, norm kind, bits, group, has offsets, planes.
 //   f: as in linear.
 //   planes: activations are a sum of that many signed bytes, each 1/254 of the one before: 1 rounds them to 8 bits, 2
 //   keep 15 bits of the largest in a group, 3 keep 23.  Integer sums are exact for groups of at most 65536.
@@ -17,7 +17,7 @@
 namespace {
 const Kernel kKernels[] = {
     {"pack_linear_quantized", one_phase, pack_chunks, nullptr, pack_run},
-    {"linear_quantized", linear_phases, linear_chunks, linear_workspace, linear_run},
+    {"linear_quantized", linear_phases, linear_chunks, linear_workspace, linear_run, linear_first_read},
 };
 }  // namespace
 

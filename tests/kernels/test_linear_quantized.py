@@ -114,7 +114,9 @@ class QuantizedCase(Case):
         operands = [self.x, packed, self.bias, self.residual, y, self.norm_weight, self.norm_bias]
         form = [w.bits, w.group, int(w.offset is not None), self.planes]
         ints = [n, k, U8, self.act, int(self.gated), self.norm, *form]
-        run_op("linear_quantized", operands, ints, [EPS, self.alpha, self.norm_offset], tier, threads)
+        run_op(
+            "linear_quantized", operands, ints, [EPS, self.alpha, self.norm_offset], tier, threads
+        )
         return y
 
 
@@ -131,7 +133,7 @@ FORMS = [  # bits, group as a share of K, offsets
 ]
 
 
-@pytest.mark.parametrize("bits, group, offsets", FORMS, ids=str)
+@pytest.mark.parametrize(("bits", "group", "offsets"), FORMS, ids=str)
 @pytest.mark.parametrize("tier", TIERS)
 def test_integer_sums_are_exact(tier, bits, group, offsets):
     """Scales of one and activations that are their own codes: the result is the integer product, all extremes in it."""
@@ -164,7 +166,7 @@ def test_a_long_group_does_not_overflow(tier):
 
 
 @pytest.mark.parametrize("planes", [1, 2, 3])
-@pytest.mark.parametrize("bits, group, offsets", FORMS, ids=str)
+@pytest.mark.parametrize(("bits", "group", "offsets"), FORMS, ids=str)
 @pytest.mark.parametrize("tier", TIERS)
 def test_every_form(tier, bits, group, offsets, planes):
     for m, n in product((1, 5, 33), (1, 40)):
@@ -331,7 +333,11 @@ def test_any_problem(data):
     """Whatever is asked for in whatever combination."""
     draw = data.draw
     group = 2 * draw(st.integers(1, 40))
-    m, outputs, k = draw(st.integers(1, 40)), draw(st.integers(1, 90)), group * draw(st.integers(1, 4))
+    m, outputs, k = (
+        draw(st.integers(1, 40)),
+        draw(st.integers(1, 90)),
+        group * draw(st.integers(1, 4)),
+    )
     gated, offsets = draw(st.booleans()), draw(st.booleans())
     n = 2 * outputs if gated else outputs
     c = case(m, n, k, draw(st.sampled_from([8, 4])), group, offsets, draw(st.integers(1, 3)))

@@ -215,9 +215,7 @@ struct Quad {
 inline Quad quad(__m256i bytes) {
   return {_mm256_and_si256(bytes, _mm256_set1_epi16(255)), _mm256_srli_epi16(bytes, 8)};
 }
-inline Quad quad_row(const char* p) {
-  return {_mm256_set1_epi32(quad_word(p)), _mm256_set1_epi32(quad_word(p + 4))};
-}
+inline Quad quad_row(const char* p) { return {_mm256_set1_epi32(quad_word(p)), _mm256_set1_epi32(quad_word(p + 4))}; }
 inline void quad_pack(char* to, const int8_t* a) {
   const int16_t pairs[4] = {a[0], a[2], a[1], a[3]};
   __builtin_memcpy(to, pairs, 8);

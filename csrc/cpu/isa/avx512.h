@@ -174,9 +174,7 @@ inline int32_t quad_word(const char* p) {
   return word;
 }
 inline __m512i load_quads(const char* p) { return _mm512_loadu_si512(p); }
-inline __m512i low_nibbles(const char* p) {
-  return _mm512_and_si512(load_quads(p), _mm512_set1_epi8(15));
-}
+inline __m512i low_nibbles(const char* p) { return _mm512_and_si512(load_quads(p), _mm512_set1_epi8(15)); }
 inline __m512i high_nibbles(const char* p) {
   return _mm512_and_si512(_mm512_srli_epi16(load_quads(p), 4), _mm512_set1_epi8(15));
 }
@@ -209,9 +207,7 @@ struct Quad {
 inline Quad quad(__m512i bytes) {
   return {_mm512_and_si512(bytes, _mm512_set1_epi16(255)), _mm512_srli_epi16(bytes, 8)};
 }
-inline Quad quad_row(const char* p) {
-  return {_mm512_set1_epi32(quad_word(p)), _mm512_set1_epi32(quad_word(p + 4))};
-}
+inline Quad quad_row(const char* p) { return {_mm512_set1_epi32(quad_word(p)), _mm512_set1_epi32(quad_word(p + 4))}; }
 inline void quad_pack(char* to, const int8_t* a) {
   const int16_t pairs[4] = {a[0], a[2], a[1], a[3]};
   __builtin_memcpy(to, pairs, 8);

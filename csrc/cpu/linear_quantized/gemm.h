@@ -120,6 +120,15 @@ int64_t linear_chunks(const Step& s, int phase, int threads) {
   return phase == 0 ? p.tiles() * quantize_parts(p, threads) : QuantizedSchedule(p, threads).chunks(p);
 }
 
+// A stream begins with the panels of the thread's first chunk.
+llmopt::Span linear_first_read(const Step& s, int, int threads, int thread) {
+  const QuantizedProblem p(s);
+  const QuantizedSchedule schedule(p, threads);
+  if (p.tiles() != 1 || thread >= schedule.chunks(p)) return {};
+  const QuantizedChunk c = quantized_chunk(p, schedule, thread);
+  return {p.w.data + c.panel0 * p.form.panel_bytes(), (c.panel1 - c.panel0) * p.form.panel_bytes()};
+}
+
 size_t linear_workspace(const Step& s, int) { return prepared_bytes(QuantizedProblem(s)); }
 
 constexpr int64_t kQuantizedSums = kQuantizedRows * kPanel * 4;  // bytes
@@ -130,8 +139,8 @@ void linear_run(const Step& s, int phase, int64_t chunk, int threads, const Scra
   const QuantizedSchedule schedule(p, threads);
   const QuantizedChunk c = quantized_chunk(p, schedule, chunk);
   // Of the chunk this thread likely takes next.
-  const int64_t next_panel = chunk + threads < schedule.chunks(p) ? quantized_chunk(p, schedule, chunk + threads).panel0
-                                                                  : c.panel0;
+  const int64_t next_panel =
+      chunk + threads < schedule.chunks(p) ? quantized_chunk(p, schedule, chunk + threads).panel0 : c.panel0;
   float* sums = reinterpret_cast<float*>(scratch.local);
   const Form wide{p.K, 8, p.form.group, p.form.offsets};
   const bool fits = p.form.bits == 8 || wide.panel_bytes() + kQuantizedSums <= int64_t(llmopt::kLocalBytes);

@@ -6,16 +6,16 @@
 namespace {
 
 struct QuantizedTileArgs {
-  const char* a;             // [groups][steps][2 quads][rows]
-  const float* scale;        // the tables of prepare.h
+  const char* a;       // [groups][steps][2 quads][rows]
+  const float* scale;  // the tables of prepare.h
   const int32_t* start;
   const float* sum;
-  const char* b;             // the panel
+  const char* b;  // the panel
   int64_t groups, steps;
   bool offsets;
-  const char* ahead;         // weights wanted next, up to ahead_end; from there on those at `next`
+  const char* ahead;  // weights wanted next, up to ahead_end; from there on those at `next`
   const char *ahead_end, *next;
-  int64_t ahead_stride;      // bytes to ask for in a step, where the panel is no stream
+  int64_t ahead_stride;  // bytes to ask for in a step, where the panel is no stream
   float* sums;
 };
 
@@ -46,7 +46,8 @@ void quantized_tile(const QuantizedTileArgs& args) {
     const float *scale = args.scale + group * kRows, *sum = args.sum + group * kRows;
     const Vec w[2] = {load_factor<kBits>(b, 0), load_factor<kBits>(b, 1)};
     Vec offset[2] = {vzero(), vzero()};
-    if (args.offsets) offset[0] = load_factor<kBits>(b + kScaleBytes, 0), offset[1] = load_factor<kBits>(b + kScaleBytes, 1);
+    if (args.offsets)
+      offset[0] = load_factor<kBits>(b + kScaleBytes, 0), offset[1] = load_factor<kBits>(b + kScaleBytes, 1);
 #pragma GCC unroll 16
     for (int m = 0; m < kRows; ++m)
 #pragma GCC unroll 2

@@ -7,17 +7,28 @@ problem); its attribute `fake` gives shape, dtype and layout of the result from 
 from llmopt.ops.attention import attention, attention_append
 from llmopt.ops.embedding import embedding
 from llmopt.ops.linear import linear
-from llmopt.ops.linear_quantized import linear_quantized
+from llmopt.ops.linear_quantized import dequantize, linear_quantized
 from llmopt.ops.norm import norm
 from llmopt.ops.pointwise import pointwise
 from llmopt.ops.rope import rope
 
-ALL = (attention, attention_append, embedding, linear, linear_quantized, norm, pointwise, rope)
+ALL = (
+    attention,
+    attention_append,
+    dequantize,
+    embedding,
+    linear,
+    linear_quantized,
+    norm,
+    pointwise,
+    rope,
+)
 
 __all__ = [
     "ALL",
     "attention",
     "attention_append",
+    "dequantize",
     "embedding",
     "linear",
     "linear_quantized",

@@ -7,7 +7,7 @@ A weight element is scale · code + offset, one scale and one offset per output 
 
 With activations="int8" each token's inputs are rounded symmetrically to −127 … 127 with one scale per group (the largest magnitude
 divided by 127, ties to even), and integer dot products are folded into float32 once a group. With activations="same" the weights are
-widened instead.
+widened instead; a kernel may keep the inputs to 15 bits of the largest in their group, as float16 keeps them to 11 bits of each.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
+from llmopt.ops.linear import DEFAULTS as LINEAR_DEFAULTS
 from llmopt.ops.linear import linear
 from llmopt.ops.norm import normalized
 
@@ -44,10 +45,58 @@ def quantized_activations(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     return (values * inverse[..., None]).round(), scale
 
 
+def dequantize(
+    codes: Tensor,
+    scale: Tensor,
+    offset: Tensor | None,
+    bits: int,
+    activations: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The weight [N, K] behind codes, in a graph: what an ops.linear reads until it becomes an ops.linear_quantized.
+
+    activations: how the linear that reads it will treat its input; means nothing here.
+    """
+    return dequantized(codes, scale, offset, bits).to(dtype)
+
+
+def _fake_weight(
+    codes: Tensor,
+    scale: Tensor,
+    offset: Tensor | None,
+    bits: int,
+    activations: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    k = codes.shape[1] * 8 // bits
+    return torch.empty((codes.shape[0], k), dtype=dtype, device=codes.device)
+
+
+dequantize.fake = _fake_weight  # type: ignore[attr-defined]
+
+
+def _as_codes(
+    codes: Tensor,
+    scale: Tensor | None,
+    offset: Tensor | None,
+    bits: int,
+    group: int,
+    symmetric: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Codes as they are, or a float weight rounded to nearest."""
+    if scale is not None:
+        return codes, scale, offset
+    from llmopt.quant.rounding import round_weight  # rounding is defined by these ops
+    from llmopt.quant.schemes import Scheme
+
+    rounded = round_weight(codes, Scheme("", bits, "same", group, symmetric))
+    return rounded.codes, rounded.scales, rounded.offsets
+
+
 def linear_quantized(
     x: Tensor,
     codes: Sequence[Tensor],
-    scales: Sequence[Tensor],
+    scales: Sequence[Tensor | None],
     offsets: Sequence[Tensor | None],
     bits: int,
     activations: str,
@@ -61,17 +110,25 @@ def linear_quantized(
     norm_bias: Tensor | None = None,
     norm_eps: float = 0.0,
     norm_offset: float = 0.0,
+    group: int = 0,
+    symmetric: bool = True,
 ) -> Tensor:
     """x [..., K], codes_i as above, scales_i and offsets_i [N_i, K/group] float32 → [..., ΣN_i] (gated: [..., N]) in x's dtype.
 
     bits: 8 or 4. activations: "same" or "int8". The rest as in ops.linear; a norm comes before the rounding of activations.
+    A float weight [N, K] may stand in the place of codes, with None for its scales and offsets: it is rounded to nearest, in groups
+    of `group`, with offsets unless `symmetric`. Raises ValueError when it holds NaN or Inf.
     """
-    weights = [dequantized(c, s, o, bits) for c, s, o in zip(codes, scales, offsets, strict=True)]
+    rounded_weights = [
+        _as_codes(c, s, o, bits, group, symmetric)
+        for c, s, o in zip(codes, scales, offsets, strict=True)
+    ]
+    weights = [dequantized(c, s, o, bits) for c, s, o in rounded_weights]
     if activations == "int8":
         x_float = x.float()
         if norm_kind != "none":
             x_float = normalized(x, norm_kind, norm_weight, norm_bias, norm_eps, norm_offset)
-        rounded, scale = quantized_activations(x_float, scales[0].shape[-1])
+        rounded, scale = quantized_activations(x_float, rounded_weights[0][1].shape[-1])
         x_float = (rounded * scale[..., None]).flatten(-2)
         wide = None if residual is None else residual.float()
         return linear(x_float, weights, biases, act, gated, wide, alpha).to(x.dtype)
@@ -84,8 +141,8 @@ def linear_quantized(
 def _fake(
     x: Tensor,
     codes: Sequence[Tensor],
-    scales: Sequence[Tensor],
-    offsets: Sequence[Tensor],
+    scales: Sequence[Tensor | None],
+    offsets: Sequence[Tensor | None],
     bits: int,
     activations: str,
     biases: Sequence[Tensor | None] | None = None,
@@ -98,3 +155,25 @@ def _fake(
 
 
 linear_quantized.fake = _fake  # type: ignore[attr-defined]
+
+
+# The arguments after which a node may leave something out.
+DEFAULTS: dict[str, Any] = {
+    "x": None,
+    "codes": (),
+    "scales": (),
+    "offsets": (),
+    "bits": 8,
+    "activations": "same",
+    **{name: value for name, value in LINEAR_DEFAULTS.items() if name not in ("x", "weights")},
+    "group": 0,
+    "symmetric": True,
+}
+
+
+def parts(node: fx.Node) -> dict[str, Any]:
+    """Every argument of an ops.linear_quantized node by name."""
+    return {
+        name: node.args[i] if i < len(node.args) else node.kwargs.get(name, default)
+        for i, (name, default) in enumerate(DEFAULTS.items())
+    }
