@@ -75,24 +75,6 @@ def _fake_weight(
 dequantize.fake = _fake_weight  # type: ignore[attr-defined]
 
 
-def _as_codes(
-    codes: Tensor,
-    scale: Tensor | None,
-    offset: Tensor | None,
-    bits: int,
-    group: int,
-    symmetric: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Codes as they are, or a float weight rounded to nearest."""
-    if scale is not None:
-        return codes, scale, offset
-    from llmopt.quant.rounding import round_weight  # rounding is defined by these ops
-    from llmopt.quant.schemes import Scheme
-
-    rounded = round_weight(codes, Scheme("", bits, "same", group, symmetric))
-    return rounded.codes, rounded.scales, rounded.offsets
-
-
 def linear_quantized(
     x: Tensor,
     codes: Sequence[Tensor],
@@ -116,19 +98,22 @@ def linear_quantized(
     """x [..., K], codes_i as above, scales_i and offsets_i [N_i, K/group] float32 → [..., ΣN_i] (gated: [..., N]) in x's dtype.
 
     bits: 8 or 4. activations: "same" or "int8". The rest as in ops.linear; a norm comes before the rounding of activations.
-    A float weight [N, K] may stand in the place of codes, with None for its scales and offsets: it is rounded to nearest, in groups
-    of `group`, with offsets unless `symmetric`. Raises ValueError when it holds NaN or Inf.
+    A float weight [N, K] may stand in the place of codes, with None for its scales and offsets. A kernel rounds it when it packs it,
+    in groups of `group` (0: all of K), with offsets unless `symmetric`; here it stays as it is.
     """
-    rounded_weights = [
-        _as_codes(c, s, o, bits, group, symmetric)
+    weights = [
+        c if s is None else dequantized(c, s, o, bits)
         for c, s, o in zip(codes, scales, offsets, strict=True)
     ]
-    weights = [dequantized(c, s, o, bits) for c, s, o in rounded_weights]
     if activations == "int8":
         x_float = x.float()
         if norm_kind != "none":
             x_float = normalized(x, norm_kind, norm_weight, norm_bias, norm_eps, norm_offset)
-        rounded, scale = quantized_activations(x_float, rounded_weights[0][1].shape[-1])
+        first = scales[0]
+        width = (
+            group or weights[0].shape[1] if first is None else weights[0].shape[1] // first.shape[1]
+        )
+        rounded, scale = quantized_activations(x_float, weights[0].shape[1] // width)
         x_float = (rounded * scale[..., None]).flatten(-2)
         wide = None if residual is None else residual.float()
         return linear(x_float, weights, biases, act, gated, wide, alpha).to(x.dtype)
