@@ -13,6 +13,8 @@
 namespace {
 
 constexpr int64_t kStepK = 8;
+// MR of 4-bit codes: their mask takes a register, which sixteen do not leave.
+constexpr int kNibbleRows = kVecRegisters == 32 ? kQuantizedRows : kQuantizedRows - 1;
 
 struct Form {
   int64_t K, bits, group;
@@ -37,7 +39,7 @@ struct QuantizedProblem : Problem {
   explicit QuantizedProblem(const Step& s)
       : Problem(s), form{K, s.i[6], s.i[7], s.i[8] != 0}, planes(static_cast<int>(s.i[9])) {}
 
-  int64_t most_tokens() const { return kQuantizedRows / planes; }  // of a tile
+  int64_t most_tokens() const { return (form.bits == 8 ? kQuantizedRows : kNibbleRows) / planes; }  // of a tile
   int64_t tiles() const { return ceil_div(M, most_tokens()); }
   int64_t tile_row(int64_t tile) const { return tile * M / tiles(); }
   int64_t row_bytes() const { return form.groups() * form.steps() * 2 * kQuadBytes; }

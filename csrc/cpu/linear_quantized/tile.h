@@ -113,7 +113,7 @@ void quantized_tile(const QuantizedTileArgs& args) {
 using QuantizedTileFunction = void (*)(const QuantizedTileArgs&);
 
 // The kernel for a height of kRows or less; rows >= 1.
-template <int kBits, bool kStream, int kRows = kQuantizedRows>
+template <int kBits, bool kStream, int kRows = kBits == 8 ? kQuantizedRows : kNibbleRows>
 QuantizedTileFunction quantized_tile_function(int64_t rows) {
   if constexpr (kRows > 1) {
     if (rows < kRows) return quantized_tile_function<kBits, kStream, kRows - 1>(rows);
