@@ -47,6 +47,35 @@ bool indices_below(const Call& c, int operand, int64_t limit) {
   return true;
 }
 
+// Elements of the first n dimensions, whose order is that of the rows behind them.
+int64_t positions(const Tensor& t, int n) {
+  int64_t count = 1;
+  for (int d = 0; d < n; ++d) count *= t.size[d];
+  return count;
+}
+
+// Rows of floats with any dimensions in front: [..., K].
+bool float_row_groups(const Tensor& t, int64_t rows, int64_t width) {
+  return t.ndim >= 1 && float_rows(t, t.ndim) && t.size[t.ndim - 1] == width && positions(t, t.ndim - 1) == rows;
+}
+
+// Whether every id [...] i64 or i32 names one of `rows` rows.
+bool ids_below(const Call& c, int operand, int64_t rows) {
+  const Tensor& t = c.step.t[operand];
+  const int64_t count = positions(t, t.ndim);
+  for (int64_t m = 0; m < count; ++m) {
+    int64_t rest = m, i = 0;
+    for (int d = t.ndim - 1; d >= 0; --d) {
+      i += rest % t.size[d] * t.stride[d];
+      rest /= t.size[d];
+    }
+    const int64_t id = t.dtype == DType::i32 ? reinterpret_cast<const int32_t*>(t.data)[i]
+                                             : reinterpret_cast<const int64_t*>(t.data)[i];
+    if (id < 0 || id >= rows) return false;
+  }
+  return true;
+}
+
 constexpr const char* kWrongCount = "takes another number of operands or attributes";
 
 const char* pack_linear(const Call& c) {
@@ -232,9 +261,9 @@ const char* norm(const Call& c) {
   const Step& s = c.step;
   if (!has(s, 6, 1, 2)) return kWrongCount;
   const Tensor& y = s.t[4];
-  if (!float_rows(s.t[0], 2) || !float_rows(y, 2) || !same_sizes(s.t[0], y)) return "x and y are not float [M, K]";
-  for (int i : {1, 5})
-    if (!absent(s.t[i]) && (!float_rows(s.t[i], 2) || !same_sizes(s.t[i], y))) return "residual or sum is not [M, K]";
+  if (!float_rows(y, 2) || !float_row_groups(s.t[0], y.size[0], y.size[1])) return "x and y are not float [M, K]";
+  if (!absent(s.t[1]) && !float_row_groups(s.t[1], y.size[0], y.size[1])) return "residual or sum is not [M, K]";
+  if (!absent(s.t[5]) && (!float_rows(s.t[5], 2) || !same_sizes(s.t[5], y))) return "residual or sum is not [M, K]";
   if (!float_vector(s.t[2], y.size[1]) || !float_vector(s.t[3], y.size[1])) return "weight or bias is not float [K]";
   return nullptr;
 }
@@ -250,10 +279,12 @@ const char* embedding(const Call& c) {
   const Step& s = c.step;
   if (!has(s, 3, 0, 1)) return kWrongCount;
   const Tensor &ids = s.t[0], &table = s.t[1], &y = s.t[2];
-  if (!given(ids, 1) || ids.dtype != DType::i64) return "ids are not a vector of int64";
-  if (!float_rows(table, 2) || !float_rows(y, 2) || table.size[1] != y.size[1] || y.size[0] != ids.size[0])
+  if (!given(ids, ids.ndim) || (ids.dtype != DType::i64 && ids.dtype != DType::i32)) return "ids are not integers";
+  if (!float_rows(table, 2) || !float_rows(y, 2) || table.size[1] != y.size[1] || y.size[0] != positions(ids, ids.ndim))
     return "table and y are not float [V, K] and [M, K]";
-  return table.size[0] == 0 && y.size[0] != 0 ? "the table is empty" : nullptr;
+  if (table.size[0] == 0 && y.size[0] != 0) return "the table is empty";
+  if (!c.is_external[0]) return "ids are made by the program itself, where they cannot be checked";
+  return ids_below(c, 0, table.size[0]) ? nullptr : kIndexRange;
 }
 
 const char* index_copy(const Call& c) {

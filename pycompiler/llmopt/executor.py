@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from llmopt import _C
-from llmopt.graph import fake, getitem
+from llmopt.graph import fake, getitem, is_dense
 from llmopt.kv import groups_of
 from llmopt.native.segment import SegmentBuilder
 from llmopt.plan import Plan
@@ -226,9 +226,11 @@ class _OutputSpec:
 
 
 def _made_by_python(node: fx.Node) -> bool:
-    return node.op in ("call_function", "call_method", "call_module") and isinstance(
-        fake(node), Tensor
-    )
+    """True for what Python computes: contiguous, or the planner would not have taken its readers. A result of another
+    segment lies as its example value says."""
+    if node.op not in ("call_function", "call_method", "call_module"):
+        return False
+    return isinstance(fake(node), Tensor) and is_dense(fake(node))
 
 
 def build_executable(gm: fx.GraphModule, plan: Plan) -> fx.GraphModule:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from heapq import heappop, heappush
 from pathlib import Path
 from typing import Any
 
@@ -173,39 +174,73 @@ def emit(
     args: Sequence[Any],
     kwargs: dict[str, Any] | None = None,
     like: fx.Node | None = None,
+    value: Any = None,
 ) -> fx.Node:
-    """Adds a call at the graph's insertion point, with its example value; `like` lends its source location."""
+    """Adds a call at the graph's insertion point, with its example value; `like` lends its source location.
+
+    value: the example value where it is known, which saves computing it.
+    """
     op = "call_method" if isinstance(target, str) else "call_function"
     node = graph.create_node(op, target, tuple(args), kwargs or {})
     if like is not None:
         for key in ("stack_trace", "nn_module_stack", "source_fn_stack"):
             if key in like.meta:
                 node.meta[key] = like.meta[key]
-    node.meta["example_value"] = compute_fake(mode, target, args, kwargs or {})
+    if value is None:
+        value = compute_fake(mode, target, args, kwargs or {})
+    node.meta["example_value"] = value
     return node
+
+
+def own_value(node: fx.Node) -> Any:
+    """The example value of a node with dense memory of its own, for a replacement that gives the same; else None."""
+    value = fake(node)
+    owns = isinstance(value, torch.Tensor) and not is_view(node) and not is_in_place(node)
+    return value if owns and is_dense(value) else None
 
 
 def replace(old: fx.Node, new: fx.Node) -> None:
     """Gives every use of `old` to `new` and removes `old`; example values downstream follow the new memory."""
-    stale = _stale_users(old, fake(new))
-    old.replace_all_uses_with(new)
-    old.graph.erase_node(old)
+    replace_all(((old, new),))
+
+
+def replace_all(pairs: Sequence[tuple[fx.Node, fx.Node]]) -> None:
+    """Replaces several nodes, and follows their new memory downstream once."""
+    stale: list[fx.Node] = []
+    for old, new in pairs:
+        stale += _stale_users(old, fake(new))
+        old.replace_all_uses_with(new)
+        old.graph.erase_node(old)
     refresh(stale)
 
 
 def _stale_users(node: fx.Node, now: Any) -> list[fx.Node]:
-    """Users whose example value is wrong once `node`'s becomes `now`: all when the layout differs, else its views."""
-    if _same_layout(fake(node), now):
+    """Users whose example value is wrong once `node`'s becomes `now`.
+
+    Views follow the memory, other operations the layout; an op's `fake` looks at shapes and dtypes only.
+    """
+    before = fake(node)
+    if now is before:
+        return []
+    if _same_layout(before, now):
         return [u for u in node.users if is_view(u)]
-    return list(node.users)
+    if not _same_shape(before, now):
+        return list(node.users)
+    return [u for u in node.users if is_view(u) or not hasattr(u.target, "fake")]
+
+
+def _same_shape(a: Any, b: Any) -> bool:
+    if not (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)):
+        return False
+    return a.dtype == b.dtype and same_shape(a.shape, b.shape)
 
 
 def _same_layout(a: Any, b: Any) -> bool:
-    if not (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)):
+    """Equal addresses for equal indices: the stride of a dimension of one says nothing."""
+    if not _same_shape(a, b):
         return False
-    return (
-        a.dtype == b.dtype and same_shape(a.shape, b.shape) and same_shape(a.stride(), b.stride())
-    )
+    wide = [d for d in range(a.dim()) if not is_one(a.shape[d])]
+    return all(same_size(a.stride(d), b.stride(d)) for d in wide)
 
 
 def _fakes_in(value: Any) -> list[FakeTensor]:
@@ -215,9 +250,13 @@ def _fakes_in(value: Any) -> list[FakeTensor]:
 
 def refresh(nodes: list[fx.Node]) -> None:
     """Recomputes the example values of nodes whose input moved or changed layout, and of what depends on them."""
-    queue = list(nodes)
+    waiting = set(nodes)
+    queue = sorted(waiting)
     while queue:
-        node = queue.pop(0)
+        node = heappop(
+            queue
+        )  # the earliest first: each is computed once, from inputs that are final
+        waiting.remove(node)
         first = next((v for n in node.all_input_nodes for v in _fakes_in(fake(n))), None)
         if node.op not in ("call_function", "call_method") or first is None or is_in_place(node):
             continue
@@ -230,7 +269,10 @@ def refresh(nodes: list[fx.Node]) -> None:
         new = compute_fake(first.fake_mode, node.target, node.args, node.kwargs)
         stale = list(node.users) if isinstance(new, (tuple, list)) else _stale_users(node, new)
         node.meta["example_value"] = new
-        queue += stale
+        for user in stale:
+            if user not in waiting:
+                waiting.add(user)
+                heappush(queue, user)
 
 
 def storage(node: fx.Node) -> int | None:

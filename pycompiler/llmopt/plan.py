@@ -134,7 +134,8 @@ class _Roles:
                 _producer(n, self) in self.native for n in node.all_input_nodes if is_tensor(n)
             )
             readers = [u for value in _value_nodes(node) for u in _readers(value) if not is_view(u)]
-            if not fed and any(u not in self.native for u in readers):
+            in_python = any(self.is_eager(u) for u in readers)
+            if not fed and (in_python or not any(u in self.native for u in readers)):
                 del self.native[node]
                 self.fallbacks.append(
                     Fallback(node, "stands between operations that run in PyTorch")

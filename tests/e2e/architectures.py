@@ -23,6 +23,9 @@ class Row:
     sizes: Mapping[str, Any]
     attn: str = "sdpa"
     rare: bool = False  # close to another row: only tried with --slow
+    segments: int = (
+        1  # native segments of the forward: more where something in its middle runs in PyTorch
+    )
     matters: Mapping[str, Any] = field(
         default_factory=dict
     )  # other values that must change the output
@@ -308,8 +311,13 @@ CAUSAL = (
     _causal("starcoder2", "Starcoder2", LLAMA | ONE | {"sliding_window": 6}, rare=True),
     _causal("nemotron", "Nemotron", LLAMA | ONE, rare=True),
     _causal("glm4", "Glm4", WIDE | ONE | {"partial_rotary_factor": 0.5}),
-    _causal("mixtral", "Mixtral", LLAMA | {"num_local_experts": 5, "num_experts_per_tok": 2}),
-    _causal("qwen3-moe", "Qwen3Moe", WIDE | ONE | MOE),
+    _causal(
+        "mixtral",
+        "Mixtral",
+        LLAMA | {"num_local_experts": 5, "num_experts_per_tok": 2},
+        segments=3,
+    ),
+    _causal("qwen3-moe", "Qwen3Moe", WIDE | ONE | MOE, segments=2),
     _causal(
         "gpt-oss-sinks",
         "GptOss",
@@ -321,6 +329,7 @@ CAUSAL = (
             "layer_types": ["sliding_attention", "full_attention"],
         },
         attn="eager",
+        segments=7,
     ),
     _causal(
         "deepseek-v3",
@@ -341,11 +350,13 @@ CAUSAL = (
             "moe_intermediate_size": 40,
             "first_k_dense_replace": 0,
         },
+        segments=4,
     ),
     _causal(
         "lfm2-conv",
         "Lfm2",
         LLAMA | {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+        segments=3,
     ),
 )
 ENCODERS = (
@@ -399,6 +410,7 @@ ENCODERS = (
         "encoder",
         BERT | ONE | {"relative_attention": True, "pos_att_type": "p2c|c2p", "position_buckets": 8},
         attn="eager",
+        segments=2,
     ),
 )
 SEQ2SEQ = (
@@ -436,9 +448,15 @@ OTHERS = (
             "num_heads": [3, 6],
             "window_size": 4,
         },
+        segments=3,
     ),
     Row(
-        "clip", "CLIPModel", "CLIPConfig", "dual", {"text_config": CLIP_TEXT, "vision_config": VIT}
+        "clip",
+        "CLIPModel",
+        "CLIPConfig",
+        "dual",
+        {"text_config": CLIP_TEXT, "vision_config": VIT},
+        segments=3,
     ),
     Row(
         "siglip",
@@ -446,8 +464,9 @@ OTHERS = (
         "SiglipConfig",
         "dual",
         {"text_config": CLIP_TEXT, "vision_config": VIT},
+        segments=3,
     ),
-    Row("wav2vec2", "Wav2Vec2ForCTC", "Wav2Vec2Config", "speech", WAV2VEC2),
+    Row("wav2vec2", "Wav2Vec2ForCTC", "Wav2Vec2Config", "speech", WAV2VEC2, segments=2),
 )
 ROWS = CAUSAL + ENCODERS + SEQ2SEQ + OTHERS
 

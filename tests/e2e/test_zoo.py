@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Iterable
 
 import pytest
 import torch
+from llmopt.compiled import alive
 
 from tests.e2e import zoo
 from tests.e2e.architectures import CORE, ROWS, Row
@@ -46,6 +48,16 @@ def test_forward(row: Row, backend: str) -> None:
         for length in lengths:
             x = zoo.inputs(row, length)
             assert_same_output(compiled(**x), eager(**x))
+            if length == lengths[0] and backend == "llmopt":
+                assert_stays_native(row)
+
+
+def assert_stays_native(row: Row) -> None:
+    """The one graph alive has the segments the row promises; more would mean that something fell back to PyTorch."""
+    gc.collect()
+    (plan,) = [g.plan for g in alive()]
+    assert plan is not None
+    assert len(plan.segments) == row.segments, str(plan)
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,18 @@ inline void with_access(const Tensor* t, int n, F f) {
 
 inline char* at(const Tensor& t, int64_t index) { return t.data + index * itemsize(t.dtype); }
 
+// Where position m of the first `outer` dimensions of t lies, in elements. Positions count in row-major order, so
+// operands with different dimensions in front of their rows agree on which row is which.
+inline int64_t position_offset(const Tensor& t, int outer, int64_t m) {
+  int64_t offset = 0;
+  for (int d = outer - 1; d > 0; --d) {
+    offset += m % t.size[d] * t.stride[d];
+    m /= t.size[d];
+  }
+  return outer > 0 ? offset + m * t.stride[0] : 0;
+}
+inline int64_t row_offset(const Tensor& t, int64_t m) { return position_offset(t, t.ndim - 1, m); }
+
 // Sum over i < n of term(i, lanes), which returns the terms of lanes i.. as a Vec. Four accumulators hide the latency
 // of the additions and keep the rounding error of long rows small.
 template <class F>

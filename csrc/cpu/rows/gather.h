@@ -1,7 +1,8 @@
 // Rows picked by index.
 // embedding: y[m,:] = scale * table[ids[m],:]
-//   operands: 0 ids i64 [M], 1 table [V,K], 2 y [M,K]   floats: [scale]
-//   An id outside the table reads its nearest row: memory safety only, the caller has checked the ids.
+//   operands: 0 ids i64 or i32 [...], M together, 1 table [V,K], 2 y [M,K]   floats: [scale]
+//   The op's contract checks the ids before the program runs, so they must come from outside it. One that another
+//   thread changes after that reads the row nearest to it, never anything outside the table.
 // index_copy: y[:,:,index[j],:] = x[:,:,j,:]
 //   operands: 0 y [B,H,S,D], 1 index i64 [Sn], 2 x [B,H,Sn,D]   The caller guarantees the range.
 #pragma once
@@ -34,6 +35,12 @@ inline void scale_row(DType from, const char* x, DType to, char* y, int64_t n, f
   for_lanes(n, [&](int64_t i, int lanes) { y_as.store(y, i, vmul(x_as.load(x, i, lanes), factor), lanes); });
 }
 
+inline int64_t load_id(const Tensor& ids, int64_t m) {
+  const int64_t i = position_offset(ids, ids.ndim, m);
+  return ids.dtype == DType::i32 ? reinterpret_cast<const int32_t*>(ids.data)[i]
+                                 : reinterpret_cast<const int64_t*>(ids.data)[i];
+}
+
 inline int64_t embedding_chunks(const Step& s, int, int threads) {
   return chunk_count(s.t[2].size[0], s.t[2].size[1], threads);
 }
@@ -42,8 +49,7 @@ inline void embedding_run(const Step& s, int, int64_t chunk, int threads, const 
   const Tensor &ids = s.t[0], &table = s.t[1], &y = s.t[2];
   const RowRange rows = chunk_range(y.size[0], y.size[1], threads, chunk);
   for (int64_t m = rows.begin; m < rows.end; ++m) {
-    int64_t id = reinterpret_cast<const int64_t*>(ids.data)[m * ids.stride[0]];
-    id = max64(0, min64(id, table.size[0] - 1));
+    const int64_t id = max64(0, min64(load_id(ids, m), table.size[0] - 1));
     const char* from = at(table, id * table.stride[0]);
     char* to = at(y, m * y.stride[0]);
     if (s.f[0] == 1.0f)

@@ -1,5 +1,6 @@
 // norm: y = n(x + residual) * (offset + weight) + bias over rows, with n = RMS or LayerNorm.
-//   operands: 0 x [M,K], 1 residual [M,K] | none, 2 weight [K] | none, 3 bias [K] | none, 4 y [M,K], 5 sum [M,K] | none
+//   operands: 0 x [...,K], 1 residual [...,K] | none, 2 weight [K] | none, 3 bias [K] | none, 4 y [M,K],
+//   5 sum [M,K] | none. The dimensions in front of x and residual hold M rows together, at any strides.
 //   ints: [kind: 1 RMS, 2 LayerNorm]   floats: [eps, offset]
 // Every pass reads x and residual again and adds them in fp32: a row is in L1 after the first pass, and nothing is
 // written before the last one, so y and sum may be the same memory as x or residual.
@@ -116,12 +117,12 @@ inline void norm_inputs(const Step& s, const RowRange& rows, float* scratch) {
   const A x_as(x.dtype), residual_as(residual.dtype);
   if (!residual.data) {
     return norm_rows<A>(s, rows, scratch, [&](int64_t m, int64_t first) {
-      const char* p = at(x, m * x.stride[0] + first);
+      const char* p = at(x, row_offset(x, m) + first);
       return [=](int64_t i, int n) { return x_as.load(p, i, n); };
     });
   }
   norm_rows<A>(s, rows, scratch, [&](int64_t m, int64_t first) {
-    const char *p = at(x, m * x.stride[0] + first), *q = at(residual, m * residual.stride[0] + first);
+    const char *p = at(x, row_offset(x, m) + first), *q = at(residual, row_offset(residual, m) + first);
     return [=](int64_t i, int n) { return vadd(x_as.load(p, i, n), residual_as.load(q, i, n)); };
   });
 }

@@ -16,11 +16,18 @@ KERNELS: dict[str, NativeKernel] = {
     **pointwise.KERNELS,
 }
 
+_BY_ROUTING = "how many tokens each expert gets is known only while the graph runs"
+_NO_KERNEL = {
+    "grouped_mm": _BY_ROUTING,
+    "_grouped_mm": _BY_ROUTING,
+    "grouped_mm_fallback": _BY_ROUTING,
+}
+
 
 def kernel_for(node: fx.Node) -> tuple[NativeKernel | None, str]:
     """The kernel that takes a node and "", or None and the reason."""
     kernel = KERNELS.get(kind(node)) if node.op in ("call_function", "call_method") else None
     if kernel is None:
-        return None, f"no kernel for {kind(node)}"
+        return None, _NO_KERNEL.get(kind(node), f"no kernel for {kind(node)}")
     reason = kernel.reject(node)
     return (None, reason) if reason else (kernel, "")

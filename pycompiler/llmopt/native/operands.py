@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from llmopt.graph import expression, fake, is_one, numel, same_size
-from llmopt.native.program import View
+from llmopt.native.program import MAX_DIMS, View
 from llmopt.native.segment import SegmentBuilder
 from llmopt.sizes import Size
 
@@ -64,6 +64,19 @@ def reads_as_rows(node: Any) -> bool:
     if value.dim() == 0 or value.dtype not in FLOATS:
         return False
     return (is_one(value.shape[-1]) or same_size(value.stride(-1), 1)) and rows(value) is not None
+
+
+def as_row_groups(view: View, value: torch.Tensor) -> View:
+    """The operand seen as [rows, K] where its rows are evenly spaced, else with its own dimensions in front of K."""
+    return view if rows(value) is None else as_rows(view, value)
+
+
+def reads_as_row_groups(node: fx.Node) -> bool:
+    """True for a float value whose rows are dense, wherever each of them lies."""
+    value = fake(node)
+    if value.dtype not in FLOATS or not 0 < value.dim() <= MAX_DIMS:
+        return False
+    return is_one(value.shape[-1]) or same_size(value.stride(-1), 1)
 
 
 def itemsize(node: fx.Node | None) -> int:

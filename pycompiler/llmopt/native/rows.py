@@ -1,4 +1,4 @@
-"""Row and copy kernels: norm.cpu, rope.cpu, copy.cpu, index_copy.cpu."""
+"""Row and copy kernels: norm.cpu, rope.cpu, embedding.cpu, copy.cpu, index_copy.cpu."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ from llmopt.graph import (
 from llmopt.native.operands import (
     FLOATS,
     NativeKernel,
+    as_row_groups,
     as_rows,
     batch_broadcast,
     num_bytes,
-    reads_as_rows,
+    reads_as_row_groups,
 )
 from llmopt.native.program import DTYPE_CODES, MAX_DIMS, View
 from llmopt.native.segment import SegmentBuilder, StepRecord, describe
@@ -33,8 +34,8 @@ from llmopt.sizes import Size
 
 def _reject_norm(node: fx.Node) -> str:
     x, weight, bias = node.args[:3]
-    if not reads_as_rows(x):
-        return "input rows are not evenly spaced in memory"
+    if not reads_as_row_groups(x):
+        return "the input's last dimension is not dense"
     vectors = [v for v in (weight, bias) if v is not None]
     if any(fake(v).dtype not in FLOATS or not is_dense(fake(v)) for v in vectors):
         return "weight or bias is not a dense float vector"
@@ -43,7 +44,7 @@ def _reject_norm(node: fx.Node) -> str:
 
 def _lower_norm(s: SegmentBuilder, node: fx.Node) -> None:
     x, weight, bias, name, eps, offset = node.args[:6]
-    x_rows, y_rows = as_rows(s.view(x), fake(x)), as_rows(s.view(node), fake(node))
+    x_rows, y_rows = as_row_groups(s.view(x), fake(x)), as_rows(s.view(node), fake(node))
     operands = [x_rows, None, s.view(weight), s.view(bias), y_rows, None]
     record = StepRecord(
         "norm",
@@ -84,6 +85,31 @@ def _lower_rope(s: SegmentBuilder, node: fx.Node) -> None:
     s.step("rope", operands, [ROPE_KINDS.index(name)], [], record)
 
 
+def _reject_embedding(node: fx.Node) -> str:
+    ids, table = fake(node.args[0]), fake(node.args[1])
+    if ids.dtype not in (torch.int64, torch.int32) or ids.dim() > MAX_DIMS:
+        return f"ids of {ids.dtype} with {ids.dim()} dimensions: int64 and int32 are possible"
+    if table.dim() != 2 or table.dtype not in FLOATS or not same_size(table.stride(-1), 1):
+        return "the table is not a matrix of dense float rows"
+    return ""
+
+
+def _lower_embedding(s: SegmentBuilder, node: fx.Node) -> None:
+    ids, table = node.args[:2]
+    operands = [s.view(ids), s.view(table), as_rows(s.view(node), fake(node))]
+    record = StepRecord(
+        "embedding",
+        "embedding.cpu",
+        "",
+        (describe(ids), describe(table)),
+        (describe(node),),
+        0,
+        2 * num_bytes(node),
+        node,
+    )
+    s.step("embedding", operands, [], [argument(node, 2, "scale", 1.0)], record)
+
+
 _COPIES = frozenset({"contiguous", "clone", "reshape", "flatten"})
 
 
@@ -91,6 +117,11 @@ def _reject_copy(node: fx.Node) -> str:
     x = node.args[0]
     if not is_tensor(x) or fake(x).dtype not in DTYPE_CODES or fake(x).dtype != fake(node).dtype:
         return "runs as in PyTorch"
+    if fake(x).dtype in (
+        torch.int64,
+        torch.int32,
+    ):  # so that ids always come from outside a segment
+        return "integers are copied by PyTorch"
     if fake(x).dim() > MAX_DIMS or not is_dense(fake(node)) or "memory_format" in node.kwargs:
         return "runs as in PyTorch"
     return ""
@@ -177,6 +208,9 @@ def _lower_index_copy(s: SegmentBuilder, node: fx.Node) -> None:
 
 KERNELS = {
     "llmopt.norm": NativeKernel("norm.cpu", _reject_norm, _lower_norm),
+    "llmopt.embedding": NativeKernel(
+        "embedding.cpu", _reject_embedding, _lower_embedding, is_glue=True
+    ),
     "llmopt.rope": NativeKernel("rope.cpu", _reject_rope, _lower_rope),
     "index_copy_": NativeKernel(
         "index_copy.cpu", _reject_index_copy, _lower_index_copy, is_glue=True

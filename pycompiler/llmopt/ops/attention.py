@@ -61,7 +61,9 @@ def attention(
 def _fake(q: Tensor, k: Tensor, v: Tensor, *_settings: Any, **_named: Any) -> Tensor:
     # Memory order [B,Sq,H,Dv]: the projection that follows reads rows of H·Dv.
     b, h, s, _ = q.shape
-    return torch.empty((b, s, h, v.shape[3]), dtype=q.dtype, device=q.device).transpose(1, 2)
+    d = v.shape[3]
+    strides = (s * h * d, d, h * d, 1)
+    return torch.empty_strided((b, h, s, d), strides, dtype=q.dtype, device=q.device)
 
 
 attention.fake = _fake  # type: ignore[attr-defined]
@@ -99,7 +101,8 @@ def attention_append(
 
 def slab_empty(b: Size, h: Size, s: Size, d: Size, like: Tensor) -> Tensor:
     """A [B,H,S,D] tensor laid out [S,B,H,D]: its strides do not depend on S, so it can grow in place."""
-    return torch.empty((s, b, h, d), dtype=like.dtype, device=like.device).permute(1, 2, 0, 3)
+    strides = (h * d, d, b * h * d, 1)
+    return torch.empty_strided((b, h, s, d), strides, dtype=like.dtype, device=like.device)
 
 
 def _fake_append(

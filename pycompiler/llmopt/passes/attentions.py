@@ -13,7 +13,6 @@ from torch import fx
 from llmopt import ops
 from llmopt.graph import (
     argument,
-    binary_operands,
     emit,
     expression,
     fake,
@@ -21,14 +20,12 @@ from llmopt.graph import (
     is_tensor,
     kind,
     replace,
+    same_shape,
     same_size,
-    scalar,
     sole_user,
-    strip,
 )
-
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-_CASTS = ("to", "float", "type_as", "half", "bfloat16")
+from llmopt.passes.scores import CASTS, FLOATS, RESHAPES, bias_of, four_dims, read_scores
+from llmopt.passes.simplify import erase_unused
 
 
 def run(graph: fx.Graph) -> None:
@@ -40,6 +37,7 @@ def run(graph: fx.Graph) -> None:
             _match_sdpa(graph, mode, node)
         elif kind(node) == "softmax":
             _match_softmax(graph, mode, node)
+    erase_unused(graph)
 
 
 def _match_sdpa(graph: fx.Graph, mode: Any, node: fx.Node) -> None:
@@ -131,89 +129,35 @@ def _match_softmax(graph: fx.Graph, mode: Any, node: fx.Node) -> None:
     if not is_tensor(node.args[0]) or dim not in (-1, fake(node).dim() - 1):
         return
     last = node
-    while (user := sole_user(last)) is not None and kind(user) in _CASTS:
+    while (user := sole_user(last)) is not None and kind(user) in (*CASTS, *RESHAPES):
         last = user
     product = sole_user(last)
     if product is None or kind(product) not in ("matmul", "bmm") or product.args[0] is not last:
         return
-    v = product.args[1]
-    found = _scores(node.args[0])
-    if found is None:
+    scores, v = read_scores(node.args[0]), argument(product, 1, "mat2")
+    v = four_dims(v) if is_tensor(v) else None
+    if scores is None or v is None or fake(product).dtype != fake(scores.q).dtype:
         return
-    q, k_transposed, scale, softcap, biases = found
-    if not is_tensor(v) or fake(q).dim() != 4 or fake(product).dtype != fake(q).dtype:
-        return
-    if any(fake(b).dim() > 4 or fake(b).dtype not in FLOATS for b in biases):
-        return
+    result = _whole_heads(product)
     with graph.inserting_before(product):
-        k = emit(graph, mode, "transpose", (k_transposed, 2, 3), like=product)
-        if kind(k_transposed) in ("transpose", "mT") and fake(k_transposed.args[0]).dim() == 4:
-            swapped = (
-                tuple(a % 4 for a in k_transposed.args[1:3])
-                if kind(k_transposed) == "transpose"
-                else (2, 3)
-            )
-            k = k_transposed.args[0] if set(swapped) == {2, 3} else k
-        if not _shapes_fit(q, k, v, None):
+        k = scores.k
+        if scores.k_is_transposed:
+            k = emit(graph, mode, "transpose", (k, 2, 3), like=product)
+        if not _shapes_fit(scores.q, k, v, None):
             return
-        mask = None
-        for bias in biases:
-            mask = (
-                bias if mask is None else emit(graph, mode, torch.add, (mask, bias), like=product)
-            )
+        mask, scale = bias_of(graph, mode, scores, product)
         mask = _four_dims(graph, mode, mask)
-        args = (q, _ungrouped(k), _ungrouped(v), mask, scale, False, 0, 0, softcap)
+        args = (scores.q, _ungrouped(k), _ungrouped(v), mask, scale, False, 0, 0, scores.softcap)
         new = emit(graph, mode, ops.attention, args, like=product)
-    replace(product, new)
+        if result is None and fake(product).dim() == 3:
+            new = emit(graph, mode, "flatten", (new, 0, 1), like=product)
+    replace(product if result is None else result, new)
 
 
-def _scores(node: fx.Node) -> tuple[fx.Node, fx.Node, float, float, list[fx.Node]] | None:
-    """q, kᵀ, scale, softcap and additive biases of softmax's input."""
-    biases: list[fx.Node] = []
-    node = _single(node)
-    while node is not None and kind(node) == "add" and (pair := binary_operands(node)) is not None:
-        if not all(is_tensor(p) for p in pair):
-            return None
-        scores, bias = pair if _is_scores(pair[0]) else pair[::-1]
-        biases.insert(0, bias)
-        node = _single(scores)
-    softcap, scale = 0.0, 1.0
-    if (
-        node is not None
-        and kind(node) == "mul"
-        and is_tensor(node.args[0])
-        and kind(node.args[0]) == "tanh"
-    ):
-        inner = node.args[0].args[0]
-        softcap = scalar(node.args[1]) or 0.0
-        if not softcap or kind(inner) != "div" or scalar(inner.args[1]) != softcap:
-            return None
-        if not (sole_user(node.args[0]) and sole_user(inner)):
-            return None
-        node = _single(inner.args[0])
-    while (
-        node is not None
-        and kind(node) in ("mul", "div")
-        and (pair := binary_operands(node)) is not None
-    ):
-        factor = scalar(pair[1])
-        if factor is None or factor == 0.0 or not is_tensor(pair[0]):
-            return None
-        scale *= factor if kind(node) == "mul" else 1.0 / factor
-        node = _single(pair[0])
-    if node is None or kind(node) != "matmul" or not all(is_tensor(a) for a in node.args[:2]):
+def _whole_heads(product: fx.Node) -> fx.Node | None:
+    """The only reader of a [B·H,Sq,D] product that gives it back its heads, [B,H,Sq,D]."""
+    user = sole_user(product)
+    if fake(product).dim() != 3 or user is None or kind(user) not in RESHAPES:
         return None
-    return node.args[0], node.args[1], scale, softcap, biases
-
-
-def _is_scores(node: fx.Node) -> bool:
-    return kind(strip(node, (*_CASTS, "mul", "div", "add", "tanh"))) == "matmul"
-
-
-def _single(node: Any) -> fx.Node | None:
-    """The node under casts, when each link has no other reader."""
-    while is_tensor(node) and sole_user(node) is not None:
-        if kind(node) not in _CASTS:
-            return node
-        node = node.args[0]
-    return None
+    fits = fake(user).dim() == 4 and same_shape(fake(user).shape[2:], fake(product).shape[1:])
+    return user if fits else None

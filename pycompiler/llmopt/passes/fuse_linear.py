@@ -20,7 +20,9 @@ from llmopt.graph import (
     getitem,
     is_tensor,
     kind,
+    own_value,
     replace,
+    replace_all,
     same_shape,
     same_size,
     scalar,
@@ -68,7 +70,7 @@ def _rebuild(graph: fx.Graph, mode: Any, old: fx.Node, linear: fx.Node, **change
     }
     with graph.inserting_before(old):
         args = (arguments["x"], arguments["weights"], arguments["biases"])
-        new = emit(graph, mode, ops.linear, args, kwargs, like=linear)
+        new = emit(graph, mode, ops.linear, args, kwargs, linear, own_value(old))
     replace(old, new)
     if linear is not old and not linear.users:
         graph.erase_node(linear)
@@ -128,7 +130,8 @@ def _gate_two_linears(
     biases = (*(g["biases"] or (None,)), *(u["biases"] or (None,)))
     with graph.inserting_before(node):
         args = (g["x"], (*g["weights"], *u["weights"]), biases)
-        new = emit(graph, mode, ops.linear, args, {"act": act, "gated": True}, like=gate)
+        kwargs = {"act": act, "gated": True}
+        new = emit(graph, mode, ops.linear, args, kwargs, gate, own_value(node))
     replace(node, new)
     return True
 
@@ -232,8 +235,7 @@ def _join(graph: fx.Graph, mode: Any, x: fx.Node, group: list[fx.Node]) -> None:
             index = (Ellipsis, slice(start, start + width))
             pieces.append(emit(graph, mode, getitem, (joined, index), like=node))
             start += width
-    for node, piece in zip(group, pieces, strict=True):
-        replace(node, piece)
+    replace_all(list(zip(group, pieces, strict=True)))
 
 
 def _scaled(graph: fx.Graph, mode: Any, node: fx.Node) -> None:

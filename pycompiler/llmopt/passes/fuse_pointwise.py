@@ -67,7 +67,7 @@ def _takes(node: fx.Node, written: set[int]) -> bool:
     if storage(node) in written:
         return False
     inputs = [fake(n) for n in node.all_input_nodes]
-    if not all(isinstance(i, torch.Tensor) and i.dtype in FLOATS and i.dim() > 0 for i in inputs):
+    if not all(isinstance(i, torch.Tensor) and i.dtype in FLOATS for i in inputs):
         return False
     name = kind(node)
     if activation_of(node) is not None:
@@ -142,8 +142,16 @@ def _worthwhile(members: set[fx.Node]) -> bool:
     arithmetic = [m for m in members if kind(m) not in _CASTS]
     if not arithmetic:
         return False
-    inputs = [view_base(n) for m in members for n in m.all_input_nodes if is_tensor(n)]
+    inputs = [_uncopied(n) for m in members for n in m.all_input_nodes if is_tensor(n)]
     return len(members) >= 2 or any(kind(n).startswith("llmopt.") for n in inputs)
+
+
+def _uncopied(node: fx.Node) -> fx.Node:
+    """The node that computes a value, below views and plain copies."""
+    node = view_base(node)
+    while kind(node) in ("contiguous", "clone", "reshape") and is_tensor(node.args[0]):
+        node = view_base(node.args[0])
+    return node
 
 
 def _rewrite(graph: fx.Graph, mode: Any, root: fx.Node, members: set[fx.Node]) -> None:

@@ -61,9 +61,6 @@ def _match(graph: fx.Graph, mode: Any, node: fx.Node, written: set[int]) -> None
         _leaves(keys) or _leaves(values)
     ):
         return
-    last = max(keys, values)
-    if any(u < last for u in (*keys.users, *values.users)):
-        return
     cos = sin = None
     rope_kind = "none"
     q_raw, k_raw = q, k_new
@@ -78,7 +75,8 @@ def _match(graph: fx.Graph, mode: Any, node: fx.Node, written: set[int]) -> None
         q_raw, cos, sin, rope_kind = q.args
         k_raw = k_new.args[0]
     inputs = [n for n in (q_raw, k_raw, v_new, k_cache, v_cache, cos, sin, mask) if n is not None]
-    if any(last < n for n in inputs):
+    last = max(keys, values, *inputs)
+    if any(u < last for u in (*keys.users, *values.users)):
         return
     settings = [argument(node, i, n, d) for i, n, d in _SETTINGS]
     with graph.inserting_after(last):

@@ -16,6 +16,7 @@ from llmopt.graph import (
     is_tensor,
     is_weight,
     kind,
+    own_value,
     replace,
     same_shape,
     same_size,
@@ -49,7 +50,8 @@ def _linear(graph: fx.Graph, mode: Any, node: fx.Node) -> None:
     x, weight, bias = node.args[0], argument(node, 1, "weight"), argument(node, 2, "bias")
     if _usable(x, weight, bias):
         with graph.inserting_before(node):
-            new = emit(graph, mode, ops.linear, (x, (weight,), (bias,)), like=node)
+            args = (x, (weight,), (bias,))
+            new = emit(graph, mode, ops.linear, args, None, node, own_value(node))
         replace(node, new)
 
 

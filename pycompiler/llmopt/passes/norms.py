@@ -20,6 +20,7 @@ from llmopt.graph import (
     is_tensor,
     is_weight,
     kind,
+    own_value,
     replace,
     same_size,
     scalar,
@@ -91,7 +92,8 @@ def _match_rms(graph: fx.Graph, mode: Any, node: fx.Node) -> None:
         return
     with graph.inserting_before(last):
         dtype = fake(last).dtype
-        new = emit(graph, mode, ops.norm, (x, weight, None, "rms", eps, offset, dtype), like=last)
+        args = (x, weight, None, "rms", eps, offset, dtype)
+        new = emit(graph, mode, ops.norm, args, None, last, own_value(last))
     replace(last, new)
 
 
@@ -150,7 +152,7 @@ def _match_layer_norm(graph: fx.Graph, mode: Any, node: fx.Node) -> None:
     eps = argument(node, 4, "eps", 1e-5)
     with graph.inserting_before(node):
         args = (x, weight, bias, "layer", eps, 0.0, fake(node).dtype)
-        new = emit(graph, mode, ops.norm, args, like=node)
+        new = emit(graph, mode, ops.norm, args, None, node, own_value(node))
     replace(node, new)
 
 

@@ -9,12 +9,15 @@ from torch import fx
 from llmopt.passes import (
     activations,
     attentions,
+    embeddings,
     fuse_linear,
     fuse_pointwise,
     kv_cache,
+    layouts,
     linears,
     norms,
     rotary,
+    share,
     simplify,
 )
 
@@ -26,9 +29,12 @@ PIPELINE: tuple[tuple[str, Callable[[fx.Graph], None]], ...] = (
     ("kv_cache", kv_cache.run),
     ("activations", activations.run),
     ("linears", linears.run),
+    ("embeddings", embeddings.run),
     ("simplify_again", simplify.run),
+    ("share", share.run),
     ("fuse_linear", fuse_linear.run),
     ("fuse_pointwise", fuse_pointwise.run),
+    ("layouts", layouts.run),
 )
 
 NAMES = tuple(name for name, _ in PIPELINE)

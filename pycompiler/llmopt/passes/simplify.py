@@ -8,12 +8,15 @@ from torch import fx
 
 from llmopt.graph import (
     argument,
+    emit,
     fake,
+    getitem,
     is_dense,
     is_in_place,
     is_tensor,
     is_view,
     kind,
+    mutated_storages,
     refresh,
     replace,
     same_shape,
@@ -34,7 +37,7 @@ _FUNCTIONAL = {
 }
 
 # Unused nodes of these kinds may go: they neither write nor check anything.
-_PURE = frozenset(
+PURE = frozenset(
     [
         "_log_api_usage_once",
         "add",
@@ -86,6 +89,8 @@ _PURE = frozenset(
         "unbind",
         "repeat_interleave",
         "matmul",
+        "bmm",
+        "baddbmm",
         "softmax",
         "silu",
         "gelu",
@@ -132,11 +137,14 @@ _PURE = frozenset(
 
 def run(graph: fx.Graph) -> None:
     sharers = _nodes_by_storage(graph)
+    written = mutated_storages(graph)
     for node in list(graph.nodes):
         if node.op not in ("call_function", "call_method"):
             continue
         if kind(node) in _FUNCTIONAL:
             _functionalize(node, sharers)
+        if _slice_for_list(graph, node, written):
+            continue
         target = _identity_of(node)
         if target is not None:
             replace(node, target)
@@ -146,7 +154,7 @@ def run(graph: fx.Graph) -> None:
 def erase_unused(graph: fx.Graph) -> None:
     """Removes nodes nobody reads, from the back, when they are known to have no effect."""
     for node in reversed(list(graph.nodes)):
-        pure = kind(node) in _PURE or kind(node).startswith("llmopt.") or is_view(node)
+        pure = kind(node) in PURE or kind(node).startswith("llmopt.") or is_view(node)
         if not node.users and node.op in ("call_function", "call_method") and pure:
             graph.erase_node(node)
 
@@ -201,6 +209,26 @@ def _functionalize(node: fx.Node, sharers: dict[int, list[fx.Node]]) -> None:
             result.shape, result.stride(), dtype=result.dtype, device=result.device
         )
     refresh(list(node.users))
+
+
+def _slice_for_list(graph: fx.Graph, node: fx.Node, written: set[int]) -> bool:
+    """x[..., [i], :] copies what x[..., i:i+1, :] is a view of: the same values where nobody writes."""
+    if kind(node) != "getitem" or not is_tensor(node) or not isinstance(node.args[1], tuple):
+        return False
+    source, index = node.args
+    if storage(source) in written or storage(node) in written:
+        return False
+    lists = [i for i in index if isinstance(i, list)]
+    others = [i for i in index if not isinstance(i, (list, slice)) and i is not Ellipsis]
+    if len(lists) != 1 or others or len(lists[0]) != 1 or not isinstance(lists[0][0], int):
+        return False
+    i = lists[0][0]
+    window = slice(i, i + 1 if i != -1 else None)
+    with graph.inserting_before(node):
+        place = tuple(window if isinstance(k, list) else k for k in index)
+        new = emit(graph, fake(source).fake_mode, getitem, (source, place), like=node)
+    replace(node, new)
+    return True
 
 
 def _nodes_by_storage(graph: fx.Graph) -> dict[int, list[fx.Node]]:

@@ -1,0 +1,66 @@
+"""layouts: values that a kernel wants with a dense last dimension, and that lie otherwise, are copied once in front of it.
+
+A convolution's result, read as tokens, is transposed in memory. The copy is an ordinary `contiguous`, shared by all its readers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import fx
+
+from llmopt.graph import emit, fake, fake_mode_of, is_one, is_tensor, kind, same_size
+from llmopt.ops.linear import parts
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def run(graph: fx.Graph) -> None:
+    mode = fake_mode_of(graph)
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in list(graph.nodes):
+        wants = _OPERANDS.get(kind(node)) if node.op == "call_function" else None
+        for operand, fits in wants(node) if wants is not None else ():
+            if is_tensor(operand) and fake(operand).dtype in FLOATS and not fits(fake(operand)):
+                node.replace_input_with(operand, _copy(graph, mode, operand, copies))
+
+
+def _copy(graph: fx.Graph, mode: Any, value: fx.Node, copies: dict[fx.Node, fx.Node]) -> fx.Node:
+    if value not in copies:
+        with graph.inserting_after(value):
+            copies[value] = emit(graph, mode, "contiguous", (value,), like=value)
+    return copies[value]
+
+
+def _last_is_dense(value: torch.Tensor) -> bool:
+    return value.dim() > 0 and (is_one(value.shape[-1]) or same_size(value.stride(-1), 1))
+
+
+def _is_matrix(value: torch.Tensor) -> bool:
+    """Rows of the last dimension are evenly spaced: one stride leads from each to the next."""
+    if not _last_is_dense(value):
+        return False
+    outer = [d for d in range(value.dim() - 1) if not is_one(value.shape[d])]
+    return all(
+        same_size(value.stride(a), value.stride(b) * value.shape[b]) for a, b in pairwise(outer)
+    )
+
+
+def _of_linear(node: fx.Node) -> list[tuple[Any, Callable[[torch.Tensor], bool]]]:
+    p = parts(node)
+    return [(p["x"], _is_matrix), (p["residual"], _is_matrix)]
+
+
+def _of_heads(node: fx.Node) -> list[tuple[Any, Callable[[torch.Tensor], bool]]]:
+    return [(operand, _last_is_dense) for operand in node.args[:3]]
+
+
+_OPERANDS = {
+    "llmopt.linear": _of_linear,
+    "llmopt.norm": lambda node: [(node.args[0], _last_is_dense)],
+    "llmopt.attention": _of_heads,
+    "llmopt.attention_append": _of_heads,
+}

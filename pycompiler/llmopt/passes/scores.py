@@ -1,0 +1,292 @@
+"""Reading a spelled-out attention: from softmax's input back to the product q kᵀ, and all that happens to the scores on the way.
+
+Models write it with matmul, bmm or baddbmm, on [B,H,S,D] or with batch and heads flattened, and mask by adding, filling or choosing.
+`read_scores` finds the parts without changing the graph; `bias_of` writes down the one additive mask they amount to.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from llmopt.graph import (
+    argument,
+    binary_operands,
+    emit,
+    expression,
+    fake,
+    is_one,
+    is_tensor,
+    kind,
+    same_shape,
+    same_size,
+    scalar,
+    sole_user,
+)
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+CASTS = ("to", "float", "type_as", "half", "bfloat16")
+RESHAPES = ("view", "reshape", "flatten", "unflatten")
+_PRODUCTS = ("matmul", "bmm", "baddbmm")
+
+
+@dataclass(frozen=True)
+class Change:
+    """One thing that happens to scores: they are multiplied, capped, given a bias, or replaced where they do not count.
+
+    what: "scale", "softcap", "bias", "fill" (value where condition) or "keep" (value where not condition).
+    """
+
+    what: str
+    number: float = 1.0  # of scale and softcap; factor of a bias
+    tensor: Any = None  # the bias, or the condition
+    value: Any = None  # what replaces a score
+
+
+@dataclass(frozen=True)
+class Scores:
+    """softmax's input: q [B,H,Sq,D], kᵀ's source k [B,Hkv,Skv,D], and what happens to q kᵀ, first change first."""
+
+    q: fx.Node
+    k: fx.Node
+    k_is_transposed: bool  # k is [B,Hkv,D,Skv] and must be turned first
+    scale: float
+    softcap: float
+    changes: tuple[Change, ...]  # biases and masks, with the scales between them
+
+
+def read_scores(node: Any) -> Scores | None:
+    """The parts of the scores that softmax reads, or None when something is not understood."""
+    changes: list[Change] = []
+    current = _alone(node)
+    while current is not None and kind(current) not in _PRODUCTS:
+        found = _changed(current)
+        if found is None:
+            return None
+        source, change = found
+        changes += [change] if change is not None else []
+        current = _alone(source)
+    return None if current is None else _parts(current, changes[::-1])
+
+
+def _parts(product: fx.Node, changes: list[Change]) -> Scores | None:
+    first = 0
+    if kind(product) == "baddbmm":  # beta · bias + alpha · q kᵀ
+        first = 1
+        beta, alpha = (scalar(product.kwargs.get(name, 1)) for name in ("beta", "alpha"))
+        bias = argument(product, 0, "input")
+        if beta is None or not alpha or not is_tensor(bias) or not _fits(bias, product):
+            return None
+        added = [Change("bias", beta, bias)] if beta else []
+        changes = [Change("scale", alpha), *added, *changes]
+    q = argument(product, first, f"batch{first}" if first else "input")
+    k = argument(product, first + 1, "batch2" if first else "mat2")
+    if not (is_tensor(q) and is_tensor(k)):
+        return None
+    (q, q_factor), (k, k_factor) = _unscaled(q), _unscaled(k)
+    k, is_transposed = _turned_back(k)
+    q_heads, k_heads = four_dims(widened(q)), four_dims(widened(k))
+    if q_heads is None or k_heads is None:
+        return None
+    scale, softcap, rest = q_factor * k_factor, 0.0, list(changes)
+    while rest and rest[0].what in ("scale", "softcap"):
+        change = rest.pop(0)
+        if softcap:
+            return None
+        if change.what == "scale":
+            scale *= change.number
+        else:
+            softcap = change.number
+    if any(c.what == "softcap" for c in rest) or (softcap and any(c.what == "scale" for c in rest)):
+        return None
+    return Scores(q_heads, k_heads, is_transposed, scale, softcap, tuple(rest))
+
+
+def _alone(node: Any) -> fx.Node | None:
+    """The node under casts and reshapes of the leading dimensions, when each link has no other reader."""
+    while is_tensor(node) and sole_user(node) is not None:
+        if kind(node) not in CASTS and not (kind(node) in RESHAPES and _keeps_last_two(node)):
+            return node
+        node = node.args[0]
+    return None
+
+
+def _keeps_last_two(node: fx.Node) -> bool:
+    """A reshape that only splits or joins batch and heads."""
+    before, after = fake(node.args[0]).shape, fake(node).shape
+    if {len(before), len(after)} - {3, 4}:
+        return False
+    return same_shape(before[-2:], after[-2:])
+
+
+def _changed(node: fx.Node) -> tuple[Any, Change | None] | None:
+    """What `node` makes of the scores, and the scores before it."""
+    name = kind(node)
+    if name == "add":
+        return _added(node)
+    if name in ("mul", "div"):
+        return _capped(node) or _scaled(node)
+    if name == "masked_fill":
+        condition, value = argument(node, 1, "mask"), argument(node, 2, "value")
+        return _masked(node.args[0], "fill", condition, value)
+    if name == "where" and len(node.args) == 3:
+        condition, a, b = node.args
+        if _leads_to_product(a):
+            return _masked(a, "keep", condition, b)
+        return _masked(b, "fill", condition, a)
+    return None
+
+
+def _added(node: fx.Node) -> tuple[Any, Change] | None:
+    pair = binary_operands(node)
+    if pair is None or not all(is_tensor(p) for p in pair):
+        return None
+    scores, bias = pair if _leads_to_product(pair[0]) else pair[::-1]
+    if fake(bias).dtype not in FLOATS or not _fits(bias, node):
+        return None
+    return scores, Change("bias", tensor=bias)
+
+
+def _scaled(node: fx.Node) -> tuple[Any, Change] | None:
+    pair = binary_operands(node)
+    if pair is None:
+        return None
+    scores, factor = pair if kind(node) == "div" or is_tensor(pair[0]) else pair[::-1]
+    number = scalar(factor)
+    if not number or not is_tensor(scores):
+        return None
+    return scores, Change("scale", number if kind(node) == "mul" else 1.0 / number)
+
+
+def _capped(node: fx.Node) -> tuple[Any, Change] | None:
+    """c · tanh(scores / c)."""
+    pair = binary_operands(node)
+    if pair is None or kind(node) != "mul" or not is_tensor(pair[0]) or kind(pair[0]) != "tanh":
+        return None
+    tanh, cap = pair[0], scalar(pair[1])
+    inner = tanh.args[0]
+    if not cap or not is_tensor(inner) or kind(inner) != "div" or scalar(inner.args[1]) != cap:
+        return None
+    if not (sole_user(tanh) and sole_user(inner)):
+        return None
+    return inner.args[0], Change("softcap", cap)
+
+
+def _masked(scores: Any, what: str, condition: Any, value: Any) -> tuple[Any, Change] | None:
+    if not (is_tensor(scores) and is_tensor(condition)) or fake(condition).dtype != torch.bool:
+        return None
+    constant = is_tensor(value) and fake(value).dim() == 0
+    if not (constant or scalar(value) is not None) or not _fits(condition, scores):
+        return None
+    return scores, Change(what, tensor=condition, value=value)
+
+
+def _fits(operand: fx.Node, scores: fx.Node) -> bool:
+    """A bias or condition with the scores' dimensions or fewer; flattened heads need their own entry or one for all."""
+    mine, theirs = fake(operand).shape, fake(scores).shape
+    if len(theirs) == 4:
+        return len(mine) <= 4
+    return len(mine) < 3 or (len(mine) == 3 and (is_one(mine[0]) or same_size(mine[0], theirs[0])))
+
+
+def _leads_to_product(node: Any) -> bool:
+    """True for what looks like scores: arithmetic on one side of which lies a product."""
+    while is_tensor(node) and kind(node) not in _PRODUCTS:
+        if kind(node) == "where":
+            return any(_leads_to_product(branch) for branch in node.args[1:])
+        if kind(node) not in (*CASTS, *RESHAPES, "mul", "div", "add", "tanh", "masked_fill"):
+            return False
+        node = node.args[0]
+    return is_tensor(node)
+
+
+def _unscaled(node: fx.Node) -> tuple[fx.Node, float]:
+    """q or k without a factor in front of the product, and the factor."""
+    factor = 1.0
+    while kind(node) in ("mul", "div") and (pair := binary_operands(node)) is not None:
+        number = scalar(pair[1])
+        if not number or not is_tensor(pair[0]):
+            break
+        factor *= number if kind(node) == "mul" else 1.0 / number
+        node = pair[0]
+    return node, factor
+
+
+def widened(node: fx.Node) -> fx.Node:
+    """The value under a cast from half precision to float32: attention computes in float32 anyway."""
+    while kind(node) in CASTS and fake(node).dtype == torch.float32:
+        if not is_tensor(node.args[0]) or fake(node.args[0]).dtype not in FLOATS:
+            break
+        node = node.args[0]
+    return node
+
+
+def _turned_back(k: fx.Node) -> tuple[fx.Node, bool]:
+    """(k, False) when the node is k with its last two dimensions exchanged, else (node, True)."""
+    dims = fake(k).dim()
+    last = {dims - 2, dims - 1}
+    name = kind(k)
+    if name in ("mT", "getattr_mT"):
+        return k.args[0], False
+    if name == "transpose" and {argument(k, i, f"dim{i - 1}") % dims for i in (1, 2)} == last:
+        return k.args[0], False
+    if name == "permute":
+        order = k.args[1] if isinstance(k.args[1], (tuple, list)) else k.args[1:]
+        swapped = [*range(dims - 2), dims - 1, dims - 2]
+        if [d % dims for d in order] == swapped:
+            return k.args[0], False
+    return k, True
+
+
+def four_dims(node: fx.Node) -> fx.Node | None:
+    """The [B,H,S,D] value that a [B·H,S,D] one flattens; a value with four dimensions is itself."""
+    if fake(node).dim() == 4:
+        return node
+    if fake(node).dim() != 3 or kind(node) not in RESHAPES or not is_tensor(node.args[0]):
+        return None
+    source = node.args[0]
+    if fake(source).dim() != 4 or not same_shape(fake(source).shape[2:], fake(node).shape[1:]):
+        return None
+    return source
+
+
+def bias_of(graph: fx.Graph, mode: Any, scores: Scores, like: fx.Node) -> tuple[Any, float]:
+    """The additive mask (or None) that all changes amount to, written into the graph, and the whole scale."""
+    heads = expression(fake(scores.q).shape[1])
+    bias: Any = None
+    scale = scores.scale
+    for change in scores.changes:
+        if change.what == "scale":
+            scale *= change.number
+            if bias is not None:
+                bias = emit(graph, mode, torch.mul, (bias, change.number), like=like)
+            continue
+        operand = change.tensor
+        if (
+            fake(operand).dim() == 3
+            and not is_one(fake(operand).shape[0])
+            and _is_flat(scores, operand)
+        ):
+            operand = emit(graph, mode, "unflatten", (operand, 0, (-1, heads)), like=like)
+        if change.what == "bias":
+            if change.number != 1.0:
+                operand = emit(graph, mode, torch.mul, (operand, change.number), like=like)
+            bias = (
+                operand
+                if bias is None
+                else emit(graph, mode, torch.add, (bias, operand), like=like)
+            )
+            continue
+        kept = 0.0 if bias is None else bias
+        pair = (change.value, kept) if change.what == "fill" else (kept, change.value)
+        bias = emit(graph, mode, torch.where, (operand, *pair), like=like)
+    return bias, scale
+
+
+def _is_flat(scores: Scores, operand: fx.Node) -> bool:
+    """An operand [B·H, …] of flattened scores, as against [H, …], which broadcasts over the batch by itself."""
+    batch, heads = fake(scores.q).shape[:2]
+    return same_size(fake(operand).shape[0], batch * heads)

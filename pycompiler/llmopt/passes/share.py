@@ -1,0 +1,56 @@
+"""share: what is computed twice from the same values is computed once.
+
+Models repeat work in every layer that does not depend on the layer: slices of the mask, tables of a rotation. Only what the graph
+neither writes to nor returns is shared, so that nobody sees two results become one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from llmopt.graph import is_in_place, is_tensor, is_view, kind, mutated_storages, storage
+from llmopt.passes.simplify import PURE
+
+
+def run(graph: fx.Graph) -> None:
+    written = mutated_storages(graph)
+    first: dict[Any, fx.Node] = {}
+    for node in list(graph.nodes):
+        if not _may_share(node, written):
+            continue
+        key = (node.op, node.target, _frozen(node.args), _frozen(node.kwargs))
+        earlier = first.setdefault(key, node)
+        if earlier is not node and not (_returned(node) or _returned(earlier)):
+            node.replace_all_uses_with(earlier)
+            graph.erase_node(node)
+
+
+def _may_share(node: fx.Node, written: set[int]) -> bool:
+    if node.op not in ("call_function", "call_method") or kind(node) not in PURE:
+        return False
+    if is_in_place(node) or kind(node) in ("linear", "dropout"):
+        return False
+    return not any(storage(n) in written for n in (node, *node.all_input_nodes))
+
+
+def _returned(node: fx.Node) -> bool:
+    """True when the graph gives the value, or a window on it, to its caller."""
+    return any(
+        user.op == "output" or ((is_view(user) or not is_tensor(user)) and _returned(user))
+        for user in node.users
+    )
+
+
+def _frozen(value: Any) -> Any:
+    """Arguments as a key: equal only where type and value are."""
+    if isinstance(value, fx.Node):
+        return value
+    if isinstance(value, (tuple, list)):
+        return tuple(map(_frozen, value))
+    if isinstance(value, dict):
+        return tuple((k, _frozen(v)) for k, v in sorted(value.items()))
+    if isinstance(value, slice):
+        return ("slice", _frozen(value.start), _frozen(value.stop), _frozen(value.step))
+    return type(value), repr(value)

@@ -1,0 +1,85 @@
+"""What crosses from one native segment to the next, and into PyTorch between them, keeps its values and its layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from llmopt.compiled import alive
+from torch import nn
+from torch.nn import functional as F
+
+from tests.tolerance import assert_close
+
+
+@torch.no_grad()
+def check(function: Callable[..., torch.Tensor], *inputs: torch.Tensor, segments: int) -> None:
+    """The compiled function gives what eager gives, in that many native segments."""
+    torch._dynamo.reset()
+    known = {id(g) for g in alive()}
+    assert_close(torch.compile(function, backend="llmopt")(*inputs), function(*inputs))
+    (plan,) = [g.plan for g in alive() if id(g) not in known]
+    assert plan is not None
+    assert len(plan.segments) == segments, str(plan)
+
+
+def randn(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def test_a_transposed_result_is_read_by_a_later_segment() -> None:
+    """Attention writes [B,S,H,D]; its value [B,H,S,D] is not contiguous, and must not be made so on the way."""
+    linear = nn.Linear(32, 32)
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        h = linear(x).unflatten(-1, (4, 8)).transpose(1, 2)
+        first = F.scaled_dot_product_attention(h, h, h)
+        between = first.transpose(1, 2).flatten(2).cumsum(1).unflatten(-1, (4, 8)).transpose(1, 2)
+        second = F.scaled_dot_product_attention(first, between, between)
+        return linear(second.transpose(1, 2).flatten(2))
+
+    check(function, randn(2, 5, 32), segments=2)
+
+
+def test_heads_are_normed_where_they_lie() -> None:
+    """RMSNorm and LayerNorm over the last dimension of heads cut out of one projection."""
+    qkv, out = nn.Linear(48, 96), nn.Linear(64, 48)
+    q_norm, k_norm = nn.RMSNorm(16), nn.LayerNorm(16)
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (t.unflatten(-1, (-1, 16)) for t in qkv(x).split((64, 16, 16), dim=-1))
+        q, k, v = (t.transpose(1, 2) for t in (q_norm(q), k_norm(k), v))
+        return out(
+            F.scaled_dot_product_attention(q, k.expand_as(q), v.expand_as(q))
+            .transpose(1, 2)
+            .flatten(2)
+        )
+
+    check(function, randn(2, 7, 48), segments=1)
+
+
+@pytest.mark.parametrize("dims", [1, 2])
+def test_a_convolution_is_the_only_cut(dims: int) -> None:
+    """What a convolution gives is read as tokens: transposed, flattened, normed and projected natively."""
+    convolution = (nn.Conv1d, nn.Conv2d)[dims - 1](3, 24, 4, stride=4)
+    norm, linear = nn.LayerNorm(24), nn.Linear(24, 40)
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        tokens = convolution(x).flatten(2).transpose(1, 2)
+        return linear(norm(tokens)) + linear(tokens)
+
+    check(function, randn(2, 3, *(16,) * dims), segments=1)
+
+
+def test_an_index_of_one_is_a_slice() -> None:
+    """x[..., [-2], :], Falcon's way to one head."""
+    linear = nn.Linear(32, 32)
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        h = linear(x).unflatten(-1, (4, 8))
+        q, k, v = (t.transpose(1, 2) for t in (h[..., :-2, :], h[..., [-2], :], h[..., [-1], :]))
+        k, v = k.expand_as(q), v.expand_as(q)
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+    check(function, randn(2, 5, 32), segments=1)
