@@ -131,7 +131,7 @@ llmopt::Span linear_first_read(const Step& s, int, int threads, int thread) {
 
 size_t linear_workspace(const Step& s, int) { return prepared_bytes(QuantizedProblem(s)); }
 
-constexpr int64_t kQuantizedSums = kQuantizedRows * kPanel * 4;  // bytes
+constexpr int64_t kQuantizedSums = kLoneRows * kPanel * 4;  // bytes
 
 void linear_run(const Step& s, int phase, int64_t chunk, int threads, const Scratch& scratch) {
   const QuantizedProblem p(s);

@@ -16,6 +16,9 @@ constexpr int64_t kStepK = 8;
 // MR of 4-bit codes: their mask takes a register, which sixteen do not leave.
 constexpr int kNibbleRows = kVecRegisters == 32 ? kQuantizedRows : kQuantizedRows - 1;
 
+// Rows of a tile that is alone: its f32 sums may wait in memory, as long as the weights are read once.
+constexpr int kLoneRows = kVecRegisters == 32 ? 2 * kQuantizedRows : kQuantizedRows;
+
 struct Form {
   int64_t K, bits, group;
   bool offsets;
@@ -40,7 +43,10 @@ struct QuantizedProblem : Problem {
       : Problem(s), form{K, s.i[6], s.i[7], s.i[8] != 0}, planes(static_cast<int>(s.i[9])) {}
 
   int64_t most_tokens() const { return (form.bits == 8 ? kQuantizedRows : kNibbleRows) / planes; }  // of a tile
-  int64_t tiles() const { return ceil_div(M, most_tokens()); }
+  int64_t tiles() const {
+    const bool is_lone = form.bits == 8 && M > 0 && M * planes <= kLoneRows;
+    return is_lone ? 1 : ceil_div(M, most_tokens());
+  }
   int64_t tile_row(int64_t tile) const { return tile * M / tiles(); }
   int64_t row_bytes() const { return form.groups() * form.steps() * 2 * kQuadBytes; }
 };

@@ -33,7 +33,7 @@ void quantized_tile(const QuantizedTileArgs& args) {
   constexpr int kVectorBytes = 4 * kLanes, kStepBytes = (kBits == 8 ? 4 : 2) * kVectorBytes;
   constexpr int kScaleBytes = kPanel * (kBits == 8 ? 4 : 2);
   const char *a = args.a, *b = args.b, *ahead = args.ahead, *ahead_end = args.ahead_end;
-  constexpr bool kHeld = kVecRegisters == 32;  // f32 sums in registers too
+  constexpr bool kHeld = kVecRegisters == 32 && kRows <= kQuantizedRows;  // f32 sums in registers too
   Vec held[kRows][2];
 #pragma GCC unroll 16
   for (int m = 0; m < kRows; ++m)
@@ -113,7 +113,10 @@ void quantized_tile(const QuantizedTileArgs& args) {
 using QuantizedTileFunction = void (*)(const QuantizedTileArgs&);
 
 // The kernel for a height of kRows or less; rows >= 1.
-template <int kBits, bool kStream, int kRows = kBits == 8 ? kQuantizedRows : kNibbleRows>
+template <int kBits, bool kStream,
+          int kRows = kBits == 4 ? kNibbleRows
+                      : kStream  ? kLoneRows
+                                 : kQuantizedRows>
 QuantizedTileFunction quantized_tile_function(int64_t rows) {
   if constexpr (kRows > 1) {
     if (rows < kRows) return quantized_tile_function<kBits, kStream, kRows - 1>(rows);
