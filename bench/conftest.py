@@ -38,7 +38,10 @@ def copies_beyond_cache(num_bytes: int) -> int:
 
 @pytest.fixture
 def timed(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None]:
-    """timed(system, what, dtype, calls, flops, num_bytes): times the calls in turn."""
+    """timed(system, what, dtype, calls, flops, num_bytes): times the calls in turn.
+
+    is_integer: the roof of the arithmetic is the VNNI probe, where there is one.
+    """
 
     def run(
         system: str,
@@ -47,6 +50,7 @@ def timed(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None]
         calls: Sequence[Callable[[], Any]],
         flops: float,
         num_bytes: float,
+        is_integer: bool = False,
     ) -> None:
         endless = itertools.cycle(calls)
         threads = torch.get_num_threads()
@@ -59,6 +63,8 @@ def timed(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None]
         if benchmark.stats is None:  # --benchmark-disable
             return
         fma = statistics.mean((before.fma_flops, after.fma_flops))
+        if is_integer and before.vnni_ops:
+            fma = statistics.mean((before.vnni_ops, after.vnni_ops))
         read = statistics.mean((before.read_bytes, after.read_bytes))
         seconds = benchmark.stats.stats.median
         roof = max(flops / fma, num_bytes / read) / seconds

@@ -107,6 +107,7 @@ PREFILL_LINEARS = (
     Linear("bert-ffn", 128, 3072, 768),
     Linear("llama1b-down", 128, 2048, 8192),
 )
+SMALL_BATCH_LINEARS = tuple(Linear("llama1b-up", m, 8192, 2048) for m in (4, 8, 16, 32, 64))
 PREFILL_ATTENTION = (
     Attention("smollm2", 1, 9, 3, 64, 512, 512),
     Attention("eight-heads", 1, 8, 8, 64, 1024, 1024),

@@ -7,4 +7,4 @@ set(LLMOPT_CPU_ISAS
     "avx2|avx2|avx2 fma f16c"
     "scalar|scalar|")
 # Kernel families: one .cpp each, compiled once per tier; each object exports the one symbol llmopt_<family>_<tier>.
-set(LLMOPT_CPU_FAMILIES linear attention rows vm probe)
+set(LLMOPT_CPU_FAMILIES linear linear_quantized attention rows vm probe)

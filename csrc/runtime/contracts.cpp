@@ -108,20 +108,76 @@ const char* unpack_rows(const Call& c) {
   return indices_below(c, 1, s.i[0]) ? nullptr : kIndexRange;
 }
 
-const char* linear(const Call& c) {
-  const Step& s = c.step;
-  if (!has(s, 7, 6, 3)) return kWrongCount;
+// What linear and linear_quantized share: everything but the packed weight.
+const char* around_weight(const Step& s) {
   const Tensor &x = s.t[0], &residual = s.t[3], &y = s.t[4];
   const int64_t n = s.i[0], k = s.i[1], outputs = s.i[4] ? n / 2 : n;
   if (n < 0 || k < 0 || (s.i[4] && n % 2)) return "N and K are not sizes of a weight";
   if (!float_rows(x, 2) || x.size[1] != k) return "x is not float [M, K]";
   if (!float_rows(y, 2) || y.size[0] != x.size[0] || y.size[1] != outputs) return "y is not float [M, N]";
-  if (!is_float(static_cast<DType>(s.i[2])) || absent(s.t[1])) return "there is no packed float weight";
+  if (absent(s.t[1])) return "there is no packed weight";
   if (!float_vector(s.t[2], n)) return "bias is not float [N]";
   if (!absent(residual) && (!float_rows(residual, 2) || !same_sizes(residual, y)))
     return "residual is not float [M, N]";
   if (!float_vector(s.t[5], k) || !float_vector(s.t[6], k)) return "norm weight or bias is not float [K]";
   return nullptr;
+}
+
+const char* linear(const Call& c) {
+  const Step& s = c.step;
+  if (!has(s, 7, 6, 3)) return kWrongCount;
+  if (!is_float(static_cast<DType>(s.i[2])) || absent(s.t[1])) return "there is no packed float weight";
+  return around_weight(s);
+}
+
+// Bytes of quantised weights [N, K] in the layout of csrc/cpu/linear_quantized/layout.h.
+int64_t quantized_bytes(int64_t n, int64_t k, int64_t bits, int64_t group, bool offsets, int64_t panel) {
+  const int64_t scales = panel * (bits == 8 ? 4 : 2) * (offsets ? 2 : 1);
+  const int64_t each = (group + 7) / 8 * panel * bits + scales;
+  return (n + panel - 1) / panel * (k / group * each + (bits == 8 ? 0 : 4 * panel));
+}
+
+constexpr int64_t kMaxGroup = 1 << 16;  // products of signed and unsigned bytes that an int32 sum holds
+
+const char* quantized_form(int64_t k, int64_t bits, int64_t group) {
+  if (bits != 8 && bits != 4) return "codes have 8 or 4 bits";
+  if (group < 1 || group > kMaxGroup || k % group) return "the groups do not divide K, or are longer than 65536";
+  return bits == 4 && group % 2 ? "a group of 4-bit codes is odd" : nullptr;
+}
+
+const char* pack_linear_quantized(const Call& c) {
+  const Step& s = c.step;
+  if (s.num_tensors < 4 || s.num_tensors % 3 != 1 || s.num_ints < 3) return kWrongCount;
+  const int weights = s.num_tensors / 3;
+  const int64_t bits = s.i[0], group = s.i[1];
+  if (s.t[0].ndim != 2) return "codes are not a matrix";
+  const int64_t k = s.t[0].size[1] * (bits == 4 ? 2 : 1);
+  if (const char* reason = quantized_form(k, bits, group)) return reason;
+  int64_t columns = 0;
+  for (int i = 0; i < weights; ++i) {
+    const Tensor &codes = s.t[3 * i], &scales = s.t[3 * i + 1], &offsets = s.t[3 * i + 2];
+    if (!given(codes, 2) || codes.dtype != (bits == 8 ? DType::s8 : DType::u8)) return "codes are not bytes [N, K]";
+    if (codes.size[1] != s.t[0].size[1]) return "the weights differ in K";
+    if (absent(offsets) != absent(s.t[2])) return "all weights have offsets or none has";
+    for (const Tensor* t : {&scales, &offsets}) {
+      if (t == &offsets && absent(offsets)) continue;
+      if (!given(*t, 2) || t->dtype != DType::f32 || t->size[0] != codes.size[0] || t->size[1] != k / group)
+        return "scales or offsets are not float32 [N, K / group]";
+    }
+    columns += codes.size[0];
+  }
+  if (s.i[2] && (weights != 2 || s.t[3].size[0] != s.t[0].size[0])) return "only two weights of equal N interleave";
+  const Tensor& packed = s.t[s.num_tensors - 1];
+  const int64_t wanted = quantized_bytes(columns, k, bits, group, !absent(s.t[2]), c.panel_width);
+  return given(packed, 1) && packed.size[0] >= wanted ? nullptr : "the packed form does not fit its memory";
+}
+
+const char* linear_quantized(const Call& c) {
+  const Step& s = c.step;
+  if (!has(s, 7, 10, 3)) return kWrongCount;
+  if (s.i[9] < 1 || s.i[9] > 3) return "there are 1 to 3 planes";
+  const char* reason = quantized_form(s.i[1], s.i[6], s.i[7]);
+  return reason ? reason : around_weight(s);
 }
 
 // cos or sin [B|1, 1, S|1, R] with even R <= D.
@@ -313,6 +369,8 @@ const struct {
     {"pack_linear", pack_linear},
     {"unpack_rows", unpack_rows},
     {"linear", linear},
+    {"pack_linear_quantized", pack_linear_quantized},
+    {"linear_quantized", linear_quantized},
     {"attention", attention},
     {"mask_bounds", mask_bounds},
     {"norm", norm},

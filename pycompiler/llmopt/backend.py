@@ -15,9 +15,11 @@ from llmopt.compiled import CompiledGraph
 from llmopt.executor import build_executable
 from llmopt.graph import kind
 from llmopt.options import Options, parse_options
+from llmopt.passes import quantize
 from llmopt.passes.pipeline import PIPELINE
 from llmopt.passes.verify import check_form, check_values, run_copy
 from llmopt.plan import make_plan
+from llmopt.quant.schemes import SCHEMES
 from llmopt.target import target
 
 log = logging.getLogger("llmopt")
@@ -46,6 +48,8 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options
     here = target()
     clock = _Clock()
     _run_passes(gm, example_inputs, clock)
+    quantize.run(gm.graph, SCHEMES.get(options.precision))
+    clock.lap("quantize")
     plan = make_plan(gm.graph, here)
     clock.lap("plan")
     if not plan.segments:

@@ -102,9 +102,7 @@ class Segment(torch.nn.Module):
         self.program = builder.builder.build(target.tier)
         self._symbols = symbols
         self._packed = [spec for _, spec in sorted(builder.packed.values(), key=lambda p: p[0])]
-        views = [
-            v for p in self._packed for v in (*p.sources, *(b for b in p.biases if b is not None))
-        ]
+        views = [v for p in self._packed for v in p.views()]
         self._weight_arguments = list(dict.fromkeys(v.argument for v in views))
         self._matrices = sorted({v.argument for p in self._packed for v in p.sources})
         self._offload = options.weights == "packed"

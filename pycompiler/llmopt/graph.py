@@ -20,6 +20,8 @@ from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from llmopt.sizes import Size, expression
 
+NOTE = "llmopt_note"  # key of node.meta: a remark of a pass that reports show
+
 # Spellings whose own name is not the canonical one.
 _ALIASES = {
     "__add__": "add",

@@ -8,7 +8,7 @@ from typing import Any
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 PRECISIONS = ("exact", "w8a8", "w8a16", "w4a16", "w4a8", "auto")
-AVAILABLE_PRECISIONS = ("exact",)
+AVAILABLE_PRECISIONS = ("exact", "w8a8", "w8a16", "w4a16", "w4a8")
 WEIGHTS = ("keep", "packed")
 KV_CACHES = ("same", "int8")
 AVAILABLE_KV_CACHES = ("same",)

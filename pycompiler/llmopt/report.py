@@ -211,7 +211,9 @@ def _step(
 ) -> StepTime:
     from llmopt.graph import source_line
 
-    compute, memory = flops / probe.fma_flops, num_bytes / probe.read_bytes
+    is_integer = record.op == "linear_quantized" and probe.vnni_ops > 0
+    peak = probe.vnni_ops if is_integer else probe.fma_flops
+    compute, memory = flops / peak, num_bytes / probe.read_bytes
     seconds = max(ns, 1) * 1e-9
     return StepTime(
         kernel=record.kernel,

@@ -1,4 +1,4 @@
-"""Frozen facts that every other file speaks in: targets and quantisation schemes."""
+"""Frozen facts that every other file speaks in: targets. Quantisation schemes are in quant/schemes.py."""
 
 from __future__ import annotations
 
@@ -16,14 +16,3 @@ class Target:
 
     def __str__(self) -> str:
         return f"{self.device}:{self.tier}"
-
-
-@dataclass(frozen=True)
-class QuantScheme:
-    """How a linear stores weights and reads activations. Only "exact" exists today."""
-
-    name: str
-
-
-EXACT = QuantScheme("exact")
-SCHEMES = (EXACT,)

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from llmopt import _C
 from llmopt.native.program import ProgramBuilder, View, view_of
-from llmopt.native.segment import PackedSpec, WeightView
+from llmopt.native.segment import CodeForm, PackedSpec, WeightView
+from llmopt.quant.rounding import Codes, round_weight
+from llmopt.quant.schemes import Scheme
 from llmopt.types import Target
 
 _SLACK = 4096  # bytes behind the last panel that a prefetch may touch
@@ -102,11 +104,12 @@ class PackedStore:
         key: tuple,
         old: PackedWeight | None,
     ) -> PackedWeight:
-        weights = [_cut(arguments[v.argument], v) for v in spec.sources]
-        n, k = sum(w.shape[0] for w in weights), weights[0].shape[1]
-        size = packed_bytes(n, k, weights[0].element_size(), target.panel_width)
-        memory = old.memory if old is not None else _C.Memory(size)
-        pack(weights, memory, spec.interleave, target.tier)
+        held = None if old is None else old.memory
+        memory = (
+            _packed_floats(spec, arguments, target, held)
+            if spec.form is None
+            else _packed_codes(spec, spec.form, arguments, target, held)
+        )
         self.packings += 1
 
         def forget(_: weakref.ref) -> None:
@@ -126,17 +129,76 @@ def _identity(
     spec: PackedSpec, arguments: Sequence[Tensor], target: Target
 ) -> tuple[list[Tensor], tuple]:
     """The tensors a packed weight is made from, and its key in the store."""
-    bases = [
-        arguments[v.argument] for v in (*spec.sources, *(b for b in spec.biases if b is not None))
-    ]
+    bases = [arguments[v.argument] for v in spec.views()]
     key = (
         tuple(id(b) for b in bases),
-        tuple((v.size, v.stride, v.offset) for v in spec.sources),
+        tuple((v.size, v.stride, v.offset) for v in spec.views()),
         tuple(b is None for b in spec.biases),
         spec.interleave,
+        spec.form,
         str(target),
     )
     return bases, key
+
+
+def _packed_floats(
+    spec: PackedSpec, arguments: Sequence[Tensor], target: Target, memory: _C.Memory | None
+) -> _C.Memory:
+    weights = [_cut(arguments[v.argument], v) for v in spec.sources]
+    n, k = sum(w.shape[0] for w in weights), weights[0].shape[1]
+    if memory is None:
+        memory = _C.Memory(packed_bytes(n, k, weights[0].element_size(), target.panel_width))
+    pack(weights, memory, spec.interleave, target.tier)
+    return memory
+
+
+def _packed_codes(
+    spec: PackedSpec,
+    form: CodeForm,
+    arguments: Sequence[Tensor],
+    target: Target,
+    memory: _C.Memory | None,
+) -> _C.Memory:
+    """The quantised form; float sources are rounded first. Raises ValueError when they hold NaN or Inf."""
+    sources, scales, offsets = (
+        [_cut(arguments[v.argument], v) for v in views]
+        for views in (spec.sources, spec.scales, spec.offsets)
+    )
+    if scales:
+        codes = [
+            Codes(c, s, offsets[i] if offsets else None)
+            for i, (c, s) in enumerate(zip(sources, scales, strict=True))
+        ]
+    else:
+        scheme = Scheme("", form.bits, "same", form.group, form.symmetric)
+        codes = [round_weight(w, scheme) for w in sources]
+    n, groups = sum(c.codes.shape[0] for c in codes), codes[0].scales.shape[1]
+    if memory is None:
+        memory = _C.Memory(packed_code_bytes(n, groups, form, target.panel_width))
+    pack_codes(codes, form, memory, spec.interleave, target.tier)
+    return memory
+
+
+def packed_code_bytes(n: int, groups: int, form: CodeForm, panel_width: int) -> int:
+    """Size of the quantised form, as csrc/cpu/linear_quantized/layout.h lays it out."""
+    scales = panel_width * (4 if form.bits == 8 else 2) * (1 if form.symmetric else 2)
+    group = -(-form.group // 8) * panel_width * form.bits + scales
+    panel = groups * group + (0 if form.bits == 8 else 4 * panel_width)
+    return -(-n // panel_width) * panel + _SLACK
+
+
+def pack_codes(
+    weights: Sequence[Codes], form: CodeForm, memory: _C.Memory, interleave: bool, tier: str
+) -> None:
+    """Writes the packed form of quantised weights into memory of at least `packed_code_bytes`."""
+    builder = ProgramBuilder()
+    tensors = [t for w in weights for t in (w.codes, w.scales, w.offsets)]
+    views = [None if t is None else view_of(builder.external(), t) for t in tensors]
+    views.append(View(builder.external(), torch.uint8, (memory.bytes,), (1,)))
+    ints = [form.bits, form.group, int(interleave)]
+    builder.step("pack_linear_quantized", views, ints)
+    addresses = [*(t.data_ptr() for t in tensors if t is not None), memory.address]
+    builder.build(tier).run(addresses, [], torch.get_num_threads())
 
 
 def pack(weights: Sequence[Tensor], memory: _C.Memory, interleave: bool, tier: str) -> None:

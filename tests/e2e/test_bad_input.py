@@ -18,7 +18,7 @@ ERRORS = {
     "option": ({"options": {"precison": "exact"}}, ("precison", "precision", "kv_cache", "target")),
     "precision": ({"options": {"precision": "w3a3"}}, ("w3a3", "exact", "w8a8")),
     "precision-type": ({"options": {"precision": 8}}, ("8", "exact")),
-    "precision-later": ({"options": {"precision": "w8a8"}}, ("w8a8", "not available", "exact")),
+    "precision-later": ({"options": {"precision": "auto"}}, ("auto", "not available", "exact")),
     "kv-cache": ({"options": {"kv_cache": "int3"}}, ("int3", "same")),
     "kv-cache-later": ({"options": {"kv_cache": "int8"}}, ("int8", "not available", "same")),
     "target": ({"options": {"target": "tpu"}}, ("tpu", "cpu")),

@@ -32,6 +32,19 @@ def linear(
     return "linear", list(operands.values()), [n, k, weight, 0, 0, 0], [1e-5, 1.0, 0.0]
 
 
+def quantized(bits: int = 8, group: int = 4, **change: Any) -> tuple[str, list, list, list]:
+    op, operands, ints, floats = linear(**change)
+    return f"{op}_quantized", operands, [*ints, bits, group, 0, 1], floats
+
+
+def pack_quantized(
+    bits: int = 8, group: int = 4, room: int = 8192, **change: Any
+) -> tuple[str, list, list, list]:
+    operands: dict[str, Any] = {"codes": ONES(6, 8, dtype=torch.int8), "scales": ONES(6, 2)}
+    operands |= {"offsets": None, "packed": ONES(room, dtype=torch.uint8)} | change
+    return "pack_linear_quantized", list(operands.values()), [bits, group, 0], []
+
+
 def heads(batch: int, number: int, positions: int, width: int) -> torch.Tensor:
     return ONES(batch, number, positions, width)
 
@@ -72,6 +85,15 @@ WRONG = {
     "norm weight too short": (linear(norm_weight=ONES(3)), "norm weight"),
     "no weight": (linear(w=None), "no packed float weight"),
     "weight of integers": (linear(weight=DTYPE_CODES[torch.int64]), "no packed float weight"),
+    "groups that do not divide K": (quantized(group=3), "do not divide K"),
+    "codes of three bits": (quantized(bits=3), "8 or 4 bits"),
+    "odd groups of 4-bit codes": (quantized(bits=4, group=1), "is odd"),
+    "quantised x of another width": (quantized(x=ONES(3, 5)), "x is not float"),
+    "codes in floats": (pack_quantized(codes=ONES(6, 8)), "codes are not bytes"),
+    "scales of other groups": (pack_quantized(scales=ONES(6, 3)), "scales or offsets"),
+    "scales in halves": (pack_quantized(scales=ONES(6, 2).half()), "scales or offsets"),
+    "codes and groups": (pack_quantized(group=5), "do not divide K"),
+    "no room for codes": (pack_quantized(room=100), "does not fit"),
     "negative N": (linear(n=-1), "not sizes"),
     "packed too small": (
         ("pack_linear", [ONES(8, 8), torch.zeros(64, dtype=torch.uint8)], [0], []),

@@ -145,3 +145,21 @@ def test_hot_loops_keep_their_sums_in_registers(objects, tier):
         for loop in hot:
             spills = [t for t in loop if re.search(stack, t) and re.search("%[xyz]mm", t)]
             assert not spills, f"{name}: {spills}"
+
+
+@pytest.mark.parametrize("tier", [t for t in isa_rows() if t != "scalar"])
+def test_integer_loops_keep_their_sums_in_registers(objects, tier):
+    """The same for codes: no vector goes to the stack between the products of a group."""
+    if ("linear_quantized", tier) not in objects:
+        pytest.skip("only the linear family was compiled")
+    code = disassemble(objects["linear_quantized", tier])
+    functions = {n: c for n, c in code.items() if "::quantized_tile<" in n}
+    assert len(functions) >= (11 if tier == "avx2" else 18)
+    for name, body in functions.items():
+        products = "vpdpbusd" if tier == "avx512_vnni" else "vpmaddwd"
+        hot = [loop for loop in inner_loops(body) if sum(products in text for text in loop) >= 2]
+        assert hot, f"no multiplying loop found in {name}"
+        stack = stack_registers(body)
+        for loop in hot:
+            spills = [t for t in loop if re.search(stack, t) and re.search("%[xyz]mm", t)]
+            assert not spills, f"{name}: {spills}"

@@ -181,4 +181,57 @@ inline void vtranspose(Vec* r) {
   }
 }
 
+// Integers. A quad is four neighbouring k of one column in one 32-bit lane: weights as unsigned bytes, activations
+// signed, |a| <= 127. quad_dot adds the four products to each lane, exactly.
+struct IntVec {
+  __m256i v;
+};
+inline IntVec iset(int32_t x) { return {_mm256_set1_epi32(x)}; }
+inline Vec vfrom_int(IntVec a) { return {_mm256_cvtepi32_ps(a.v)}; }
+// Integral lanes, |a| <= 127, as kLanes signed bytes.
+inline void vstore_s8(int8_t* p, Vec a) {
+  const __m256i words = _mm256_cvtps_epi32(a.v);
+  const __m128i halves = _mm_packs_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(halves, halves));
+}
+inline int32_t quad_word(const char* p) {
+  int32_t word;
+  __builtin_memcpy(&word, p, 4);
+  return word;
+}
+inline __m256i load_quads(const char* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+inline __m256i low_nibbles(const char* p) { return _mm256_and_si256(load_quads(p), _mm256_set1_epi8(15)); }
+inline __m256i high_nibbles(const char* p) {
+  return _mm256_and_si256(_mm256_srli_epi16(load_quads(p), 4), _mm256_set1_epi8(15));
+}
+inline void store_quads(char* p, __m256i quads) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), quads); }
+
+constexpr int kQuantizedRows = 4;  // MR: with four weight vectors and two broadcasts they fill the registers
+constexpr int kQuadBytes = 8;      // one row's quad as quad_row reads it
+// 16-bit pairs (0, 2) and (1, 3): two exact multiply-adds, where byte products would saturate.
+struct Quad {
+  __m256i even, odd;
+};
+inline Quad quad(__m256i bytes) {
+  return {_mm256_and_si256(bytes, _mm256_set1_epi16(255)), _mm256_srli_epi16(bytes, 8)};
+}
+inline Quad quad_row(const char* p) { return {_mm256_set1_epi32(quad_word(p)), _mm256_set1_epi32(quad_word(p + 4))}; }
+inline void quad_pack(char* to, const int8_t* a) {
+  const int16_t pairs[4] = {a[0], a[2], a[1], a[3]};
+  __builtin_memcpy(to, pairs, 8);
+}
+// GCC piles up the products of a loop before it adds them, and spills.
+inline __attribute__((always_inline)) void multiply_add(__m256i& acc, __m256i w, __m256i a) {
+#if defined(__GNUC__) && !defined(__clang__)
+  __m256i product;
+  asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(acc), "=&x"(product) : "x"(w), "x"(a));
+#else
+  acc = _mm256_add_epi32(acc, _mm256_madd_epi16(w, a));
+#endif
+}
+inline __attribute__((always_inline)) void quad_dot(IntVec& acc, const Quad& w, const Quad& a) {
+  multiply_add(acc.v, w.even, a.even);
+  multiply_add(acc.v, w.odd, a.odd);
+}
+
 }  // namespace

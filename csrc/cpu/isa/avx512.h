@@ -157,4 +157,74 @@ inline void vtranspose(Vec* r) {
   }
 }
 
+// Integers. A quad is four neighbouring k of one column in one 32-bit lane: weights as unsigned bytes, activations
+// signed, |a| <= 127. quad_dot adds the four products to each lane, exactly.
+struct IntVec {
+  __m512i v;
+};
+inline IntVec iset(int32_t x) { return {_mm512_set1_epi32(x)}; }
+inline Vec vfrom_int(IntVec a) { return {_mm512_cvtepi32_ps(a.v)}; }
+// Integral lanes, |a| <= 127, as kLanes signed bytes.
+inline void vstore_s8(int8_t* p, Vec a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(a.v)));
+}
+inline int32_t quad_word(const char* p) {
+  int32_t word;
+  __builtin_memcpy(&word, p, 4);
+  return word;
+}
+inline __m512i load_quads(const char* p) { return _mm512_loadu_si512(p); }
+inline __m512i low_nibbles(const char* p) { return _mm512_and_si512(load_quads(p), _mm512_set1_epi8(15)); }
+inline __m512i high_nibbles(const char* p) {
+  return _mm512_and_si512(_mm512_srli_epi16(load_quads(p), 4), _mm512_set1_epi8(15));
+}
+inline void store_quads(char* p, __m512i quads) { _mm512_storeu_si512(p, quads); }
+
+#ifdef __AVX512VNNI__
+constexpr int kQuantizedRows = 7;  // MR: integer and f32 sums, two weight vectors and a broadcast fill the registers
+constexpr int kQuadBytes = 4;      // one row's quad as quad_row reads it
+struct Quad {
+  __m512i bytes;
+};
+inline Quad quad(__m512i bytes) { return {bytes}; }
+inline Quad quad_row(const char* p) { return {_mm512_set1_epi32(quad_word(p))}; }
+inline void quad_pack(char* to, const int8_t* a) { __builtin_memcpy(to, a, 4); }
+// GCC copies and spills accumulators around the intrinsic.
+inline __attribute__((always_inline)) void quad_dot(IntVec& acc, const Quad& w, const Quad& a) {
+#if defined(__GNUC__) && !defined(__clang__)
+  asm("vpdpbusd %2, %1, %0" : "+v"(acc.v) : "v"(w.bytes), "v"(a.bytes));
+#else
+  acc.v = _mm512_dpbusd_epi32(acc.v, w.bytes, a.bytes);
+#endif
+}
+#else
+constexpr int kQuantizedRows = 6;
+constexpr int kQuadBytes = 8;
+// 16-bit pairs (0, 2) and (1, 3): two exact multiply-adds, where byte products would saturate.
+struct Quad {
+  __m512i even, odd;
+};
+inline Quad quad(__m512i bytes) {
+  return {_mm512_and_si512(bytes, _mm512_set1_epi16(255)), _mm512_srli_epi16(bytes, 8)};
+}
+inline Quad quad_row(const char* p) { return {_mm512_set1_epi32(quad_word(p)), _mm512_set1_epi32(quad_word(p + 4))}; }
+inline void quad_pack(char* to, const int8_t* a) {
+  const int16_t pairs[4] = {a[0], a[2], a[1], a[3]};
+  __builtin_memcpy(to, pairs, 8);
+}
+// GCC piles up the products of a loop before it adds them, and spills.
+inline __attribute__((always_inline)) void multiply_add(__m512i& acc, __m512i w, __m512i a) {
+#if defined(__GNUC__) && !defined(__clang__)
+  __m512i product;
+  asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+v"(acc), "=&v"(product) : "v"(w), "v"(a));
+#else
+  acc = _mm512_add_epi32(acc, _mm512_madd_epi16(w, a));
+#endif
+}
+inline __attribute__((always_inline)) void quad_dot(IntVec& acc, const Quad& w, const Quad& a) {
+  multiply_add(acc.v, w.even, a.even);
+  multiply_add(acc.v, w.odd, a.odd);
+}
+#endif
+
 }  // namespace

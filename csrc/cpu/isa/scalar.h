@@ -213,4 +213,56 @@ inline void vtranspose(Vec* r) {
     }
 }
 
+// Integers. A quad is four neighbouring k of one column: weights as unsigned bytes, activations signed, |a| <= 127.
+// quad_dot adds the four products to each lane, exactly.
+struct IntVec {
+  int32_t v[kLanes];
+};
+inline IntVec iset(int32_t x) { return IntVec{{x, x, x, x}}; }
+inline Vec vfrom_int(IntVec a) {
+  return each([&](int i) { return static_cast<float>(a.v[i]); });
+}
+// Integral lanes, |a| <= 127, as kLanes signed bytes.
+inline void vstore_s8(int8_t* p, Vec a) {
+  for (int i = 0; i < kLanes; ++i) p[i] = static_cast<int8_t>(a.v[i]);
+}
+
+constexpr int kQuantizedRows = 4;  // MR
+constexpr int kQuadBytes = 4;      // one row's quad as quad_row reads it
+struct Quads {
+  uint8_t v[4 * kLanes];
+};
+inline Quads load_quads(const char* p) {
+  Quads q;
+  __builtin_memcpy(q.v, p, sizeof(q.v));
+  return q;
+}
+inline Quads low_nibbles(const char* p) {
+  Quads q = load_quads(p);
+  for (uint8_t& byte : q.v) byte &= 15;
+  return q;
+}
+inline Quads high_nibbles(const char* p) {
+  Quads q = load_quads(p);
+  for (uint8_t& byte : q.v) byte = static_cast<uint8_t>(byte >> 4);
+  return q;
+}
+inline void store_quads(char* p, const Quads& q) { __builtin_memcpy(p, q.v, sizeof(q.v)); }
+
+using Quad = Quads;
+struct QuadRow {
+  int32_t v[4];
+};
+inline Quad quad(const Quads& bytes) { return bytes; }
+inline QuadRow quad_row(const char* p) {
+  int8_t a[4];
+  __builtin_memcpy(a, p, 4);
+  return QuadRow{{a[0], a[1], a[2], a[3]}};
+}
+inline void quad_pack(char* to, const int8_t* a) { __builtin_memcpy(to, a, 4); }
+inline void quad_dot(IntVec& acc, const Quad& w, const QuadRow& a) {
+  for (int i = 0; i < kLanes; ++i)
+    for (int j = 0; j < 4; ++j) acc.v[i] += w.v[4 * i + j] * a.v[j];
+}
+
 }  // namespace

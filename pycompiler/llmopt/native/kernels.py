@@ -5,11 +5,12 @@ from __future__ import annotations
 from torch import fx
 
 from llmopt.graph import kind
-from llmopt.native import attention, linear, pointwise, rows
+from llmopt.native import attention, linear, linear_quantized, pointwise, rows
 from llmopt.native.operands import NativeKernel
 
 KERNELS: dict[str, NativeKernel] = {
     **linear.KERNELS,
+    **linear_quantized.KERNELS,
     **attention.KERNELS,
     **rows.KERNELS,
     **pointwise.KERNELS,

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import fx
 
-from llmopt.graph import fake, is_dense
+from llmopt.graph import NOTE, fake, is_dense, kind
 from llmopt.native.operands import (
     FLOATS,
     NativeKernel,
@@ -15,28 +18,36 @@ from llmopt.native.operands import (
     reads_as_rows,
     rows,
 )
-from llmopt.native.program import DTYPE_CODES
+from llmopt.native.program import DTYPE_CODES, View
 from llmopt.native.segment import SegmentBuilder, StepRecord, describe
 from llmopt.ops import activation
 from llmopt.ops.linear import parts
 from llmopt.ops.norm import KINDS as NORM_KINDS
+from llmopt.sizes import Size
 
 
 def reject(node: fx.Node) -> str:
     p = parts(node)
-    if not reads_as_rows(p["x"]) or not reads_as_rows(p["residual"]):
-        return "input rows are not evenly spaced in memory"
     if not all(are_static(*fake(w).shape) for w in p["weights"]):
         return "weight sizes change from call to call"
     if any(w.dtype not in FLOATS or w.device.type != "cpu" for w in map(fake, p["weights"])):
         return f"weights of {fake(p['weights'][0]).dtype}: f32, f16 and bf16 are possible"
+    if any(kind(w) == "llmopt.dequantize" for w in p["weights"]):
+        return "its weights are quantised in different ways"
+    return reject_around(p, fake(p["weights"][0]).dtype)
+
+
+def reject_around(p: dict[str, Any], bias_dtype: torch.dtype) -> str:
+    """The reasons that are not in the weights."""
+    if not reads_as_rows(p["x"]) or not reads_as_rows(p["residual"]):
+        return "input rows are not evenly spaced in memory"
     if p["act"] not in activation.CODES:
         return f"activation {p['act']} is not in the kernel"
     vectors = [v for v in (*(p["biases"] or ()), p["norm_weight"], p["norm_bias"]) if v is not None]
     if any(fake(v).dtype not in FLOATS or not is_dense(fake(v)) for v in vectors):
         return "bias or norm weight is not a dense float vector"
     biases = [b for b in p["biases"] or () if b is not None]
-    if any(fake(b).dtype != fake(p["weights"][0]).dtype for b in biases):
+    if any(fake(b).dtype != bias_dtype for b in biases):
         return "bias and weight differ in dtype"
     return ""
 
@@ -44,44 +55,65 @@ def reject(node: fx.Node) -> str:
 def lower(s: SegmentBuilder, node: fx.Node) -> None:
     p = parts(node)
     weights = p["weights"]
-    biases = p["biases"] or (None,) * len(weights)
-    packed, bias = s.packed_weight(weights, biases, p["gated"])
+    packed, bias = s.packed_weight(weights, p["biases"] or (None,) * len(weights), p["gated"])
     n, k = sum(fake(w).shape[0] for w in weights), fake(weights[0]).shape[1]
-    x, y = p["x"], node
-    m, _ = rows(fake(x))  # type: ignore[misc]
-    residual = (
-        None if p["residual"] is None else as_rows(s.view(p["residual"]), fake(p["residual"]))
+    ints = problem_ints(p, n, k, DTYPE_CODES[fake(weights[0]).dtype])
+    note = node.meta.get(NOTE, "")
+    size = n * k * itemsize(weights[0]) + num_bytes(p["x"], node, p["residual"])
+    record = step_record(
+        node, p, "linear", f"{n}x{k}", bias is not None, 2 * rows_of(p) * n * k, size, note
     )
-    operands = [
-        as_rows(s.view(x), fake(x)),
+    s.step("linear", operands(s, node, p, packed, bias), ints, problem_floats(p), record)
+
+
+def rows_of(p: dict[str, Any]) -> Size:
+    return rows(fake(p["x"]))[0]  # type: ignore[index]
+
+
+def operands(
+    s: SegmentBuilder, node: fx.Node, p: dict[str, Any], packed: View, bias: View | None
+) -> list[View | None]:
+    """The operands of a linear, whatever its weights are, in the order of csrc/cpu/linear.cpp."""
+    residual = p["residual"]
+    return [
+        as_rows(s.view(p["x"]), fake(p["x"])),
         packed,
         bias,
-        residual,
-        as_rows(s.view(y), fake(y)),
+        None if residual is None else as_rows(s.view(residual), fake(residual)),
+        as_rows(s.view(node), fake(node)),
         s.view(p["norm_weight"]),
         s.view(p["norm_bias"]),
     ]
-    ints = [
-        n,
-        k,
-        DTYPE_CODES[fake(weights[0]).dtype],
-        activation.CODES[p["act"]],
-        int(p["gated"]),
-        NORM_KINDS.index(p["norm_kind"]),
-    ]
-    floats = [p["norm_eps"], p["alpha"], p["norm_offset"]]
+
+
+def problem_ints(p: dict[str, Any], n: int, k: int, dtype_code: int) -> list[Size]:
+    act, norm = activation.CODES[p["act"]], NORM_KINDS.index(p["norm_kind"])
+    return [n, k, dtype_code, act, int(p["gated"]), norm]
+
+
+def problem_floats(p: dict[str, Any]) -> list[float]:
+    return [p["norm_eps"], p["alpha"], p["norm_offset"]]
+
+
+def step_record(
+    node: fx.Node,
+    p: dict[str, Any],
+    op: str,
+    what: str,
+    has_bias: bool,
+    flops: Size,
+    size: Size,
+    note: str = "",
+) -> StepRecord:
+    """The record of a linear: what it multiplies, what is fused into it, and a remark."""
     fused = [p["norm_kind"] + "_norm"] if p["norm_kind"] != "none" else []
-    fused += ["bias"] if bias is not None else []
+    fused += ["bias"] if has_bias else []
     fused += [p["act"]] if p["act"] != "none" else []
     fused += ["gated"] if p["gated"] else []
-    fused += ["residual"] if residual is not None else []
-    detail = f"{n}x{k}" + (" " + "+".join(fused) if fused else "")
-    size = n * k * itemsize(weights[0]) + num_bytes(x, y, p["residual"])
-    inputs = (describe(x),) + ((describe(p["residual"]),) if residual is not None else ())
-    record = StepRecord(
-        "linear", "linear.cpu", detail, inputs, (describe(y),), 2 * m * n * k, size, node
-    )
-    s.step("linear", operands, ints, floats, record)
+    fused += ["residual"] if p["residual"] is not None else []
+    detail = what + (" " + "+".join(fused) if fused else "") + (f" ({note})" if note else "")
+    inputs = tuple(describe(v) for v in (p["x"], p["residual"]) if v is not None)
+    return StepRecord(op, f"{op}.cpu", detail, inputs, (describe(node),), flops, size, node)
 
 
 KERNELS = {"llmopt.linear": NativeKernel("linear.cpu", reject, lower)}

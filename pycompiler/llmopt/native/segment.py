@@ -28,13 +28,34 @@ class WeightView:
 
 
 @dataclass(frozen=True)
+class CodeForm:
+    """How a packed weight is quantised: bits of a code, inputs that share a scale, and no offsets when symmetric."""
+
+    bits: int
+    group: int
+    symmetric: bool
+
+
+@dataclass(frozen=True)
 class PackedSpec:
-    """A packed linear weight: its sources side by side (or gate/up interleaved), and their biases as one vector."""
+    """A packed linear weight: its sources side by side (or gate/up interleaved), and their biases as one vector.
+
+    With a form it is quantised: sources are codes, with their scales and offsets, or float weights without, which are rounded when
+    they are packed.
+    """
 
     sources: tuple[WeightView, ...]
     biases: tuple[WeightView | None, ...]
     interleave: bool
     dtype: torch.dtype
+    form: CodeForm | None = None
+    scales: tuple[WeightView, ...] = ()
+    offsets: tuple[WeightView, ...] = ()
+
+    def views(self) -> list[WeightView]:
+        """Everything the packed form is made from."""
+        given = [b for b in self.biases if b is not None]
+        return [*self.sources, *self.scales, *self.offsets, *given]
 
 
 @dataclass(frozen=True)
@@ -70,7 +91,7 @@ class SegmentBuilder:
     inputs: dict[fx.Node, int] = field(default_factory=dict)  # value from outside → argument number
     builder: ProgramBuilder = field(default_factory=ProgramBuilder)
     records: list[StepRecord] = field(default_factory=list)
-    packed: dict[tuple, tuple[int, PackedSpec]] = field(default_factory=dict)
+    packed: dict[PackedSpec, tuple[int, PackedSpec]] = field(default_factory=dict)
     kv: list[KvSpec] = field(default_factory=list)
     results: list[fx.Node] = field(default_factory=list)  # values handed out, in order
     kv_results: list[fx.Node] = field(
@@ -156,8 +177,11 @@ class SegmentBuilder:
             interleave,
             fake(weights[0]).dtype,
         )
-        key = (spec.sources, spec.biases, interleave)
-        number, _ = self.packed.setdefault(key, (len(self.packed), spec))
+        return self.packed_operands(spec)
+
+    def packed_operands(self, spec: PackedSpec) -> tuple[View, View | None]:
+        """The same for any spec; equal specs share one packed weight."""
+        number, _ = self.packed.setdefault(spec, (len(self.packed), spec))
         n = sum(w.size[0] for w in spec.sources)
         packed = View(self.external("packed", number), torch.uint8, (1,), (1,))
         if all(b is None for b in spec.biases):

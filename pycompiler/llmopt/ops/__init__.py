@@ -7,7 +7,7 @@ problem); its attribute `fake` gives shape, dtype and layout of the result from 
 from llmopt.ops.attention import attention, attention_append
 from llmopt.ops.embedding import embedding
 from llmopt.ops.linear import linear
-from llmopt.ops.linear_quantized import linear_quantized
+from llmopt.ops.linear_quantized import dequantize, linear_quantized
 from llmopt.ops.norm import norm
 from llmopt.ops.pointwise import pointwise
 from llmopt.ops.rope import rope
@@ -16,6 +16,7 @@ from llmopt.ops.rotary_table import rotary_table
 ALL = (
     attention,
     attention_append,
+    dequantize,
     embedding,
     linear,
     linear_quantized,
@@ -29,6 +30,7 @@ __all__ = [
     "ALL",
     "attention",
     "attention_append",
+    "dequantize",
     "embedding",
     "linear",
     "linear_quantized",

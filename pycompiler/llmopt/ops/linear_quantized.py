@@ -7,7 +7,7 @@ A weight element is scale · code + offset, one scale and one offset per output 
 
 With activations="int8" each token's inputs are rounded symmetrically to −127 … 127 with one scale per group (the largest magnitude
 divided by 127, ties to even), and integer dot products are folded into float32 once a group. With activations="same" the weights are
-widened instead.
+widened instead; a kernel may keep the inputs to 15 bits of the largest in their group, as float16 keeps them to 11 bits of each.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
+from llmopt.ops.linear import DEFAULTS as LINEAR_DEFAULTS
 from llmopt.ops.linear import linear
 from llmopt.ops.norm import normalized
 
@@ -39,14 +40,45 @@ def quantized_activations(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     """x [..., K] → codes [..., groups, K/groups] and scales [..., groups], both float32. NaN and Inf give NaN codes."""
     values = x.float().unflatten(-1, (groups, -1))
     scale = values.abs().amax(-1) / 127
-    inverse = torch.where(scale > 0, 1 / scale, scale)  # a group of zeros stays zero, NaN stays NaN
+    # A group whose scale has no finite reciprocal counts as zero; NaN stays NaN.
+    inverse = torch.where(scale >= torch.finfo(torch.float32).tiny, 1 / scale, scale * 0)
     return (values * inverse[..., None]).round(), scale
+
+
+def dequantize(
+    codes: Tensor,
+    scale: Tensor,
+    offset: Tensor | None,
+    bits: int,
+    activations: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The weight [N, K] behind codes, in a graph: what an ops.linear reads until it becomes an ops.linear_quantized.
+
+    activations: how the linear that reads it will treat its input; means nothing here.
+    """
+    return dequantized(codes, scale, offset, bits).to(dtype)
+
+
+def _fake_weight(
+    codes: Tensor,
+    scale: Tensor,
+    offset: Tensor | None,
+    bits: int,
+    activations: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    k = codes.shape[1] * 8 // bits
+    return torch.empty((codes.shape[0], k), dtype=dtype, device=codes.device)
+
+
+dequantize.fake = _fake_weight  # type: ignore[attr-defined]
 
 
 def linear_quantized(
     x: Tensor,
     codes: Sequence[Tensor],
-    scales: Sequence[Tensor],
+    scales: Sequence[Tensor | None],
     offsets: Sequence[Tensor | None],
     bits: int,
     activations: str,
@@ -60,17 +92,28 @@ def linear_quantized(
     norm_bias: Tensor | None = None,
     norm_eps: float = 0.0,
     norm_offset: float = 0.0,
+    group: int = 0,
+    symmetric: bool = True,
 ) -> Tensor:
     """x [..., K], codes_i as above, scales_i and offsets_i [N_i, K/group] float32 → [..., ΣN_i] (gated: [..., N]) in x's dtype.
 
     bits: 8 or 4. activations: "same" or "int8". The rest as in ops.linear; a norm comes before the rounding of activations.
+    A float weight [N, K] may stand in the place of codes, with None for its scales and offsets. A kernel rounds it when it packs it,
+    in groups of `group` (0: all of K), with offsets unless `symmetric`; here it stays as it is.
     """
-    weights = [dequantized(c, s, o, bits) for c, s, o in zip(codes, scales, offsets, strict=True)]
+    weights = [
+        c if s is None else dequantized(c, s, o, bits)
+        for c, s, o in zip(codes, scales, offsets, strict=True)
+    ]
     if activations == "int8":
         x_float = x.float()
         if norm_kind != "none":
             x_float = normalized(x, norm_kind, norm_weight, norm_bias, norm_eps, norm_offset)
-        rounded, scale = quantized_activations(x_float, scales[0].shape[-1])
+        first = scales[0]
+        width = (
+            group or weights[0].shape[1] if first is None else weights[0].shape[1] // first.shape[1]
+        )
+        rounded, scale = quantized_activations(x_float, weights[0].shape[1] // width)
         x_float = (rounded * scale[..., None]).flatten(-2)
         wide = None if residual is None else residual.float()
         return linear(x_float, weights, biases, act, gated, wide, alpha).to(x.dtype)
@@ -83,8 +126,8 @@ def linear_quantized(
 def _fake(
     x: Tensor,
     codes: Sequence[Tensor],
-    scales: Sequence[Tensor],
-    offsets: Sequence[Tensor],
+    scales: Sequence[Tensor | None],
+    offsets: Sequence[Tensor | None],
     bits: int,
     activations: str,
     biases: Sequence[Tensor | None] | None = None,
@@ -97,3 +140,25 @@ def _fake(
 
 
 linear_quantized.fake = _fake  # type: ignore[attr-defined]
+
+
+# The arguments after which a node may leave something out.
+DEFAULTS: dict[str, Any] = {
+    "x": None,
+    "codes": (),
+    "scales": (),
+    "offsets": (),
+    "bits": 8,
+    "activations": "same",
+    **{name: value for name, value in LINEAR_DEFAULTS.items() if name not in ("x", "weights")},
+    "group": 0,
+    "symmetric": True,
+}
+
+
+def parts(node: fx.Node) -> dict[str, Any]:
+    """Every argument of an ops.linear_quantized node by name."""
+    return {
+        name: node.args[i] if i < len(node.args) else node.kwargs.get(name, default)
+        for i, (name, default) in enumerate(DEFAULTS.items())
+    }

@@ -30,6 +30,7 @@ from llmopt.graph import (
 )
 from llmopt.ops.linear import DEFAULTS, parts
 from llmopt.passes.activations import activation_of
+from llmopt.passes.quantize import form_of
 from llmopt.passes.simplify import erase_unused
 
 
@@ -124,6 +125,8 @@ def _gate_two_linears(
         return False
     if not same_shape(fake(gate).shape, fake(up).shape):
         return False
+    if form_of(g["weights"][0]) != form_of(u["weights"][0]):
+        return False
     biases = (*(g["biases"] or (None,)), *(u["biases"] or (None,)))
     with graph.inserting_before(node):
         args = (g["x"], (*g["weights"], *u["weights"]), biases)
@@ -145,6 +148,8 @@ def _gate_one_linear(
         return False
     p = parts(linear)
     weight, bias = p["weights"][0], (p["biases"] or (None,))[0]
+    if form_of(weight) is not None:
+        return False
     n = fake(weight).shape[0] // 2
     rows = (slice(0, n), slice(n, 2 * n))
     with graph.inserting_before(linear):
@@ -196,11 +201,12 @@ def _activations(graph: fx.Graph, mode: Any) -> None:
 
 def _side_by_side(graph: fx.Graph, mode: Any) -> None:
     """Plain linears of one input become one linear, its result cut into theirs."""
-    groups: dict[fx.Node, list[fx.Node]] = {}
+    groups: dict[tuple[Any, ...], list[fx.Node]] = {}
     for node in graph.nodes:
         if _is_plain(node):
-            groups.setdefault(parts(node)["x"], []).append(node)
-    for x, group in groups.items():
+            forms = {form_of(w) for w in parts(node)["weights"]}
+            groups.setdefault((parts(node)["x"], *forms), []).append(node)
+    for (x, *_), group in groups.items():
         if len(group) < 2:
             continue
         _join(graph, mode, x, group)

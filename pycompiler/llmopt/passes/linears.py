@@ -29,6 +29,7 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 def run(graph: fx.Graph) -> None:
     mode = fake_mode_of(graph)
     rules = {"linear": _linear, "addmm": _addmm, "matmul": _matmul, "mm": _matmul}
+    rules["linear_quantized_module.default"] = _quantized
     for node in list(graph.nodes):
         rule = rules.get(kind(node)) if node.op in ("call_function", "call_method") else None
         if rule is not None:
@@ -52,6 +53,21 @@ def _linear(graph: fx.Graph, mode: Any, node: fx.Node) -> None:
             args = (x, (weight,), (bias,))
             new = emit(graph, mode, ops.linear, args, None, node, own_value(node))
         replace(node, new)
+
+
+def _quantized(graph: fx.Graph, mode: Any, node: fx.Node) -> None:
+    """A llmopt.QuantizedLinear: its codes as a weight, until the pass quantize takes them back."""
+    x, codes, scales, offsets, bias, bits, activations = node.args
+    weights = [t for t in (codes, scales, offsets) if t is not None]
+    if not is_tensor(x) or not all(is_weight(w) for w in weights) or fake(x).dtype not in FLOATS:
+        return
+    if bias is not None and not (is_weight(bias) and fake(bias).dtype == fake(x).dtype):
+        return
+    with graph.inserting_before(node):
+        args = (codes, scales, offsets, bits, activations, fake(x).dtype)
+        weight = emit(graph, mode, ops.dequantize, args, like=node)
+        new = emit(graph, mode, ops.linear, (x, (weight,), (bias,)), like=node)
+    replace(node, new)
 
 
 def _addmm(graph: fx.Graph, mode: Any, node: fx.Node) -> None:

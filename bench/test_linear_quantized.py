@@ -1,0 +1,65 @@
+"""linear_quantized: decode rows against the read probe, prefill against the VNNI probe, beside PyTorch in float32."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from llmopt import _C
+from llmopt.native.linear_quantized import PLANES
+from llmopt.native.program import DTYPE_CODES, OneOp
+from llmopt.native.segment import CodeForm
+from llmopt.quant.rounding import round_weight
+from llmopt.quant.schemes import SCHEMES, Scheme, scheme_of
+from llmopt.target import target
+from llmopt.weights import pack_codes, packed_code_bytes
+
+from bench.conftest import copies_beyond_cache
+from bench.shapes import DECODE_LINEARS, PREFILL_LINEARS, SMALL_BATCH_LINEARS, Linear
+from bench.test_linear import SILU, tensor_over, theirs
+
+FORMS = [
+    scheme_of("w8a8", group="channel"),
+    scheme_of("w8a8", group=128),
+    *SCHEMES.values(),
+]
+
+
+def ours(shape: Linear, w: torch.Tensor, x: torch.Tensor, scheme: Scheme, copies: int):
+    """Steps over as many copies of the packed weight, and its bytes."""
+    form = CodeForm(scheme.bits, scheme.group_of(shape.k), scheme.symmetric)
+    halves = list(w.chunk(2)) if shape.gated else [w]
+    codes = [round_weight(half, scheme) for half in halves]
+    size = packed_code_bytes(shape.n, shape.k // form.group, form, target().panel_width)
+    memories = [_C.Memory(size) for _ in range(copies)]
+    first = tensor_over(memories[0], size)
+    pack_codes(codes, form, memories[0], shape.gated, target().tier)
+    act = [SILU, 1] if shape.gated else [0, 0]
+    ints = [shape.n, shape.k, DTYPE_CODES[torch.uint8], *act, 0]
+    ints += [form.bits, form.group, int(not form.symmetric), PLANES[scheme.activations]]
+    calls = []
+    for memory in memories:
+        packed = tensor_over(memory, size)
+        if packed.data_ptr() != first.data_ptr():
+            packed.copy_(first)
+        y = torch.empty(shape.m, shape.n // 2 if shape.gated else shape.n)
+        operands = [x, packed, None, None, y, None, None]
+        calls.append(OneOp("linear_quantized", operands, ints, [0.0, 1.0, 0.0]))
+    return calls, memories, size
+
+
+@pytest.mark.parametrize("scheme", FORMS, ids=lambda s: f"{s.name}-g{s.group}")
+@pytest.mark.parametrize(
+    "shape", [*DECODE_LINEARS, *SMALL_BATCH_LINEARS, *PREFILL_LINEARS], ids=str
+)
+def test_linear_quantized(timed, shape, scheme):
+    if scheme.reject(shape.k):
+        pytest.skip(scheme.reject(shape.k))
+    x = torch.randn(shape.m, shape.k)
+    w = torch.randn(shape.n, shape.k) / shape.k**0.5
+    copies = copies_beyond_cache(shape.n * shape.k * scheme.bits // 8)
+    calls, _memories, size = ours(shape, w, x, scheme, copies)
+    calls[0]()
+    got, want = calls[0].tensors[4], theirs(shape, w, x)()
+    assert (got - want).norm() < 0.2 * want.norm()  # never the time of a wrong result
+    what = f"linear {shape} {scheme.name} g{scheme.group}"
+    timed("llmopt", what, torch.int8, calls, shape.flops, size, is_integer=True)

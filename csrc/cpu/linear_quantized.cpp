@@ -1,0 +1,24 @@
+// The linear_quantized family: linear over weights of 8 or 4 bits. A weight element is scale * code + offset, with one
+// scale and offset per output and group of inputs; activations are rounded to signed bytes per token and group.
+//
+// pack_linear_quantized
+//   t: per weight codes [N_i, K] s8 or [N_i, K / 2] u8 (two codes a byte, the even input in the low half), scales
+//      [N_i, groups] f32, offsets [N_i, groups] f32 | none (all or no weights have them); packed u8 [bytes].
+//   i: bits, group, interleave (as in pack_linear).  layout.h has the layout and its size.
+// linear_quantized
+//   t: as in linear.  i: N, K, u8 (unused), activation, gated, norm kind, bits, group, has offsets, planes.
+//   f: as in linear.
+//   planes: activations are a sum of that many signed bytes, each 1/254 of the one before: 1 rounds them to 8 bits, 2
+//   keep 15 bits of the largest in a group, 3 keep 23.  Integer sums are exact for groups of at most 65536.
+#include "cpu/family.h"
+#include "cpu/linear_quantized/gemm.h"
+#include "cpu/linear_quantized/pack.h"
+
+namespace {
+const Kernel kKernels[] = {
+    {"pack_linear_quantized", one_phase, pack_chunks, nullptr, pack_run},
+    {"linear_quantized", linear_phases, linear_chunks, linear_workspace, linear_run, linear_first_read},
+};
+}  // namespace
+
+LLMOPT_EXPORT_FAMILY(linear_quantized, kKernels, 2, kPanel)

@@ -1,0 +1,151 @@
+// The op `linear_quantized`: phase 0 rounds the rows of x, phase 1 runs tiles over panels.
+#pragma once
+#include "cpu/linear/epilogue.h"
+#include "cpu/linear_quantized/prepare.h"
+#include "cpu/linear_quantized/tile.h"
+
+namespace {
+
+// A chunk is `span` panels by `tiles_per_block` tiles. A panel has all of K: it stays in L2 while the tiles pass.
+struct QuantizedSchedule {
+  int64_t span, tiles_per_block, blocks;
+
+  QuantizedSchedule(const QuantizedProblem& p, int threads) {
+    const int64_t tiles = p.tiles(), panels = p.panels(), wanted = kChunksPerThread * threads;
+    blocks = 1;
+    tiles_per_block = tiles;
+    span = max64(1, panels / wanted);
+    if (tiles <= 1) span = max64(1, min64(kStreamChunk / p.form.panel_bytes(), span));
+    if (tiles <= 1 || panels >= wanted) return;
+    blocks = min64(ceil_div(wanted, panels), max64(1, tiles / kMinBlockTiles));
+    tiles_per_block = ceil_div(tiles, blocks);
+    blocks = ceil_div(tiles, tiles_per_block);
+  }
+  int64_t chunks(const QuantizedProblem& p) const { return p.M == 0 ? 0 : ceil_div(p.panels(), span) * blocks; }
+};
+
+struct QuantizedChunk {
+  int64_t panel0, panel1, tile0, tile1;
+};
+
+inline QuantizedChunk quantized_chunk(const QuantizedProblem& p, const QuantizedSchedule& s, int64_t chunk) {
+  const int64_t panel0 = chunk / s.blocks * s.span, tile0 = chunk % s.blocks * s.tiles_per_block;
+  return {panel0, min64(p.panels(), panel0 + s.span), tile0, min64(p.tiles(), tile0 + s.tiles_per_block)};
+}
+
+constexpr int64_t kQuantizedAhead = 3 << 10;  // bytes a stream asks for its weights before it needs them
+
+// The planes of a token become one row; columns of 4-bit weights get their factors.
+void settle(const QuantizedProblem& p, const char* factors, int64_t tokens, float* sums) {
+  if (p.planes > 1)
+    for (int64_t t = 0; t < tokens; ++t)
+      for (int v = 0; v < kPanel; v += kLanes) {
+        Vec sum = vload(sums + t * p.planes * kPanel + v);
+        for (int i = 1; i < p.planes; ++i) sum = vadd(sum, vload(sums + (t * p.planes + i) * kPanel + v));
+        vstore(sums + t * kPanel + v, sum);
+      }
+  if (!factors) return;
+  for (int64_t t = 0; t < tokens; ++t)
+    for (int v = 0; v < kPanel; v += kLanes) {
+      float* at = sums + t * kPanel + v;
+      vstore(at, vmul(vload(at), vload(reinterpret_cast<const float*>(factors) + v)));
+    }
+}
+
+QuantizedTileArgs tile_args(const QuantizedProblem& p, const Prepared& tile, float* sums) {
+  QuantizedTileArgs args{};
+  args.a = tile.codes;
+  args.scale = tile.scale;
+  args.start = tile.start;
+  args.sum = tile.sum;
+  args.groups = p.form.groups();
+  args.steps = p.form.steps();
+  args.offsets = p.form.offsets;
+  args.sums = sums;
+  return args;
+}
+
+inline const char* column_factors(const Form& form, const char* panel) {
+  return form.bits == 8 ? nullptr : panel + form.groups() * form.group_bytes();
+}
+
+// Weights are read once, straight through the panels. At the end of the chunk the start of this thread's next one is
+// asked for.
+void stream_panels(const QuantizedProblem& p, const QuantizedChunk& c, int64_t next_panel, char* shared, float* sums) {
+  const int64_t bytes = p.form.panel_bytes();
+  const char* end = p.w.data + c.panel1 * bytes;
+  const char* next = p.w.data + next_panel * bytes;
+  for (int64_t panel = c.panel0; panel < c.panel1; ++panel) {
+    const char* b = p.w.data + panel * bytes;
+    for (int64_t tile = c.tile0; tile < c.tile1; ++tile) {
+      const int64_t token0 = p.tile_row(tile), tokens = p.tile_row(tile + 1) - token0, rows = tokens * p.planes;
+      QuantizedTileArgs args = tile_args(p, prepared_tile(p, shared, tile), sums);
+      args.b = b;
+      args.ahead = b + kQuantizedAhead;
+      args.ahead_end = end;
+      args.next = next;
+      (p.form.bits == 8 ? quantized_tile_function<8, true>(rows) : quantized_tile_function<4, true>(rows))(args);
+      settle(p, column_factors(p.form, b), tokens, sums);
+      finish_tile(p, panel, token0, static_cast<int>(tokens), sums);
+    }
+  }
+}
+
+// Panel after panel, all tiles pass over it while the next one is fetched.
+void block_panels(const QuantizedProblem& p, const QuantizedChunk& c, int64_t next_panel, char* shared, float* sums,
+                  char* wide) {
+  const int64_t bytes = p.form.panel_bytes(), tiles = c.tile1 - c.tile0;
+  const int64_t ahead_stride = ceil_div(bytes, tiles * p.form.groups() * p.form.steps());
+  for (int64_t panel = c.panel0; panel < c.panel1; ++panel) {
+    const char* b = p.w.data + panel * bytes;
+    const char* ahead = p.w.data + (panel + 1 < c.panel1 ? panel + 1 : next_panel) * bytes;
+    if (p.form.bits == 4) widen_codes(p.form, b, wide);
+    for (int64_t tile = c.tile0; tile < c.tile1; ++tile) {
+      const int64_t token0 = p.tile_row(tile), tokens = p.tile_row(tile + 1) - token0;
+      QuantizedTileArgs args = tile_args(p, prepared_tile(p, shared, tile), sums);
+      args.b = p.form.bits == 4 ? wide : b;
+      args.ahead = ahead + (tile - c.tile0) * bytes / tiles;
+      args.ahead_stride = ahead_stride;
+      quantized_tile_function<8, false>(tokens * p.planes)(args);
+      settle(p, nullptr, tokens, sums);
+      finish_tile(p, panel, token0, static_cast<int>(tokens), sums);
+    }
+  }
+}
+
+int linear_phases(const Step&, int) { return 2; }
+
+int64_t linear_chunks(const Step& s, int phase, int threads) {
+  const QuantizedProblem p(s);
+  return phase == 0 ? p.tiles() * quantize_parts(p, threads) : QuantizedSchedule(p, threads).chunks(p);
+}
+
+// A stream begins with the panels of the thread's first chunk.
+llmopt::Span linear_first_read(const Step& s, int, int threads, int thread) {
+  const QuantizedProblem p(s);
+  const QuantizedSchedule schedule(p, threads);
+  if (p.tiles() != 1 || thread >= schedule.chunks(p)) return {};
+  const QuantizedChunk c = quantized_chunk(p, schedule, thread);
+  return {p.w.data + c.panel0 * p.form.panel_bytes(), (c.panel1 - c.panel0) * p.form.panel_bytes()};
+}
+
+size_t linear_workspace(const Step& s, int) { return prepared_bytes(QuantizedProblem(s)); }
+
+constexpr int64_t kQuantizedSums = kLoneRows * kPanel * 4;  // bytes
+
+void linear_run(const Step& s, int phase, int64_t chunk, int threads, const Scratch& scratch) {
+  const QuantizedProblem p(s);
+  if (phase == 0) return quantize_tile(p, chunk, threads, scratch);
+  const QuantizedSchedule schedule(p, threads);
+  const QuantizedChunk c = quantized_chunk(p, schedule, chunk);
+  // Of the chunk this thread likely takes next.
+  const int64_t next_panel =
+      chunk + threads < schedule.chunks(p) ? quantized_chunk(p, schedule, chunk + threads).panel0 : c.panel0;
+  float* sums = reinterpret_cast<float*>(scratch.local);
+  const Form wide{p.K, 8, p.form.group, p.form.offsets};
+  const bool fits = p.form.bits == 8 || wide.panel_bytes() + kQuantizedSums <= int64_t(llmopt::kLocalBytes);
+  if (p.tiles() == 1 || !fits) return stream_panels(p, c, next_panel, scratch.shared, sums);
+  block_panels(p, c, next_panel, scratch.shared, sums, scratch.local + kQuantizedSums);
+}
+
+}  // namespace

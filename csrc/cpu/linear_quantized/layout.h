@@ -1,0 +1,54 @@
+// The packed form of quantised weights: panels of kPanel columns; a panel is its groups one after the other, so that a
+// kernel reads one stream.
+//   group   codes [steps][..], then scales [kPanel], then offsets [kPanel] when there are any
+//   step    8 k, two quads; codes are unsigned: 8 bits are stored + 128
+//     8 bits  [2 quads][kPanel][4]
+//     4 bits  [kPanel][4]: the first quad in the low halves of the bytes, the second in the high halves
+// Scales and offsets are f32 beside 8-bit codes. Beside 4-bit codes they are f16, divided by a power of two per column
+// that puts the largest of the column at the top of f16's range; these [kPanel] f32 end the panel.
+// Groups are padded to whole steps; activations are zero there. Columns past N have scale and offset zero.
+#pragma once
+#include "cpu/linear/problem.h"
+
+namespace {
+
+constexpr int64_t kStepK = 8;
+// MR of 4-bit codes: their mask takes a register, which sixteen do not leave.
+constexpr int kNibbleRows = kVecRegisters == 32 ? kQuantizedRows : kQuantizedRows - 1;
+
+// Rows of a tile that is alone: its f32 sums may wait in memory, as long as the weights are read once.
+constexpr int kLoneRows = kVecRegisters == 32 ? 2 * kQuantizedRows : kQuantizedRows;
+
+struct Form {
+  int64_t K, bits, group;
+  bool offsets;
+
+  int64_t groups() const { return K / group; }
+  int64_t steps() const { return ceil_div(group, kStepK); }  // of one group
+  int64_t step_bytes() const { return bits == 8 ? 2 * 4 * kPanel : 4 * kPanel; }
+  int64_t code_bytes() const { return steps() * step_bytes(); }
+  int64_t scale_bytes() const { return kPanel * (bits == 8 ? 4 : 2); }
+  int64_t group_bytes() const { return code_bytes() + scale_bytes() * (offsets ? 2 : 1); }
+  int64_t panel_bytes() const { return groups() * group_bytes() + (bits == 8 ? 0 : 4 * kPanel); }
+  // What a stored code has to be lowered by.
+  int32_t zero_point() const { return bits == 8 ? 128 : offsets ? 0 : 8; }
+};
+
+// A linear step over such weights. A plane of a token is a row of its own to the micro-kernels.
+struct QuantizedProblem : Problem {
+  const Form form;
+  const int planes;
+
+  explicit QuantizedProblem(const Step& s)
+      : Problem(s), form{K, s.i[6], s.i[7], s.i[8] != 0}, planes(static_cast<int>(s.i[9])) {}
+
+  int64_t most_tokens() const { return (form.bits == 8 ? kQuantizedRows : kNibbleRows) / planes; }  // of a tile
+  int64_t tiles() const {
+    const bool is_lone = form.bits == 8 && M > 0 && M * planes <= kLoneRows;
+    return is_lone ? 1 : ceil_div(M, most_tokens());
+  }
+  int64_t tile_row(int64_t tile) const { return tile * M / tiles(); }
+  int64_t row_bytes() const { return form.groups() * form.steps() * 2 * kQuadBytes; }
+};
+
+}  // namespace

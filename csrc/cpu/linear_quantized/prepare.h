@@ -1,0 +1,132 @@
+// Rows of x → the left operand: normalised, rounded to signed bytes group by group, in the order the tiles read.
+//   codes   [tiles][groups][steps][2 quads][rows] kQuadBytes each
+//   then per tile three tables [groups][rows]: scale f32, start i32 (what the sums begin at, for the zero point of the
+//   weights) and scaled sum f32 (scale * sum of codes, for their offsets).
+// A row is a token, or one plane of it.
+#pragma once
+#include "cpu/linear/rows.h"
+#include "cpu/linear_quantized/layout.h"
+
+namespace {
+
+struct Prepared {
+  char* codes;
+  float* scale;
+  int32_t* start;
+  float* sum;
+};
+
+inline size_t prepared_bytes(const QuantizedProblem& p) {
+  const int64_t rows = p.M * p.planes;
+  return static_cast<size_t>(ceil_div(rows * p.row_bytes(), 64) * 64 + 3 * 4 * rows * p.form.groups());
+}
+
+inline Prepared prepared_tile(const QuantizedProblem& p, char* shared, int64_t tile) {
+  const int64_t rows = p.M * p.planes, row0 = p.tile_row(tile) * p.planes, groups = p.form.groups();
+  float* tables = reinterpret_cast<float*>(shared + ceil_div(rows * p.row_bytes(), 64) * 64);
+  return {shared + row0 * p.row_bytes(), tables + row0 * groups,
+          reinterpret_cast<int32_t*>(tables + rows * groups) + row0 * groups,
+          tables + 2 * rows * groups + row0 * groups};
+}
+
+// Small M has one tile: its groups are shared out so that all threads prepare it.
+inline int64_t quantize_parts(const QuantizedProblem& p, int threads) {
+  if (p.tiles() > 1) return 1;
+  return max64(1, min64(min64(threads, p.form.groups()), p.M * p.K / 1024));
+}
+
+// Groups of a token that are rounded together: the chains of one group are long, those of several overlap.
+constexpr int64_t kBatch = 16, kBatchValues = 16 << 10;
+static_assert(kBatchValues * 4 < int64_t(llmopt::kLocalBytes));
+
+// The values of one token's group, normalised, to `values`; returns the largest magnitude. NaNs may hide behind it.
+inline float group_values(const QuantizedProblem& p, const RowNorm& norm, int64_t token, int64_t group, float* values) {
+  Vec largest = vzero();
+  const int64_t k0 = group * p.form.group;
+  for (int64_t k = 0; k < p.form.group; k += kLanes) {
+    Vec x;
+    load_block(p, &norm, token, 1, k0 + k, &x);
+    if (p.form.group - k < kLanes) x = vkeep(x, static_cast<int>(p.form.group - k));
+    vstore(values + k, x);
+    largest = vmax(vabs(x), largest);
+  }
+  return vreduce_max(largest);
+}
+
+// One plane of a group: codes = round(values * inverse), and what they leave over back to `values` if another plane
+// follows. Returns the sum of the codes: NaN if a value is NaN or Inf, whatever the scale.
+template <bool kLast>
+inline float round_plane(const Form& form, float scale, float inverse, float* values, char* to, int64_t rows) {
+  Vec sum = vzero();
+  const int64_t quads = 2 * form.steps();
+  int8_t codes[kLanes];
+  for (int64_t k = 0; k < form.group; k += kLanes) {
+    const Vec x = vload(values + k), q = vround(vmul(x, vset(inverse)));
+    sum = vadd(sum, q);
+    if (!kLast) vstore(values + k, vfma(q, vset(-scale), x));
+    vstore_s8(codes, q);
+    char* at = to + k / 4 * rows * kQuadBytes;
+    if (k + kLanes <= kStepK * form.steps()) {
+#pragma GCC unroll 4
+      for (int i = 0; i < kLanes / 4; ++i) quad_pack(at + i * rows * kQuadBytes, codes + 4 * i);
+      continue;
+    }
+    for (int64_t i = 0; i < quads - k / 4; ++i) quad_pack(at + i * rows * kQuadBytes, codes + 4 * i);
+  }
+  return vreduce_add(sum);
+}
+
+void clear_quads(const Form& form, int64_t first, char* to, int64_t rows) {
+  const int8_t zeros[4] = {0, 0, 0, 0};
+  for (int64_t i = first; i < 2 * form.steps(); ++i) quad_pack(to + i * rows * kQuadBytes, zeros);
+}
+
+// Below it the reciprocal of a scale is infinite: such a group counts as zero.
+constexpr float kSmallestScale = 1.17549435e-38f;
+constexpr float kLargestInverse = 1e35f;  // of which the next plane's is still finite
+
+void quantize_groups(const QuantizedProblem& p, const Prepared& tile, const RowNorm& norm, int64_t token, int64_t row,
+                     int64_t rows, int64_t group0, int64_t count, float* values) {
+  const Form& form = p.form;
+  const int64_t stride = ceil_div(form.group, kLanes) * kLanes, written = ceil_div(form.group, kLanes) * kLanes / 4;
+  float scale[kBatch], inverse[kBatch], sum[kBatch];
+  for (int64_t i = 0; i < count; ++i) scale[i] = group_values(p, norm, token, group0 + i, values + i * stride);
+  for (int64_t i = 0; i < count; ++i) {
+    scale[i] /= 127.0f;
+    inverse[i] = scale[i] >= kSmallestScale ? 1.0f / scale[i] : 0.0f;
+  }
+  for (int plane = 0; plane < p.planes; ++plane, ++row) {
+    for (int64_t i = 0; i < count; ++i) {
+      char* to = tile.codes + ((group0 + i) * 2 * form.steps() * rows + row) * kQuadBytes;
+      float* from = values + i * stride;
+      sum[i] = plane + 1 == p.planes ? round_plane<true>(form, scale[i], inverse[i], from, to, rows)
+                                     : round_plane<false>(form, scale[i], inverse[i], from, to, rows);
+      clear_quads(form, sum[i] == sum[i] ? written : 0, to, rows);
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t at = (group0 + i) * rows + row;
+      const bool is_number = sum[i] == sum[i];
+      tile.scale[at] = !is_number ? sum[i] : inverse[i] > 0.0f ? scale[i] : 0.0f;
+      tile.start[at] = -form.zero_point() * (is_number ? static_cast<int32_t>(sum[i]) : 0);
+      tile.sum[at] = tile.scale[at] * sum[i];
+      scale[i] *= 1.0f / 254.0f;
+      inverse[i] = inverse[i] < kLargestInverse ? inverse[i] * 254.0f : 0.0f;
+    }
+  }
+}
+
+void quantize_tile(const QuantizedProblem& p, int64_t chunk, int threads, const Scratch& scratch) {
+  const int64_t parts = quantize_parts(p, threads), tile = chunk / parts, part = chunk % parts;
+  const int64_t first = part * p.form.groups() / parts, end = (part + 1) * p.form.groups() / parts;
+  const int64_t token0 = p.tile_row(tile), tokens = p.tile_row(tile + 1) - token0;
+  const int64_t batch = max64(1, min64(kBatch, kBatchValues / (p.form.group + kLanes)));
+  const Prepared out = prepared_tile(p, scratch.shared, tile);
+  float* values = reinterpret_cast<float*>(scratch.local);
+  for (int64_t t = 0; t < tokens; ++t) {
+    const RowNorm norm = row_norm(p, token0 + t);
+    for (int64_t g = first; g < end; g += batch)
+      quantize_groups(p, out, norm, token0 + t, t * p.planes, tokens * p.planes, g, min64(batch, end - g), values);
+  }
+}
+
+}  // namespace

@@ -1,0 +1,144 @@
+// Micro-kernels: sums[rows][kPanel] = tile of activation codes * panel of weight codes. Integer sums stay in registers
+// for one group, then go times both scales into the f32 sums.
+#pragma once
+#include "cpu/linear_quantized/layout.h"
+
+namespace {
+
+struct QuantizedTileArgs {
+  const char* a;       // [groups][steps][2 quads][rows]
+  const float* scale;  // the tables of prepare.h
+  const int32_t* start;
+  const float* sum;
+  const char* b;  // the panel
+  int64_t groups, steps;
+  bool offsets;
+  const char* ahead;  // weights wanted next, up to ahead_end; from there on those at `next`
+  const char *ahead_end, *next;
+  int64_t ahead_stride;  // bytes to ask for in a step, where the panel is no stream
+  float* sums;
+};
+
+// The f32 vectors beside the codes: f32 or f16.
+template <int kBits>
+inline Vec load_factor(const char* p, int vector) {
+  if constexpr (kBits == 8) return vload(reinterpret_cast<const float*>(p) + vector * kLanes);
+  return vload_f16(reinterpret_cast<const uint16_t*>(p) + vector * kLanes);
+}
+
+// kStream: the weights come from DRAM and are used once. Otherwise they are in L2 and those of the next panel are
+// fetched meanwhile.
+template <int kBits, int kRows, bool kStream>
+void quantized_tile(const QuantizedTileArgs& args) {
+  constexpr int kVectorBytes = 4 * kLanes, kStepBytes = (kBits == 8 ? 4 : 2) * kVectorBytes;
+  constexpr int kScaleBytes = kPanel * (kBits == 8 ? 4 : 2);
+  const char *a = args.a, *b = args.b, *ahead = args.ahead, *ahead_end = args.ahead_end;
+  constexpr bool kHeld = kVecRegisters == 32 && kRows <= kQuantizedRows;  // f32 sums in registers too
+  Vec held[kRows][2];
+#pragma GCC unroll 16
+  for (int m = 0; m < kRows; ++m)
+#pragma GCC unroll 2
+    for (int v = 0; v < 2; ++v) {
+      held[m][v] = vzero();
+      if (!kHeld) vstore(args.sums + m * kPanel + v * kLanes, vzero());
+    }
+  auto fold = [&](int64_t group, IntVec(&acc)[kRows][2]) __attribute__((always_inline)) {
+    const float *scale = args.scale + group * kRows, *sum = args.sum + group * kRows;
+    const Vec w[2] = {load_factor<kBits>(b, 0), load_factor<kBits>(b, 1)};
+    Vec offset[2] = {vzero(), vzero()};
+    if (args.offsets)
+      offset[0] = load_factor<kBits>(b + kScaleBytes, 0), offset[1] = load_factor<kBits>(b + kScaleBytes, 1);
+#pragma GCC unroll 16
+    for (int m = 0; m < kRows; ++m)
+#pragma GCC unroll 2
+      for (int v = 0; v < 2; ++v) {
+        float* at = args.sums + m * kPanel + v * kLanes;
+        Vec total = kHeld ? held[m][v] : vload(at);
+        total = vfma(vfrom_int(acc[m][v]), vmul(w[v], vset(scale[m])), total);
+        if (args.offsets) total = vfma(offset[v], vset(sum[m]), total);
+        held[m][v] = total;
+        if (!kHeld) vstore(at, total);
+      }
+  };
+  for (int64_t group = 0; group < args.groups; ++group) {
+    IntVec acc[kRows][2];
+#pragma GCC unroll 16
+    for (int m = 0; m < kRows; ++m) acc[m][0] = acc[m][1] = iset(args.start[group * kRows + m]);
+    auto multiply = [&](const Quad& b0, const Quad& b1) __attribute__((always_inline)) {
+#pragma GCC unroll 16
+      for (int m = 0; m < kRows; ++m) {
+        const auto x = quad_row(a + m * kQuadBytes);
+        quad_dot(acc[m][0], b0, x);
+        quad_dot(acc[m][1], b1, x);
+      }
+      a += kRows * kQuadBytes;
+    };
+    for (int64_t step = args.steps; step > 0; --step, b += kStepBytes) {
+      if (kStream) {
+#pragma GCC unroll 4
+        for (int line = 0; line < kStepBytes; line += 64) __builtin_prefetch(ahead + line);
+        ahead += kStepBytes;
+        if (ahead >= ahead_end) {
+          ahead = args.next + (ahead - ahead_end);
+          ahead_end = reinterpret_cast<const char*>(UINTPTR_MAX);
+        }
+      } else {
+        __builtin_prefetch(ahead, 0, 2);
+        __builtin_prefetch(ahead + args.ahead_stride / 2, 0, 2);
+        ahead += args.ahead_stride;
+      }
+      if constexpr (kBits == 8) {
+        multiply(quad(load_quads(b)), quad(load_quads(b + kVectorBytes)));
+        multiply(quad(load_quads(b + 2 * kVectorBytes)), quad(load_quads(b + 3 * kVectorBytes)));
+      } else {
+        multiply(quad(low_nibbles(b)), quad(low_nibbles(b + kVectorBytes)));
+        multiply(quad(high_nibbles(b)), quad(high_nibbles(b + kVectorBytes)));
+      }
+    }
+    fold(group, acc);
+    b += args.offsets ? 2 * kScaleBytes : kScaleBytes;
+    if (kStream) {  // the scales are part of the stream
+      __builtin_prefetch(ahead);
+      ahead += args.offsets ? 2 * kScaleBytes : kScaleBytes;
+    }
+  }
+  if (kHeld)
+#pragma GCC unroll 16
+    for (int m = 0; m < kRows; ++m) {
+      vstore(args.sums + m * kPanel, held[m][0]);
+      vstore(args.sums + m * kPanel + kLanes, held[m][1]);
+    }
+}
+
+using QuantizedTileFunction = void (*)(const QuantizedTileArgs&);
+
+// The kernel for a height of kRows or less; rows >= 1.
+template <int kBits, bool kStream,
+          int kRows = kBits == 4 ? kNibbleRows
+                      : kStream  ? kLoneRows
+                                 : kQuantizedRows>
+QuantizedTileFunction quantized_tile_function(int64_t rows) {
+  if constexpr (kRows > 1) {
+    if (rows < kRows) return quantized_tile_function<kBits, kStream, kRows - 1>(rows);
+  }
+  return quantized_tile<kBits, kRows, kStream>;
+}
+
+// A panel of 4-bit codes as one of 8-bit codes with f32 scales. Many tiles share the work.
+void widen_codes(const Form& form, const char* from, char* to) {
+  constexpr int kVectorBytes = 4 * kLanes;
+  const float* factors = reinterpret_cast<const float*>(from + form.groups() * form.group_bytes());
+  const Vec factor[2] = {vload(factors), vload(factors + kLanes)};
+  for (int64_t group = 0; group < form.groups(); ++group) {
+    for (int64_t step = 0; step < form.steps(); ++step, from += 2 * kVectorBytes, to += 4 * kVectorBytes)
+#pragma GCC unroll 2
+      for (int v = 0; v < 2; ++v) {
+        store_quads(to + v * kVectorBytes, low_nibbles(from + v * kVectorBytes));
+        store_quads(to + (2 + v) * kVectorBytes, high_nibbles(from + v * kVectorBytes));
+      }
+    for (int v = 0; v < (form.offsets ? 4 : 2); ++v, from += 2 * kLanes, to += 4 * kLanes)
+      vstore(reinterpret_cast<float*>(to), vmul(load_factor<4>(from, 0), factor[v % 2]));
+  }
+}
+
+}  // namespace

@@ -1,0 +1,97 @@
+"""linear_quantized.cpu: ops.linear_quantized → weights packed as codes, one integer GEMM or GEMV step with everything fused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from llmopt.graph import fake
+from llmopt.native.linear import (
+    operands,
+    problem_floats,
+    problem_ints,
+    reject_around,
+    rows_of,
+    step_record,
+)
+from llmopt.native.operands import FLOATS, NativeKernel, are_static, num_bytes
+from llmopt.native.program import DTYPE_CODES
+from llmopt.native.segment import CodeForm, PackedSpec, SegmentBuilder
+from llmopt.ops.linear_quantized import parts
+
+# Signed bytes an activation is a sum of: one is 8 bits, two keep 15 bits of the largest in a group.
+PLANES = {"int8": 1, "same": 2}
+MAX_GROUP = 1 << 16  # products that an int32 sum holds
+
+
+def reject(node: fx.Node) -> str:
+    p = parts(node)
+    tensors = [t for name in ("codes", "scales", "offsets") for t in p[name] if t is not None]
+    if not all(are_static(*fake(t).shape) for t in tensors):
+        return "weight sizes change from call to call"
+    if any(fake(t).device.type != "cpu" for t in tensors):
+        return "codes are not on the CPU"
+    form, k = _form(p), _inputs(p)
+    if form.group < 1 or k % form.group:
+        return f"groups of {form.group} do not divide its {k} inputs"
+    if form.group > MAX_GROUP or (form.bits == 4 and form.group % 2):
+        return f"groups of {form.group}: even ones up to {MAX_GROUP} are possible"
+    if p["scales"][0] is None:
+        if any(fake(w).dtype not in FLOATS for w in p["codes"]):
+            return f"weights of {fake(p['codes'][0]).dtype}: f32, f16 and bf16 are possible"
+    elif reason := _reject_codes(p, form, k):
+        return reason
+    return reject_around(p, fake(p["x"]).dtype)
+
+
+def _reject_codes(p: dict[str, Any], form: CodeForm, k: int) -> str:
+    wanted = torch.int8 if form.bits == 8 else torch.uint8
+    if any(fake(c).dtype != wanted for c in p["codes"]):
+        return f"codes of {fake(p['codes'][0]).dtype}: {wanted} is possible"
+    if len({o is None for o in p["offsets"]}) > 1:
+        return "some of its weights have offsets"
+    factors = [fake(t) for t in (*p["scales"], *p["offsets"]) if t is not None]
+    if any(t.dtype != torch.float32 or t.shape[-1] != k // form.group for t in factors):
+        return "its weights differ in groups, or scales are not float32"
+    return ""
+
+
+def _inputs(p: dict[str, Any]) -> int:
+    width = fake(p["codes"][0]).shape[1]
+    return width if p["scales"][0] is None else width * 8 // p["bits"]
+
+
+def _form(p: dict[str, Any]) -> CodeForm:
+    if p["scales"][0] is None:
+        return CodeForm(p["bits"], p["group"] or _inputs(p), p["symmetric"])
+    return CodeForm(p["bits"], _inputs(p) // fake(p["scales"][0]).shape[1], p["offsets"][0] is None)
+
+
+def lower(s: SegmentBuilder, node: fx.Node) -> None:
+    p = parts(node)
+    form, k = _form(p), _inputs(p)
+    n = sum(fake(c).shape[0] for c in p["codes"])
+    biases = p["biases"] or (None,) * len(p["codes"])
+    spec = PackedSpec(
+        tuple(s.weight_view(c) for c in p["codes"]),
+        tuple(None if b is None else s.weight_view(b) for b in biases),
+        p["gated"],
+        fake(p["x"]).dtype,
+        form,
+        tuple(s.weight_view(t) for t in p["scales"] if t is not None),
+        tuple(s.weight_view(t) for t in p["offsets"] if t is not None),
+    )
+    packed, bias = s.packed_operands(spec)
+    ints = problem_ints(p, n, k, DTYPE_CODES[torch.uint8])
+    ints += [form.bits, form.group, int(not form.symmetric), PLANES[p["activations"]]]
+    what = f"{n}x{k} w{form.bits}a{8 if p['activations'] == 'int8' else 16} groups of {form.group}"
+    factors = n * (k // form.group) * (4 if form.bits == 8 else 2) * (1 if form.symmetric else 2)
+    size = n * k * form.bits // 8 + factors + num_bytes(p["x"], node, p["residual"])
+    flops = 2 * rows_of(p) * n * k
+    record = step_record(node, p, "linear_quantized", what, bias is not None, flops, size)
+    s.step("linear_quantized", operands(s, node, p, packed, bias), ints, problem_floats(p), record)
+
+
+KERNELS = {"llmopt.linear_quantized": NativeKernel("linear_quantized.cpu", reject, lower)}

@@ -1,0 +1,94 @@
+"""quantize: ops.linear → ops.linear_quantized, where its weights are codes already or a scheme was asked for.
+
+Runs after all other passes: what stands around a linear has joined it by then.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from llmopt import ops
+from llmopt.graph import NOTE, emit, fake, fake_mode_of, is_tensor, is_view, kind, replace
+from llmopt.ops.linear import DEFAULTS, parts
+from llmopt.passes.simplify import erase_unused
+from llmopt.quant.schemes import Scheme, wider
+
+
+def run(graph: fx.Graph, scheme: Scheme | None) -> None:
+    """scheme: for weights that are not quantised yet; None leaves them as they are."""
+    mode = fake_mode_of(graph)
+    for node in list(graph.nodes):
+        if kind(node) != "llmopt.linear":
+            continue
+        weights = parts(node)["weights"]
+        if all(kind(w) == "llmopt.dequantize" for w in weights):
+            _with_codes(graph, mode, node)
+        elif scheme is not None and not any(kind(w) == "llmopt.dequantize" for w in weights):
+            _with_scheme(graph, mode, node, scheme)
+    erase_unused(graph)
+
+
+def form_of(weight: fx.Node) -> tuple[Any, ...] | None:
+    """What weights must share to become one quantised linear; None for a weight that is no codes."""
+    if kind(weight) != "llmopt.dequantize":
+        return None
+    _, scale, offset, bits, activations, _ = weight.args
+    return (fake(scale).shape[1], offset is None, bits, activations)
+
+
+def _with_codes(graph: fx.Graph, mode: Any, node: fx.Node) -> None:
+    weights = parts(node)["weights"]
+    if len({form_of(w) for w in weights}) > 1:
+        return
+    codes, scales, offsets = (tuple(w.args[i] for w in weights) for i in range(3))
+    _, _, _, bits, activations, _ = weights[0].args
+    _replace(graph, mode, node, (codes, scales, offsets, bits, activations), {})
+
+
+def _with_scheme(graph: fx.Graph, mode: Any, node: fx.Node, scheme: Scheme) -> None:
+    weights = parts(node)["weights"]
+    if scheme.bits < 8 and _is_head(node):
+        scheme = wider(scheme)  # the logits feel every bit of the head
+    k = fake(weights[0]).shape[1]
+    reason = scheme.reject(k)
+    if reason:
+        node.meta[NOTE] = f"exact: {reason}"
+        return
+    none = (None,) * len(weights)
+    form = (tuple(weights), none, none, scheme.bits, scheme.activations)
+    more = {"group": scheme.group_of(k), "symmetric": scheme.symmetric}
+    _replace(graph, mode, node, form, more)
+
+
+def _replace(
+    graph: fx.Graph, mode: Any, node: fx.Node, form: tuple[Any, ...], more: dict[str, Any]
+) -> None:
+    arguments = parts(node)
+    kwargs = {
+        name: value
+        for name, value in arguments.items()
+        if name not in ("x", "weights") and value != DEFAULTS[name]
+    }
+    with graph.inserting_before(node):
+        args = (arguments["x"], *form)
+        new = emit(graph, mode, ops.linear_quantized, args, {**kwargs, **more}, like=node)
+    replace(node, new)
+
+
+def _is_head(node: fx.Node) -> bool:
+    """A linear with the embedding's weight, or one whose result is a result of the graph and nothing else."""
+    weights = parts(node)["weights"]
+    if any(kind(u) in ("llmopt.embedding", "embedding") for w in weights for u in w.users):
+        return True
+    return _only_returned(node)
+
+
+def _only_returned(node: fx.Node) -> bool:
+    casts = ("to", "float")
+    return all(
+        user.op == "output"
+        or (is_tensor(user) and (is_view(user) or kind(user) in casts) and _only_returned(user))
+        for user in node.users
+    )

@@ -1,0 +1,136 @@
+"""The option `precision`, and models that hold codes already: results, plans, repacking, bad weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from llmopt.compiled import alive
+from llmopt.quant.module import QuantizedLinear
+from llmopt.quant.rounding import round_weight
+from llmopt.quant.schemes import SCHEMES
+from torch import Tensor, nn
+
+# scheme → how far random weights may be from the float result
+ERRORS = {"w8a8": 0.02, "w8a16": 0.01, "w4a16": 0.12, "w4a8": 0.12}
+
+
+class Mlp(nn.Module):
+    """Norm, gate and up, down with residual, and a layer whose 30 inputs no group divides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm = nn.RMSNorm(64)
+        self.gate, self.up = nn.Linear(64, 128, bias=False), nn.Linear(64, 128, bias=False)
+        self.down, self.odd, self.head = nn.Linear(128, 64), nn.Linear(64, 30), nn.Linear(30, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        x = x + self.down(F.silu(self.gate(h)) * self.up(h))
+        return self.head(F.relu(self.odd(x)))
+
+
+@pytest.fixture(autouse=True)
+def only_llmopt(backend: str) -> None:
+    if backend != "llmopt":
+        pytest.skip("about llmopt's own kernels")
+
+
+def compiled(module: nn.Module, precision: str):
+    return torch.compile(module, backend="llmopt", options={"precision": precision})
+
+
+def relative(got: Tensor, want: Tensor) -> float:
+    return float((got.double() - want.double()).norm() / want.double().norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("precision", ERRORS)
+@torch.no_grad()
+def test_results_are_near(precision: str, dtype: torch.dtype) -> None:
+    module = Mlp().to(dtype)
+    run = compiled(module, precision)
+    for rows in (1, 3, 40):
+        x = torch.randn(rows, 64).to(dtype)
+        limit = ERRORS[precision] + (0.02 if dtype == torch.bfloat16 else 0.0)
+        assert 1e-5 < relative(run(x), module(x)) < limit
+
+
+@torch.no_grad()
+def test_the_plan_says_what_is_quantised_and_what_is_not() -> None:
+    compiled(Mlp(), "w4a8")(torch.randn(3, 64))
+    details = [r.detail for r in alive()[-1].plan.records()]
+    assert [d.split(" groups")[0] for d in details[:3]] == [
+        "256x64 w4a8",
+        "64x128 w4a8",
+        "30x64 w4a8",
+    ]
+    assert "rms_norm+silu+gated" in details[0]
+    assert "groups of 64 do not divide its 30 inputs" in details[3]
+
+
+@torch.no_grad()
+def test_the_head_keeps_eight_bits() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.body = nn.Embedding(100, 64), nn.Linear(64, 64)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return F.linear(self.body(self.table(ids)), self.table.weight)
+
+    compiled(Tied(), "w4a16")(torch.arange(5))
+    details = [r.detail for r in alive()[-1].plan.records()]
+    assert any("64x64 w4a16" in d for d in details)
+    assert any("100x64 w8a16" in d for d in details)
+
+
+@torch.no_grad()
+def test_an_edited_weight_is_rounded_again() -> None:
+    module = Mlp()
+    run = compiled(module, "w8a8")
+    x = torch.randn(3, 64)
+    before = run(x)
+    module.down.weight.mul_(2)
+    assert relative(run(x), module(x)) < 0.02
+    assert relative(before, module(x)) > 0.1
+
+
+@torch.no_grad()
+def test_bad_weights_are_an_error() -> None:
+    module = Mlp()
+    module.down.weight[3, 5] = float("nan")
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        compiled(module, "w8a8")(torch.randn(3, 64))
+
+
+@pytest.mark.parametrize("precision", ERRORS)
+@torch.no_grad()
+def test_a_nan_in_a_token_spoils_that_token_alone(precision: str) -> None:
+    x = torch.randn(3, 64)
+    x[1, 7] = float("nan")
+    y = compiled(Mlp(), precision)(x)
+    assert y[1].isnan().all()
+    assert y[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("precision", ERRORS)
+@torch.no_grad()
+def test_modules_that_hold_codes(precision: str) -> None:
+    """They compile to the same fused steps and compute what they compute in eager."""
+    scheme = SCHEMES[precision]
+    module = Mlp()
+    for name in ("gate", "up", "down", "odd"):
+        linear = getattr(module, name)
+        if scheme.reject(linear.in_features):
+            continue
+        codes = round_weight(linear.weight, scheme)
+        setattr(module, name, QuantizedLinear(codes, linear.bias, scheme))
+    run = torch.compile(module, backend="llmopt")
+    for rows in (1, 40):
+        x = torch.randn(rows, 64)
+        assert relative(run(x), module(x)) < 2e-3  # a rounded activation may differ by a code
+    details = [r.detail for r in alive()[-1].plan.records()]
+    assert "rms_norm+silu+gated" in details[0]
+    assert precision in details[0]

@@ -1,0 +1,348 @@
+"""linear_quantized and its packing: every tier this machine runs, against float64; integer sums must be exact."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import product
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from llmopt import _C
+from llmopt.native.program import run_op
+from llmopt.ops.linear_quantized import dequantized, quantized_activations
+
+from tests.kernels.test_linear import ACTIVATIONS, EPS, FLOATS, Case, randn
+from tests.tolerance import assert_close
+
+TIERS = _C.tiers()
+U8 = 6  # DType::u8 in csrc/runtime/tensor.h
+HEIGHTS = {"avx512_vnni": 14, "avx512": 12, "avx2": 4, "scalar": 4}  # kLoneRows
+
+
+@dataclass
+class Weights:
+    """Quantised weights as the op takes them."""
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+    offset: torch.Tensor | None
+    bits: int
+
+    @property
+    def group(self) -> int:
+        k = self.codes.shape[1] * (1 if self.bits == 8 else 2)
+        return k // self.scale.shape[1]
+
+    def dense(self) -> torch.Tensor:
+        offset = None if self.offset is None else self.offset.double()
+        return dequantized(self.codes, self.scale.double(), offset, self.bits)
+
+    def rows(self, start: int, end: int) -> Weights:
+        offset = None if self.offset is None else self.offset[start:end]
+        return Weights(self.codes[start:end], self.scale[start:end], offset, self.bits)
+
+
+def weights(n: int, k: int, bits: int, group: int, offsets: bool, seed: int = 0) -> Weights:
+    """Random codes over their whole range, and scales that 4-bit packing keeps exactly (f16)."""
+    generator = torch.Generator().manual_seed(seed + n + k)
+    low, high = (-127, 128) if bits == 8 else (0, 256)
+    width = k if bits == 8 else k // 2
+    codes = torch.randint(low, high, (n, width), generator=generator)
+    codes = codes.to(torch.int8 if bits == 8 else torch.uint8)
+    scale = (torch.rand(n, k // group, generator=generator) + 0.5).half().float() / k**0.5 / 8
+    scale = scale.half().float()
+    offset = torch.randn(n, k // group, generator=generator).half().float() if offsets else None
+    return Weights(codes, scale, offset, bits)
+
+
+def packed_bytes(n: int, w: Weights, tier: str) -> int:
+    panel = _C.panel_width(tier)
+    k = w.group * w.scale.shape[1]
+    steps = -(-w.group // 8)
+    codes = steps * panel * w.bits
+    scales = panel * (4 if w.bits == 8 else 2) * (1 if w.offset is None else 2)
+    each = k // w.group * (codes + scales) + (0 if w.bits == 8 else 4 * panel)
+    return -(-n // panel) * each
+
+
+def pack(parts: list[Weights], tier: str, threads: int = 2, interleave: bool = False):
+    """The packed form, in memory that was full of ones."""
+    n = sum(w.codes.shape[0] for w in parts)
+    packed = torch.full((packed_bytes(n, parts[0], tier) + 4096,), 255, dtype=torch.uint8)
+    tensors = [t for w in parts for t in (w.codes, w.scale, w.offset)]
+    ints = [parts[0].bits, parts[0].group, int(interleave)]
+    run_op("pack_linear_quantized", [*tensors, packed], ints, tier=tier, threads=threads)
+    return packed
+
+
+@dataclass
+class QuantizedCase(Case):
+    """One call of the op; `w` of the base class is the dense weight."""
+
+    weights: Weights | None = None
+    planes: int = 1  # 1: activations rounded to 8 bits; else as they are
+
+    def reference(self) -> torch.Tensor:
+        if self.planes > 1:
+            return super().reference()
+        x = self.x
+        if self.norm:  # the op rounds what a float32 norm gives
+            x = self.normalized().float()
+        q, scale = quantized_activations(x, self.weights.scale.shape[1])
+        rounded = (q.double() * scale.double()[..., None]).flatten(-2)
+        plain = Case(rounded, self.w, self.bias, self.residual, act=self.act, gated=self.gated)
+        plain.alpha = self.alpha
+        return plain.reference()
+
+    def normalized(self) -> torch.Tensor:
+        k = self.x.shape[1]
+        eye = Case(self.x, torch.eye(k, dtype=torch.float64), norm=self.norm)
+        eye.norm_weight, eye.norm_bias = self.norm_weight, self.norm_bias
+        eye.norm_offset = self.norm_offset
+        return eye.reference()
+
+    def run(self, tier: str, threads: int) -> torch.Tensor:
+        n, k = self.w.shape
+        w = self.weights
+        parts = [w.rows(0, n // 2), w.rows(n // 2, n)] if self.gated else [w]
+        packed = pack(parts, tier, threads, self.gated)
+        y = self.y
+        if y is None:
+            y = torch.full((self.x.shape[0], n // 2 if self.gated else n), 7.0, dtype=self.out)
+        operands = [self.x, packed, self.bias, self.residual, y, self.norm_weight, self.norm_bias]
+        form = [w.bits, w.group, int(w.offset is not None), self.planes]
+        ints = [n, k, U8, self.act, int(self.gated), self.norm, *form]
+        run_op(
+            "linear_quantized", operands, ints, [EPS, self.alpha, self.norm_offset], tier, threads
+        )
+        return y
+
+
+def case(m, n, k, bits=8, group=None, offsets=False, planes=1, dtype=torch.float32, **options):
+    w = weights(n, k, bits, group or k, offsets)
+    x = randn(m, k, dtype=dtype, seed=1)
+    options = {"out": dtype, **options}
+    return QuantizedCase(x, w.dense(), weights=w, planes=planes, **options)
+
+
+FORMS = [  # bits, group as a share of K, offsets
+    (bits, group, offsets)
+    for bits, group, offsets in product((8, 4), (32, 64, 128, None), (False, True))
+]
+
+
+@pytest.mark.parametrize(("bits", "group", "offsets"), FORMS, ids=str)
+@pytest.mark.parametrize("tier", TIERS)
+def test_integer_sums_are_exact(tier, bits, group, offsets):
+    """Scales of one and activations that are their own codes: the result is the integer product, all extremes in it."""
+    k = 256
+    for m, n in product((1, 2, 3, 17), (1, 3, 31, 70)):
+        w = weights(n, k, bits, group or k, offsets)
+        w.scale[:] = 1
+        if offsets:
+            w.offset = torch.randint(-8, 9, w.offset.shape).float()
+        x = torch.randint(-127, 128, (m, k))
+        x.view(m, -1, group or k)[..., 0] = 127
+        x[0, 1::2], x[0, 0::2] = -127, 127
+        if bits == 8:
+            w.codes[0, 0::2], w.codes[0, 1::2] = 127, -128
+            w.codes[-1, :] = -128
+        else:
+            w.codes[0, :], w.codes[-1, :] = 0x0F, 0xFF
+        c = QuantizedCase(x.float(), w.dense(), weights=w)
+        want = x @ w.dense().long().T
+        assert want.abs().max() < 2**24  # float32 holds every integer up to there
+        assert torch.equal(c.run(tier, 1 + m % 2).long(), want)
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_a_long_group_does_not_overflow(tier):
+    k = 65536
+    w = Weights(torch.full((1, k), 127, dtype=torch.int8), torch.ones(1, 1), None, 8)
+    c = QuantizedCase(torch.full((1, k), 127.0), w.dense(), weights=w)
+    assert c.run(tier, 1).item() == 127 * 127 * k
+
+
+@pytest.mark.parametrize("planes", [1, 2, 3])
+@pytest.mark.parametrize(("bits", "group", "offsets"), FORMS, ids=str)
+@pytest.mark.parametrize("tier", TIERS)
+def test_every_form(tier, bits, group, offsets, planes):
+    for m, n in product((1, 5, 33), (1, 40)):
+        c = case(m, n, 256, bits, group, offsets, planes)
+        check(c, tier)
+
+
+def check(c: QuantizedCase, tier: str, threads: int = 2) -> None:
+    """Two planes keep 15 bits of the largest activation in a group, what f16 is held to; the others are exact or as f32."""
+    want, got = c.reference(), c.run(tier, threads)
+    coarse = c.planes == 2 and got.dtype == torch.float32
+    assert_close(got, want, torch.float16 if coarse else None)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("tier", TIERS)
+def test_awkward_sizes(tier, bits):
+    """K that is no multiple of a step, a vector or a quad; groups that are not either; N around a panel."""
+    for (k, group), n, m in product(
+        ((2, 2), (6, 2), (30, 30), (60, 20), (54, 18), (132, 44)), (1, 15, 33), (1, 3, 17)
+    ):
+        check(case(m, n, k, bits, group, offsets=m == 3), tier, threads=1 + n % 2)
+    if bits == 8:
+        for k, m in product((1, 3, 17, 129), (1, 3, 17)):
+            check(case(m, 33, k, 8, planes=1 + 2 * (m == 3)), tier)
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_every_tile_height(tier):
+    top = HEIGHTS[tier]
+    for m, bits in product(range(1, 2 * top + 3), (8, 4)):
+        check(case(m, 70, 64, bits, 32), tier)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("planes", [1, 2, 3])
+@pytest.mark.parametrize("tier", TIERS)
+def test_dtypes(tier, planes, dtype):
+    for m, out, bits in product((1, 19), FLOATS, (8, 4)):
+        c = case(m, 50, 128, bits, 64, bits == 4, planes, dtype, out=out)
+        c.bias, c.residual = randn(50, dtype=dtype), randn(m, 50, dtype=out)
+        check(c, tier)
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize("act", ACTIVATIONS)
+@pytest.mark.parametrize("tier", TIERS)
+def test_epilogues(tier, act, gated):
+    for m, extra in product((1, 21), (False, True)):
+        n = 90 if gated else 45
+        c = case(m, n, 64, 8, 32, act=act, gated=gated, alpha=0.7 if extra else 1.0)
+        c.bias = randn(n) if extra else None
+        c.residual = randn(m, 45, seed=5) if extra else None
+        check(c, tier)
+
+
+@pytest.mark.parametrize("norm", [1, 2], ids=["rms", "layer"])
+@pytest.mark.parametrize("tier", TIERS)
+def test_norms(tier, norm):
+    """With activations as they are: rounded ones would differ by a code where the norm differs in its last bit."""
+    for m, group, has_weight in product((1, 15), (32, 128), (False, True)):
+        c = case(m, 33, 128, 8, group, planes=3, norm=norm, norm_offset=1.0)
+        c.norm_weight = randn(128, seed=3) if has_weight else None
+        c.norm_bias = randn(128, seed=4) if has_weight else None
+        c.x = c.x * 3 + 1
+        check(c, tier)
+
+
+@pytest.mark.parametrize("norm", [1, 2], ids=["rms", "layer"])
+@pytest.mark.parametrize("tier", TIERS)
+def test_norm_then_rounding(tier, norm):
+    for m in (1, 15):
+        c = case(m, 33, 128, 8, 32, norm=norm)
+        c.norm_weight = randn(128, seed=3)
+        assert_close(c.run(tier, 2), c.reference(), torch.float16)
+
+
+@pytest.mark.parametrize("planes", [1, 3])
+@pytest.mark.parametrize("tier", TIERS)
+def test_nan_and_inf_never_become_numbers(tier, planes):
+    for m, bad, bits in product((1, 20), (float("nan"), float("inf"), -float("inf")), (8, 4)):
+        c = case(m, 35, 64, bits, 32, planes=planes)
+        c.x[m - 1, 33] = bad
+        y = c.run(tier, 2)
+        assert y[m - 1].isnan().all()
+        assert y[: m - 1].isfinite().all()
+        c = case(m, 35, 64, bits, 32, planes=planes)
+        c.weights.scale[34, 1] = bad
+        y = c.run(tier, 2)
+        assert not y[:, 34].isfinite().any()
+        assert y[:, :34].isfinite().all()
+
+
+@pytest.mark.parametrize("planes", [1, 3])
+@pytest.mark.parametrize("tier", TIERS)
+def test_zero_and_tiny_groups(tier, planes):
+    """A group of zeros, or of numbers whose reciprocal overflows, adds nothing; small ones still count."""
+    for m in (1, 20):
+        c = case(m, 35, 128, 8, 32, planes=planes)
+        c.x[:, :32], c.x[:, 32:64] = 0, 1e-39
+        check(c, tier)
+        c.x[:] = 1e-30 * randn(m, 128)
+        c.weights.scale[:] = 1e20
+        c.w = c.weights.dense()
+        check(c, tier)
+        c.x[:] = 0
+        assert (c.run(tier, 2) == 0).all()
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_strided_rows(tier):
+    for m in (1, 40):
+        c = case(m, 36, 64, 8, 32)
+        wide = torch.full((m, 1024), float("nan"))
+        wide[:, :64] = c.x
+        c.x = wide[:, :64]
+        c.y = torch.full((m, 100), 7.0)[:, 10:46]
+        c.residual = randn(1, 36).expand(m, 36)
+        check(c, tier)
+        base = c.y._base
+        assert (base[:, :10] == 7).all()
+        assert (base[:, 46:] == 7).all()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("tier", TIERS)
+def test_packing_is_the_same_for_every_way_to_get_there(tier, bits):
+    parts = [weights(n, 96, bits, 32, True, seed=n) for n in (33, 1, 64, 20)]
+    whole = Weights(
+        torch.cat([w.codes for w in parts]),
+        torch.cat([w.scale for w in parts]),
+        torch.cat([w.offset for w in parts]),
+        bits,
+    )
+    assert torch.equal(pack(parts, tier), pack([whole], tier, threads=1))
+    turned = Weights(whole.codes.T.contiguous().T, whole.scale, whole.offset, bits)
+    assert torch.equal(pack([turned], tier), pack([whole], tier))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("tier", TIERS)
+def test_threads_give_the_same_bits(tier, threads):
+    for m, bits in product((1, 6, 90), (8, 4)):
+        c = case(m, 200, 256, bits, 32, norm=2, bias=randn(200))
+        assert torch.equal(c.run(tier, threads), c.run(tier, 1))
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_tiers_agree(tier):
+    """The same codes give the same integers: what is left is the order of the float sums over groups."""
+    for bits in (8, 4):
+        c = case(5, 70, 256, bits, 32)
+        assert_close(c.run(tier, 1), c.run("scalar", 1).double())
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_no_rows(tier):
+    assert case(0, 40, 64, 8, 32).run(tier, 2).shape == (0, 40)
+
+
+@settings(deadline=None, max_examples=60)
+@given(data=st.data())
+def test_any_problem(data):
+    """Whatever is asked for in whatever combination."""
+    draw = data.draw
+    group = 2 * draw(st.integers(1, 40))
+    m, outputs, k = (
+        draw(st.integers(1, 40)),
+        draw(st.integers(1, 90)),
+        group * draw(st.integers(1, 4)),
+    )
+    gated, offsets = draw(st.booleans()), draw(st.booleans())
+    n = 2 * outputs if gated else outputs
+    c = case(m, n, k, draw(st.sampled_from([8, 4])), group, offsets, draw(st.integers(1, 3)))
+    c.gated, c.act = gated, draw(st.sampled_from(list(ACTIVATIONS)))
+    c.alpha = draw(st.sampled_from([1.0, 0.25]))
+    c.bias = draw(st.sampled_from([None, randn(n)]))
+    c.residual = draw(st.sampled_from([None, randn(m, outputs)]))
+    check(c, draw(st.sampled_from(TIERS)), threads=draw(st.integers(1, 3)))
