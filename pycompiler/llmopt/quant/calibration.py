@@ -1,0 +1,115 @@
+"""What sample inputs tell about the inputs of each linear: their magnitudes per channel and their second moments."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# A sample is what the model is called with: keyword inputs, positional inputs, or one tensor.
+Sample = Mapping[str, Any] | tuple[Any, ...] | list[Any] | Tensor
+
+
+@dataclass
+class Inputs:
+    """The inputs of one linear over all samples."""
+
+    peak: Tensor  # [K] float32, the largest magnitude
+    total: Tensor  # [K] float32, the sum of magnitudes
+    moments: Tensor | None  # [K, K] float32, the sum of x xᵀ
+    tokens: int = 0
+
+    @property
+    def mean(self) -> Tensor:
+        """[K]: the mean magnitude."""
+        return self.total / self.tokens
+
+
+def samples_of(calibration: Iterable[Sample] | Sample | None) -> list[Sample]:
+    """The samples as a list; one tensor or mapping alone is one sample. Raises ValueError when there are none."""
+    if isinstance(calibration, Tensor | Mapping | tuple):
+        calibration = [calibration]
+    samples = list(calibration or ())
+    if not samples:
+        raise ValueError(
+            "llmopt: calibration holds no samples: give an iterable of model inputs "
+            "(a tensor, a tuple of positional inputs or a dict of keyword inputs each)"
+        )
+    empty = [i for i, sample in enumerate(samples) if any(t.numel() == 0 for t in _tensors(sample))]
+    if empty:
+        raise ValueError(f"llmopt: calibration sample {empty[0]} holds an empty tensor")
+    return samples
+
+
+def call(model: nn.Module, sample: Sample) -> Any:
+    """The model's output for one sample, without gradients."""
+    with torch.no_grad():
+        if isinstance(sample, Mapping):
+            return model(**sample)
+        return model(*sample) if isinstance(sample, tuple | list) else model(sample)
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode for the while: dropout off, and every module back as it was."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def observe(
+    model: nn.Module, samples: list[Sample], linears: Mapping[str, nn.Module], moments: bool
+) -> dict[str, Inputs]:
+    """Runs the samples and collects the inputs of these linears; a linear that no sample reaches is not in the result.
+
+    Raises ValueError naming the linear whose inputs are NaN or infinite.
+    """
+    seen: dict[str, Inputs] = {}
+
+    def hook(name: str) -> Any:
+        def collect(_: nn.Module, args: tuple[Any, ...]) -> None:
+            _add(seen, name, args[0].detach().flatten(0, -2).float(), moments)
+
+        return collect
+
+    handles = [linear.register_forward_pre_hook(hook(name)) for name, linear in linears.items()]
+    try:
+        with evaluating(model):
+            for sample in samples:
+                call(model, sample)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name, inputs in seen.items():
+        if not inputs.peak.isfinite().all():
+            raise ValueError(f"llmopt: calibration makes NaN or infinite inputs of {name}")
+    return seen
+
+
+def _add(seen: dict[str, Inputs], name: str, x: Tensor, moments: bool) -> None:
+    if name not in seen:
+        k = x.shape[1]
+        zeros = x.new_zeros
+        seen[name] = Inputs(zeros(k), zeros(k), zeros(k, k) if moments else None)
+    inputs = seen[name]
+    magnitude = x.abs()
+    inputs.peak = torch.maximum(inputs.peak, magnitude.amax(0))
+    inputs.total += magnitude.sum(0)
+    if inputs.moments is not None:
+        inputs.moments.addmm_(x.T, x)
+    inputs.tokens += x.shape[0]
+
+
+def _tensors(sample: Sample) -> list[Tensor]:
+    if isinstance(sample, Tensor):
+        return [sample]
+    values = sample.values() if isinstance(sample, Mapping) else sample
+    return [v for v in values if isinstance(v, Tensor)]

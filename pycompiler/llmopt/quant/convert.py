@@ -1,0 +1,225 @@
+"""quantize(): a model → the same model with QuantizedLinear in place of its linears."""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TypeVar
+
+from torch import nn
+
+from llmopt.quant import flow, scaling
+from llmopt.quant.calibration import Inputs, Sample, observe, samples_of
+from llmopt.quant.gptq import gptq
+from llmopt.quant.layers import (
+    bias_of,
+    linears_of,
+    output_head,
+    replace_modules,
+    weight_of,
+)
+from llmopt.quant.module import QuantizedLinear
+from llmopt.quant.rounding import Codes, check, round_weight
+from llmopt.quant.schemes import Scheme, scheme_of, wider
+
+log = logging.getLogger("llmopt")
+Model = TypeVar("Model", bound=nn.Module)
+
+ALGORITHMS = ("round", "smoothquant", "awq", "gptq", "smoothquant+gptq", "awq+gptq")
+MOMENTS_AT_ONCE = 2**30  # bytes of second moments held at a time
+
+
+def quantize(
+    model: Model,
+    scheme: str | Scheme = "w8a8",
+    calibration: Iterable[Sample] | Sample | None = None,
+    *,
+    group: int | str | None = None,
+    symmetric: bool | None = None,
+    algorithm: str | None = None,
+    alpha: float = 0.5,
+    layers: Mapping[str, str | Scheme | None] | None = None,
+) -> Model:
+    """A quantised twin of the model; the model stays as it is, and what is not quantised is shared.
+
+    scheme: "w8a8", "w8a16", "w4a16", "w4a8" or a Scheme; group ("channel", 32, 64, 128) and symmetric change its defaults.
+    calibration: sample inputs, each a tensor, a tuple of positional or a dict of keyword inputs.
+    algorithm: "round"; with calibration also "smoothquant", "awq", "gptq", "smoothquant+gptq", "awq+gptq". Default: "round"
+        without calibration, with it "smoothquant" for w8a8 and "gptq" for the others.
+    alpha: how much of the activations' range SmoothQuant moves into weights, 0 … 1.
+    layers: name patterns → a scheme for these linears, or None to leave them; the first that matches counts. A language
+        model's output head has 8 bits unless a pattern says otherwise.
+
+    Raises ValueError for unknown names, an empty calibration, a group that does not divide a layer's inputs, NaN or infinite
+    weights (naming the layer), and a model without linears.
+    """
+    wanted = scheme_of(scheme, group, symmetric)
+    samples = None if calibration is None else samples_of(calibration)
+    scaler, rounder = _algorithm(algorithm, samples, wanted)
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"llmopt: alpha={alpha} is not between 0 and 1")
+    twin = _twin(model)
+    linears = linears_of(twin)
+    schemes = _schemes(twin, linears, wanted, layers or {})
+    linears = {name: linear for name, linear in linears.items() if name in schemes}
+    _check(linears, schemes)
+    if samples is not None and scaler != "none":
+        _scale(twin, linears, schemes, samples, scaler, alpha)
+    if samples is not None and rounder == "gptq":
+        _gptq(twin, linears, schemes, samples)
+    else:
+        for name, linear in linears.items():
+            _put(twin, linear, round_weight(weight_of(linear), schemes[name]), schemes[name])
+    untie(twin)
+    return twin
+
+
+def untie(model: nn.Module) -> None:
+    """Tells a Hugging Face model whose head has codes now that its embedding is not its head's weight."""
+    if not isinstance(output_head(model), QuantizedLinear):
+        return
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "tie_word_embeddings", False):
+        config.tie_word_embeddings = False
+        if hasattr(model, "all_tied_weights_keys"):
+            model.all_tied_weights_keys = {}  # type: ignore[assignment]
+
+
+def _twin(model: Model) -> Model:
+    """A copy of the modules that shares parameters and buffers."""
+    shared: dict[int, Any] = {id(p): p for p in model.parameters()}
+    shared.update((id(b), b) for b in model.buffers())
+    return copy.deepcopy(model, shared)
+
+
+def _algorithm(
+    algorithm: str | None, samples: list[Sample] | None, scheme: Scheme
+) -> tuple[str, str]:
+    """How scales move ("none", "smoothquant", "awq") and how weights are rounded ("round", "gptq")."""
+    if algorithm is None:
+        if samples is None:
+            return "none", "round"
+        algorithm = "smoothquant" if scheme.name == "w8a8" else "gptq"
+    if algorithm not in ALGORITHMS:
+        raise ValueError(
+            f"llmopt: algorithm {algorithm!r} does not exist; possible: {', '.join(ALGORITHMS)}"
+        )
+    if samples is None and algorithm != "round":
+        raise ValueError(f"llmopt: {algorithm} needs calibration samples")
+    parts = algorithm.split("+")
+    scaler = next((p for p in parts if p in ("smoothquant", "awq")), "none")
+    return scaler, "gptq" if "gptq" in parts else "round"
+
+
+def _schemes(
+    model: nn.Module,
+    linears: Mapping[str, nn.Module],
+    wanted: Scheme,
+    layers: Mapping[str, str | Scheme | None],
+) -> dict[str, Scheme]:
+    """The scheme of each linear that is to be quantised."""
+    unused = set(layers)
+    head = output_head(model)
+    schemes = {}
+    for name, linear in linears.items():
+        patterns = [p for p in layers if fnmatch.fnmatchcase(name, p)]
+        unused -= set(patterns)
+        if patterns:
+            own = layers[patterns[0]]
+            if own is not None:
+                schemes[name] = scheme_of(own)
+        elif linear is head and wanted.bits < 8:
+            schemes[name] = wider(wanted)
+        else:
+            schemes[name] = wanted
+    if unused:
+        raise ValueError(
+            f"llmopt: no linear is named {', '.join(map(repr, sorted(unused)))}; "
+            f"the linears are {_some(linears)}"
+        )
+    if not schemes:
+        raise ValueError(f"llmopt: {type(model).__name__} has no linear layer to quantise")
+    return schemes
+
+
+def _check(linears: Mapping[str, nn.Module], schemes: Mapping[str, Scheme]) -> None:
+    """Before minutes of work: every layer can have its scheme."""
+    for name, linear in linears.items():
+        try:
+            check(weight_of(linear), schemes[name])
+        except ValueError as error:
+            raise ValueError(f"llmopt: {name} cannot be quantised to {schemes[name]}: {error}") from error
+
+
+def _scale(
+    model: nn.Module,
+    linears: dict[str, nn.Module],
+    schemes: dict[str, Scheme],
+    samples: list[Sample],
+    scaler: str,
+    alpha: float,
+) -> None:
+    feeds = flow.feeds_of(model, samples[0], linears)
+    modules = dict(model.named_modules())
+    log.info("%s: %d of %d linears follow a layer that takes their scale", scaler,
+             sum(len(f.targets) for f in feeds), len(linears))  # fmt: skip
+    targets = {name: linears[name] for feed in feeds for name in feed.targets}
+    if scaler == "smoothquant":
+        inputs = observe(model, samples, targets, moments=False)
+        for feed in feeds:
+            scaling.smooth(feed, modules, inputs, alpha)
+        return
+    for chunk in _chunks({feed.targets[0]: linears[feed.targets[0]] for feed in feeds}):
+        inputs = observe(model, samples, chunk, moments=True)
+        for feed in feeds:
+            if feed.targets[0] in inputs:
+                same = dict.fromkeys(feed.targets, inputs[feed.targets[0]])
+                scaling.activation_aware(feed, modules, same, schemes)
+
+
+def _gptq(
+    model: nn.Module,
+    linears: dict[str, nn.Module],
+    schemes: dict[str, Scheme],
+    samples: list[Sample],
+) -> None:
+    """Rounds in the model's order, a chunk at a time: later chunks see inputs made by the linears rounded before them."""
+    for chunk in _chunks(linears):
+        inputs = observe(model, samples, chunk, moments=True)
+        for name, linear in chunk.items():
+            codes = _gptq_codes(name, linear, schemes[name], inputs.pop(name, None))
+            _put(model, linear, codes, schemes[name])
+
+
+def _gptq_codes(name: str, linear: nn.Module, scheme: Scheme, inputs: Inputs | None) -> Codes:
+    if inputs is None or inputs.moments is None:
+        log.warning("%s is not reached by any calibration sample: its weights are rounded plainly", name)
+        return round_weight(weight_of(linear), scheme)
+    return gptq(weight_of(linear), inputs.moments, scheme)
+
+
+def _chunks(linears: Mapping[str, nn.Module]) -> Iterator[dict[str, nn.Module]]:
+    """The linears in order, as many at a time as their second moments have memory."""
+    chunk: dict[str, nn.Module] = {}
+    size = 0
+    for name, linear in linears.items():
+        need = 4 * weight_of(linear).shape[1] ** 2
+        if chunk and size + need > MOMENTS_AT_ONCE:
+            yield chunk
+            chunk, size = {}, 0
+        chunk[name] = linear
+        size += need
+    yield chunk
+
+
+def _put(model: nn.Module, linear: nn.Module, codes: Codes, scheme: Scheme) -> None:
+    quantized = QuantizedLinear(codes, bias_of(linear), scheme)
+    quantized.train(linear.training)
+    replace_modules(model, {linear: quantized})
+
+
+def _some(names: Iterable[str]) -> str:
+    listed = list(names)
+    return ", ".join(listed[:5]) + (f" … ({len(listed)} in all)" if len(listed) > 5 else "")

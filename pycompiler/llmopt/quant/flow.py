@@ -1,0 +1,207 @@
+"""Which layer alone feeds which linears, so that a scale can move from one into the other without changing the model.
+
+The model runs once on a sample; norms, linears and products are watched by the identity of the tensors they pass on. A norm feeds
+linears when its output goes nowhere else; a linear feeds them through a product (gate · up → down) when both outputs go nowhere
+else. A tensor whose other readers are unknown is never touched.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from llmopt.quant.calibration import Sample, call, evaluating
+from llmopt.quant.layers import bias_of, set_weight, weight_of
+
+
+@dataclass(frozen=True)
+class Feed:
+    """Scaling the source's output channels by 1/s and the targets' input channels by s changes nothing."""
+
+    source: str
+    targets: tuple[str, ...]
+    norm_offset: float | None  # of a norm: its output is (weight + norm_offset) · x̂ [+ bias]; None: a linear
+
+
+def feeds_of(model: nn.Module, sample: Sample, linears: Mapping[str, nn.Module]) -> list[Feed]:
+    """Every feed of these linears that the sample shows, in the order of the model."""
+    watch = _Watch(model, linears)
+    try:
+        with evaluating(model), watch:
+            watch.read_by(call(model, sample), "the result")
+    finally:
+        watch.remove()
+    return watch.feeds()
+
+
+def apply(feed: Feed, modules: Mapping[str, nn.Module], s: Tensor) -> None:
+    """Moves the scale s [K] float32 > 0 from the source's output into the targets' weights."""
+    source = modules[feed.source]
+    if feed.norm_offset is None:
+        set_weight(source, weight_of(source).float() / s[:, None])
+        bias = bias_of(source)
+        new = {} if bias is None else {"bias": (bias.float() / s).to(bias.dtype)}
+    else:
+        new = divided(source, feed.norm_offset, s)
+    for name, value in new.items():
+        setattr(source, name, nn.Parameter(value, getattr(source, name).requires_grad))
+    for target in feed.targets:
+        set_weight(modules[target], weight_of(modules[target]).float() * s)
+
+
+class _Watch(TorchFunctionMode):
+    """Notes who makes and who reads the tensors that pass between norms, products and linears."""
+
+    def __init__(self, model: nn.Module, linears: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        self.linears = linears
+        self.modules = {n: m for n, m in model.named_modules() if n in linears or _like_a_norm(m)}
+        self.calls: Counter[str] = Counter()
+        self.made: dict[int, tuple[str, Any]] = {}  # id of a tensor → what made it
+        self.readers: defaultdict[int, list[str]] = defaultdict(list)  # id of a tensor → names
+        self.inputs: dict[str, Tensor] = {}  # of norms
+        self.alive: list[Tensor] = []  # what has an id above stays, so that ids stay unique
+        self.depth = 0
+        self.handles = []
+        for name, module in self.modules.items():
+            self.handles.append(module.register_forward_pre_hook(self._entering(name)))
+            self.handles.append(module.register_forward_hook(self._leaving(name)))
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def read_by(self, values: Any, name: str) -> None:
+        for tensor in pytree.tree_leaves(values):
+            if isinstance(tensor, Tensor):
+                self.readers[id(tensor)].append(name)
+
+    def _entering(self, name: str) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+            self.read_by(args, name)
+            if name not in self.linears and args and isinstance(args[0], Tensor):
+                self.inputs[name] = args[0]
+            self.calls[name] += 1
+            self.depth += 1
+
+        return hook
+
+    def _leaving(self, name: str) -> Any:
+        def hook(_: nn.Module, __: Any, out: Any) -> None:
+            self.depth -= 1
+            if isinstance(out, Tensor):
+                self._made(out, "module", name)
+
+        return hook
+
+    def _made(self, tensor: Tensor, how: str, source: Any) -> None:
+        if id(tensor) not in self.made:
+            self.readers.pop(id(tensor), None)  # those of a dead tensor that had this id
+        self.made[id(tensor)] = (how, source)
+        self.alive.append(tensor)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if self.depth or not _has_tensor(out):
+            return out
+        if func is Tensor.__getitem__ and _keeps_channels(args[1]):
+            self.readers[id(args[0])].append(f"slice {id(out)}")
+            self._made(out, "slice", id(args[0]))
+            return out
+        self.read_by((args, kwargs), str(func))
+        if getattr(func, "__name__", "") in ("mul", "__mul__", "__rmul__"):
+            factors = [a for a in args[:2] if isinstance(a, Tensor)]
+            if len(factors) == 2 and all(f.shape == out.shape for f in factors):
+                self._made(out, "product", [id(f) for f in factors])
+                self.alive += factors
+        return out
+
+    def feeds(self) -> list[Feed]:
+        targets: defaultdict[int, list[str]] = defaultdict(list)
+        for tensor in self.made:
+            names = self._linear_readers(tensor)
+            if names is not None and self.made[tensor][0] != "slice":
+                targets[tensor] = names
+        found = [self._feed(tensor, names) for tensor, names in targets.items() if names]
+        return [feed for feed in found if feed is not None]
+
+    def _linear_readers(self, tensor: int) -> list[str] | None:
+        """The linears that read a tensor, through slices too; None when something else does."""
+        names: list[str] = []
+        for reader in self.readers[tensor]:
+            if reader.startswith("slice "):
+                through = self._linear_readers(int(reader.split()[1]))
+                if through is None:
+                    return None
+                names += through
+            elif reader in self.linears and self.calls[reader] == 1:
+                names.append(reader)
+            else:
+                return None
+        return names
+
+    def _feed(self, tensor: int, names: list[str]) -> Feed | None:
+        how, source = self.made[tensor]
+        if how == "product":
+            for factor in source:
+                maker_kind, maker = self.made.get(factor, ("", None))
+                only_here = len(self.readers[factor]) == 1 and maker_kind == "module"
+                if only_here and maker in self.linears and self.calls[maker] == 1:
+                    return Feed(maker, tuple(names), None)
+            return None
+        if self.calls[source] != 1:
+            return None
+        if source in self.linears:
+            return Feed(source, tuple(names), None)
+        offset = _norm_offset(self.modules[source], self.inputs.get(source))
+        return None if offset is None else Feed(source, tuple(names), offset)
+
+
+def _like_a_norm(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, Tensor) and weight.dim() == 1 and not any(module.children())
+
+
+def _norm_offset(norm: nn.Module, x: Tensor | None) -> float | None:
+    """0 for y = weight · x̂ + bias, 1 for y = (1 + weight) · x̂ + bias (Gemma), None for anything else: found by trying."""
+    weight: Tensor = norm.weight  # type: ignore[assignment]
+    if x is None or x.shape[-1] != weight.numel():
+        return None
+    s = torch.linspace(0.5, 2.0, weight.numel(), device=weight.device)
+    with torch.no_grad():
+        y = norm(x).float()
+        for offset in (0.0, 1.0):
+            scaled = functional_call(norm, divided(norm, offset, s), (x,)).float() * s
+            if (scaled - y).abs().max() <= 8 * torch.finfo(x.dtype).eps * y.abs().max():
+                return offset
+    return None
+
+
+def divided(norm: nn.Module, norm_offset: float, s: Tensor) -> dict[str, Tensor]:
+    """The parameters that make a norm give its output divided by s."""
+    weight: Tensor = norm.weight.detach()  # type: ignore[assignment, operator]
+    new = {"weight": ((weight.float() + norm_offset) / s - norm_offset).to(weight.dtype)}
+    bias: Tensor | None = getattr(norm, "bias", None)
+    if bias is not None:
+        new["bias"] = (bias.detach().float() / s).to(bias.dtype)
+    return new
+
+
+def _keeps_channels(index: Any) -> bool:
+    """Slices of leading dimensions only."""
+    parts = index if isinstance(index, tuple) else (index,)
+    return all(isinstance(p, slice) for p in parts) and parts[-1] == slice(None)
+
+
+def _has_tensor(out: Any) -> bool:
+    return isinstance(out, Tensor) or (
+        isinstance(out, tuple | list) and any(isinstance(o, Tensor) for o in out)
+    )

@@ -1,0 +1,60 @@
+"""The linears of a model: which modules they are, their weight as [N, K], and putting others in their place."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+def is_linear(module: nn.Module) -> bool:
+    """nn.Linear itself (subclasses may read their weight otherwise) and Hugging Face's Conv1D."""
+    return type(module) is nn.Linear or is_conv1d(module)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """GPT-2's linear, whose weight is [K, N]."""
+    cls = type(module)
+    return cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils"
+
+
+def linears_of(model: nn.Module) -> dict[str, nn.Module]:
+    """Every linear by its first name, in the model's order. Parts of nn.MultiheadAttention are left out: it reads weights."""
+    inside = tuple(
+        f"{name}." for name, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)
+    )
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if is_linear(module) and not name.startswith(inside)
+    }
+
+
+def weight_of(linear: nn.Module) -> Tensor:
+    """The weight as [N, K]; a view, detached."""
+    weight: Tensor = linear.weight.detach()  # type: ignore[assignment, operator]
+    return weight.T if is_conv1d(linear) else weight
+
+
+def bias_of(linear: nn.Module) -> Tensor | None:
+    return None if linear.bias is None else linear.bias.detach()  # type: ignore[union-attr, operator, return-value]
+
+
+def set_weight(linear: nn.Module, weight: Tensor) -> None:
+    """Gives a linear the weight [N, K] of its own: who shared the old one keeps it."""
+    old: Tensor = linear.weight  # type: ignore[assignment]
+    own = (weight.T if is_conv1d(linear) else weight).to(old.dtype).contiguous()
+    linear.weight = nn.Parameter(own, requires_grad=old.requires_grad)
+
+
+def replace_modules(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:
+    """Puts each replacement wherever the module stands, under all of its names."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if child in replacements:
+                setattr(parent, name, replacements[child])
+
+
+def output_head(model: nn.Module) -> nn.Module | None:
+    """The layer that gives a language model's logits, when the model says which one that is."""
+    find = getattr(model, "get_output_embeddings", None)
+    head = find() if find is not None else None
+    return head if isinstance(head, nn.Module) else None

@@ -1,0 +1,119 @@
+"""QuantizedLinear: a linear that holds codes instead of a weight. Runs in eager; Dynamo keeps it as one node."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmopt.ops.linear_quantized import dequantized, linear_quantized
+from llmopt.quant.rounding import Codes
+from llmopt.quant.schemes import CHANNEL, Scheme
+
+
+@torch.library.custom_op("llmopt::linear_quantized_module", mutates_args=())
+def linear_quantized_module(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    offsets: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    activations: str,
+) -> Tensor:
+    """ops.linear_quantized of one weight: x [..., K] → [..., N] in x's dtype. Gradients flow to x only."""
+    return linear_quantized(x, (codes,), (scales,), (offsets,), bits, activations, (bias,))
+
+
+@linear_quantized_module.register_fake
+def _fake(x, codes, scales, offsets, bias, bits, activations):  # type: ignore[no-untyped-def]
+    return x.new_empty((*x.shape[:-1], codes.shape[0]))
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, codes, scales, offsets, _, ctx.bits, _ = inputs
+    ctx.save_for_backward(codes, scales, offsets)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Rounding of activations counts as the identity (the straight-through estimator, Bengio et al. 2013)."""
+    codes, scales, offsets = ctx.saved_tensors
+    grad_x = (grad.float() @ dequantized(codes, scales, offsets, ctx.bits)).to(grad.dtype)
+    return grad_x, None, None, None, None, None, None
+
+
+linear_quantized_module.register_autograd(_backward, setup_context=_keep_for_backward)
+
+
+class QuantizedLinear(nn.Module):
+    """y = x Wᵀ + bias with W stored as codes.
+
+    Buffers: codes [N, K] int8 or [N, K/2] uint8, scales and offsets [N, K/group] float32 (offsets only when asymmetric),
+    bias [N] in the model's dtype or None. They are the portable form: the same on every machine.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    offsets: Tensor | None
+    bias: Tensor | None
+
+    def __init__(self, weight: Codes, bias: Tensor | None, scheme: Scheme) -> None:
+        super().__init__()
+        self.scheme = scheme
+        self.out_features = weight.codes.shape[0]
+        self.in_features = weight.codes.shape[1] * 8 // scheme.bits
+        self.register_buffer("codes", weight.codes)
+        self.register_buffer("scales", weight.scales)
+        self.register_buffer("offsets", weight.offsets)
+        self.register_buffer("bias", None if bias is None else bias.detach())
+
+    @classmethod
+    def empty(
+        cls, n: int, k: int, scheme: Scheme, bias_dtype: torch.dtype | None
+    ) -> QuantizedLinear:
+        """One without values, to load a state_dict into; bias_dtype None: without a bias."""
+        groups = k // scheme.group_of(k)
+        code_type = torch.int8 if scheme.bits == 8 else torch.uint8
+        codes = torch.zeros((n, k * scheme.bits // 8), dtype=code_type)
+        scales = torch.zeros((n, groups))
+        offsets = None if scheme.symmetric else torch.zeros((n, groups))
+        bias = None if bias_dtype is None else torch.zeros(n, dtype=bias_dtype)
+        return cls(Codes(codes, scales, offsets), bias, scheme)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight the codes stand for, [N, K]: for code that reads it; in the dtype of the bias, else float32."""
+        weight = dequantized(self.codes, self.scales, self.offsets, self.scheme.bits)
+        return weight if self.bias is None else weight.to(self.bias.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] float → [..., N] in x's dtype."""
+        return linear_quantized_module(
+            x,
+            self.codes,
+            self.scales,
+            self.offsets,
+            self.bias,
+            self.scheme.bits,
+            self.scheme.activations,
+        )
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, {self.scheme}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
+        """model.to(dtype) is about weights and activations: scales and offsets stay float32."""
+        scales, offsets = self.scales, self.offsets
+        super()._apply(fn, recurse)
+        if self.scales.dtype != torch.float32:
+            self.scales = scales.to(self.scales.device)
+            self.offsets = None if offsets is None else offsets.to(self.scales.device)
+        return self
+
+
+def groups_of(linear: QuantizedLinear) -> int:
+    """Inputs that share a scale."""
+    scheme = linear.scheme
+    return linear.in_features if scheme.group == CHANNEL else scheme.group

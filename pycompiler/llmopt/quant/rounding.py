@@ -1,0 +1,127 @@
+"""Rounding a weight [N, K] to codes, with a scale and maybe an offset per output channel and group of inputs.
+
+The layout is that of ops.linear_quantized. Without calibration the range of a group is its smallest and largest weight;
+for 4 bits a few narrower ranges are tried too and the one with the least squared error wins.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from llmopt.ops.linear_quantized import ZERO_POINT_4BIT, dequantized
+from llmopt.quant.schemes import Scheme
+
+# Shares of a group's range that are tried for 4 bits.
+SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
+ROWS_AT_ONCE = 4096  # bounds the memory of the search
+
+
+class Codes(NamedTuple):
+    """A rounded weight: codes [N, K] int8 or [N, K/2] uint8; scales, offsets [N, K/group] float32."""
+
+    codes: Tensor
+    scales: Tensor
+    offsets: Tensor | None
+
+    def weight(self, bits: int) -> Tensor:
+        """The weight these codes stand for, [N, K] float32."""
+        return dequantized(self.codes, self.scales, self.offsets, bits)
+
+
+class Grid(NamedTuple):
+    """Representable values: scale · code + offset; scale and offset [..., groups], offset maybe None."""
+
+    scale: Tensor
+    offset: Tensor | None
+
+    def nearest(self, values: Tensor, bits: int) -> Tensor:
+        """values [..., groups, group] → their codes, float32."""
+        low, high = (-127, 127) if bits == 8 else (0, 15)
+        shifted = values if self.offset is None else values - self.offset[..., None]
+        scale = self.scale[..., None]
+        codes = torch.where(scale == 0, torch.zeros_like(shifted), shifted / scale).round()
+        zero = ZERO_POINT_4BIT if bits == 4 and self.offset is None else 0
+        return (codes + zero).clamp(low, high)
+
+    def value(self, codes: Tensor, bits: int) -> Tensor:
+        zero = ZERO_POINT_4BIT if bits == 4 and self.offset is None else 0
+        scaled = (codes - zero) * self.scale[..., None]
+        return scaled if self.offset is None else scaled + self.offset[..., None]
+
+
+def round_weight(weight: Tensor, scheme: Scheme) -> Codes:
+    """weight [N, K], any float dtype, K a multiple of the scheme's group → its codes.
+
+    Raises ValueError when a weight is NaN or infinite, or the group does not divide K.
+    """
+    check(weight, scheme)
+    parts = [_round_rows(w.detach().float(), scheme) for w in weight.split(ROWS_AT_ONCE)]
+    offsets = None if scheme.symmetric else torch.cat([p.offsets for p in parts])  # type: ignore[misc]
+    return Codes(torch.cat([p.codes for p in parts]), torch.cat([p.scales for p in parts]), offsets)
+
+
+def check(weight: Tensor, scheme: Scheme) -> None:
+    """Raises ValueError when this weight cannot have this scheme."""
+    if reason := scheme.reject(weight.shape[1]):
+        raise ValueError(reason)
+    bad = weight.numel() - int(weight.detach().isfinite().sum())
+    if bad:
+        raise ValueError(f"{bad} of its {weight.numel()} weights are NaN or infinite")
+
+
+def grid_of(values: Tensor, scheme: Scheme) -> Grid:
+    """The grid for values [..., groups, group] float32: scale, offset [..., groups]."""
+    widest = full_grid(values, scheme, 1.0)
+    if scheme.bits == 8:
+        return widest
+    best = widest
+    error = _error(values, best, scheme)
+    candidates = [full_grid(values, scheme, share) for share in SHARES[1:]]
+    if scheme.symmetric:
+        candidates.append(Grid(values.abs().amax(-1) / 7, None))
+    for grid in candidates:
+        new_error = _error(values, grid, scheme)
+        better = new_error < error
+        error = torch.where(better, new_error, error)
+        scale = torch.where(better, grid.scale, best.scale)
+        offset = None
+        if best.offset is not None and grid.offset is not None:
+            offset = torch.where(better, grid.offset, best.offset)
+        best = Grid(scale, offset)
+    return best
+
+
+def full_grid(values: Tensor, scheme: Scheme, share: float) -> Grid:
+    """The grid over `share` of each group's range."""
+    if scheme.symmetric and scheme.bits == 8:
+        return Grid(values.abs().amax(-1) / 127 * share, None)
+    low, high = values.amin(-1), values.amax(-1)
+    if scheme.symmetric:  # −8 is a code and 8 is not: the sign of the scale gives −8 to the longer side
+        return Grid(torch.where(high > -low, high, low) / -8 * share, None)
+    if scheme.bits == 8:
+        return Grid((high / 254 - low / 254) * share, high / 2 + low / 2)
+    middle = high / 2 + low / 2
+    return Grid((high / 15 - low / 15) * share, low * share + middle * (1 - share))
+
+
+def packed(codes: Tensor, grid: Grid, bits: int) -> Codes:
+    """Codes [N, groups, group] as float32 → the form that is stored."""
+    flat = codes.flatten(-2)
+    if bits == 8:
+        return Codes(flat.to(torch.int8), grid.scale, grid.offset)
+    pairs = flat.to(torch.uint8).unflatten(-1, (-1, 2))
+    return Codes(pairs[..., 0] | (pairs[..., 1] << 4), grid.scale, grid.offset)
+
+
+def _round_rows(weight: Tensor, scheme: Scheme) -> Codes:
+    values = weight.unflatten(-1, (-1, scheme.group_of(weight.shape[1])))
+    grid = grid_of(values, scheme)
+    return packed(grid.nearest(values, scheme.bits), grid, scheme.bits)
+
+
+def _error(values: Tensor, grid: Grid, scheme: Scheme) -> Tensor:
+    rounded = grid.value(grid.nearest(values, scheme.bits), scheme.bits)
+    return (rounded - values).square_().sum(-1)

@@ -1,0 +1,81 @@
+"""Quantisation schemes: how a linear's weights are stored and how its inputs are read.
+
+A name such as "w8a8" says the bits of weights and of activations; 16 stands for activations as they are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+CHANNEL = 0  # the group that spans a whole output channel
+GROUPS = (CHANNEL, 32, 64, 128)
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """One way to quantise one linear."""
+
+    name: str
+    bits: int  # of a weight: 8 or 4
+    activations: str  # "same": as they are; "int8": rounded per token and group
+    group: int  # inputs that share a scale, on both sides; CHANNEL: all of them
+    symmetric: bool  # weights are scale · code, without an offset
+
+    def __str__(self) -> str:
+        group = "per channel" if self.group == CHANNEL else f"groups of {self.group}"
+        return f"{self.name}, {group}, {'symmetric' if self.symmetric else 'asymmetric'}"
+
+    def group_of(self, k: int) -> int:
+        """The inputs that share a scale in a linear of k inputs."""
+        return k if self.group == CHANNEL else self.group
+
+    def reject(self, k: int) -> str:
+        """Why a linear of k inputs cannot have this scheme; "" when it can."""
+        if self.bits == 4 and k % 2:
+            return f"{k} inputs are odd, and two 4-bit codes share a byte"
+        if k % self.group_of(k):
+            fitting = [str(g) for g in GROUPS if g and k % g == 0]
+            return (
+                f"groups of {self.group} do not divide its {k} inputs; "
+                f"possible: {', '.join(['channel', *fitting])}"
+            )
+        return ""
+
+
+W8A8 = Scheme("w8a8", 8, "int8", 64, symmetric=True)
+W8A16 = Scheme("w8a16", 8, "same", 64, symmetric=True)
+W4A16 = Scheme("w4a16", 4, "same", 32, symmetric=False)
+W4A8 = Scheme("w4a8", 4, "int8", 32, symmetric=False)
+SCHEMES: Mapping[str, Scheme] = {s.name: s for s in (W8A8, W8A16, W4A16, W4A8)}
+
+
+def scheme_of(
+    scheme: str | Scheme, group: int | str | None = None, symmetric: bool | None = None
+) -> Scheme:
+    """The scheme of a name ("w8a8", "w8a16", "w4a16", "w4a8") with its defaults, or with these.
+
+    group: "channel", 32, 64 or 128. Raises ValueError that names what is possible.
+    """
+    if isinstance(scheme, str):
+        if scheme not in SCHEMES:
+            raise ValueError(
+                f"llmopt: scheme {scheme!r} does not exist; possible: {', '.join(SCHEMES)}"
+            )
+        scheme = SCHEMES[scheme]
+    if group is not None:
+        number = CHANNEL if group == "channel" else group
+        if number not in GROUPS or isinstance(number, bool) or group == CHANNEL:
+            raise ValueError(
+                f"llmopt: group={group!r} does not exist; possible: 'channel', 32, 64, 128"
+            )
+        scheme = dataclasses.replace(scheme, group=int(number))
+    if symmetric is not None:
+        scheme = dataclasses.replace(scheme, symmetric=bool(symmetric))
+    return scheme
+
+
+def wider(scheme: Scheme) -> Scheme:
+    """The 8-bit scheme with the same activations, for layers that 4 bits would spoil."""
+    return W8A8 if scheme.activations == "int8" else W8A16
