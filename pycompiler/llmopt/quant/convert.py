@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import fnmatch
 import logging
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from torch import nn
 
@@ -18,6 +17,8 @@ from llmopt.quant.layers import (
     linears_of,
     output_head,
     replace_modules,
+    twin_of,
+    untie,
     weight_of,
 )
 from llmopt.quant.module import QuantizedLinear
@@ -60,7 +61,7 @@ def quantize(
     scaler, rounder = _algorithm(algorithm, samples, wanted)
     if not 0 <= alpha <= 1:
         raise ValueError(f"llmopt: alpha={alpha} is not between 0 and 1")
-    twin = _twin(model)
+    twin = twin_of(model)
     linears = linears_of(twin)
     schemes = _schemes(twin, linears, wanted, layers or {})
     linears = {name: linear for name, linear in linears.items() if name in schemes}
@@ -74,24 +75,6 @@ def quantize(
             _put(twin, linear, round_weight(weight_of(linear), schemes[name]), schemes[name])
     untie(twin)
     return twin
-
-
-def untie(model: nn.Module) -> None:
-    """Tells a Hugging Face model whose head has codes now that its embedding is not its head's weight."""
-    if not isinstance(output_head(model), QuantizedLinear):
-        return
-    config: Any = getattr(model, "config", None)
-    if getattr(config, "tie_word_embeddings", False):
-        config.tie_word_embeddings = False
-        if hasattr(model, "all_tied_weights_keys"):
-            model.all_tied_weights_keys = {}  # type: ignore[assignment]
-
-
-def _twin(model: Model) -> Model:
-    """A copy of the modules that shares parameters and buffers."""
-    shared: dict[int, Any] = {id(p): p for p in model.parameters()}
-    shared.update((id(b), b) for b in model.buffers())
-    return copy.deepcopy(model, shared)
 
 
 def _algorithm(

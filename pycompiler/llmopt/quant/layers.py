@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any, TypeVar
+
 from torch import Tensor, nn
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -58,3 +63,21 @@ def output_head(model: nn.Module) -> nn.Module | None:
     find = getattr(model, "get_output_embeddings", None)
     head = find() if find is not None else None
     return head if isinstance(head, nn.Module) else None
+
+
+def twin_of(model: Model) -> Model:
+    """A copy of the modules that shares parameters and buffers: what is replaced in it stays in the original."""
+    shared: dict[int, Any] = {id(p): p for p in model.parameters()}
+    shared.update((id(b), b) for b in model.buffers())
+    return copy.deepcopy(model, shared)
+
+
+def untie(model: nn.Module) -> None:
+    """Tells a Hugging Face model whose head has no weight of its own now not to tie it to the embedding."""
+    config: Any = getattr(model, "config", None)
+    head = output_head(model)
+    if head is None or is_linear(head) or not getattr(config, "tie_word_embeddings", False):
+        return
+    config.tie_word_embeddings = False
+    if hasattr(model, "all_tied_weights_keys"):
+        model.all_tied_weights_keys = {}  # type: ignore[assignment]

@@ -1,7 +1,8 @@
 """Rounding a weight [N, K] to codes, with a scale and maybe an offset per output channel and group of inputs.
 
-The layout is that of ops.linear_quantized. Without calibration the range of a group is its smallest and largest weight;
-for 4 bits a few narrower ranges are tried too and the one with the least squared error wins.
+The layout is that of ops.linear_quantized. The range of a group is that of its weights; for 4 bits a few narrower ranges are
+tried too, the one with the least squared error wins, and least squares then fit scale and offset to the codes, as long as that
+makes the error smaller.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from torch import Tensor
 from llmopt.ops.linear_quantized import ZERO_POINT_4BIT, dequantized
 from llmopt.quant.schemes import Scheme
 
-# Shares of a group's range that are tried for 4 bits.
-SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
+# For 4 bits: the shares of a group's range that are tried, and the rounds of fitting.
+SHARES = (0.95, 0.9, 0.85, 0.8)
+FITS = 3
 ROWS_AT_ONCE = 4096  # bounds the memory of the search
 
 
@@ -74,24 +76,43 @@ def check(weight: Tensor, scheme: Scheme) -> None:
 
 def grid_of(values: Tensor, scheme: Scheme) -> Grid:
     """The grid for values [..., groups, group] float32: scale, offset [..., groups]."""
-    widest = full_grid(values, scheme, 1.0)
+    best = full_grid(values, scheme, 1.0)
     if scheme.bits == 8:
-        return widest
-    best = widest
+        return best
     error = _error(values, best, scheme)
-    candidates = [full_grid(values, scheme, share) for share in SHARES[1:]]
+    for share in SHARES:
+        best, error = _better(values, scheme, best, error, full_grid(values, scheme, share))
     if scheme.symmetric:
-        candidates.append(Grid(values.abs().amax(-1) / 7, None))
-    for grid in candidates:
-        new_error = _error(values, grid, scheme)
-        better = new_error < error
-        error = torch.where(better, new_error, error)
-        scale = torch.where(better, grid.scale, best.scale)
-        offset = None
-        if best.offset is not None and grid.offset is not None:
-            offset = torch.where(better, grid.offset, best.offset)
-        best = Grid(scale, offset)
+        narrow = Grid(values.abs().amax(-1) / 7, None)
+        best, error = _better(values, scheme, best, error, narrow)
+    for _ in range(FITS):
+        best, error = _better(values, scheme, best, error, _fitted(values, scheme, best))
     return best
+
+
+def _better(
+    values: Tensor, scheme: Scheme, best: Grid, error: Tensor, other: Grid
+) -> tuple[Grid, Tensor]:
+    """Per group the grid with the smaller error, and that error."""
+    new_error = _error(values, other, scheme)
+    is_better = new_error < error  # never where the other's error is NaN
+    offset = None
+    if best.offset is not None and other.offset is not None:
+        offset = torch.where(is_better, other.offset, best.offset)
+    grid = Grid(torch.where(is_better, other.scale, best.scale), offset)
+    return grid, torch.where(is_better, new_error, error)
+
+
+def _fitted(values: Tensor, scheme: Scheme, grid: Grid) -> Grid:
+    """Scale and offset of least squared error for the codes that this grid gives."""
+    codes = grid.nearest(values, scheme.bits)
+    if grid.offset is None:
+        codes = codes - ZERO_POINT_4BIT
+        return Grid((codes * values).sum(-1) / (codes * codes).sum(-1), None)
+    mean_code, mean = codes.mean(-1), values.mean(-1)
+    centred = codes - mean_code[..., None]
+    scale = (centred * values).sum(-1) / (centred * centred).sum(-1)
+    return Grid(scale, mean - scale * mean_code)
 
 
 def full_grid(values: Tensor, scheme: Scheme, share: float) -> Grid:

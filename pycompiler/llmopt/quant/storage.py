@@ -1,0 +1,293 @@
+"""A quantised model as a folder: tensors in safetensors, and a manifest that says what they are.
+
+    llmopt_quant.json          format version, model class, each quantised layer's scheme and sizes, the tensors file with its
+                               size and checksum, tensors that are one and the same
+    model-<checksum>.safetensors
+    config.json, …             of a Hugging Face model, as `save_pretrained` writes them
+
+The manifest is replaced last and atomically, so a folder always holds one whole model: the new one or the one before.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmopt.quant.layers import replace_modules, twin_of, untie
+from llmopt.quant.module import QuantizedLinear
+from llmopt.quant.schemes import Scheme
+
+MANIFEST = "llmopt_quant.json"
+FORMAT = 1  # raise it when a reader of the old one would get it wrong
+
+
+class StorageError(ValueError):
+    """A folder that does not hold the quantised model asked for; says what is wrong with it."""
+
+
+def save_quantized(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Writes a model made by llmopt.quantize into a folder (made if missing), replacing the quantised model in it.
+
+    Raises ValueError when the model has no quantised layer, OSError when the folder cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+    if not layers:
+        raise ValueError(
+            f"llmopt: {type(model).__name__} has no quantised layer: call llmopt.quantize first"
+        )
+    path = Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    before = _manifest_or_none(path)
+    tensors, same = _tensors(model)
+    with tempfile.TemporaryDirectory(prefix=".llmopt.", dir=path) as partial:
+        written = Path(partial) / "tensors"
+        save_file(tensors, written, metadata={"format": "pt"})
+        checksum = _checksum(written)
+        name = f"model-{checksum[:16]}.safetensors"
+        manifest = {
+            "format": FORMAT,
+            "model": _class_name(model),
+            "layers": {name: _layer_facts(layer) for name, layer in layers.items()},
+            "tensors": {"file": name, "bytes": written.stat().st_size, "checksum": checksum},
+            "same": same,
+        }
+        (Path(partial) / "manifest").write_text(json.dumps(manifest, indent=1))
+        _save_config(model, path)
+        _move(written, path / name)
+        _move(Path(partial) / "manifest", path / MANIFEST)
+    if before is not None and before != name:
+        (path / before).unlink(missing_ok=True)
+
+
+def load_quantized(
+    folder: str | os.PathLike[str],
+    model: Callable[[], nn.Module] | nn.Module | Any = None,
+) -> nn.Module:
+    """The model that save_quantized wrote, in eval mode, with the same tensors.
+
+    model: a function that returns the unquantised architecture (its weights do not matter), such a module (it stays as it is),
+    or a Hugging Face config. None: a Hugging Face model described by the folder's own config.json.
+
+    Raises StorageError for a missing, truncated or changed file, another model's files, and a newer format.
+    """
+    path = Path(folder)
+    manifest = _manifest(path)
+    skeleton = _skeleton(path, manifest, model)
+    if _class_name(skeleton) != manifest["model"]:
+        raise StorageError(
+            f"{path} holds a quantised {manifest['model']}, not a {_class_name(skeleton)}"
+        )
+    tensors = _read(path, manifest)
+    _insert(path, skeleton, manifest["layers"])
+    _assign(path, skeleton, tensors)
+    untie(skeleton)
+    return skeleton.eval()
+
+
+def _class_name(model: nn.Module) -> str:
+    return type(model).__name__
+
+
+def _layer_facts(layer: QuantizedLinear) -> dict[str, Any]:
+    bias = None if layer.bias is None else str(layer.bias.dtype).removeprefix("torch.")
+    return {
+        "n": layer.out_features,
+        "k": layer.in_features,
+        "bias": bias,
+        "scheme": dataclasses.asdict(layer.scheme),
+    }
+
+
+def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Every parameter and buffer (those that a state_dict leaves out too), and name → name of the one it is the same as."""
+    first: dict[tuple[Any, ...], str] = {}
+    tensors: dict[str, Tensor] = {}
+    same: dict[str, str] = {}
+    named = [*model.named_parameters(remove_duplicate=False)]
+    named += model.named_buffers(remove_duplicate=False)
+    for name, tensor in named:
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        if tensor.numel() and key in first:
+            same[name] = first[key]
+            continue
+        first[key] = name
+        data = tensor.detach().contiguous()
+        is_part = data.untyped_storage().nbytes() != data.numel() * data.element_size()
+        tensors[name] = data.clone() if is_part else data  # safetensors takes no views
+    return tensors, same
+
+
+def _save_config(model: nn.Module, path: Path) -> None:
+    for name in ("config", "generation_config"):
+        config: Any = getattr(model, name, None)
+        if hasattr(config, "save_pretrained"):
+            with tempfile.TemporaryDirectory(prefix=".llmopt.", dir=path) as partial:
+                config.save_pretrained(partial)
+                for file in Path(partial).iterdir():
+                    _move(file, path / file.name)
+
+
+def _move(source: Path, target: Path) -> None:
+    """Synced first, then renamed: the target is the old file or the whole new one."""
+    with open(source, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(source, target)
+    descriptor = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _checksum(path: Path) -> str:
+    with open(path, "rb") as file:
+        digest = hashlib.blake2b(digest_size=16)
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _manifest_or_none(path: Path) -> str | None:
+    """The tensors file of the model that is in the folder already."""
+    try:
+        return str(_manifest(path)["tensors"]["file"])
+    except StorageError:
+        return None
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    file = path / MANIFEST
+    try:
+        manifest = json.loads(file.read_text())
+    except FileNotFoundError as error:
+        raise StorageError(
+            f"{path} holds no {MANIFEST}: expected a folder written by llmopt.save_quantized"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise StorageError(f"{file} cannot be read ({error}): save the model again") from error
+    version = manifest.get("format") if isinstance(manifest, dict) else None
+    if not isinstance(version, int):
+        raise StorageError(f"{file} is not a manifest of llmopt.save_quantized")
+    if version > FORMAT:
+        raise StorageError(
+            f"{file} has format {version}, and this llmopt reads up to {FORMAT}: install a newer llmopt"
+        )
+    missing = [k for k in ("model", "layers", "tensors") if k not in manifest]
+    if missing:
+        raise StorageError(f"{file} lacks {', '.join(missing)}: save the model again")
+    return manifest
+
+
+def _skeleton(path: Path, manifest: dict[str, Any], model: Any) -> nn.Module:
+    if isinstance(model, nn.Module):
+        return twin_of(model)
+    if callable(model):
+        made = model()
+        if not isinstance(made, nn.Module):
+            raise TypeError(f"llmopt: the model function returned a {type(made).__name__}")
+        return made
+    try:
+        import transformers
+    except ImportError as error:
+        raise StorageError(
+            f"{path}: give a function that makes the model (transformers is not installed)"
+        ) from error
+    if model is None:
+        if not (path / "config.json").is_file():
+            raise StorageError(
+                f"{path} holds no config.json: give load_quantized a function that makes the model"
+            )
+        model = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
+    cls = getattr(transformers, manifest["model"], None)
+    if cls is None:
+        raise StorageError(
+            f"{path} holds a quantised {manifest['model']}, which transformers "
+            f"{transformers.__version__} does not have"
+        )
+    made = cls(model)
+    if (path / "generation_config.json").is_file() and hasattr(made, "generation_config"):
+        made.generation_config = transformers.GenerationConfig.from_pretrained(
+            path, local_files_only=True
+        )
+    return made
+
+
+def _read(path: Path, manifest: dict[str, Any]) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    facts = manifest["tensors"]
+    file = path / Path(facts["file"]).name
+    if not file.is_file():
+        raise StorageError(f"{path} lacks {file.name}, which its {MANIFEST} names")
+    size = file.stat().st_size
+    if size != facts["bytes"]:
+        raise StorageError(f"{file} has {size} bytes instead of {facts['bytes']}: copy it again")
+    if _checksum(file) != facts["checksum"]:
+        raise StorageError(f"{file} does not have the bytes that were written: copy it again")
+    try:
+        tensors = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise StorageError(f"{file} cannot be read ({error})") from error
+    for name, origin in manifest.get("same", {}).items():
+        tensors[name] = tensors[origin]
+    return tensors
+
+
+def _insert(path: Path, model: nn.Module, layers: dict[str, Any]) -> None:
+    modules = dict(model.named_modules())
+    for name, facts in layers.items():
+        if name not in modules:
+            raise StorageError(f"{path} is of another model: this one has no layer {name}")
+        try:
+            dtype = None if facts["bias"] is None else getattr(torch, facts["bias"])
+            scheme = Scheme(**facts["scheme"])
+            layer = QuantizedLinear.empty(facts["n"], facts["k"], scheme, dtype)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise StorageError(f"{path / MANIFEST}: {name} is described wrongly ({error})") from error
+        replace_modules(model, {modules[name]: layer})
+
+
+def _assign(path: Path, model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Gives every parameter and buffer its tensor, as it is."""
+    places = dict(model.named_parameters(remove_duplicate=False))
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    expected = {**places, **buffers}
+    for words, names in (
+        ("lacks", expected.keys() - tensors.keys()),
+        ("has, and the model has not,", tensors.keys() - expected.keys()),
+    ):
+        if names:
+            raise StorageError(f"{path} is of another model: it {words} {_some(names)}")
+    wrong = [n for n, t in tensors.items() if t.shape != expected[n].shape]
+    if wrong:
+        name = min(wrong)
+        raise StorageError(
+            f"{path} is of another model: {name} is {tuple(tensors[name].shape)} there and "
+            f"{tuple(expected[name].shape)} here"
+        )
+    shared: dict[int, nn.Parameter] = {}
+    for name, tensor in tensors.items():
+        parent, _, leaf = name.rpartition(".")
+        module = model.get_submodule(parent)
+        if name in buffers:
+            module._buffers[leaf] = tensor
+        else:
+            known = nn.Parameter(tensor, places[name].requires_grad)
+            module._parameters[leaf] = shared.setdefault(id(tensor), known)
+
+
+def _some(names: Any) -> str:
+    listed = sorted(names)
+    return ", ".join(listed[:3]) + (f" … ({len(listed)} in all)" if len(listed) > 3 else "")
