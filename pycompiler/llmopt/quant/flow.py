@@ -28,7 +28,9 @@ class Feed:
 
     source: str
     targets: tuple[str, ...]
-    norm_offset: float | None  # of a norm: its output is (weight + norm_offset) · x̂ [+ bias]; None: a linear
+    norm_offset: (
+        float | None
+    )  # of a norm: its output is (weight + norm_offset) · x̂ [+ bias]; None: a linear
 
 
 def feeds_of(model: nn.Module, sample: Sample, linears: Mapping[str, nn.Module]) -> list[Feed]:
@@ -187,7 +189,7 @@ def _norm_offset(norm: nn.Module, x: Tensor | None) -> float | None:
 
 def divided(norm: nn.Module, norm_offset: float, s: Tensor) -> dict[str, Tensor]:
     """The parameters that make a norm give its output divided by s."""
-    weight: Tensor = norm.weight.detach()  # type: ignore[assignment, operator]
+    weight: Tensor = norm.weight.detach()  # type: ignore[operator]
     new = {"weight": ((weight.float() + norm_offset) / s - norm_offset).to(weight.dtype)}
     bias: Tensor | None = getattr(norm, "bias", None)
     if bias is not None:

@@ -35,12 +35,12 @@ def linears_of(model: nn.Module) -> dict[str, nn.Module]:
 
 def weight_of(linear: nn.Module) -> Tensor:
     """The weight as [N, K]; a view, detached."""
-    weight: Tensor = linear.weight.detach()  # type: ignore[assignment, operator]
+    weight: Tensor = linear.weight.detach()  # type: ignore[operator]
     return weight.T if is_conv1d(linear) else weight
 
 
 def bias_of(linear: nn.Module) -> Tensor | None:
-    return None if linear.bias is None else linear.bias.detach()  # type: ignore[union-attr, operator, return-value]
+    return None if linear.bias is None else linear.bias.detach()  # type: ignore[operator]
 
 
 def set_weight(linear: nn.Module, weight: Tensor) -> None:

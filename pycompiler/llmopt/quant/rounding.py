@@ -65,13 +65,18 @@ def round_weight(weight: Tensor, scheme: Scheme) -> Codes:
     return Codes(torch.cat([p.codes for p in parts]), torch.cat([p.scales for p in parts]), offsets)
 
 
+def why_not(weight: Tensor, scheme: Scheme) -> str:
+    """Why this weight [N, K] cannot have this scheme; "" when it can."""
+    if reason := scheme.reject(weight.shape[1]):
+        return reason
+    bad = weight.numel() - int(weight.detach().isfinite().sum())
+    return f"{bad} of its {weight.numel()} weights are NaN or infinite" if bad else ""
+
+
 def check(weight: Tensor, scheme: Scheme) -> None:
     """Raises ValueError when this weight cannot have this scheme."""
-    if reason := scheme.reject(weight.shape[1]):
+    if reason := why_not(weight, scheme):
         raise ValueError(reason)
-    bad = weight.numel() - int(weight.detach().isfinite().sum())
-    if bad:
-        raise ValueError(f"{bad} of its {weight.numel()} weights are NaN or infinite")
 
 
 def grid_of(values: Tensor, scheme: Scheme) -> Grid:
@@ -120,7 +125,9 @@ def full_grid(values: Tensor, scheme: Scheme, share: float) -> Grid:
     if scheme.symmetric and scheme.bits == 8:
         return Grid(values.abs().amax(-1) / 127 * share, None)
     low, high = values.amin(-1), values.amax(-1)
-    if scheme.symmetric:  # −8 is a code and 8 is not: the sign of the scale gives −8 to the longer side
+    if (
+        scheme.symmetric
+    ):  # −8 is a code and 8 is not: the sign of the scale gives −8 to the longer side
         return Grid(torch.where(high > -low, high, low) / -8 * share, None)
     if scheme.bits == 8:
         return Grid((high / 254 - low / 254) * share, high / 2 + low / 2)

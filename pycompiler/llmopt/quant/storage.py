@@ -114,7 +114,7 @@ def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     first: dict[tuple[Any, ...], str] = {}
     tensors: dict[str, Tensor] = {}
     same: dict[str, str] = {}
-    named = [*model.named_parameters(remove_duplicate=False)]
+    named: list[tuple[str, Tensor]] = [*model.named_parameters(remove_duplicate=False)]
     named += model.named_buffers(remove_duplicate=False)
     for name, tensor in named:
         key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
@@ -255,7 +255,9 @@ def _insert(path: Path, model: nn.Module, layers: dict[str, Any]) -> None:
             scheme = Scheme(**facts["scheme"])
             layer = QuantizedLinear.empty(facts["n"], facts["k"], scheme, dtype)
         except (KeyError, TypeError, AttributeError) as error:
-            raise StorageError(f"{path / MANIFEST}: {name} is described wrongly ({error})") from error
+            raise StorageError(
+                f"{path / MANIFEST}: {name} is described wrongly ({error})"
+            ) from error
         replace_modules(model, {modules[name]: layer})
 
 
