@@ -75,12 +75,16 @@ def observe(
     seen: dict[str, Inputs] = {}
 
     def hook(name: str) -> Any:
-        def collect(_: nn.Module, args: tuple[Any, ...]) -> None:
-            _add(seen, name, args[0].detach().flatten(0, -2).float(), moments)
+        def collect(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x: Tensor = next(iter((*args, *kwargs.values())))
+            _add(seen, name, x.detach().reshape(-1, x.shape[-1]).float(), moments)
 
         return collect
 
-    handles = [linear.register_forward_pre_hook(hook(name)) for name, linear in linears.items()]
+    handles = [
+        linear.register_forward_pre_hook(hook(name), with_kwargs=True)
+        for name, linear in linears.items()
+    ]
     try:
         with evaluating(model):
             for sample in samples:

@@ -123,7 +123,7 @@ def _schemes(
             f"the linears are {_some(linears)}"
         )
     if not schemes:
-        raise ValueError(f"llmopt: {type(model).__name__} has no linear layer to quantise")
+        raise ValueError(f"llmopt: {type(model).__name__} holds no linear layer to quantise")
     return schemes
 
 
@@ -142,13 +142,12 @@ def _scale(
     scaler: str,
     alpha: float,
 ) -> None:
+    inputs = observe(model, samples, linears, moments=False)
     feeds = flow.feeds_of(model, samples[0], linears)
     modules = dict(model.named_modules())
     log.info("%s: %d of %d linears follow a layer that takes their scale", scaler,
              sum(len(f.targets) for f in feeds), len(linears))  # fmt: skip
-    targets = {name: linears[name] for feed in feeds for name in feed.targets}
     if scaler == "smoothquant":
-        inputs = observe(model, samples, targets, moments=False)
         for feed in feeds:
             scaling.smooth(feed, modules, inputs, alpha)
         return

@@ -22,14 +22,14 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def linears_of(model: nn.Module) -> dict[str, nn.Module]:
-    """Every linear by its first name, in the model's order. Parts of nn.MultiheadAttention are left out: it reads weights."""
+    """Every linear inside a model by its first name, in the model's order. Parts of nn.MultiheadAttention are left out: it reads weights."""
     inside = tuple(
         f"{name}." for name, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)
     )
     return {
         name: module
         for name, module in model.named_modules()
-        if is_linear(module) and not name.startswith(inside)
+        if name and is_linear(module) and not name.startswith(inside)
     }
 
 
@@ -53,8 +53,8 @@ def set_weight(linear: nn.Module, weight: Tensor) -> None:
 def replace_modules(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:
     """Puts each replacement wherever the module stands, under all of its names."""
     for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if child in replacements:
+        for name, child in list(parent._modules.items()):  # named_children leaves out second names
+            if child is not None and child in replacements:
                 setattr(parent, name, replacements[child])
 
 
