@@ -137,7 +137,7 @@ def test_no_quantised_model(tmp_path: Path) -> None:
     refused(
         tmp_path, "holds no llmopt_quant.json: expected a folder written by llmopt.save_quantized"
     )
-    with pytest.raises(ValueError, match="no quantised layer: call llmopt.quantize first"):
+    with pytest.raises(ValueError, match="no quantised layer"):
         llmopt.save_quantized(models.llama(), tmp_path / "x")
     assert not (tmp_path / "x").exists()
 
