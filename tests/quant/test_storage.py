@@ -10,6 +10,7 @@ from pathlib import Path
 import llmopt
 import pytest
 import torch
+from llmopt.models import ModelError, load
 from llmopt.quant import storage
 from safetensors.torch import load_file, save_file
 
@@ -87,6 +88,16 @@ def test_every_way_to_name_the_architecture(saved: Path) -> None:
     for given in (models.llama, module, module.config):
         assert generated(llmopt.load_quantized(saved, given)) == want
     assert isinstance(module.lm_head, torch.nn.Linear)
+
+
+def test_models_are_loaded_by_folder_too(saved: Path) -> None:
+    loaded = load(str(saved))
+    assert loaded.kind == "causal"
+    assert generated(loaded.model) == generated(llmopt.load_quantized(saved))
+    (file,) = saved.glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ModelError, match="bytes instead of"):
+        load(str(saved))
 
 
 def test_tied_weights_are_stored_once(tmp_path: Path) -> None:
