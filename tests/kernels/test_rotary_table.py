@@ -11,7 +11,9 @@ from llmopt.native.program import run_op
 @pytest.mark.parametrize(("batch", "length", "half"), [(1, 1, 32), (2, 17, 3), (1, 129, 48)])
 def test_cosine_and_sine_fill_both_halves(tier, dtype, batch, length, half):
     frequency = 1.0 / 10000 ** (torch.arange(half) / half)
-    position = torch.randint(0, 100_000, (batch, length), generator=torch.Generator().manual_seed(0))
+    position = torch.randint(
+        0, 100_000, (batch, length), generator=torch.Generator().manual_seed(0)
+    )
     cos, sin = (torch.full((batch, length, 2 * half), torch.nan).to(dtype) for _ in range(2))
     size = (batch, length, half)
     operands = [frequency.expand(size), position[..., None].expand(size), cos, sin]

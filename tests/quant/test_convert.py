@@ -179,6 +179,19 @@ def test_training_mode_is_kept() -> None:
     assert all(m.training for m in twin.modules())
 
 
+def test_random_tokens_find_outliers_too() -> None:
+    model = outliers()
+    plain, smooth = (llmopt.quantize(model, "w8a8", c) for c in (None, "random"))
+    want = logits(model)
+    assert divergence(want, logits(smooth)) < 0.5 * divergence(want, logits(plain))
+    with pytest.raises(
+        ValueError, match="'random' is for language models, and Sequential names no"
+    ):
+        llmopt.quantize(models.mlp(), "w8a8", "random", group=32)
+    with pytest.raises(ValueError, match="calibration='text' does not exist"):
+        llmopt.quantize(model, "w8a8", "text")
+
+
 def test_bad_requests() -> None:
     model = models.llama()
 

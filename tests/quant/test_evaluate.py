@@ -83,13 +83,19 @@ def test_the_command(tmp_path, capsys) -> None:
     assert "pydoc_data.topics" in found["text"]
 
 
-def test_bad_requests(capsys) -> None:
+def test_bad_requests(tmp_path, capsys) -> None:
+    file = tmp_path / "model.py"
+    file.write_text("from tests.quant.models import llama\n")
     for arguments, words in (
         ([], "say what to measure"),
         (["--scheme", "w2a2"], "'w2a2' does not exist"),
         (["--scheme", "w8a8", "--group", "7"], "group=7"),
+        (["--scheme", "w8a8", "--algorithm", "magic"], "'magic' does not exist"),
         (["--scheme", "gguf"], "--scheme gguf is for smollm2"),
         (["--precision", "w1"], "'w1' does not exist"),
+        (["--scheme", "w8a8", "--tokens", "100"], "hold no window of 512"),
     ):
-        assert cli.main(["eval", "minilm", "--random-weights", *arguments]) == 1
-        assert words in capsys.readouterr().err or "only language models" in words
+        assert cli.main(["eval", f"{file}:llama", *arguments]) == 1
+        assert words in capsys.readouterr().err
+    assert cli.main(["eval", "minilm", "--random-weights", "--scheme", "w8a8"]) == 1
+    assert "encoders with a tokenizer can be measured" in capsys.readouterr().err

@@ -10,6 +10,7 @@ from pathlib import Path
 import llmopt
 import pytest
 import torch
+from llmopt.models import ModelError, load
 from llmopt.quant import storage
 from safetensors.torch import load_file, save_file
 
@@ -89,6 +90,16 @@ def test_every_way_to_name_the_architecture(saved: Path) -> None:
     assert isinstance(module.lm_head, torch.nn.Linear)
 
 
+def test_models_are_loaded_by_folder_too(saved: Path) -> None:
+    loaded = load(str(saved))
+    assert loaded.kind == "causal"
+    assert generated(loaded.model) == generated(llmopt.load_quantized(saved))
+    (file,) = saved.glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ModelError, match="bytes instead of"):
+        load(str(saved))
+
+
 def test_tied_weights_are_stored_once(tmp_path: Path) -> None:
     model = llmopt.quantize(models.llama(), "w8a8", layers={"lm_head": None})
     llmopt.save_quantized(model, tmp_path)
@@ -137,7 +148,7 @@ def test_no_quantised_model(tmp_path: Path) -> None:
     refused(
         tmp_path, "holds no llmopt_quant.json: expected a folder written by llmopt.save_quantized"
     )
-    with pytest.raises(ValueError, match="no quantised layer: call llmopt.quantize first"):
+    with pytest.raises(ValueError, match="no quantised layer"):
         llmopt.save_quantized(models.llama(), tmp_path / "x")
     assert not (tmp_path / "x").exists()
 

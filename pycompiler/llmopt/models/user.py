@@ -42,10 +42,11 @@ def from_function(spec: str, dtype: torch.dtype) -> LoadedModel:
 
 
 def from_folder(folder: Path, dtype: torch.dtype, random_weights: bool) -> LoadedModel:
-    """A folder written by `save_pretrained`, with its tokenizer when it holds one."""
+    """A folder written by `save_pretrained` or `save_quantized`, with its tokenizer when it holds one."""
     import transformers
 
     from llmopt.models import LoadedModel
+    from llmopt.quant.storage import MANIFEST, load_quantized
 
     config_file = folder / "config.json"
     if not config_file.is_file():
@@ -63,6 +64,8 @@ def from_folder(folder: Path, dtype: torch.dtype, random_weights: bool) -> Loade
             torch.manual_seed(0)
             config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
             model = cls(config).to(dtype)
+        elif (folder / MANIFEST).is_file():
+            model = load_quantized(folder).to(dtype)
         else:
             model = cls.from_pretrained(folder, dtype=dtype, local_files_only=True)
     except ModelError:

@@ -45,6 +45,27 @@ def samples_of(calibration: Iterable[Sample] | Sample | None) -> list[Sample]:
     return samples
 
 
+def random_tokens(model: nn.Module, count: int = 4, length: int = 256) -> list[Sample]:
+    """Samples for a language model where no text is at hand: random tokens (seeded), the first one as a text would begin.
+
+    Raises ValueError for a model whose config does not say the size of its vocabulary.
+    """
+    config: Any = getattr(model, "config", None)
+    vocabulary = getattr(config, "vocab_size", None)
+    if not isinstance(vocabulary, int):
+        raise ValueError(
+            f"llmopt: calibration='random' is for language models, and {type(model).__name__} "
+            "names no vocabulary: give sample inputs"
+        )
+    longest = getattr(config, "max_position_embeddings", None) or length
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, vocabulary, (count, min(length, longest)), generator=generator)
+    if isinstance(getattr(config, "bos_token_id", None), int):
+        ids[:, 0] = config.bos_token_id
+    device = next(model.parameters()).device
+    return [{"input_ids": row[None].to(device)} for row in ids]
+
+
 def call(model: nn.Module, sample: Sample) -> Any:
     """The model's output for one sample, without gradients."""
     with torch.no_grad():

@@ -10,7 +10,7 @@ from typing import TypeVar
 from torch import nn
 
 from llmopt.quant import flow, scaling
-from llmopt.quant.calibration import Inputs, Sample, observe, samples_of
+from llmopt.quant.calibration import Inputs, Sample, observe, random_tokens, samples_of
 from llmopt.quant.gptq import gptq
 from llmopt.quant.layers import (
     bias_of,
@@ -35,7 +35,7 @@ MOMENTS_AT_ONCE = 2**30  # bytes of second moments held at a time
 def quantize(
     model: Model,
     scheme: str | Scheme = "w8a8",
-    calibration: Iterable[Sample] | Sample | None = None,
+    calibration: Iterable[Sample] | Sample | str | None = None,
     *,
     group: int | str | None = None,
     symmetric: bool | None = None,
@@ -46,7 +46,8 @@ def quantize(
     """A quantised twin of the model; the model stays as it is, and what is not quantised is shared.
 
     scheme: "w8a8", "w8a16", "w4a16", "w4a8" or a Scheme; group ("channel", 32, 64, 128) and symmetric change its defaults.
-    calibration: sample inputs, each a tensor, a tuple of positional or a dict of keyword inputs.
+    calibration: sample inputs, each a tensor, a tuple of positional or a dict of keyword inputs; or "random": random tokens for a
+        language model, which show where a model has its outliers, if not how a text would weigh them.
     algorithm: "round"; with calibration also "smoothquant", "awq", "gptq", "smoothquant+gptq", "awq+gptq". Default: "round"
         without calibration, with it "smoothquant" for w8a8 and "gptq" for the others.
     alpha: how much of the activations' range SmoothQuant moves into weights, 0 … 1.
@@ -57,7 +58,7 @@ def quantize(
     weights (naming the layer), and a model without linears.
     """
     wanted = scheme_of(scheme, group, symmetric)
-    samples = None if calibration is None else samples_of(calibration)
+    samples = _samples(model, calibration)
     scaler, rounder = _algorithm(algorithm, samples, wanted)
     if not 0 <= alpha <= 1:
         raise ValueError(f"llmopt: alpha={alpha} is not between 0 and 1")
@@ -75,6 +76,20 @@ def quantize(
             _put(twin, linear, round_weight(weight_of(linear), schemes[name]), schemes[name])
     untie(twin)
     return twin
+
+
+def _samples(
+    model: nn.Module, calibration: Iterable[Sample] | Sample | str | None
+) -> list[Sample] | None:
+    if calibration is None:
+        return None
+    if isinstance(calibration, str):
+        if calibration != "random":
+            raise ValueError(
+                f"llmopt: calibration={calibration!r} does not exist; possible: sample inputs, 'random'"
+            )
+        return random_tokens(model)
+    return samples_of(calibration)
 
 
 def _algorithm(

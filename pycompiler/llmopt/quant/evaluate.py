@@ -44,7 +44,8 @@ def windows_of(ids: Tensor, length: int, limit: int | None = None) -> Tensor:
     """
     count = (ids.numel() if limit is None else min(limit, ids.numel())) // length
     if length < 2 or count < 1:
-        raise ValueError(f"llmopt: {ids.numel()} tokens hold no window of {length}")
+        usable = ids.numel() if limit is None else min(limit, ids.numel())
+        raise ValueError(f"llmopt: {usable} tokens hold no window of {length}")
     return ids[: count * length].view(count, length)
 
 

@@ -22,7 +22,10 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def linears_of(model: nn.Module) -> dict[str, nn.Module]:
-    """Every linear inside a model by its first name, in the model's order. Parts of nn.MultiheadAttention are left out: it reads weights."""
+    """Every linear inside a model by its first name, in the model's order.
+
+    Parts of nn.MultiheadAttention are left out: it reads weights.
+    """
     inside = tuple(
         f"{name}." for name, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)
     )

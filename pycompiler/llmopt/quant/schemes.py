@@ -45,7 +45,7 @@ class Scheme:
 
 
 W8A8 = Scheme("w8a8", 8, "int8", 64, symmetric=True)
-W8A16 = Scheme("w8a16", 8, "same", 64, symmetric=True)
+W8A16 = Scheme("w8a16", 8, "same", 32, symmetric=True)
 W4A16 = Scheme("w4a16", 4, "same", 32, symmetric=False)
 W4A8 = Scheme("w4a8", 4, "int8", 32, symmetric=False)
 SCHEMES: Mapping[str, Scheme] = {s.name: s for s in (W8A8, W8A16, W4A16, W4A8)}
