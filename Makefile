@@ -23,6 +23,7 @@ bench: $(VENV)/installed
 	$(PIP) onnx onnxruntime onnxscript
 	$(BIN)/llmopt bench smollm2 --against eager,inductor --markdown README.md
 	$(BIN)/llmopt bench smollm2 --dtype bf16 --against eager --markdown README.md
+	$(BIN)/llmopt bench smollm2 --dtype fp16 --against eager --markdown README.md
 	$(BIN)/llmopt bench minilm --against eager,inductor,onnxruntime --markdown README.md
 	$(BIN)/python -m pytest bench $(ARGS)
 

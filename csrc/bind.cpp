@@ -73,7 +73,8 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("bytes", &Memory::bytes);
   py::class_<Samples>(m, "Samples", "Remembers a few cache lines of each of several memory ranges.")
       .def(py::init<std::vector<int64_t>, std::vector<int64_t>>(), py::arg("addresses"), py::arg("bytes"))
-      .def("unchanged", &Samples::unchanged);
+      .def("unchanged", &Samples::unchanged)
+      .def("fetch", &Samples::fetch);
   py::class_<Neighbourhood>(m, "Neighbourhood", "Objects in memory, and those they point to, to be fetched together.")
       .def(py::init<std::vector<std::pair<int64_t, int64_t>>>(), py::arg("objects"))
       .def("fetch", &Neighbourhood::fetch);

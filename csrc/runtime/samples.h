@@ -34,6 +34,12 @@ class Samples {
     return digest(line) == digests_[line];
   }
 
+  // Fetches what unchanged() will look at next.
+  void fetch() const {
+    for (const auto& [address, bytes] : lines_[turn_.load(std::memory_order_relaxed) % kLines])
+      __builtin_prefetch(reinterpret_cast<const void*>(address));
+  }
+
  private:
   static constexpr int kLines = 16;
   static constexpr int64_t kLineBytes = 64;

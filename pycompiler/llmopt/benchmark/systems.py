@@ -15,6 +15,7 @@ import torch
 
 from llmopt.benchmark.phases import Phase, Runner, last_logits_only
 from llmopt.models import LoadedModel, ModelError
+from llmopt.options import AVAILABLE_PRECISIONS
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,12 @@ def _eager(loaded: LoadedModel, phases: Sequence[Phase]) -> Runner:
     return _module_runner(loaded, loaded.model)
 
 
-def _llmopt(loaded: LoadedModel, phases: Sequence[Phase]) -> Runner:
-    return _module_runner(loaded, torch.compile(loaded.model, backend="llmopt"))
+def _llmopt(precision: str) -> Callable[[LoadedModel, Sequence[Phase]], Runner]:
+    def build(loaded: LoadedModel, phases: Sequence[Phase]) -> Runner:
+        chosen = {"precision": precision}
+        return _module_runner(loaded, torch.compile(loaded.model, backend="llmopt", options=chosen))
+
+    return build
 
 
 def _inductor(loaded: LoadedModel, phases: Sequence[Phase]) -> Runner:
@@ -103,7 +108,12 @@ def _no_onnx() -> str:
 SYSTEMS = {
     row.name: row
     for row in (
-        System("llmopt", True, _nothing, _llmopt),
+        System("llmopt", True, _nothing, _llmopt("exact")),
+        *(
+            System(f"llmopt-{precision}", True, _nothing, _llmopt(precision))
+            for precision in AVAILABLE_PRECISIONS
+            if precision != "exact"
+        ),
         System("eager", False, _nothing, _eager),
         System("inductor", True, _no_compiler, _inductor),
         System("inductor-freezing", True, _no_compiler, _inductor_freezing),

@@ -30,7 +30,7 @@ def add(commands: Any) -> None:
         type=options.names,
         default=["eager"],
         metavar="SYSTEM,…",
-        help="eager, inductor, inductor-freezing, onnxruntime (default: eager)",
+        help="eager, inductor, inductor-freezing, onnxruntime, llmopt-w8a8, llmopt-w8a16, llmopt-w4a16, llmopt-w4a8 (default: eager)",
     )
     parser.add_argument(
         "--phases",
