@@ -64,7 +64,7 @@ def _eager(loaded: LoadedModel, phases: Sequence[Phase]) -> Runner:
 
 def _llmopt(precision: str) -> Callable[[LoadedModel, Sequence[Phase]], Runner]:
     def build(loaded: LoadedModel, phases: Sequence[Phase]) -> Runner:
-        chosen = {"precision": precision}
+        chosen: dict[str, Any] = {"precision": precision}
         return _module_runner(loaded, torch.compile(loaded.model, backend="llmopt", options=chosen))
 
     return build

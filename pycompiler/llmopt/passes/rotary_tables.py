@@ -17,6 +17,7 @@ from llmopt.graph import (
     getitem,
     is_one,
     is_tensor,
+    is_view,
     kind,
     replace,
     same_shape,
@@ -49,7 +50,7 @@ def _match(graph: fx.Graph, mode: Any, whole: fx.Node) -> None:
     cos, sin = _finished(tables["cos"]), _finished(tables["sin"])
     if cos[1:] != sin[1:]:
         cos, sin = (tables["cos"], 1.0, torch.float32), (tables["sin"], 1.0, torch.float32)
-    if not _fit(*map(fake, factors)):
+    if not _fit(*map(fake, factors)) or _goes_to_pytorch(cos[0]):
         return
     with graph.inserting_before(whole):
         if _is_swap(pieces[0]):
@@ -65,6 +66,17 @@ def _match(graph: fx.Graph, mode: Any, whole: fx.Node) -> None:
 
 def _fit(frequencies: torch.Tensor, positions: torch.Tensor) -> bool:
     return frequencies.dtype == torch.float32 and positions.dtype in (torch.int64, torch.float32)
+
+
+def _goes_to_pytorch(table: fx.Node) -> bool:
+    """True when the table is spread by repeat_interleave, which has no kernel: then the table is better made there too."""
+    waiting = [table]
+    while waiting:
+        node = waiting.pop()
+        if kind(node) == "repeat_interleave":
+            return True
+        waiting += [u for u in node.users if kind(u) == "repeat_interleave" or is_view(u)]
+    return False
 
 
 def _factors(angle: fx.Node) -> list[fx.Node] | None:
