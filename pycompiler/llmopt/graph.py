@@ -421,9 +421,9 @@ def _member(node: fx.Node) -> str:
 
 def _short_path(file: str) -> str:
     path = Path(file)
-    if path.is_relative_to(Path.cwd()):
-        return str(path.relative_to(Path.cwd()))
-    for root in sorted(sys.path, key=len, reverse=True):
+    for root in sorted(
+        {str(Path.cwd()), *sys.path}, key=len, reverse=True
+    ):  # a venv may lie in the working directory
         if root and path.is_relative_to(root):
             return str(path.relative_to(root))
     return file

@@ -7,8 +7,11 @@ import subprocess
 import sys
 from typing import Any
 
+import llmopt
 import pytest
 import torch
+from llmopt import _C
+from llmopt.target import _target
 
 from tests.e2e.blocks import Block, block_input, build
 
@@ -89,41 +92,82 @@ def test_the_backend_needs_no_import() -> None:
     assert result.stdout == "done\n", result.stderr
 
 
-def test_a_cpu_tier_that_does_not_exist() -> None:
-    result = run(LLMOPT_CPU_ISA="bogus")
-    assert result.returncode != 0
-    assert "bogus" in result.stderr
-    assert all(tier in result.stderr for tier in ("scalar", "avx2", "avx512", "avx512_vnni"))
+def call_block() -> None:
+    """The environment is read whenever a graph is compiled, so this process will do."""
+    module = build(Block)
+    with torch.no_grad():
+        got = torch.compile(module, backend="llmopt")(block_input())
+        torch.testing.assert_close(got, module(block_input()), rtol=1e-4, atol=1e-4)
 
 
-def test_the_lowest_cpu_tier() -> None:
-    result = run(LLMOPT_CPU_ISA="scalar")
-    assert result.stdout == "done\n", result.stderr
+def test_a_cpu_tier_that_does_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLMOPT_CPU_ISA", "bogus")
+    with pytest.raises(Exception, match="LLMOPT_CPU_ISA='bogus'") as error:
+        call_block()
+    assert all(tier in str(error.value) for tier in ("scalar", "avx2", "avx512", "avx512_vnni"))
 
 
-def test_a_debug_level_that_does_not_exist() -> None:
-    result = run(LLMOPT_DEBUG="7")
-    assert result.returncode != 0
-    assert "LLMOPT_DEBUG" in result.stderr
-
-
-def test_an_unwritable_cache_directory() -> None:
-    result = run(LLMOPT_CACHE_DIR="/proc/nowhere")
-    assert result.stdout == "done\n", result.stderr
-
-
-def test_fallbacks_are_told_at_debug_level_one() -> None:
-    script = SCRIPT.replace(
-        "torch.nn.Linear(8, 8)", "torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.CELU())"
+def test_a_cpu_tier_this_cpu_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on an older CPU: it runs fewer tiers than the build has."""
+    every = _C.tiers(supported_only=False)
+    monkeypatch.setattr(
+        _C, "tiers", lambda supported_only=True: every[-1:] if supported_only else every
     )
-    result = subprocess.run(
-        [sys.executable, "-c", script],
-        env=os.environ | {"LLMOPT_DEBUG": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert "no kernel for celu" in result.stdout + result.stderr
+    monkeypatch.setenv("LLMOPT_CPU_ISA", every[0])
+    _target.cache_clear()
+    try:
+        with pytest.raises(
+            ValueError, match=f"this CPU runs {every[-1]}; this build has {every[0]}"
+        ):
+            llmopt.target()
+    finally:
+        _target.cache_clear()
+
+
+def test_the_lowest_cpu_tier(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLMOPT_CPU_ISA", "scalar")
+    call_block()
+
+
+def test_a_debug_level_that_does_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLMOPT_DEBUG", "7")
+    with pytest.raises(Exception, match="LLMOPT_DEBUG='7': expected one of"):
+        call_block()
+
+
+def test_an_unwritable_cache_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiling needs none; converting a model goes on without it, see test_models_loading."""
+    monkeypatch.setenv("LLMOPT_CACHE_DIR", "/proc/nowhere")
+    call_block()
+
+
+def test_fallbacks_are_told_at_debug_level_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LLMOPT_DEBUG", "1")
+    with torch.no_grad():
+        torch.compile(
+            torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.CELU()), backend="llmopt"
+        )(torch.ones(2, 8))
+    assert "no kernel for celu" in capsys.readouterr().out
+
+
+def test_a_position_past_a_static_cache_is_an_index_error() -> None:
+    """PyTorch's own index_copy_ raises it too; memory behind the cache must stay as it is."""
+
+    def step(cache: torch.Tensor, index: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        cache.index_copy_(2, index, new)
+        return torch.nn.functional.scaled_dot_product_attention(new, cache, cache)
+
+    slab = torch.zeros(2, 1, 2, 8, 4)
+    compiled = torch.compile(step, backend="llmopt")
+    with torch.no_grad():
+        compiled(slab[0], torch.tensor([7]), torch.ones(1, 2, 1, 4))
+        assert (slab[0, :, :, 7] == 1).all()
+        for bad in (8, -1):
+            with pytest.raises(IndexError, match="out of (range|bounds)"):
+                compiled(slab[0], torch.tensor([bad]), torch.ones(1, 2, 1, 4))
+    assert (slab[1] == 0).all()
 
 
 def test_a_model_on_the_meta_device() -> None:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from llmopt.compiled import alive
+from llmopt.weights import STORE
 from torch import nn
 from torch.nn import functional as F
 
@@ -276,6 +278,18 @@ def tensors_alive() -> int:
     return sum(isinstance(o, torch.Tensor) for o in gc.get_objects())
 
 
+def held_by_us() -> dict[str, int]:
+    """What lives of the objects that hold a model's memory; independent of the allocator."""
+    gc.collect()
+    names = ("CompiledGraph", "Segment", "Plan", "PackedWeight", "SegmentBuilder")
+    counts = dict.fromkeys(names, 0)
+    for thing in gc.get_objects():
+        kind = type(thing)
+        if str(kind.__module__).startswith("llmopt.") and kind.__name__ in counts:
+            counts[kind.__name__] += 1
+    return counts | {"graphs": len(alive()), "packed bytes": STORE.total_bytes()}
+
+
 @torch.no_grad()
 def test_a_thousand_calls_leak_nothing(backend: str) -> None:
     """Every call returns 50 KB: keeping them all would cost 50 MB."""
@@ -316,12 +330,16 @@ def test_forgotten_models_give_their_weights_back(backend: str) -> None:
             lambda: nn.Sequential(nn.Linear(1024, 2048), nn.GELU(), nn.Linear(2048, 1024))
         )
         torch.compile(module, backend=backend)(torch.randn(4, 1024))
+        if backend == "llmopt":
+            assert all(held_by_us().values()), "what is counted must exist while the model does"
         del module
         torch._dynamo.reset()
 
     for _ in range(2):
         use()
-    before = resident_bytes()
+    before, ours = resident_bytes(), held_by_us()
     for _ in range(6):  # 16 MiB of weights each
         use()
+    gc.collect()
+    assert held_by_us() == ours
     assert resident_bytes() - before < 48 << 20

@@ -1,7 +1,8 @@
 """The kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer.
 
-Builds the best tier of this machine and avx2 at -O1 into build/sanitize, which is kept, and runs a
-sample of the tests there: what they find is reads past a tail, scratch misuse, shifts, overflows.
+Builds csrc at -O1 into build/sanitize, which is kept, and runs a sample of the tests of every family in
+one process: what they find is reads past a tail, scratch misuse, shifts, overflows. The suite takes
+the best tier of this machine and a small sample; --slow adds avx2 and a larger one.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from llmopt import _C
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "sanitize"
-SHARE = 6  # one test in this many
 # About object files or speed, or long and without any access of their own.
 LEFT_OUT = {"test_sanitizers.py", "test_objects.py", "test_probe.py", "test_vec_math.py"}
 
@@ -42,22 +42,21 @@ def gcc_library(name: str) -> str:
     return run([compiler, f"-print-file-name={name}"]).strip()
 
 
-def build() -> Path:
+def build(folder: Path, tiers: list[str]) -> Path:
     """The sanitized extension module; only what changed is compiled again."""
-    tiers = dict.fromkeys([_C.tiers()[0], *(t for t in _C.tiers() if t == "avx2")])
     generator = ["-G", "Ninja"] if shutil.which("ninja") else []
-    configure = ["cmake", "-S", ROOT, "-B", BUILD, *generator, "-DLLMOPT_SANITIZE=ON"]
+    configure = ["cmake", "-S", ROOT, "-B", folder, *generator, "-DLLMOPT_SANITIZE=ON"]
     configure += [f"-DLLMOPT_TIERS={';'.join(tiers)}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
     # RelWithDebInfo, because pybind11 links Release builds with LTO, which takes a minute here.
     configure += ["-DCMAKE_BUILD_TYPE=RelWithDebInfo"]
     run([*configure, f"-DPython_EXECUTABLE={sys.executable}"])
-    run(["cmake", "--build", BUILD, "--parallel", str(os.cpu_count())])
-    return next(BUILD.glob("_C.*.so"))
+    run(["cmake", "--build", folder, "--parallel", str(os.cpu_count())])
+    return next(folder.glob("_C.*.so"))
 
 
 def stage(module: Path) -> Path:
     """A folder with the package of the tree, and the sanitized module in it."""
-    packages = BUILD / "packages"
+    packages = module.parent / "packages"
     shutil.rmtree(packages, ignore_errors=True)
     package = packages / "llmopt"
     package.mkdir(parents=True)
@@ -68,10 +67,18 @@ def stage(module: Path) -> Path:
     return packages
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("cmake"), reason="needs cmake to build the sanitized module")
-def test_kernels_under_sanitizers():
-    packages = stage(build())
+@pytest.mark.parametrize(
+    (
+        "form",
+        "share",
+        "least",
+    ),  # share: one test in this many; least: a smaller sample means little
+    [("short", 48, 10), pytest.param("full", 6, 50, marks=pytest.mark.slow)],
+)
+def test_kernels_under_sanitizers(form: str, share: int, least: int):
+    tiers = [t for t in _C.tiers() if t == _C.tiers()[0] or (form == "full" and t == "avx2")]
+    packages = stage(build(BUILD / form, tiers))
     files = [
         f for f in sorted((ROOT / "tests/kernels").glob("test_*.py")) if f.name not in LEFT_OUT
     ]
@@ -80,7 +87,7 @@ def test_kernels_under_sanitizers():
             sys.executable,
             ROOT / "tests/kernels/sanitized_run.py",
             packages,
-            str(SHARE),
+            str(share),
             *files,
             "--import-mode=importlib",
             "-x",
@@ -96,4 +103,4 @@ def test_kernels_under_sanitizers():
     )
     passed = re.search(r"(\d+) passed", output)
     assert passed, output[-2000:]
-    assert int(passed[1]) >= 50, "the sample has become too small to mean anything"
+    assert int(passed[1]) >= least, "the sample has become too small to mean anything"
