@@ -421,9 +421,10 @@ def _member(node: fx.Node) -> str:
 
 def _short_path(file: str) -> str:
     path = Path(file)
-    for root in sorted(
-        {str(Path.cwd()), *sys.path}, key=len, reverse=True
-    ):  # a venv may lie in the working directory
+    longest = sorted(sys.path, key=len, reverse=True)
+    # Installed packages first: their environment may lie in the working directory.
+    installed = [p for p in longest if Path(p).name in ("site-packages", "dist-packages")]
+    for root in (*installed, str(Path.cwd()), *longest):
         if root and path.is_relative_to(root):
             return str(path.relative_to(root))
     return file

@@ -315,7 +315,7 @@ def test_plot_is_a_picture(a_run, tmp_path):
 
 def test_unknown_and_missing_systems_are_errors(monkeypatch):
     assert [s.name for s in systems.systems_of(["eager", "llmopt"])] == ["llmopt", "eager"]
-    with pytest.raises(ModelError, match="unknown system 'tvm': expected some of llmopt, .*eager"):
+    with pytest.raises(ModelError, match=r"unknown system 'tvm': expected some of llmopt, .*eager"):
         systems.systems_of(["tvm"])
     monkeypatch.setattr("shutil.which", lambda name: None)
     with pytest.raises(ModelError, match=r"inductor cannot run here: .*install g\+\+"):

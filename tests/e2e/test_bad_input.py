@@ -165,7 +165,7 @@ def test_a_position_past_a_static_cache_is_an_index_error() -> None:
         compiled(slab[0], torch.tensor([7]), torch.ones(1, 2, 1, 4))
         assert (slab[0, :, :, 7] == 1).all()
         for bad in (8, -1):
-            with pytest.raises(IndexError, match="out of (range|bounds)"):
+            with pytest.raises(IndexError, match=r"out of (range|bounds)"):
                 compiled(slab[0], torch.tensor([bad]), torch.ones(1, 2, 1, 4))
     assert (slab[1] == 0).all()
 
