@@ -266,7 +266,6 @@ def test_folders_that_do_not_help(tmp_path):
 
 @pytest.fixture(scope="module")
 def real_smollm2():
-    pytest.importorskip("gguf")
     return models.load("smollm2")
 
 

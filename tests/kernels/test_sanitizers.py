@@ -37,6 +37,14 @@ def run(command: list[str | Path], **environment: str) -> str:
     return done.stdout
 
 
+def tool(name: str) -> str:
+    """A build tool of the test environment, which need not be activated, or of the system."""
+    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
+    found = shutil.which(name, path=path)
+    assert found, f"{name} is missing: pip install '.[test]' brings it"
+    return found
+
+
 def gcc_library(name: str) -> str:
     compiler = os.environ.get("CXX", "c++")
     return run([compiler, f"-print-file-name={name}"]).strip()
@@ -44,13 +52,13 @@ def gcc_library(name: str) -> str:
 
 def build(folder: Path, tiers: list[str]) -> Path:
     """The sanitized extension module; only what changed is compiled again."""
-    generator = ["-G", "Ninja"] if shutil.which("ninja") else []
-    configure = ["cmake", "-S", ROOT, "-B", folder, *generator, "-DLLMOPT_SANITIZE=ON"]
+    configure = [tool("cmake"), "-S", ROOT, "-B", folder, "-G", "Ninja", "-DLLMOPT_SANITIZE=ON"]
+    configure += [f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}"]
     configure += [f"-DLLMOPT_TIERS={';'.join(tiers)}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
     # RelWithDebInfo, because pybind11 links Release builds with LTO, which takes a minute here.
     configure += ["-DCMAKE_BUILD_TYPE=RelWithDebInfo"]
     run([*configure, f"-DPython_EXECUTABLE={sys.executable}"])
-    run(["cmake", "--build", folder, "--parallel", str(os.cpu_count())])
+    run([tool("cmake"), "--build", folder, "--parallel", str(os.cpu_count())])
     return next(folder.glob("_C.*.so"))
 
 
@@ -67,13 +75,8 @@ def stage(module: Path) -> Path:
     return packages
 
 
-@pytest.mark.skipif(not shutil.which("cmake"), reason="needs cmake to build the sanitized module")
 @pytest.mark.parametrize(
-    (
-        "form",
-        "share",
-        "least",
-    ),  # share: one test in this many; least: a smaller sample means little
+    ("form", "share", "least"),  # share: one test in this many; least: fewer say little
     [("short", 48, 10), pytest.param("full", 6, 50, marks=pytest.mark.slow)],
 )
 def test_kernels_under_sanitizers(form: str, share: int, least: int):
