@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from heapq import heappop, heappush
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,11 @@ _ALIASES = {
     "hardtanh": "hardtanh",
     "index_copy": "index_copy",
 }
+
+# The dtypes kernels compute on.
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+# Casts that may be one to such a dtype.
+FLOAT_CASTS = frozenset({"to", "float", "half", "bfloat16", "type_as"})
 
 # Methods that only cast: name → dtype.
 CASTS = {
@@ -359,7 +364,7 @@ def sole_user(node: fx.Node) -> fx.Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
-def strip(node: Any, kinds: Sequence[str]) -> Any:
+def strip(node: Any, kinds: Collection[str]) -> Any:
     """Follows first arguments through nodes of the given kinds."""
     while isinstance(node, fx.Node) and kind(node) in kinds:
         node = node.args[0]

@@ -22,7 +22,7 @@ def test_forward_is_the_op(name: str, shape: tuple[int, ...]) -> None:
     linear, x = make(name), torch.randn(shape)
     want = linear_quantized(
         x, (linear.codes,), (linear.scales,), (linear.offsets,),
-        linear.scheme.bits, linear.scheme.activations, (linear.bias,),
+        linear.scheme.bits, linear.scheme.activations, biases=(linear.bias,),
     )  # fmt: skip
     assert torch.equal(linear(x), want)
     if name.endswith("a16"):

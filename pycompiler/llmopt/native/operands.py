@@ -9,12 +9,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from llmopt.graph import expression, fake, is_one, numel, same_size
+from llmopt.graph import FLOATS, expression, fake, is_one, numel, same_size
 from llmopt.native.program import MAX_DIMS, View
 from llmopt.native.segment import SegmentBuilder
 from llmopt.sizes import Size
-
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)

@@ -34,11 +34,7 @@ def linear(
 
     residual has the shape of the result. Computed in float32, rounded once.
     """
-    h = (
-        x.float()
-        if norm_kind == "none"
-        else normalized(x, norm_kind, norm_weight, norm_bias, norm_eps, norm_offset)
-    )
+    h = normed(x, norm_kind, norm_weight, norm_bias, norm_eps, norm_offset)
     parts = []
     for i, w in enumerate(weights):
         part = torch.nn.functional.linear(h, w.float()) * alpha
@@ -50,10 +46,27 @@ def linear(
     return y.to(x.dtype)
 
 
+NORM_ARGUMENTS = ("norm_kind", "norm_weight", "norm_bias", "norm_eps", "norm_offset")
+
+
+def normed(
+    x: Tensor,
+    norm_kind: str = "none",
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    norm_eps: float = 0.0,
+    norm_offset: float = 0.0,
+) -> Tensor:
+    """x [..., K] in float32 behind the norm in front of a linear."""
+    if norm_kind == "none":
+        return x.float()
+    return normalized(x, norm_kind, norm_weight, norm_bias, norm_eps, norm_offset)
+
+
 def _fake(
     x: Tensor,
     weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None] | None = None,
+    biases: Any = None,
     act: str = "none",
     gated: bool = False,
     **_: Any,
@@ -84,11 +97,12 @@ DEFAULTS: dict[str, Any] = {
 
 def parts(node: fx.Node) -> dict[str, Any]:
     """Every argument of an ops.linear node by name."""
+    return arguments_of(node, DEFAULTS)
+
+
+def arguments_of(node: fx.Node, defaults: dict[str, Any]) -> dict[str, Any]:
+    """A node's arguments by name; `defaults` names them in order."""
     return {
-        name: _argument(node, i, name, default)
-        for i, (name, default) in enumerate(DEFAULTS.items())
+        name: node.args[i] if i < len(node.args) else node.kwargs.get(name, default)
+        for i, (name, default) in enumerate(defaults.items())
     }
-
-
-def _argument(node: fx.Node, position: int, name: str, default: Any) -> Any:
-    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)

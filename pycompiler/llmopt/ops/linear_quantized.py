@@ -19,8 +19,7 @@ import torch
 from torch import Tensor, fx
 
 from llmopt.ops.linear import DEFAULTS as LINEAR_DEFAULTS
-from llmopt.ops.linear import linear
-from llmopt.ops.norm import normalized
+from llmopt.ops.linear import NORM_ARGUMENTS, arguments_of, linear, normed
 
 ZERO_POINT_4BIT = 8
 
@@ -82,22 +81,13 @@ def linear_quantized(
     offsets: Sequence[Tensor | None],
     bits: int,
     activations: str,
-    biases: Sequence[Tensor | None] | None = None,
-    act: str = "none",
-    gated: bool = False,
-    residual: Tensor | None = None,
-    alpha: float = 1.0,
-    norm_kind: str = "none",
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    norm_eps: float = 0.0,
-    norm_offset: float = 0.0,
     group: int = 0,
     symmetric: bool = True,
+    **around: Any,
 ) -> Tensor:
     """x [..., K], codes_i as above, scales_i and offsets_i [N_i, K/group] float32 → [..., ΣN_i] (gated: [..., N]) in x's dtype.
 
-    bits: 8 or 4. activations: "same" or "int8". The rest as in ops.linear; a norm comes before the rounding of activations.
+    bits: 8 or 4. activations: "same" or "int8". around: what else ops.linear takes; a norm comes before the rounding of activations.
     A float weight [N, K] may stand in the place of codes, with None for its scales and offsets. A kernel rounds it when it packs it,
     in groups of `group` (0: all of K), with offsets unless `symmetric`; here it stays as it is.
     """
@@ -105,36 +95,16 @@ def linear_quantized(
         c if s is None else dequantized(c, s, o, bits)
         for c, s, o in zip(codes, scales, offsets, strict=True)
     ]
-    if activations == "int8":
-        x_float = x.float()
-        if norm_kind != "none":
-            x_float = normalized(x, norm_kind, norm_weight, norm_bias, norm_eps, norm_offset)
-        first = scales[0]
-        width = (
-            group or weights[0].shape[1] if first is None else weights[0].shape[1] // first.shape[1]
-        )
-        rounded, scale = quantized_activations(x_float, weights[0].shape[1] // width)
-        x_float = (rounded * scale[..., None]).flatten(-2)
-        wide = None if residual is None else residual.float()
-        return linear(x_float, weights, biases, act, gated, wide, alpha).to(x.dtype)
-    return linear(
-        x, weights, biases, act, gated, residual, alpha,
-        norm_kind, norm_weight, norm_bias, norm_eps, norm_offset,
-    )  # fmt: skip
+    if activations == "same":
+        return linear(x, weights, **around)
+    k, first = weights[0].shape[1], scales[0]
+    groups = k // (group or k) if first is None else first.shape[1]
+    norm = {name: around.pop(name) for name in NORM_ARGUMENTS if name in around}
+    rounded, scale = quantized_activations(normed(x, **norm), groups)
+    return linear((rounded * scale[..., None]).flatten(-2), weights, **around).to(x.dtype)
 
 
-def _fake(
-    x: Tensor,
-    codes: Sequence[Tensor],
-    scales: Sequence[Tensor | None],
-    offsets: Sequence[Tensor | None],
-    bits: int,
-    activations: str,
-    biases: Sequence[Tensor | None] | None = None,
-    act: str = "none",
-    gated: bool = False,
-    **_: Any,
-) -> Tensor:
+def _fake(x: Tensor, codes: Sequence[Tensor], *_: Any, gated: bool = False, **__: Any) -> Tensor:
     n = codes[0].shape[0] if gated else sum(c.shape[0] for c in codes)
     return torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device)
 
@@ -150,15 +120,12 @@ DEFAULTS: dict[str, Any] = {
     "offsets": (),
     "bits": 8,
     "activations": "same",
-    **{name: value for name, value in LINEAR_DEFAULTS.items() if name not in ("x", "weights")},
     "group": 0,
     "symmetric": True,
+    **{name: value for name, value in LINEAR_DEFAULTS.items() if name not in ("x", "weights")},
 }
 
 
 def parts(node: fx.Node) -> dict[str, Any]:
     """Every argument of an ops.linear_quantized node by name."""
-    return {
-        name: node.args[i] if i < len(node.args) else node.kwargs.get(name, default)
-        for i, (name, default) in enumerate(DEFAULTS.items())
-    }
+    return arguments_of(node, DEFAULTS)

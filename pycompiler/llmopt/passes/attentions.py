@@ -12,6 +12,8 @@ from torch import fx
 
 from llmopt import ops
 from llmopt.graph import (
+    FLOAT_CASTS,
+    FLOATS,
     argument,
     emit,
     expression,
@@ -24,7 +26,7 @@ from llmopt.graph import (
     same_size,
     sole_user,
 )
-from llmopt.passes.scores import CASTS, FLOATS, RESHAPES, bias_of, four_dims, read_scores
+from llmopt.passes.scores import RESHAPES, bias_of, four_dims, read_scores
 from llmopt.passes.simplify import erase_unused
 
 
@@ -129,7 +131,7 @@ def _match_softmax(graph: fx.Graph, mode: Any, node: fx.Node) -> None:
     if not is_tensor(node.args[0]) or dim not in (-1, fake(node).dim() - 1):
         return
     last = node
-    while (user := sole_user(last)) is not None and kind(user) in (*CASTS, *RESHAPES):
+    while (user := sole_user(last)) is not None and kind(user) in (*FLOAT_CASTS, *RESHAPES):
         last = user
     product = sole_user(last)
     if product is None or kind(product) not in ("matmul", "bmm") or product.args[0] is not last:

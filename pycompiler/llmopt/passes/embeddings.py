@@ -9,6 +9,7 @@ from torch import fx
 
 from llmopt import ops
 from llmopt.graph import (
+    FLOATS,
     argument,
     binary_operands,
     emit,
@@ -21,8 +22,6 @@ from llmopt.graph import (
     scalar,
     sole_user,
 )
-
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def run(graph: fx.Graph) -> None:

@@ -13,6 +13,8 @@ from torch import fx
 
 from llmopt import ops
 from llmopt.graph import (
+    FLOAT_CASTS,
+    FLOATS,
     argument,
     binary_operands,
     emit,
@@ -33,8 +35,6 @@ from llmopt.graph import (
 from llmopt.ops.pointwise import BINARY, UNARY
 from llmopt.passes.activations import activation_of
 
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-_CASTS = frozenset({"to", "float", "half", "bfloat16", "type_as"})
 _LARGEST = 24  # instructions in one chain
 _MAX_INPUTS = 8
 
@@ -72,7 +72,7 @@ def _takes(node: fx.Node, written: set[int]) -> bool:
     name = kind(node)
     if activation_of(node) is not None:
         return True
-    if name in _CASTS:
+    if name in FLOAT_CASTS:
         return value.dtype != fake(node.args[0]).dtype and "memory_format" not in node.kwargs
     if name == "mean":
         return _is_row_mean(node)
@@ -139,7 +139,7 @@ def _reduces_inside(node: fx.Node, shape: Any) -> bool:
 
 def _worthwhile(members: set[fx.Node]) -> bool:
     """One kernel instead of several passes over memory, or instead of a way out of C++ and back for one operation."""
-    arithmetic = [m for m in members if kind(m) not in _CASTS]
+    arithmetic = [m for m in members if kind(m) not in FLOAT_CASTS]
     if not arithmetic:
         return False
     inputs = [_uncopied(n) for m in members for n in m.all_input_nodes if is_tensor(n)]
@@ -206,7 +206,7 @@ class _Encoder:
         name, act = kind(node), activation_of(node)
         if act is not None:
             self.number[node] = self._append("unary", act, self._value(node.args[0]))
-        elif name in _CASTS:
+        elif name in FLOAT_CASTS:
             self.number[node] = self._value(node.args[0])
         elif name == "mean":
             self.number[node] = self._append("reduce", "mean", self._value(node.args[0]))

@@ -12,10 +12,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from llmopt.graph import emit, fake, fake_mode_of, is_one, is_tensor, kind, same_size
+from llmopt.graph import FLOATS, emit, fake, fake_mode_of, is_one, is_tensor, kind, same_size
 from llmopt.ops.linear import parts
-
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def run(graph: fx.Graph) -> None:

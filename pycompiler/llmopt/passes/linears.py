@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import fx
 
 from llmopt import ops
 from llmopt.graph import (
+    FLOATS,
     argument,
     emit,
     fake,
@@ -22,8 +22,6 @@ from llmopt.graph import (
     same_size,
     sole_user,
 )
-
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def run(graph: fx.Graph) -> None:

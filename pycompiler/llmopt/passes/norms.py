@@ -12,6 +12,8 @@ from torch import fx
 
 from llmopt import ops
 from llmopt.graph import (
+    FLOAT_CASTS,
+    FLOATS,
     argument,
     binary_operands,
     emit,
@@ -27,9 +29,6 @@ from llmopt.graph import (
     sole_user,
     strip,
 )
-
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-_CASTS = ("to", "float", "type_as", "half", "bfloat16")
 
 
 def run(graph: fx.Graph) -> None:
@@ -77,15 +76,15 @@ def _match_rms(graph: fx.Graph, mode: Any, node: fx.Node) -> None:
     if found is None:
         return
     squared, eps = found
-    x = strip(squared, _CASTS)
+    x = strip(squared, FLOAT_CASTS)
     if (
-        strip(other, _CASTS) is not x
+        strip(other, FLOAT_CASTS) is not x
         or fake(x).dtype not in FLOATS
         or fake(squared).dtype != torch.float32
     ):
         if fake(x).dtype != torch.float32:
             return
-        if strip(other, _CASTS) is not x:
+        if strip(other, FLOAT_CASTS) is not x:
             return
     last, weight, offset = _follow_weight(product)
     if fake(last).dtype not in FLOATS:
@@ -101,7 +100,7 @@ def _follow_weight(product: fx.Node) -> tuple[fx.Node, Any, float]:
     """The last node of the norm that starts at x · rsqrt(…), its weight (or None) and the weight's offset."""
     last = product
     while (user := sole_user(last)) is not None:
-        if kind(user) in _CASTS and user.args[0] is last:
+        if kind(user) in FLOAT_CASTS and user.args[0] is last:
             last = user
             continue
         if kind(user) != "mul" or (pair := binary_operands(user)) is None:
@@ -113,7 +112,9 @@ def _follow_weight(product: fx.Node) -> tuple[fx.Node, Any, float]:
         last = user
         # casts after the weight belong to the norm too
         while (
-            (cast := sole_user(last)) is not None and kind(cast) in _CASTS and cast.args[0] is last
+            (cast := sole_user(last)) is not None
+            and kind(cast) in FLOAT_CASTS
+            and cast.args[0] is last
         ):
             last = cast
         return last, *found
@@ -122,12 +123,12 @@ def _follow_weight(product: fx.Node) -> tuple[fx.Node, Any, float]:
 
 def _weight(factor: Any, width: Any) -> tuple[fx.Node, float] | None:
     """(weight, offset) when factor is a [width] parameter or (1 + parameter), casts ignored."""
-    node, offset = strip(factor, _CASTS), 0.0
+    node, offset = strip(factor, FLOAT_CASTS), 0.0
     if is_tensor(node) and kind(node) == "add" and (pair := binary_operands(node)) is not None:
         value, other = (pair[0], pair[1]) if scalar(pair[0]) is not None else (pair[1], pair[0])
         if scalar(value) is None:
             return None
-        node, offset = strip(other, _CASTS), scalar(value) or 0.0
+        node, offset = strip(other, FLOAT_CASTS), scalar(value) or 0.0
     if not is_weight(node) or fake(node).dim() != 1 or not same_size(fake(node).shape[0], width):
         return None
     return (node, offset) if fake(node).dtype in FLOATS else None

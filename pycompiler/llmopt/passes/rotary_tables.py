@@ -9,6 +9,8 @@ from torch import fx
 
 from llmopt import ops
 from llmopt.graph import (
+    FLOAT_CASTS,
+    FLOATS,
     argument,
     binary_operands,
     emit,
@@ -24,8 +26,6 @@ from llmopt.graph import (
     scalar,
     sole_user,
 )
-
-_CASTS = frozenset({"to", "float", "half", "bfloat16", "type_as"})
 
 
 def run(graph: fx.Graph) -> None:
@@ -103,7 +103,11 @@ def _is_swap(node: fx.Node) -> bool:
 
 def _as_integers(value: fx.Node) -> fx.Node:
     """The positions before they became float32."""
-    if kind(value) in _CASTS and is_tensor(value.args[0]) and fake(value).dtype == torch.float32:
+    if (
+        kind(value) in FLOAT_CASTS
+        and is_tensor(value.args[0])
+        and fake(value).dtype == torch.float32
+    ):
         source = value.args[0]
         return source if fake(source).dtype == torch.int64 else value
     return value
@@ -117,7 +121,6 @@ def _finished(table: fx.Node) -> tuple[fx.Node, float, torch.dtype]:
         factor = scalar(user.args[1])
         if factor is not None:
             table, scale, user = user, factor, sole_user(user)
-    floats = (torch.float32, torch.float16, torch.bfloat16)
-    if user is not None and kind(user) in _CASTS and user.args[0] is table:
-        table = user if fake(user).dtype in floats else table
+    if user is not None and kind(user) in FLOAT_CASTS and user.args[0] is table:
+        table = user if fake(user).dtype in FLOATS else table
     return table, scale, fake(table).dtype

@@ -13,6 +13,8 @@ import torch
 from torch import fx
 
 from llmopt.graph import (
+    FLOAT_CASTS,
+    FLOATS,
     argument,
     binary_operands,
     emit,
@@ -27,8 +29,6 @@ from llmopt.graph import (
     sole_user,
 )
 
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-CASTS = ("to", "float", "type_as", "half", "bfloat16")
 RESHAPES = ("view", "reshape", "flatten", "unflatten")
 _PRODUCTS = ("matmul", "bmm", "baddbmm")
 
@@ -108,7 +108,7 @@ def _parts(product: fx.Node, changes: list[Change]) -> Scores | None:
 def _alone(node: Any) -> fx.Node | None:
     """The node under casts and reshapes of the leading dimensions, when each link has no other reader."""
     while is_tensor(node) and sole_user(node) is not None:
-        if kind(node) not in CASTS and not (kind(node) in RESHAPES and _keeps_last_two(node)):
+        if kind(node) not in FLOAT_CASTS and not (kind(node) in RESHAPES and _keeps_last_two(node)):
             return node
         node = node.args[0]
     return None
@@ -197,7 +197,7 @@ def _leads_to_product(node: Any) -> bool:
     while is_tensor(node) and kind(node) not in _PRODUCTS:
         if kind(node) == "where":
             return any(_leads_to_product(branch) for branch in node.args[1:])
-        if kind(node) not in (*CASTS, *RESHAPES, "mul", "div", "add", "tanh", "masked_fill"):
+        if kind(node) not in (*FLOAT_CASTS, *RESHAPES, "mul", "div", "add", "tanh", "masked_fill"):
             return False
         node = node.args[0]
     return is_tensor(node)
@@ -217,7 +217,7 @@ def _unscaled(node: fx.Node) -> tuple[fx.Node, float]:
 
 def widened(node: fx.Node) -> fx.Node:
     """The value under a cast from half precision to float32: attention computes in float32 anyway."""
-    while kind(node) in CASTS and fake(node).dtype == torch.float32:
+    while kind(node) in FLOAT_CASTS and fake(node).dtype == torch.float32:
         if not is_tensor(node.args[0]) or fake(node.args[0]).dtype not in FLOATS:
             break
         node = node.args[0]

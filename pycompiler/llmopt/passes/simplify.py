@@ -7,6 +7,7 @@ import torch
 from torch import fx
 
 from llmopt.graph import (
+    FLOAT_CASTS,
     argument,
     emit,
     fake,
@@ -24,7 +25,7 @@ from llmopt.graph import (
     storage,
 )
 
-_CASTS = frozenset({"to", "float", "half", "bfloat16", "double", "type_as"})
+_CASTS = FLOAT_CASTS | {"double"}
 _SAME_LAYOUT_VIEWS = frozenset(
     {"view", "reshape", "expand", "flatten", "squeeze", "detach", "getitem", "expand_as", "alias"}
 )

@@ -24,7 +24,7 @@ def linear_quantized_module(
     activations: str,
 ) -> Tensor:
     """ops.linear_quantized of one weight: x [..., K] → [..., N] in x's dtype. Gradients flow to x only."""
-    return linear_quantized(x, (codes,), (scales,), (offsets,), bits, activations, (bias,))
+    return linear_quantized(x, (codes,), (scales,), (offsets,), bits, activations, biases=(bias,))
 
 
 @linear_quantized_module.register_fake
