@@ -44,6 +44,9 @@ class Attention:
     keys: int
     causal: bool = True
     slots: int = 0  # of a static cache with a mask, of which `keys` are live; 0: no mask
+    by_position: bool = (
+        False  # caches in memory order [S,B,H,D], as growing caches lie, instead of [B,H,S,D]
+    )
 
     @property
     def flops(self) -> int:
@@ -59,7 +62,8 @@ class Attention:
 
     def __str__(self) -> str:
         slots = f"-of{self.slots}" if self.slots else ""
-        return f"{self.name}-{self.queries}x{self.keys}{slots}-d{self.dim}"
+        order = "-by-position" if self.by_position else ""
+        return f"{self.name}-{self.queries}x{self.keys}{slots}-d{self.dim}{order}"
 
 
 @dataclass(frozen=True)
@@ -117,7 +121,10 @@ PREFILL_ATTENTION = (
 )
 DECODE_ATTENTION = (
     Attention("smollm2", 1, 9, 3, 64, 1, 160),
+    Attention("smollm2", 1, 9, 3, 64, 1, 4096),
+    Attention("smollm2", 1, 9, 3, 64, 1, 4096, by_position=True),
     Attention("llama1b", 1, 32, 8, 64, 1, 4096),
+    Attention("llama1b", 1, 32, 8, 64, 1, 4096, by_position=True),
     Attention("static-cache", 1, 9, 3, 64, 1, 300, causal=False, slots=512),
     Attention("static-cache", 1, 9, 3, 64, 1, 300, causal=False, slots=8192),
 )

@@ -52,7 +52,9 @@ def test_attention(timed, shape, dtype, system):
     mask = live_mask(shape)
     q = torch.randn(shape.batch, shape.heads, shape.queries, shape.dim).to(dtype)
     first = torch.randn(2, shape.batch, shape.kv_heads, length, shape.dim).to(dtype)
-    caches = [first.clone() for _ in range(copies_beyond_cache(num_bytes))]
+    if shape.by_position:
+        first = first.permute(0, 3, 1, 2, 4).contiguous().permute(0, 2, 3, 1, 4)
+    caches = [first.clone() for _ in range(copies_beyond_cache(num_bytes))]  # in the same order
     if system == "torch":
         calls = [theirs(shape, q, k, v, mask) for k, v in caches]
     else:
