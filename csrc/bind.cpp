@@ -73,11 +73,7 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("bytes", &Memory::bytes);
   py::class_<Samples>(m, "Samples", "Remembers a few cache lines of each of several memory ranges.")
       .def(py::init<std::vector<int64_t>, std::vector<int64_t>>(), py::arg("addresses"), py::arg("bytes"))
-      .def("unchanged", &Samples::unchanged)
-      .def("fetch", &Samples::fetch);
-  py::class_<Neighbourhood>(m, "Neighbourhood", "Objects in memory, and those they point to, to be fetched together.")
-      .def(py::init<std::vector<std::pair<int64_t, int64_t>>>(), py::arg("objects"))
-      .def("fetch", &Neighbourhood::fetch);
+      .def("unchanged", &Samples::unchanged);
   py::class_<Program>(m, "Program", "A native segment of a plan.")
       .def(py::init(&make_program), py::arg("tier"), py::arg("num_symbols"), py::arg("num_externals"), py::arg("exprs"),
            py::arg("slots"), py::arg("buffers"), py::arg("steps"))

@@ -51,7 +51,7 @@ size_t workspace(const Step& s, int threads) {
 }
 
 // Decoding begins with the keys of the thread's first chunk.
-llmopt::Span first_read(const Step& s, int phase, int threads, int thread) {
+Span first_read(const Step& s, int phase, int threads, int thread) {
   const Problem p = parse(s);
   const Plan plan = make_plan(p, threads);
   if (!plan.decode || p.bounds || phase > 0 || plan.rows == 0) return {};
@@ -93,7 +93,7 @@ inline void merge_row(const Problem& p, const Plan& plan, int64_t index, int64_t
   store_row(p.out->dtype, row_ptr(*p.out, b, kv_head * p.group + row % p.group, row / p.group), p.v_dim, o);
 }
 
-void run(const Step& s, int phase, int64_t chunk, int threads, const llmopt::Scratch& scratch) {
+void run(const Step& s, int phase, int64_t chunk, int threads, const Scratch& scratch) {
   const Problem p = parse(s);
   const Plan plan = make_plan(p, threads);
   const Stage stage = stage_of(plan, phase);
@@ -105,7 +105,7 @@ void run(const Step& s, int phase, int64_t chunk, int threads, const llmopt::Scr
   for (int64_t index = chunk * kRowsPerMerge; index < end; ++index) merge_row(p, plan, index, splits, scratch.shared);
 }
 
-const llmopt::Kernel kKernels[] = {
+const Kernel kKernels[] = {
     {"attention", phases, chunks, workspace, run, first_read},
     {"mask_bounds", bounds_phases, bounds_chunks, nullptr, bounds_run},
 };

@@ -20,6 +20,6 @@ inline RowRange chunk_range(int64_t rows, int64_t width, int threads, int64_t ch
   return {chunk * each, min64(rows, (chunk + 1) * each)};
 }
 
-inline int one_phase(const llmopt::Step&, int) { return 1; }
+inline int one_phase(const Step&, int) { return 1; }
 
 }  // namespace

@@ -13,5 +13,7 @@
   const llmopt::KernelFamily LLMOPT_FAMILY_SYMBOL(family) = {__VA_ARGS__}; \
   }
 
+using namespace llmopt;  // of which an object sees the plain data of runtime/tensor.h only
+
 #include LLMOPT_ISA_HEADER
 #include "cpu/vec_math.h"

@@ -3,8 +3,7 @@
 // pack_linear   t: w_0 .. w_{n-2} [N_i, K] any strides, one float dtype; packed u8 [bytes].
 //               i: interleave (0: columns one after the other; 1: two weights of equal N, gate and up, side by side in
 //               each panel).
-//               packed holds ceil(N / NR) * NR * round_up(K, 2) * itemsize bytes.
-// unpack_rows   t: packed u8, ids i64 [M], y [M, K] any float dtype, contiguous rows.  i: N, K, weight dtype.
+//               packed holds ceil(N / NR) * NR * K * itemsize bytes, with K rounded up to a pair in bf16.
 // linear        t: x [M, K], packed w, bias [N] | none, residual [M, Nout] | none, y [M, Nout], norm weight [K] | none,
 //               norm bias [K] | none; last dimensions contiguous, row strides free, any float dtype each.
 //               i: N, K, weight dtype, activation, gated, norm kind (0 none, 1 RMS, 2 layer).
@@ -17,9 +16,8 @@
 namespace {
 const Kernel kKernels[] = {
     {"pack_linear", one_phase, pack_chunks, nullptr, pack_run},
-    {"unpack_rows", one_phase, unpack_chunks, nullptr, unpack_run},
     {"linear", linear_phases, linear_chunks, linear_workspace, linear_run, linear_first_read},
 };
 }  // namespace
 
-LLMOPT_EXPORT_FAMILY(linear, kKernels, 3, kPanel)
+LLMOPT_EXPORT_FAMILY(linear, kKernels, sizeof(kKernels) / sizeof(kKernels[0]), kPanel)

@@ -11,11 +11,6 @@
 
 namespace {
 
-using llmopt::Kernel;
-using llmopt::Scratch;
-using llmopt::Step;
-using llmopt::Tensor;
-
 // Enough independent chains for two FMA units of latency five; with the operands they fit in 16 registers.
 constexpr int kChains = 12;
 constexpr int kStreams = 4;

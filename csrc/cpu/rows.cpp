@@ -10,7 +10,7 @@
 
 namespace {
 
-const llmopt::Kernel kKernels[] = {
+const Kernel kKernels[] = {
     {"norm", one_phase, norm_chunks, nullptr, norm_run},
     {"softmax", one_phase, softmax_chunks, nullptr, softmax_run},
     {"embedding", one_phase, embedding_chunks, nullptr, embedding_run},

@@ -90,18 +90,6 @@ inline Vec vgelu_tanh(Vec x) {
   return vdiv(x, vadd(vset(1.0f), vexp(t)));
 }
 
-// Activations an epilogue may apply. The numbers are the contract with pycompiler/llmopt/ops/activation.py.
-enum Activation : int64_t {
-  kActNone = 0,
-  kActRelu = 1,
-  kActSilu = 2,
-  kActGeluErf = 3,
-  kActGeluTanh = 4,
-  kActSigmoid = 5,
-  kActTanh = 6,
-  kActQuickGelu = 7,  // x * sigmoid(1.702 x)
-  kActRelu2 = 8,      // relu(x)^2
-};
 inline Vec vactivate(int64_t act, Vec x) {
   switch (act) {
     case kActRelu:
@@ -127,34 +115,19 @@ inline Vec vactivate(int64_t act, Vec x) {
   }
 }
 
-inline int itemsize(llmopt::DType d) {
-  switch (d) {
-    case llmopt::DType::f32:
-    case llmopt::DType::i32:
-      return 4;
-    case llmopt::DType::f16:
-    case llmopt::DType::bf16:
-      return 2;
-    case llmopt::DType::i64:
-      return 8;
-    default:
-      return 1;
-  }
-}
-
 // Typed vector access: n lanes (n <= kLanes) at element `index` of a float tensor of dtype d, widened to / narrowed
 // from f32.
-inline Vec vload_as(llmopt::DType d, const char* p, int64_t index, int n) {
-  if (d == llmopt::DType::f32) {
+inline Vec vload_as(DType d, const char* p, int64_t index, int n) {
+  if (d == DType::f32) {
     const float* f = reinterpret_cast<const float*>(p) + index;
     return n == kLanes ? vload(f) : vload_n(f, n);
   }
   const uint16_t* h = reinterpret_cast<const uint16_t*>(p) + index;
-  if (d == llmopt::DType::f16) return n == kLanes ? vload_f16(h) : vload_f16_n(h, n);
+  if (d == DType::f16) return n == kLanes ? vload_f16(h) : vload_f16_n(h, n);
   return n == kLanes ? vload_bf16(h) : vload_bf16_n(h, n);
 }
-inline void vstore_as(llmopt::DType d, char* p, int64_t index, Vec a, int n) {
-  if (d == llmopt::DType::f32) {
+inline void vstore_as(DType d, char* p, int64_t index, Vec a, int n) {
+  if (d == DType::f32) {
     float* f = reinterpret_cast<float*>(p) + index;
     if (n == kLanes)
       vstore(f, a);
@@ -163,7 +136,7 @@ inline void vstore_as(llmopt::DType d, char* p, int64_t index, Vec a, int n) {
     return;
   }
   uint16_t* h = reinterpret_cast<uint16_t*>(p) + index;
-  if (d == llmopt::DType::f16) {
+  if (d == DType::f16) {
     if (n == kLanes)
       vstore_f16(h, a);
     else
@@ -176,12 +149,12 @@ inline void vstore_as(llmopt::DType d, char* p, int64_t index, Vec a, int n) {
     vstore_bf16_n(h, a, n);
 }
 // One element, for edges and scalars.
-inline float load_scalar(llmopt::DType d, const char* p, int64_t index) {
+inline float load_scalar(DType d, const char* p, int64_t index) {
   float out[kLanes];
   vstore(out, vload_as(d, p, index, 1));
   return out[0];
 }
-inline void store_scalar(llmopt::DType d, char* p, int64_t index, float x) { vstore_as(d, p, index, vset(x), 1); }
+inline void store_scalar(DType d, char* p, int64_t index, float x) { vstore_as(d, p, index, vset(x), 1); }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }

@@ -10,7 +10,7 @@ inline int64_t vm_chunks(const Step& s, int, int threads) {
   return chunk_count(b.blocks, b.elements(), threads);
 }
 
-inline bool fits_local(const Code& code, const Blocking& b) { return scratch_bytes(code, b) <= llmopt::kLocalBytes; }
+inline bool fits_local(const Code& code, const Blocking& b) { return scratch_bytes(code, b) <= kLocalBytes; }
 
 // Rows too long for the private scratch keep their registers in the shared one, one set for each chunk.
 inline size_t vm_workspace(const Step& s, int threads) {
@@ -29,7 +29,7 @@ inline void vm_run(const Step& s, int, int64_t chunk, int threads, const Scratch
   Machine(s, code, b, reinterpret_cast<float*>(memory)).run(blocks.begin, blocks.end);
 }
 
-const llmopt::Kernel kKernels[] = {{"vm", one_phase, vm_chunks, vm_workspace, vm_run}};
+const Kernel kKernels[] = {{"vm", one_phase, vm_chunks, vm_workspace, vm_run}};
 
 }  // namespace
 

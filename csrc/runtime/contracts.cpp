@@ -10,7 +10,6 @@ namespace llmopt {
 namespace {
 
 bool is_float(DType d) { return d == DType::f32 || d == DType::f16 || d == DType::bf16; }
-int bytes_of(DType d) { return d == DType::f32 || d == DType::i32 ? 4 : d == DType::i64 ? 8 : is_float(d) ? 2 : 1; }
 
 // Whether an operand of so many dimensions is there; one without elements needs no memory.
 bool given(const Tensor& t, int ndim) {
@@ -36,17 +35,6 @@ bool has(const Step& s, int tensors, int ints, int floats) {
   return s.num_tensors == tensors && s.num_ints >= ints && s.num_floats >= floats;
 }
 
-// Content is looked at only where it exists already: see Call::is_external.
-bool indices_below(const Call& c, int operand, int64_t limit) {
-  const Tensor& t = c.step.t[operand];
-  if (!c.is_external[operand]) return true;
-  for (int64_t j = 0; j < t.size[0]; ++j) {
-    const int64_t index = reinterpret_cast<const int64_t*>(t.data)[j * t.stride[0]];
-    if (index < 0 || index >= limit) return false;
-  }
-  return true;
-}
-
 // Elements of the first n dimensions, whose order is that of the rows behind them.
 int64_t positions(const Tensor& t, int n) {
   int64_t count = 1;
@@ -59,21 +47,19 @@ bool float_row_groups(const Tensor& t, int64_t rows, int64_t width) {
   return t.ndim >= 1 && float_rows(t, t.ndim) && t.size[t.ndim - 1] == width && positions(t, t.ndim - 1) == rows;
 }
 
-// Whether every id [...] i64 or i32 names one of `rows` rows.
-bool ids_below(const Call& c, int operand, int64_t rows) {
+// nullptr when every index [...] i64 or i32 is below `limit`. Content can be looked at only where it exists already.
+const char* indices_below(const Call& c, int operand, int64_t limit) {
   const Tensor& t = c.step.t[operand];
+  if (!given(t, t.ndim) || (t.dtype != DType::i64 && t.dtype != DType::i32)) return "indices are not integers";
+  if (!c.is_external[operand]) return "indices are made by the program itself, where they cannot be checked";
   const int64_t count = positions(t, t.ndim);
   for (int64_t m = 0; m < count; ++m) {
-    int64_t rest = m, i = 0;
-    for (int d = t.ndim - 1; d >= 0; --d) {
-      i += rest % t.size[d] * t.stride[d];
-      rest /= t.size[d];
-    }
-    const int64_t id = t.dtype == DType::i32 ? reinterpret_cast<const int32_t*>(t.data)[i]
-                                             : reinterpret_cast<const int64_t*>(t.data)[i];
-    if (id < 0 || id >= rows) return false;
+    const int64_t i = position_offset(t, t.ndim, m);
+    const int64_t index = t.dtype == DType::i32 ? reinterpret_cast<const int32_t*>(t.data)[i]
+                                                : reinterpret_cast<const int64_t*>(t.data)[i];
+    if (index < 0 || index >= limit) return kIndexRange;
   }
-  return true;
+  return nullptr;
 }
 
 constexpr const char* kWrongCount = "takes another number of operands or attributes";
@@ -93,19 +79,9 @@ const char* pack_linear(const Call& c) {
   if (s.i[0] && (weights != 2 || s.t[1].size[0] != first.size[0])) return "only two weights of equal N interleave";
   const int64_t panels = (columns + c.panel_width - 1) / c.panel_width, k = first.size[1] + first.size[1] % 2;
   const int64_t padded = first.dtype == DType::bf16 ? k : first.size[1];
-  if (!given(packed, 1) || packed.size[0] < panels * c.panel_width * padded * bytes_of(first.dtype))
+  if (!given(packed, 1) || packed.size[0] < panels * c.panel_width * padded * itemsize(first.dtype))
     return "the packed form does not fit its memory";
   return nullptr;
-}
-
-const char* unpack_rows(const Call& c) {
-  const Step& s = c.step;
-  if (!has(s, 3, 3, 0)) return kWrongCount;
-  const Tensor &ids = s.t[1], &y = s.t[2];
-  if (!given(ids, 1) || ids.dtype != DType::i64) return "ids are not a vector of int64";
-  if (!float_rows(y, 2) || y.size[0] != ids.size[0] || y.size[1] != s.i[1]) return "y is not float [M, K]";
-  if (!is_float(static_cast<DType>(s.i[2])) || absent(s.t[0])) return "there is no packed float weight";
-  return indices_below(c, 1, s.i[0]) ? nullptr : kIndexRange;
 }
 
 // What linear and linear_quantized share: everything but the packed weight.
@@ -113,6 +89,8 @@ const char* around_weight(const Step& s) {
   const Tensor &x = s.t[0], &residual = s.t[3], &y = s.t[4];
   const int64_t n = s.i[0], k = s.i[1], outputs = s.i[4] ? n / 2 : n;
   if (n < 0 || k < 0 || (s.i[4] && n % 2)) return "N and K are not sizes of a weight";
+  if (s.i[3] < 0 || s.i[3] > kActRelu2) return "there is no such activation";
+  if (s.i[5] < kNormNone || s.i[5] > kNormLayer) return "there is no such norm";
   if (!float_rows(x, 2) || x.size[1] != k) return "x is not float [M, K]";
   if (!float_rows(y, 2) || y.size[0] != x.size[0] || y.size[1] != outputs) return "y is not float [M, N]";
   if (absent(s.t[1])) return "there is no packed weight";
@@ -200,7 +178,7 @@ const char* rows_to_write(const Call& c, const Tensor* t) {
   if (!absent(k_new) && !absent(v_new) && k_new.size[2] != v_new.size[2]) return "new keys and values differ in number";
   if (absent(positions)) return nullptr;
   if (positions.dtype != DType::i64) return "positions are not int64";
-  return indices_below(c, 10, k.size[2]) ? nullptr : kIndexRange;
+  return indices_below(c, 10, k.size[2]);
 }
 
 const char* attention(const Call& c) {
@@ -232,7 +210,7 @@ const char* attention(const Call& c) {
     if (!is_mask || (keys > 1 && mask.stride[3] != 1 && mask.stride[3] != 0))
       return "the mask is not dense bool or float";
   }
-  if (s.i[3] < 0 || s.i[3] > 2) return "there is no such rotary form";
+  if (s.i[3] < kRopeNone || s.i[3] > kRopeInterleaved) return "there is no such rotary form";
   if (s.i[3] && !absent(t[6]) && !absent(t[7])) {
     const int64_t written = s.i[4] && !absent(t[8]) ? t[8].size[2] : queries;
     for (int i : {6, 7})
@@ -261,6 +239,7 @@ const char* norm(const Call& c) {
   const Step& s = c.step;
   if (!has(s, 6, 1, 2)) return kWrongCount;
   const Tensor& y = s.t[4];
+  if (s.i[0] != kNormRms && s.i[0] != kNormLayer) return "there is no such norm";
   if (!float_rows(y, 2) || !float_row_groups(s.t[0], y.size[0], y.size[1])) return "x and y are not float [M, K]";
   if (!absent(s.t[1]) && !float_row_groups(s.t[1], y.size[0], y.size[1])) return "residual or sum is not [M, K]";
   if (!absent(s.t[5]) && (!float_rows(s.t[5], 2) || !same_sizes(s.t[5], y))) return "residual or sum is not [M, K]";
@@ -279,12 +258,10 @@ const char* embedding(const Call& c) {
   const Step& s = c.step;
   if (!has(s, 3, 0, 1)) return kWrongCount;
   const Tensor &ids = s.t[0], &table = s.t[1], &y = s.t[2];
-  if (!given(ids, ids.ndim) || (ids.dtype != DType::i64 && ids.dtype != DType::i32)) return "ids are not integers";
   if (!float_rows(table, 2) || !float_rows(y, 2) || table.size[1] != y.size[1] || y.size[0] != positions(ids, ids.ndim))
     return "table and y are not float [V, K] and [M, K]";
   if (table.size[0] == 0 && y.size[0] != 0) return "the table is empty";
-  if (!c.is_external[0]) return "ids are made by the program itself, where they cannot be checked";
-  return ids_below(c, 0, table.size[0]) ? nullptr : kIndexRange;
+  return indices_below(c, 0, table.size[0]);
 }
 
 const char* index_copy(const Call& c) {
@@ -294,7 +271,7 @@ const char* index_copy(const Call& c) {
   if (!float_rows(y, 4) || !float_rows(x, 4)) return "y and x are not float [B, H, S, D]";
   if (x.size[0] != y.size[0] || x.size[1] != y.size[1] || x.size[3] != y.size[3]) return "y and x differ in size";
   if (!given(index, 1) || index.dtype != DType::i64 || index.size[0] != x.size[2]) return "index is not int64 [Sn]";
-  return indices_below(c, 1, y.size[2]) ? nullptr : kIndexRange;
+  return indices_below(c, 1, y.size[2]);
 }
 
 const char* copy(const Call& c) {
@@ -311,7 +288,8 @@ const char* rotary_table(const Call& c) {
   if (!has(s, 4, 0, 1)) return kWrongCount;
   const Tensor &frequencies = s.t[0], &positions = s.t[1], &cos = s.t[2];
   if (!float_rows(frequencies, 3) || frequencies.dtype != DType::f32) return "frequencies are not float32 [B, S, R/2]";
-  if (!given(positions, 3) || !same_sizes(positions, frequencies) || positions.stride[2] != 0)
+  if (!given(positions, 3) || !same_sizes(positions, frequencies) ||
+      (positions.size[2] > 1 && positions.stride[2] != 0))
     return "positions are not [B, S, R/2], the same along a row";
   if (positions.dtype != DType::i64 && positions.dtype != DType::f32) return "positions are not int64 or float32";
   if (!float_rows(cos, 3) || !float_rows(s.t[3], 3) || !same_sizes(cos, s.t[3])) return "cos and sin are not [B, S, R]";
@@ -321,6 +299,7 @@ const char* rotary_table(const Call& c) {
 const char* rope(const Call& c) {
   const Step& s = c.step;
   if (!has(s, 4, 1, 0)) return kWrongCount;
+  if (s.i[0] != kRopeHalf && s.i[0] != kRopeInterleaved) return "there is no such rotary form";
   const Tensor& x = s.t[0];
   if (!float_rows(x, 4) || !float_rows(s.t[3], 4) || !same_sizes(x, s.t[3]))
     return "x and y are not float [B, H, S, D]";
@@ -334,15 +313,25 @@ bool known(int op) {
          (op >= kSum && op < kReduceEnd);
 }
 
-const char* vm_word(const Code& code, const Instruction& in) {
-  const int readable = code.registers + code.num_constants;
-  if (in.op == kLoad)
-    return in.a < code.inputs && in.dst < code.registers ? nullptr : "a load names what does not exist";
-  if (in.op == kStore) return in.b < code.outputs && in.a < readable ? nullptr : "a store names what does not exist";
+// Which registers hold a value after the instructions so far; constants always do.
+struct Written {
+  bool is[512] = {};
+};
+
+const char* vm_word(const Code& code, const Instruction& in, Written& written) {
+  if (in.op == kLoad) {
+    if (in.a >= code.inputs || in.dst >= code.registers) return "a load names what does not exist";
+    written.is[in.dst] = true;
+    return nullptr;
+  }
+  if (in.op == kStore) return in.b < code.outputs && written.is[in.a] ? nullptr : "a store names what does not exist";
   if (!known(in.op)) return "there is no such instruction";
-  if (in.dst >= code.registers || in.a >= readable || in.b >= readable || in.c >= readable || in.extra > code.outputs)
+  if (in.dst >= code.registers || !written.is[in.a] || !written.is[in.b] || !written.is[in.c] ||
+      in.extra > code.outputs)
     return "an instruction names what does not exist";
-  return in.op >= kSum && !code.has_reduction ? "a reduction was not announced" : nullptr;
+  if (in.op >= kSum && !code.has_reduction) return "a reduction was not announced";
+  written.is[in.dst] = true;
+  return nullptr;
 }
 
 const char* vm(const Call& c) {
@@ -357,8 +346,10 @@ const char* vm(const Call& c) {
     if (i >= code.inputs && !is_float(s.t[i].dtype) && s.t[i].dtype != DType::b8)
       return "an output is not float or bool";
   }
+  Written written;
+  for (int k = 0; k < code.num_constants; ++k) written.is[code.registers + k] = true;
   for (int i = 0; i < code.length; ++i)
-    if (const char* reason = vm_word(code, decode(code.words[i]))) return reason;
+    if (const char* reason = vm_word(code, decode(code.words[i]), written)) return reason;
   return nullptr;
 }
 
@@ -367,7 +358,6 @@ const struct {
   Contract contract;
 } kContracts[] = {
     {"pack_linear", pack_linear},
-    {"unpack_rows", unpack_rows},
     {"linear", linear},
     {"pack_linear_quantized", pack_linear_quantized},
     {"linear_quantized", linear_quantized},

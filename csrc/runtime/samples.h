@@ -1,7 +1,5 @@
-// Sampled content of memory ranges: cheap evidence that a weight was edited where no version counter shows it. And
-// memory to fetch before many small objects are looked at, each of which would miss every cache by itself.
+// Sampled content of memory ranges: cheap evidence that a weight was edited where no version counter shows it.
 #pragma once
-#include <algorithm>
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
@@ -22,7 +20,8 @@ class Samples {
       for (size_t i = 0; i < addresses.size(); ++i) {
         const int64_t room = bytes[i] > kLineBytes ? bytes[i] - kLineBytes : 0;
         const int64_t length = bytes[i] < kLineBytes ? bytes[i] : kLineBytes;
-        lines_[line].push_back({addresses[i] + room * line / (kLines - 1) / 8 * 8, length});
+        const int64_t aligned = (addresses[i] + room * line / (kLines - 1)) & -kLineBytes;
+        lines_[line].push_back({aligned < addresses[i] ? addresses[i] : aligned, length});
       }
       digests_[line] = digest(line);
     }
@@ -32,12 +31,6 @@ class Samples {
   bool unchanged() {
     const int line = static_cast<int>(turn_.fetch_add(1, std::memory_order_relaxed) % kLines);
     return digest(line) == digests_[line];
-  }
-
-  // Fetches what unchanged() will look at next.
-  void fetch() const {
-    for (const auto& [address, bytes] : lines_[turn_.load(std::memory_order_relaxed) % kLines])
-      __builtin_prefetch(reinterpret_cast<const void*>(address));
   }
 
  private:
@@ -65,34 +58,6 @@ class Samples {
   std::vector<std::pair<int64_t, int64_t>> lines_[kLines];  // per turn: (address, bytes) in every range
   uint64_t digests_[kLines] = {};
   std::atomic<uint32_t> turn_{0};
-};
-
-// Objects in memory and the objects they point to. Only `objects` are read, in the constructor, while they are alive;
-// what they point to is fetched and never looked at.
-class Neighbourhood {
- public:
-  // objects: address and bytes of each.
-  explicit Neighbourhood(const std::vector<std::pair<int64_t, int64_t>>& objects) {
-    for (const auto& [address, bytes] : objects) {
-      for (int64_t offset = 0; offset < bytes; offset += kLineBytes) lines_.push_back(address + offset);
-      for (int64_t offset = 0; offset + 8 <= bytes; offset += 8) {
-        int64_t word;
-        std::memcpy(&word, reinterpret_cast<const char*>(address) + offset, 8);
-        if (word > kLowestPointer && word < kHighestPointer && word % 8 == 0) lines_.push_back(word);
-      }
-    }
-    for (int64_t& line : lines_) line &= -kLineBytes;
-    std::sort(lines_.begin(), lines_.end());
-    lines_.erase(std::unique(lines_.begin(), lines_.end()), lines_.end());
-  }
-  void fetch() const {
-    for (int64_t line : lines_) __builtin_prefetch(reinterpret_cast<const void*>(line));
-  }
-
- private:
-  static constexpr int64_t kLineBytes = 64;
-  static constexpr int64_t kLowestPointer = 1 << 20, kHighestPointer = int64_t{1} << 47;
-  std::vector<int64_t> lines_;
 };
 
 }  // namespace llmopt

@@ -20,23 +20,26 @@ inline void relax() {
 
 }  // namespace
 
-void Team::barrier(Span wanted) {
+bool Team::arrive(uint32_t* generation) {
   if (threads_ == 1) {
     chunk_solo_ = 1;
-    return;
+    return true;
   }
-  const uint32_t generation = generation_.load(std::memory_order_relaxed);
-  if (arrived_.fetch_add(1, std::memory_order_acq_rel) == threads_ - 1) {
-    arrived_.store(0, std::memory_order_relaxed);
-    chunk_.store(threads_, std::memory_order_relaxed);
-    generation_.store(generation + 1, std::memory_order_release);
-    return;
-  }
-  for (; wanted.bytes > 0 && generation_.load(std::memory_order_acquire) == generation; wanted.bytes -= kLineBytes) {
+  *generation = generation_.load(std::memory_order_relaxed);
+  if (arrived_.fetch_add(1, std::memory_order_acq_rel) != threads_ - 1) return false;
+  arrived_.store(0, std::memory_order_relaxed);
+  chunk_.store(threads_, std::memory_order_relaxed);
+  generation_.store(*generation + 1, std::memory_order_release);
+  return true;
+}
+
+void Team::wait(uint32_t generation, Span wanted) {
+  const auto waits = [&] { return generation_.load(std::memory_order_acquire) == generation; };
+  for (; wanted.bytes > 0 && waits(); wanted.bytes -= kLineBytes) {
     __builtin_prefetch(wanted.data, 0, 2);
     wanted.data += kLineBytes;
   }
-  for (int spins = 0; generation_.load(std::memory_order_acquire) == generation; ++spins) {
+  for (int spins = 0; waits(); ++spins) {
     if (spins < kSpins)
       relax();
     else

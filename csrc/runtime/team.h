@@ -15,10 +15,18 @@ class Team {
   explicit Team(int threads) : threads_(threads), chunk_solo_(1), chunk_(threads) {}
   int threads() const { return threads_; }
   int64_t next_chunk() { return threads_ == 1 ? chunk_solo_++ : chunk_.fetch_add(1, std::memory_order_relaxed); }
-  // Returns when all threads have come; a thread that waits fetches `wanted` meanwhile.
-  void barrier(Span wanted);
+  // Returns when all threads have come; a thread that has to wait asks for a Span of memory and fetches it meanwhile.
+  template <class F>
+  void barrier(F wanted) {
+    uint32_t generation;
+    if (!arrive(&generation)) wait(generation, wanted());
+  }
 
  private:
+  // True for the last thread to come, which lets the others go.
+  bool arrive(uint32_t* generation);
+  void wait(uint32_t generation, Span wanted);
+
   const int threads_;
   int64_t chunk_solo_;
   alignas(128) std::atomic<int64_t> chunk_;

@@ -19,6 +19,48 @@ struct Tensor {
   int64_t stride[kMaxDims];  // in elements
 };
 
+// Functions here are static: each object has its own copy, compiled for its own instruction set.
+static inline int itemsize(DType d) {
+  switch (d) {
+    case DType::f32:
+    case DType::i32:
+      return 4;
+    case DType::f16:
+    case DType::bf16:
+      return 2;
+    case DType::i64:
+      return 8;
+    default:
+      return 1;
+  }
+}
+
+// Where position m of the first `outer` dimensions of t lies, in elements. Positions count in row-major order, so
+// operands with different dimensions in front of their rows agree on which row is which.
+static inline int64_t position_offset(const Tensor& t, int outer, int64_t m) {
+  int64_t offset = 0;
+  for (int d = outer - 1; d > 0; --d) {
+    offset += m % t.size[d] * t.stride[d];
+    m /= t.size[d];
+  }
+  return outer > 0 ? offset + m * t.stride[0] : 0;
+}
+
+// Attributes that several ops and pycompiler/llmopt/ops share.
+enum NormKind : int64_t { kNormNone = 0, kNormRms = 1, kNormLayer = 2 };
+enum RopeKind : int64_t { kRopeNone = 0, kRopeHalf = 1, kRopeInterleaved = 2 };
+enum Activation : int64_t {
+  kActNone = 0,
+  kActRelu = 1,
+  kActSilu = 2,
+  kActGeluErf = 3,
+  kActGeluTanh = 4,
+  kActSigmoid = 5,
+  kActTanh = 6,
+  kActQuickGelu = 7,  // x * sigmoid(1.702 x)
+  kActRelu2 = 8,      // relu(x)^2
+};
+
 // One resolved step of a program: operands and attributes in the order the op's file documents.
 struct Step {
   const Tensor* t;

@@ -33,15 +33,11 @@ class _Watch:
     elements through `.data` can escape for a while; `llmopt.refresh` is for that.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], others: Sequence[Tensor]) -> None:
-        """others: tensors that are not packed, and asked for their address at every call."""
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.epoch = STORE.epoch
         self._ids = list(map(id, tensors))
         self._addresses = list(map(_ADDRESS, tensors))
         self._versions = _versions(tensors)
-        self._objects = _C.Neighbourhood(
-            [piece for t in (*tensors, *others) for piece in _pieces(t)]
-        )
         self._samples = _C.Samples(
             self._addresses, [t.untyped_storage().nbytes() - _start(t) for t in tensors]
         )
@@ -55,19 +51,9 @@ class _Watch:
             and self._versions == _versions(tensors)
         )
 
-    def fetch(self) -> None:
-        """Brings what the next call will look at into the caches, which a pass over all weights has emptied."""
-        self._objects.fetch()
-        self._samples.fetch()
-
     def same_content(self) -> bool:
         """The sampled lines hold what they held; meaningful only while `same_tensors` is true."""
         return self._samples.unchanged()
-
-
-def _pieces(tensor: Tensor) -> list[tuple[int, int]]:
-    """Where torch keeps a tensor, as (address, bytes): after a pass over all weights none of it is in any cache."""
-    return [(id(tensor), 64), (tensor._cdata, 160), (tensor.untyped_storage()._cdata, 64)]
 
 
 def _versions(tensors: Sequence[Tensor]) -> list[int]:
@@ -160,8 +146,6 @@ class Segment(torch.nn.Module):
             self.profile_ns = self.program.profile(addresses, symbols, threads)
         else:
             self.program.run(addresses, symbols, threads)
-        if self._watch is not None:
-            self._watch.fetch()
         return tuple(results)
 
     def costs(self, symbols: Sequence[int]) -> list[tuple[int, int]]:
@@ -220,13 +204,8 @@ class Segment(torch.nn.Module):
                 )
                 template[slot] = bias.data_ptr()
             self._held = [weakref.ref(entry) for entry in held]
-            self._template, self._watch = template, _Watch(tensors, self._unpacked(arguments))
+            self._template, self._watch = template, _Watch(tensors)
             return template
-
-    def _unpacked(self, arguments: tuple) -> list[Tensor]:
-        """The parameters whose addresses the program takes as they are."""
-        values = (arguments[number] for _, number in self._positions["argument"])
-        return [v for v in values if isinstance(v, torch.nn.Parameter)]
 
     def forget_weights(self) -> None:
         """Makes the next call compare and pack every weight anew."""

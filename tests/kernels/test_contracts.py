@@ -114,7 +114,7 @@ WRONG = {
         ("embedding", [torch.zeros(2, dtype=torch.int64), ONES(0, 4), ONES(2, 4)], [], [1.0]),
         "table is empty",
     ),
-    "embedding ids": (("embedding", [ONES(2), ONES(5, 4), ONES(2, 4)], [], [1.0]), "ids"),
+    "embedding ids": (("embedding", [ONES(2), ONES(5, 4), ONES(2, 4)], [], [1.0]), "indices are not integers"),
     "slot past the cache": (
         ("index_copy", [heads(1, 2, 5, 4), torch.tensor([5]), heads(1, 2, 1, 4)], [], []),
         "out of range",
@@ -132,6 +132,22 @@ WRONG = {
     "vm operands": (("vm", [ONES(3), ONES(4)], [1, 1, 1, 0], []), "differ in size"),
     "vm register": (("vm", [ONES(3), ONES(3)], [1, 1, 1, 0, WORD_LOAD | 9 << 8], []), "a load"),
     "vm input": (("vm", [ONES(3), ONES(3)], [1, 1, 1, 0, WORD_LOAD | 4 << 16], []), "a load"),
+    "vm register that nothing wrote": (
+        ("vm", [ONES(3), ONES(3)], [1, 1, 2, 0, WORD_LOAD, WORD_STORE | 1 << 16], []), "a store"
+    ),
+    "activation": (("linear", linear()[1], [6, 4, F32, 99, 0, 0], [1e-5, 1.0, 0.0]), "no such activation"),
+    "norm in front": (("linear", linear()[1], [6, 4, F32, 0, 0, 9], [1e-5, 1.0, 0.0]), "no such norm"),
+    "norm": (("norm", [ONES(2, 3), None, None, None, ONES(2, 3), None], [0], [1e-5, 0.0]), "no such norm"),
+    "rotary form": (("rope", [heads(1, 1, 3, 4)] * 4, [7], []), "no such rotary form"),
+    "bounds of another mask": (
+        ("mask_bounds", [heads(2, 1, 3, 5), ONES(3, 1, 3, 4, dtype=torch.int32)], [], []), "differ in size"
+    ),
+    "bounds that are not four": (
+        ("mask_bounds", [heads(2, 1, 3, 5), ONES(2, 1, 3, 3, dtype=torch.int32)], [], []), "bounds are not"
+    ),
+    "mask of integers": (
+        ("mask_bounds", [heads(2, 1, 3, 5).long(), ONES(2, 1, 3, 4, dtype=torch.int32)], [], []), "not bool"
+    ),
     "vm output": (("vm", [ONES(3), ONES(3)], [1, 1, 1, 0, WORD_STORE | 7 << 24], []), "a store"),
     "vm instruction": (("vm", [ONES(3), ONES(3)], [1, 1, 1, 0, 250], []), "no such instruction"),
     "too few operands": (("linear", [ONES(3, 4)], [6, 4, F32, 0, 0, 0], [0, 1, 0]), "another number"),
@@ -146,10 +162,15 @@ def test_operands_that_do_not_agree_are_refused(name: str) -> None:
         run_op(op, operands, ints, floats, tier=TIER)
 
 
-@pytest.mark.parametrize("make", [attention, linear])
+@pytest.mark.parametrize("make", [attention, linear, quantized, pack_quantized])
 def test_what_the_wrong_ones_derive_from_runs(make: Any) -> None:
     run_op(*make(), tier=TIER)
-    assert make is linear or not torch.isnan(make()[1][3]).any()
+
+
+def test_attention_of_ones_is_one() -> None:
+    out = torch.full((2, 4, 3, 6), torch.nan)
+    run_op(*attention(out=out), tier=TIER)
+    assert torch.allclose(out, ONES(2, 4, 3, 6))
 
 
 def test_the_longest_head_that_fits_runs() -> None:

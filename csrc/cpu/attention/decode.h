@@ -306,7 +306,7 @@ struct DecodeChunk {
 
 // New keys and values are written by the split that owns their slots.
 inline void decode(const Problem& p, const Plan& plan, int64_t chunk, int64_t splits, int threads,
-                   const llmopt::Scratch& scratch) {
+                   const Scratch& scratch) {
   const DecodeChunk mine(p, plan, chunk, splits);
   const int64_t split = mine.split, b = mine.b, head0 = mine.head0, heads = mine.heads;
   float* s = reinterpret_cast<float*>(scratch.local);
@@ -324,20 +324,20 @@ inline void decode(const Problem& p, const Plan& plan, int64_t chunk, int64_t sp
   const int64_t begin = lo + length * split / splits, end = lo + length * (split + 1) / splits;
   for (int64_t n = 0; p.new_len && n < heads; ++n)
     write_new_rows(p, b, head0 + n, 0, p.new_len, split == 0 ? 0 : begin, split == splits - 1 ? p.kv_len : end);
-  // The chunk this thread likely takes next; its live keys are most often the same.
+  // The chunk this thread likely takes next, whose live keys are most often the same. Nothing follows its last one.
   const bool is_last = chunk + threads >= plan.units * splits;
   const DecodeChunk next_chunk(p, plan, is_last ? chunk : chunk + threads, splits);
   const int64_t step = mine.block_keys();
   Block later{};
   for (Block now = mine.first(lo, length); now.j < end; now = later) {
     later = {b, head0, heads, now.j + step, min64(step, end - now.j - step)};
-    const Block& fetched = later.j < end ? later : next_chunk.first(lo, length);
+    const Block fetched = later.j < end ? later : is_last ? now : next_chunk.first(lo, length);
     for (int64_t n = 0; n < heads; ++n) decode_block(p, head[n], n, now, fetched, s, bias);
   }
   for (int64_t n = 0; n < heads; ++n) finish_head(p, plan, head[n], split, splits, scratch.shared);
 }
 static_assert(sizeof(float) * ((kLanes + 1) * kScoreLd + kHeadsPerChunk * 2 * kLanes * kMaxHeadDim + kLanes) <=
-                  llmopt::kLocalBytes,
+                  kLocalBytes,
               "a decode chunk must fit the local scratch");
 
 }  // namespace

@@ -122,7 +122,7 @@ inline int64_t bounds_rows(const Step& s) { return s.t[1].size[0] * s.t[1].size[
 
 int bounds_phases(const Step&, int) { return 1; }
 int64_t bounds_chunks(const Step& s, int, int) { return ceil_div(bounds_rows(s), rows_per_chunk(s)); }
-void bounds_run(const Step& s, int, int64_t chunk, int, const llmopt::Scratch&) {
+void bounds_run(const Step& s, int, int64_t chunk, int, const Scratch&) {
   const Tensor &mask = s.t[0], &bounds = s.t[1];
   const int64_t per = rows_per_chunk(s), end = min64(bounds_rows(s), (chunk + 1) * per), n = mask.size[3];
   for (int64_t row = chunk * per; row < end; ++row) {

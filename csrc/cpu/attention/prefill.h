@@ -37,7 +37,7 @@ inline void place_scratch(Panel& a, char* local) {
   a.row = take(kLanes * kRowLd);
 }
 static_assert(sizeof(float) * (kMaxHeadDim * kLd * 2 + kBlock * kLd * 2 + kBlock * kMaxHeadDim * 2 + kLanes * kRowLd) <=
-                  llmopt::kLocalBytes,
+                  kLocalBytes,
               "a prefill panel must fit the local scratch");
 
 // Qᵀ, rotated and scaled; padding lanes are zero.
@@ -275,7 +275,7 @@ inline void store_panel(const Problem& p, const Plan& plan, Panel& a, int64_t sp
 
 // Chunks run over splits fastest, then panels from the last (under a causal mask the longest), then heads: the chunks
 // in flight share a head's keys, and the shortest come at the end.
-inline void prefill(const Problem& p, const Plan& plan, int64_t chunk, int64_t splits, const llmopt::Scratch& scratch) {
+inline void prefill(const Problem& p, const Plan& plan, int64_t chunk, int64_t splits, const Scratch& scratch) {
   Panel a;
   const int64_t split = chunk % splits, head = chunk / splits / plan.panels;
   const int64_t panel = plan.panels - 1 - chunk / splits % plan.panels;

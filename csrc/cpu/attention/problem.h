@@ -5,11 +5,6 @@
 
 namespace {
 
-using llmopt::DType;
-using llmopt::kMaxHeadDim;
-using llmopt::Step;
-using llmopt::Tensor;
-
 constexpr float kLog2e = 1.44269504f;
 constexpr float kNegInf = -__builtin_inff();
 
@@ -17,8 +12,6 @@ constexpr int kMaxNv = kVecRegisters == 32 ? 4 : 2;  // vectors of query rows in
 constexpr int kLd = kMaxNv * kLanes;                 // floats per row of every transposed panel
 constexpr int64_t kMinSplitKeys = 128;               // fewer keys cost less than handing them to another thread
 constexpr int64_t kHeadsPerChunk = 8;                // of kv heads whose rows lie side by side in memory
-
-enum RopeKind : int64_t { kRopeNone = 0, kRopeHalf = 1, kRopeInterleaved = 2 };
 
 struct Problem {
   const Tensor *q, *k, *v, *out, *mask, *bounds, *cos, *sin, *k_new, *v_new, *positions;  // nullptr: not given

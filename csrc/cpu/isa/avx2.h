@@ -207,31 +207,12 @@ inline __m256i high_nibbles(const char* p) {
 inline void store_quads(char* p, __m256i quads) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), quads); }
 
 constexpr int kQuantizedRows = 4;  // MR: with four weight vectors and two broadcasts they fill the registers
-constexpr int kQuadBytes = 8;      // one row's quad as quad_row reads it
-// 16-bit pairs (0, 2) and (1, 3): two exact multiply-adds, where byte products would saturate.
-struct Quad {
-  __m256i even, odd;
-};
-inline Quad quad(__m256i bytes) {
-  return {_mm256_and_si256(bytes, _mm256_set1_epi16(255)), _mm256_srli_epi16(bytes, 8)};
-}
-inline Quad quad_row(const char* p) { return {_mm256_set1_epi32(quad_word(p)), _mm256_set1_epi32(quad_word(p + 4))}; }
-inline void quad_pack(char* to, const int8_t* a) {
-  const int16_t pairs[4] = {a[0], a[2], a[1], a[3]};
-  __builtin_memcpy(to, pairs, 8);
-}
-// GCC piles up the products of a loop before it adds them, and spills.
-inline __attribute__((always_inline)) void multiply_add(__m256i& acc, __m256i w, __m256i a) {
-#if defined(__GNUC__) && !defined(__clang__)
-  __m256i product;
-  asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(acc), "=&x"(product) : "x"(w), "x"(a));
-#else
-  acc = _mm256_add_epi32(acc, _mm256_madd_epi16(w, a));
-#endif
-}
-inline __attribute__((always_inline)) void quad_dot(IntVec& acc, const Quad& w, const Quad& a) {
-  multiply_add(acc.v, w.even, a.even);
-  multiply_add(acc.v, w.odd, a.odd);
-}
+using Bytes = __m256i;
+inline Bytes even_bytes(Bytes b) { return _mm256_and_si256(b, _mm256_set1_epi16(255)); }
+inline Bytes odd_bytes(Bytes b) { return _mm256_srli_epi16(b, 8); }
+inline Bytes all_words(int32_t word) { return _mm256_set1_epi32(word); }
+inline Bytes add_pairs(Bytes acc, Bytes w, Bytes a) { return _mm256_add_epi32(acc, _mm256_madd_epi16(w, a)); }
 
 }  // namespace
+
+#include "cpu/isa/pairs.h"

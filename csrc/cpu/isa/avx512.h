@@ -199,32 +199,15 @@ inline __attribute__((always_inline)) void quad_dot(IntVec& acc, const Quad& w, 
 }
 #else
 constexpr int kQuantizedRows = 6;
-constexpr int kQuadBytes = 8;
-// 16-bit pairs (0, 2) and (1, 3): two exact multiply-adds, where byte products would saturate.
-struct Quad {
-  __m512i even, odd;
-};
-inline Quad quad(__m512i bytes) {
-  return {_mm512_and_si512(bytes, _mm512_set1_epi16(255)), _mm512_srli_epi16(bytes, 8)};
-}
-inline Quad quad_row(const char* p) { return {_mm512_set1_epi32(quad_word(p)), _mm512_set1_epi32(quad_word(p + 4))}; }
-inline void quad_pack(char* to, const int8_t* a) {
-  const int16_t pairs[4] = {a[0], a[2], a[1], a[3]};
-  __builtin_memcpy(to, pairs, 8);
-}
-// GCC piles up the products of a loop before it adds them, and spills.
-inline __attribute__((always_inline)) void multiply_add(__m512i& acc, __m512i w, __m512i a) {
-#if defined(__GNUC__) && !defined(__clang__)
-  __m512i product;
-  asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+v"(acc), "=&v"(product) : "v"(w), "v"(a));
-#else
-  acc = _mm512_add_epi32(acc, _mm512_madd_epi16(w, a));
-#endif
-}
-inline __attribute__((always_inline)) void quad_dot(IntVec& acc, const Quad& w, const Quad& a) {
-  multiply_add(acc.v, w.even, a.even);
-  multiply_add(acc.v, w.odd, a.odd);
-}
+using Bytes = __m512i;
+inline Bytes even_bytes(Bytes b) { return _mm512_and_si512(b, _mm512_set1_epi16(255)); }
+inline Bytes odd_bytes(Bytes b) { return _mm512_srli_epi16(b, 8); }
+inline Bytes all_words(int32_t word) { return _mm512_set1_epi32(word); }
+inline Bytes add_pairs(Bytes acc, Bytes w, Bytes a) { return _mm512_add_epi32(acc, _mm512_madd_epi16(w, a)); }
 #endif
 
 }  // namespace
+
+#ifndef __AVX512VNNI__
+#include "cpu/isa/pairs.h"
+#endif

@@ -96,7 +96,7 @@ int64_t linear_chunks(const Step& s, int phase, int threads) {
 }
 
 // A stream begins with the panels of the thread's first chunk.
-llmopt::Span linear_first_read(const Step& s, int, int threads, int thread) {
+Span linear_first_read(const Step& s, int, int threads, int thread) {
   const Problem p(s);
   const Schedule schedule(p, threads);
   if (p.tiles() != 1 || thread >= schedule.chunks(p)) return {};

@@ -8,12 +8,6 @@
 
 namespace {
 
-using llmopt::DType;
-using llmopt::Kernel;
-using llmopt::Scratch;
-using llmopt::Step;
-using llmopt::Tensor;
-
 constexpr int kPanel = 2 * kLanes;  // NR
 // MR: accumulators of the largest register tile leave room for two weight vectors and one broadcast.
 constexpr int kMaxRows = kVecRegisters == 32 ? 14 : kLanes == 8 ? 6 : 4;

@@ -1,4 +1,4 @@
-// pack_linear and unpack_rows: weights in any strided form → panels, and single rows back out of them.
+// pack_linear: weights in any strided form → panels.
 #pragma once
 #include "cpu/linear/layout.h"
 
@@ -123,37 +123,6 @@ void pack_run(const Step& s, int, int64_t panel, int, const Scratch&) {
     pack_panel<uint32_t>(rows, w.dtype, K, to);
   else
     pack_panel<uint16_t>(rows, w.dtype, K, to);
-}
-
-constexpr int64_t kUnpackRows = 16;
-
-int64_t unpack_chunks(const Step& s, int, int) { return ceil_div(s.t[1].size[0], kUnpackRows); }
-
-// Row `column` of the original matrix out of its panel, to y with any float dtype.
-template <class T>
-void unpack_row(const char* panel, int64_t column, DType dtype, int64_t K, const Tensor& y, int64_t m) {
-  const T* from = reinterpret_cast<const T*>(panel);
-  for (int64_t k = 0; k < K; k += kLanes) {
-    const int n = static_cast<int>(min64(kLanes, K - k));
-    T row[4 * kLanes / sizeof(T)];  // a vector of f32 fits: the compiler checks every branch of vload_as
-    for (int i = 0; i < n; ++i) row[i] = from[packed_index(k + i, column, dtype)];
-    vstore_as(y.dtype, y.data, m * y.stride[0] + k, vload_as(dtype, reinterpret_cast<const char*>(row), 0, n), n);
-  }
-}
-
-void unpack_run(const Step& s, int, int64_t chunk, int, const Scratch&) {
-  const Tensor &packed = s.t[0], &ids = s.t[1], &y = s.t[2];
-  const int64_t K = s.i[1];
-  const DType dtype = static_cast<DType>(s.i[2]);
-  const int64_t end = min64(ids.size[0], (chunk + 1) * kUnpackRows);
-  for (int64_t m = chunk * kUnpackRows; m < end; ++m) {
-    const int64_t id = reinterpret_cast<const int64_t*>(ids.data)[m * ids.stride[0]];
-    const char* panel = packed.data + id / kPanel * panel_bytes(K, dtype);
-    if (itemsize(dtype) == 4)
-      unpack_row<uint32_t>(panel, id % kPanel, dtype, K, y, m);
-    else
-      unpack_row<uint16_t>(panel, id % kPanel, dtype, K, y, m);
-  }
 }
 
 }  // namespace

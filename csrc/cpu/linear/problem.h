@@ -4,8 +4,6 @@
 
 namespace {
 
-enum NormKind : int64_t { kNormNone = 0, kNormRms = 1, kNormLayer = 2 };
-
 struct Problem {
   const Tensor &x, &w, &bias, &residual, &y, &norm_weight, &norm_bias;
   const int64_t M, N, K;
@@ -64,14 +62,14 @@ constexpr int64_t kStreamChunk = 512 << 10;  // bytes of weights in a chunk that
 constexpr int64_t kMaxSpan = 8;
 constexpr int64_t kMinBlockTiles = 4;
 constexpr int64_t kTileSums = kMaxRows * kPanel;  // floats
-static_assert(kMaxKBlock * kPanel * 4 <= kL2Weights && kSumBytes + kL2Weights <= int64_t(llmopt::kLocalBytes));
+static_assert(kMaxKBlock * kPanel * 4 <= kL2Weights && kSumBytes + kL2Weights <= int64_t(kLocalBytes));
 
 inline Schedule::Schedule(const Problem& p, int threads) {
   const int64_t tiles = p.tiles(), panels = p.panels(), wanted = kChunksPerThread * threads;
   blocks = k_blocks = 1;
   tiles_per_block = tiles;
   k_block = p.padded_k();
-  if (tiles <= 1) {
+  if (tiles <= 1 || panels == 0) {
     span = max64(1, min64(kStreamChunk / max64(1, panel_bytes(p.K, p.weight)), panels / wanted));
     return;
   }

@@ -15,8 +15,8 @@ struct QuantizedSchedule {
     blocks = 1;
     tiles_per_block = tiles;
     span = max64(1, panels / wanted);
-    if (tiles <= 1) span = max64(1, min64(kStreamChunk / p.form.panel_bytes(), span));
-    if (tiles <= 1 || panels >= wanted) return;
+    if (tiles <= 1) span = max64(1, min64(kStreamChunk / max64(1, p.form.panel_bytes()), span));
+    if (tiles <= 1 || panels == 0 || panels >= wanted) return;
     blocks = min64(ceil_div(wanted, panels), max64(1, tiles / kMinBlockTiles));
     tiles_per_block = ceil_div(tiles, blocks);
     blocks = ceil_div(tiles, tiles_per_block);
@@ -95,7 +95,7 @@ void stream_panels(const QuantizedProblem& p, const QuantizedChunk& c, int64_t n
 void block_panels(const QuantizedProblem& p, const QuantizedChunk& c, int64_t next_panel, char* shared, float* sums,
                   char* wide) {
   const int64_t bytes = p.form.panel_bytes(), tiles = c.tile1 - c.tile0;
-  const int64_t ahead_stride = ceil_div(bytes, tiles * p.form.groups() * p.form.steps());
+  const int64_t ahead_stride = ceil_div(bytes, max64(1, tiles * p.form.groups() * p.form.steps()));
   for (int64_t panel = c.panel0; panel < c.panel1; ++panel) {
     const char* b = p.w.data + panel * bytes;
     const char* ahead = p.w.data + (panel + 1 < c.panel1 ? panel + 1 : next_panel) * bytes;
@@ -121,7 +121,7 @@ int64_t linear_chunks(const Step& s, int phase, int threads) {
 }
 
 // A stream begins with the panels of the thread's first chunk.
-llmopt::Span linear_first_read(const Step& s, int, int threads, int thread) {
+Span linear_first_read(const Step& s, int, int threads, int thread) {
   const QuantizedProblem p(s);
   const QuantizedSchedule schedule(p, threads);
   if (p.tiles() != 1 || thread >= schedule.chunks(p)) return {};
@@ -143,7 +143,7 @@ void linear_run(const Step& s, int phase, int64_t chunk, int threads, const Scra
       chunk + threads < schedule.chunks(p) ? quantized_chunk(p, schedule, chunk + threads).panel0 : c.panel0;
   float* sums = reinterpret_cast<float*>(scratch.local);
   const Form wide{p.K, 8, p.form.group, p.form.offsets};
-  const bool fits = p.form.bits == 8 || wide.panel_bytes() + kQuantizedSums <= int64_t(llmopt::kLocalBytes);
+  const bool fits = p.form.bits == 8 || wide.panel_bytes() + kQuantizedSums <= int64_t(kLocalBytes);
   if (p.tiles() == 1 || !fits) return stream_panels(p, c, next_panel, scratch.shared, sums);
   block_panels(p, c, next_panel, scratch.shared, sums, scratch.local + kQuantizedSums);
 }

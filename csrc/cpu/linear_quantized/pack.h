@@ -56,10 +56,11 @@ inline float column_factor(const Form& form, const QuantizedRow& from) {
     if (scale > largest) largest = scale;
     if (offset > largest) largest = offset;
   }
-  if (!(largest > 1e-30f && largest < 1e30f)) return 1.0f;
   uint32_t bits;
   __builtin_memcpy(&bits, &largest, 4);
-  bits = ((bits >> 23) - 14) << 23;
+  const uint32_t exponent = bits >> 23;  // 0: zero or too small to matter; 255: inf or NaN, which stay what they are
+  if (exponent == 0 || exponent == 255) return 1.0f;
+  bits = static_cast<uint32_t>(max64(1, static_cast<int64_t>(exponent) - 14)) << 23;
   float factor;
   __builtin_memcpy(&factor, &bits, 4);
   return factor;

@@ -37,7 +37,7 @@ inline int64_t quantize_parts(const QuantizedProblem& p, int threads) {
 
 // Groups of a token that are rounded together: the chains of one group are long, those of several overlap.
 constexpr int64_t kBatch = 16, kBatchValues = 16 << 10;
-static_assert(kBatchValues * 4 < int64_t(llmopt::kLocalBytes));
+static_assert(kBatchValues * 4 < int64_t(kLocalBytes));
 
 // The values of one token's group, normalised, to `values`; returns the largest magnitude. NaNs may hide behind it.
 inline float group_values(const QuantizedProblem& p, const RowNorm& norm, int64_t token, int64_t group, float* values) {

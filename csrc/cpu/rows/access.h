@@ -4,11 +4,6 @@
 
 namespace {
 
-using llmopt::DType;
-using llmopt::Scratch;
-using llmopt::Step;
-using llmopt::Tensor;
-
 // Access to a float operand. Kernels are written once over any of these: Float<d> when all their operands have the
 // dtype d, AnyFloat, with a branch or two for each vector, when they differ.
 template <DType d>
@@ -50,16 +45,7 @@ inline void with_access(const Tensor* t, int n, F f) {
 
 inline char* at(const Tensor& t, int64_t index) { return t.data + index * itemsize(t.dtype); }
 
-// Where position m of the first `outer` dimensions of t lies, in elements. Positions count in row-major order, so
-// operands with different dimensions in front of their rows agree on which row is which.
-inline int64_t position_offset(const Tensor& t, int outer, int64_t m) {
-  int64_t offset = 0;
-  for (int d = outer - 1; d > 0; --d) {
-    offset += m % t.size[d] * t.stride[d];
-    m /= t.size[d];
-  }
-  return outer > 0 ? offset + m * t.stride[0] : 0;
-}
+// Where row m of the last dimension begins, in elements.
 inline int64_t row_offset(const Tensor& t, int64_t m) { return position_offset(t, t.ndim - 1, m); }
 
 // Sum over i < n of term(i, lanes), which returns the terms of lanes i.. as a Vec. Four accumulators hide the latency

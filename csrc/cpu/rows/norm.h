@@ -9,8 +9,6 @@
 
 namespace {
 
-enum NormKind : int64_t { kRms = 1, kLayerNorm = 2 };
-
 // What a row is normalised with: y = ((v - mean) - rest) * scale.
 struct Moments {
   float mean, rest, scale;
@@ -57,7 +55,7 @@ inline Moments layer_moments(int64_t width, float eps, F v) {
 
 // Weight and bias as fp32: in place where they are, else widened (with the offset added) into the thread's scratch, a
 // tile of columns at a time.
-constexpr int64_t kTile = static_cast<int64_t>(llmopt::kLocalBytes / (2 * sizeof(float)));
+constexpr int64_t kTile = static_cast<int64_t>(kLocalBytes / (2 * sizeof(float)));
 
 struct Affine {
   const float *weight, *bias;  // of the tile's first column; nullptr when not given
@@ -94,7 +92,7 @@ inline void norm_rows(const Step& s, const RowRange& rows, float* scratch, R row
   const Tensor &y = s.t[4], &sum = s.t[5];
   const int64_t width = y.size[1];
   auto moments_of = [&](int64_t m) {
-    return s.i[0] == kRms ? rms_moments(width, s.f[0], row(m, 0)) : layer_moments(width, s.f[0], row(m, 0));
+    return s.i[0] == kNormRms ? rms_moments(width, s.f[0], row(m, 0)) : layer_moments(width, s.f[0], row(m, 0));
   };
   Affine affine{};
   Moments moments = moments_of(rows.begin);

@@ -7,8 +7,6 @@
 
 namespace {
 
-enum RopeKind : int64_t { kHalf = 1, kInterleaved = 2 };
-
 template <class A>
 struct RopeAccess {
   A x, cos, sin, y;
@@ -62,7 +60,7 @@ inline void rope_rows(const Step& s, const RowRange& rows) {
     const char* from = at(x, b * x.stride[0] + p * x.stride[2]);
     char* to = at(y, b * y.stride[0] + p * y.stride[2]);
     for (int64_t h = 0; h < x.size[1]; ++h) {
-      if (s.i[0] == kHalf)
+      if (s.i[0] == kRopeHalf)
         rope_half(as, from, c, d, to, dims / 2);
       else
         rope_interleaved(as, from, c, d, to, dims);

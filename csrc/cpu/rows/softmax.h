@@ -52,7 +52,7 @@ inline void softmax_run(const Step& s, int, int64_t chunk, int threads, const Sc
   const Space space = make_space(s.t, 2, true, 1);
   const RowRange rows = chunk_range(space.rows(), space.row(), threads, chunk);
   // The exponentials are kept between the passes where they fit, padded to whole vectors, and computed twice elsewhere.
-  const bool fits = (space.row() + kLanes) * sizeof(float) <= llmopt::kLocalBytes;
+  const bool fits = (space.row() + kLanes) * sizeof(float) <= kLocalBytes;
   float* kept = fits ? reinterpret_cast<float*>(scratch.local) : nullptr;
   with_access(s.t, s.num_tensors, [&](auto access) { softmax_rows<decltype(access)>(s, space, rows, kept); });
 }

@@ -14,8 +14,10 @@ from llmopt.native.operands import (
     NativeKernel,
     are_static,
     batch_broadcast,
+    broadcast,
     itemsize,
     num_bytes,
+    reject_angles,
 )
 from llmopt.native.program import View
 from llmopt.native.segment import KvSpec, SegmentBuilder, StepRecord, describe
@@ -60,11 +62,8 @@ def _reject_attention(node: fx.Node) -> str:
 
 def _reject_attention_append(node: fx.Node) -> str:
     q, k_new, v_new, k_cache, v_cache, cos, sin = (argument(node, i, "") for i in range(7))
-    for t in (cos, sin):
-        if t is not None and (fake(t).dtype not in FLOATS or not same_size(fake(t).stride(-1), 1)):
-            return "rope needs float tensors with a dense last dimension"
-    if cos is not None and not is_one(fake(cos).shape[1]):
-        return "cos and sin differ between heads"
+    if cos is not None and (reason := reject_angles(q, cos, sin)):
+        return reason
     for cache, new in ((k_cache, k_new), (v_cache, v_new)):
         if cache is not None and fake(cache).dtype != fake(new).dtype:
             return "the cache's dtype differs from the new keys' dtype"
@@ -80,12 +79,6 @@ def _dense_strides(size: Sequence[Size]) -> tuple[Size, ...]:
     return tuple(strides)
 
 
-def _broadcast(view: View, shape: Sequence[Size]) -> View:
-    """A view with every dimension of one stretched to `shape` by a stride of 0."""
-    stride = tuple(0 if is_one(n) else step for n, step in zip(view.size, view.stride, strict=True))
-    return View(view.buffer, view.dtype, tuple(shape), stride, view.offset)
-
-
 def _mask_operands(
     s: SegmentBuilder, node: fx.Node, mask: fx.Node | None, shape: Sequence[Size]
 ) -> tuple[View | None, View | None]:
@@ -93,7 +86,10 @@ def _mask_operands(
     view = s.view(mask)
     if view is None:
         return None, None
-    size = (*view.size[:3], 4)
+    # One bias for all keys is a row of keys: what is analysed must have the length that attention reads.
+    rows, keys = tuple(view.size[:3]), shape[3]
+    view = broadcast(view, view.size, (*rows, keys))
+    size = (*rows, 4)
     buffer, is_new = s.shared_buffer(("bounds", mask), size[0] * size[1] * size[2] * 16)
     bounds = View(buffer, torch.int32, size, _dense_strides(size))
     if is_new:
@@ -101,7 +97,8 @@ def _mask_operands(
             "mask_bounds", "mask_bounds.cpu", "", (describe(mask),), (), 0, num_bytes(mask), node
         )
         s.step("mask_bounds", [view, bounds], [], [], record)
-    return _broadcast(view, shape), _broadcast(bounds, (*shape[:3], 4))
+    whole = tuple(shape)
+    return broadcast(view, view.size, whole), broadcast(bounds, size, (*whole[:3], 4))
 
 
 def _attention_record(

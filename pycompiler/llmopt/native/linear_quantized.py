@@ -21,8 +21,8 @@ from llmopt.native.program import DTYPE_CODES
 from llmopt.native.segment import CodeForm, PackedSpec, SegmentBuilder
 from llmopt.ops.linear_quantized import parts
 
-# Signed bytes an activation is a sum of: one is 8 bits, two keep 15 bits of the largest in a group.
-PLANES = {"int8": 1, "same": 2}
+# Signed bytes an activation is a sum of: one is 8 bits, three keep 23 bits of the largest in a group, as many as float32 has.
+PLANES = {"int8": 1, "same": 3}
 MAX_GROUP = 1 << 16  # products that an int32 sum holds
 
 

@@ -108,3 +108,20 @@ def batch_broadcast(s: SegmentBuilder, table: fx.Node | None, like: fx.Node) -> 
     batch_stride = 0 if is_one(value.shape[0]) else value.stride(0)
     size = (fake(like).shape[0], 1, value.shape[2], value.shape[3])
     return View(view.buffer, view.dtype, size, (batch_stride, *value.stride()[1:]), view.offset)
+
+
+def reject_angles(x: fx.Node, cos: fx.Node, sin: fx.Node) -> str:
+    """Why cos and sin [B|1,1,S|1,R] cannot rotate x [B,H,S,D]; "" when they can."""
+    tables = [fake(t) for t in (cos, sin)]
+    if any(t.dtype not in FLOATS or not same_size(t.stride(-1), 1) for t in tables):
+        return "rope needs float tensors with a dense last dimension"
+    if not all(is_one(t.shape[1]) for t in tables):
+        return "cos and sin differ between heads"
+    width, head = tables[0].shape[3], fake(x).shape[3]
+    if not are_static(width, head) or not same_size(width, tables[1].shape[3]):
+        return "cos and sin differ in width, or have none that is fixed"
+    if int(width) % 2 or int(width) > int(head):
+        return (
+            f"cos and sin rotate {width} of {head} dimensions: an even number up to all is possible"
+        )
+    return ""

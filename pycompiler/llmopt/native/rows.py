@@ -11,10 +11,8 @@ from llmopt.graph import (
     is_dense,
     is_one,
     is_tensor,
-    kind,
     numel,
     same_size,
-    view_base,
 )
 from llmopt.native.operands import (
     FLOATS,
@@ -25,6 +23,7 @@ from llmopt.native.operands import (
     broadcast,
     num_bytes,
     reads_as_row_groups,
+    reject_angles,
 )
 from llmopt.native.program import DTYPE_CODES, MAX_DIMS, View
 from llmopt.native.segment import SegmentBuilder, StepRecord, describe
@@ -62,12 +61,9 @@ def _lower_norm(s: SegmentBuilder, node: fx.Node) -> None:
 
 def _reject_rope(node: fx.Node) -> str:
     x, cos, sin, _ = node.args
-    values = [fake(t) for t in (x, cos, sin)]
-    if any(v.dtype not in FLOATS for v in values) or any(
-        not same_size(v.stride(-1), 1) for v in values
-    ):
+    if fake(x).dtype not in FLOATS or not same_size(fake(x).stride(-1), 1):
         return "rope needs float tensors with a dense last dimension"
-    return "" if is_one(values[1].shape[1]) else "cos and sin differ between heads"
+    return reject_angles(x, cos, sin)
 
 
 def _lower_rope(s: SegmentBuilder, node: fx.Node) -> None:
@@ -112,6 +108,9 @@ def _lower_embedding(s: SegmentBuilder, node: fx.Node) -> None:
 
 
 def _reject_rotary_table(node: fx.Node) -> str:
+    frequencies = fake(node.args[0])
+    if not is_one(frequencies.shape[-1]) and not same_size(frequencies.stride(-1), 1):
+        return "frequencies are not dense"
     used = all(any(u.args[1] == i for u in node.users) for i in range(2))
     return "" if used else "cos or sin is not used"
 
@@ -214,8 +213,6 @@ def _reject_index_copy(node: fx.Node) -> str:
         return "runs as in PyTorch"
     if fake(index).dtype != torch.int64 or fake(index).dim() != 1:
         return "positions are not a vector of int64"
-    if kind(view_base(index)) in (*_COPIES, "cat"):
-        return "positions are made by a copy: their range can be checked only where they come from outside"
     return "" if all(same_size(v.stride(-1), 1) for v in values) else "last dimension is not dense"
 
 

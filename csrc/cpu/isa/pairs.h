@@ -1,0 +1,32 @@
+// Quads of unsigned by signed bytes for tiers that cannot multiply bytes exactly: as two 16-bit pairs each.
+// The tier gives Bytes, even_bytes, odd_bytes, all_words and add_pairs.
+#pragma once
+
+namespace {
+
+constexpr int kQuadBytes = 8;  // one row's quad as quad_row reads it
+// Pairs (0, 2) and (1, 3): two exact multiply-adds, where byte products would saturate.
+struct Quad {
+  Bytes even, odd;
+};
+inline Quad quad(Bytes bytes) { return {even_bytes(bytes), odd_bytes(bytes)}; }
+inline Quad quad_row(const char* p) { return {all_words(quad_word(p)), all_words(quad_word(p + 4))}; }
+inline void quad_pack(char* to, const int8_t* a) {
+  const int16_t pairs[4] = {a[0], a[2], a[1], a[3]};
+  __builtin_memcpy(to, pairs, 8);
+}
+// GCC piles up the products of a loop before it adds them, and spills.
+inline __attribute__((always_inline)) void multiply_add(Bytes& acc, Bytes w, Bytes a) {
+#if defined(__GNUC__) && !defined(__clang__)
+  Bytes product;
+  asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+v"(acc), "=&v"(product) : "v"(w), "v"(a));
+#else
+  acc = add_pairs(acc, w, a);
+#endif
+}
+inline __attribute__((always_inline)) void quad_dot(IntVec& acc, const Quad& w, const Quad& a) {
+  multiply_add(acc.v, w.even, a.even);
+  multiply_add(acc.v, w.odd, a.odd);
+}
+
+}  // namespace
