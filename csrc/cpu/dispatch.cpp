@@ -1,10 +1,20 @@
 #include "cpu/dispatch.h"
 
+#include <sys/syscall.h>
+#include <unistd.h>
+
 #include <stdexcept>
 
 #include "isa_declarations.inc"
 
 namespace llmopt {
+
+// Linux keeps the tile registers switched off until a process asks for them; the answer holds for all its threads.
+bool tiles_permitted() {
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  static const bool permitted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return permitted;
+}
 
 const std::vector<Tier>& tiers() {
   static const std::vector<Tier> rows = {

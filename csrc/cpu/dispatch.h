@@ -18,6 +18,8 @@ struct Tier {
   int panel_width() const;
 };
 
+// Asks the operating system for the AMX tile registers. False where it has none to give.
+bool tiles_permitted();
 // All tiers of the build, best first.
 const std::vector<Tier>& tiers();
 // The tier with this name; throws std::invalid_argument that names what exists and what this CPU can run.

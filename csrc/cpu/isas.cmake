@@ -2,6 +2,7 @@
 # with these features and isa/<header>.h, and one line of isa_rows.inc that asks the CPU for the same features.
 #   name | header | features
 set(LLMOPT_CPU_ISAS
+    "amx|amx|amx-tile amx-bf16 amx-int8 avx512f avx512bw avx512dq avx512vl avx512vnni avx512bf16 avx2 fma f16c"
     "avx512_vnni|avx512|avx512f avx512bw avx512dq avx512vl avx512vnni avx2 fma f16c"
     "avx512|avx512|avx512f avx512bw avx512dq avx512vl avx2 fma f16c"
     "avx2|avx2|avx2 fma f16c"

@@ -12,11 +12,19 @@
 #include "cpu/family.h"
 #include "cpu/linear/gemm.h"
 #include "cpu/linear/pack.h"
+#ifdef __AMX_TILE__
+#include "cpu/linear/tiles.h"
+#endif
 
 namespace {
+#ifdef __AMX_TILE__
+constexpr Kernel kLinear{"linear", tier_phases, tier_chunks, tier_workspace, tier_run, tier_first_read};
+#else
+constexpr Kernel kLinear{"linear", linear_phases, linear_chunks, linear_workspace, linear_run, linear_first_read};
+#endif
 const Kernel kKernels[] = {
     {"pack_linear", one_phase, pack_chunks, nullptr, pack_run},
-    {"linear", linear_phases, linear_chunks, linear_workspace, linear_run, linear_first_read},
+    kLinear,
 };
 }  // namespace
 

@@ -1,7 +1,7 @@
 """Environment variables: the only file that reads them, so this is also their list.
 
 LLMOPT_DEBUG      0..4: 1 fallbacks and their reasons, 2 the plan, 3 the graph after each pass, 4 everything
-LLMOPT_CPU_ISA    use this CPU tier (scalar, avx2, avx512, avx512_vnni) instead of the best one
+LLMOPT_CPU_ISA    use this CPU tier (scalar, avx2, avx512, avx512_vnni, amx) instead of the best one
 LLMOPT_CACHE_DIR  where converted weights and tuning results are kept; default: the user's cache directory
 LLMOPT_DISABLE    comma-separated names of passes to leave out, for bisecting
 LLMOPT_VERIFY     1: after every pass, run the graph on example inputs and compare with the graph before it

@@ -151,11 +151,34 @@ def test_k_blocks(tier, dtype):
     case(31, 70, 6149, dtype, bias=randn(70)).check(tier)
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("tier", TIERS)
+def test_many_rows(tier, dtype):
+    """More rows than every kernel for few of them takes: tiles of rows, K and panels that end in the middle."""
+    for m, n, k in ((97, 40, 31), (128, 96, 64), (145, 33, 33), (600, 290, 700), (100, 20, 5000)):
+        c = case(m, n, k, dtype, bias=randn(n), residual=randn(m, n, dtype=dtype), act=2, norm=1)
+        c.check(tier)
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_large_and_small_numbers(tier):
+    """Everything f32 can hold next to each other: no intermediate form may overflow or lose the small ones."""
+    for m in (5, 100):
+        c = case(m, 40, 96)
+        c.x[:, ::2] *= 1e30
+        c.w[:, ::2] *= 1e-30
+        c.x[:, 1] = torch.finfo(torch.float32).max
+        c.w[:, 1] = 1e-38
+        c.w[:, 3] = torch.finfo(torch.float32).max
+        c.x[:, 3] = 1e-37
+        c.check(tier)
+
+
 @pytest.mark.parametrize("x_dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("w_dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("tier", TIERS)
 def test_mixed_dtypes(tier, x_dtype, w_dtype):
-    for m, out in product((1, 4, 19), FLOATS):
+    for m, out in product((1, 4, 19, 97), FLOATS):
         c = case(m, 50, 67, w_dtype, out=out, bias=randn(50, dtype=x_dtype))
         c.x = c.x.to(x_dtype)
         c.residual = randn(m, 50, dtype=w_dtype)
@@ -262,7 +285,7 @@ def test_packing_is_the_same_for_every_way_to_get_there(tier, dtype):
 @pytest.mark.parametrize("tier", TIERS)
 def test_threads_give_the_same_bits(tier, threads):
     """Cutting the work otherwise must not change a single sum's order."""
-    for m in (1, 6, 90):
+    for m in (1, 6, 90, 300):
         c = case(m, 200, 300, norm=2, bias=randn(200))
         assert torch.equal(c.run(tier, threads), c.run(tier, 1))
 
@@ -280,7 +303,7 @@ def test_empty_problems(tier):
 @pytest.mark.parametrize("tier", TIERS)
 def test_nan_and_inf_propagate(tier, norm, dtype):
     """Odd K and N: what stands in the pad must neither hide them nor make new ones."""
-    for m in (1, 5, 30):
+    for m in (1, 5, 30, 101):
         c = case(m, 35, 67, dtype, norm=norm)
         c.x[0, 66] = float("nan")
         if m > 1:
@@ -298,7 +321,7 @@ def test_any_problem(data):
     """Whatever is asked for in whatever combination."""
     draw = data.draw
     dtype = st.sampled_from(FLOATS)
-    m, outputs, k = draw(st.integers(1, 40)), draw(st.integers(1, 90)), draw(st.integers(1, 150))
+    m, outputs, k = draw(st.integers(1, 130)), draw(st.integers(1, 90)), draw(st.integers(1, 150))
     gated = draw(st.booleans())
     n = 2 * outputs if gated else outputs
     c = case(m, n, k, draw(dtype), gated=gated, act=draw(st.sampled_from(list(ACTIVATIONS))))

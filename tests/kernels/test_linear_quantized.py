@@ -18,7 +18,7 @@ from tests.tolerance import assert_close
 
 TIERS = _C.tiers()
 U8 = 6  # DType::u8 in csrc/runtime/tensor.h
-HEIGHTS = {"avx512_vnni": 14, "avx512": 12, "avx2": 4, "scalar": 4}  # kLoneRows
+HEIGHTS = {"amx": 14, "avx512_vnni": 14, "avx512": 12, "avx2": 4, "scalar": 4}  # kLoneRows
 
 
 @dataclass

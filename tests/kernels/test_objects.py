@@ -148,7 +148,7 @@ def test_integer_loops_keep_their_sums_in_registers(objects, tier):
     functions = {n: c for n, c in code.items() if "::quantized_tile<" in n}
     assert len(functions) >= (11 if tier == "avx2" else 18)
     for name, body in functions.items():
-        products = "vpdpbusd" if tier == "avx512_vnni" else "vpmaddwd"
+        products = "vpdpbusd" if tier in ("amx", "avx512_vnni") else "vpmaddwd"
         hot = [loop for loop in inner_loops(body) if sum(products in text for text in loop) >= 2]
         assert hot, f"no multiplying loop found in {name}"
         stack = stack_registers(body)

@@ -32,6 +32,24 @@ void activate(int64_t act, float* sums, int rows, int vectors) {
   }
 }
 
+// y = sums [* up] + residual from output n0 on. The dtype is known to the compiler: with it, the loop is a few
+// instructions an output vector.
+template <DType kOut>
+void write_rows(const Problem& p, int64_t n0, int64_t row0, int rows, const int* count, const float* sums) {
+  const bool whole = count[0] == kLanes && (p.gated || count[1] == kLanes);
+  const int vectors = p.gated || count[1] == 0 ? 1 : 2;
+  for (int m = 0; m < rows; ++m, sums += kPanel)
+    for (int v = 0; v < vectors; ++v) {
+      Vec out = vload(sums + v * kLanes);
+      if (p.gated) out = vmul(out, vload(sums + kLanes));
+      const int64_t n = n0 + v * kLanes;
+      const int lanes = whole ? kLanes : count[v];
+      if (p.residual.data)
+        out = vadd(out, vload_as(p.residual.dtype, p.residual.data, (row0 + m) * p.residual.stride[0] + n, lanes));
+      vstore_as(kOut, p.y.data, (row0 + m) * p.y.stride[0] + n, out, lanes);
+    }
+}
+
 void finish_tile(const Problem& p, int64_t panel, int64_t row0, int rows, float* sums) {
   const int64_t width = p.gated ? kLanes : kPanel;  // outputs of a panel
   const int64_t n0 = panel * width;
@@ -53,16 +71,14 @@ void finish_tile(const Problem& p, int64_t panel, int64_t row0, int rows, float*
       }
   }
   activate(p.act, sums, rows, vectors);
-  for (int m = 0; m < rows; ++m)
-    for (int v = 0; v < vectors; ++v) {
-      if (count[v] == 0) continue;
-      Vec out = vload(sums + m * kPanel + v * kLanes);
-      if (p.gated) out = vmul(out, vload(sums + m * kPanel + kLanes));
-      const int64_t n = n0 + v * kLanes;
-      if (p.residual.data)
-        out = vadd(out, vload_as(p.residual.dtype, p.residual.data, (row0 + m) * p.residual.stride[0] + n, count[v]));
-      vstore_as(p.y.dtype, p.y.data, (row0 + m) * p.y.stride[0] + n, out, count[v]);
-    }
+  switch (p.y.dtype) {
+    case DType::f32:
+      return write_rows<DType::f32>(p, n0, row0, rows, count, sums);
+    case DType::f16:
+      return write_rows<DType::f16>(p, n0, row0, rows, count, sums);
+    default:
+      return write_rows<DType::bf16>(p, n0, row0, rows, count, sums);
+  }
 }
 
 }  // namespace

@@ -1,0 +1,53 @@
+// The AMX tier: Vec as in AVX-512, and tile registers of 16 rows by 64 bytes.
+// A tile product is C[16][16] += A[16][k] * B[k][16]: A holds rows of k, B rows of k pairs (bf16) or quads (bytes).
+#pragma once
+#include "cpu/isa/avx512.h"
+
+namespace {
+
+constexpr int kTileRows = 16, kTileBytes = 64;
+
+// The tile registers of this thread for as long as it lives. Registers 0..3 are sums, 4 and 5 hold A, 6 and 7 hold B;
+// `k_bytes` of every row of A are used, and as many rows of B as that makes groups of four bytes.
+struct TileScope {
+  explicit TileScope(int k_bytes) {
+    struct alignas(64) Config {
+      uint8_t palette, start_row, reserved[14];
+      uint16_t row_bytes[16];
+      uint8_t rows[16];
+    } config{};
+    config.palette = 1;
+    for (int t = 0; t < 8; ++t) {
+      config.row_bytes[t] = static_cast<uint16_t>(t == 4 || t == 5 ? k_bytes : kTileBytes);
+      config.rows[t] = static_cast<uint8_t>(t >= 6 ? k_bytes / 4 : kTileRows);
+    }
+    _tile_loadconfig(&config);
+  }
+  ~TileScope() { _tile_release(); }
+  TileScope(const TileScope&) = delete;
+  TileScope& operator=(const TileScope&) = delete;
+};
+
+// 32 floats rounded to bf16, the words of `low` first. Denormals become zero.
+inline __m512i tile_words(Vec low, Vec high) { return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high.v, low.v)); }
+inline Vec low_words(__m512i words) { return widen_bf16(_mm512_castsi512_si256(words)); }
+inline Vec high_words(__m512i words) { return widen_bf16(_mm512_extracti64x4_epi64(words, 1)); }
+
+// The bf16 numbers that begin the elements of two vectors (cut off, not rounded), in turn, as B wants the pairs of a
+// column; the vectors keep their rests.
+inline __m512i split_pairs(Vec& even, Vec& odd) {
+  const __m512i upper = _mm512_set1_epi32(static_cast<int32_t>(0xFFFF0000u));
+  const __m512i low = _mm512_castps_si512(even.v), high = _mm512_castps_si512(odd.v);
+  even.v = _mm512_sub_ps(even.v, _mm512_castsi512_ps(_mm512_and_si512(low, upper)));
+  odd.v = _mm512_sub_ps(odd.v, _mm512_castsi512_ps(_mm512_and_si512(high, upper)));
+  return _mm512_ternarylogic_epi32(_mm512_srli_epi32(low, 16), high, upper, 0xF8);  // low | (high & upper)
+}
+
+// Collects whether any of the words it has seen is an infinity or a NaN.
+struct FiniteWords {
+  __m512i largest = _mm512_setzero_si512();
+  void see(__m512i words) { largest = _mm512_max_epu16(largest, _mm512_and_si512(words, _mm512_set1_epi16(0x7FFF))); }
+  bool all() const { return _mm512_cmpge_epu16_mask(largest, _mm512_set1_epi16(0x7F80)) == 0; }
+};
+
+}  // namespace
