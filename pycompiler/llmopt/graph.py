@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._ops import OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
@@ -31,7 +32,6 @@ _ALIASES = {
     "subtract": "sub",
     "multiply": "mul",
     "divide": "div",
-    "rsub": "rsub",
     "negative": "neg",
     "swapaxes": "transpose",
     "moveaxis": "movedim",
@@ -42,10 +42,19 @@ _ALIASES = {
     "imul": "mul_",
     "isub": "sub_",
     "itruediv": "div_",
+    "ifloordiv": "floor_divide_",
+    "imod": "remainder_",
+    "ipow": "pow_",
+    "iand": "bitwise_and_",
+    "ior": "bitwise_or_",
+    "ixor": "bitwise_xor_",
+    "ilshift": "bitwise_left_shift_",
+    "irshift": "bitwise_right_shift_",
     "setitem": "setitem_",
-    "hardtanh": "hardtanh",
-    "index_copy": "index_copy",
 }
+
+# Where PyTorch's own functions are defined; the name of any other says nothing about what it computes.
+_PYTORCH = ("torch", "_operator", "builtins", "math")
 
 # The dtypes kernels compute on.
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -84,12 +93,22 @@ def _kind(node: fx.Node) -> str:
     if target is getattr:
         return "getattr_" + str(node.args[1]) if len(node.args) > 1 else "getattr"
     name = getattr(target, "__name__", str(target))
+    if isinstance(target, (OpOverload, OpOverloadPacket)):
+        namespace, _, name = _qualified_name(target).partition("::")
+        return name if namespace == "aten" else f"{namespace}.{name}"
     module = getattr(target, "__module__", "") or ""
     if module.startswith("llmopt."):
         return "llmopt." + name
+    if module and module.split(".")[0] not in _PYTORCH:
+        return f"{module}.{name}"
     if node.kwargs.get("inplace") is True:
         return name.rstrip("_") + "_"
     return _ALIASES.get(name, name)
+
+
+def _qualified_name(target: OpOverload | OpOverloadPacket) -> str:
+    packet = target.overloadpacket if isinstance(target, OpOverload) else target
+    return packet._qualified_op_name
 
 
 def fake(node: Any) -> Any:
@@ -263,21 +282,37 @@ def refresh(nodes: list[fx.Node]) -> None:
         )  # the earliest first: each is computed once, from inputs that are final
         waiting.remove(node)
         first = next((v for n in node.all_input_nodes for v in _fakes_in(fake(n))), None)
-        if node.op not in ("call_function", "call_method") or first is None or is_in_place(node):
+        if node.op not in ("call_function", "call_method") or first is None:
             continue
-        if kind(node) in ("view", "view_as"):  # a view of the traced layout may need a copy in ours
-            node.op, node.target = (
-                "call_method",
-                "reshape" if kind(node) == "view" else "reshape_as",
-            )
-            node.meta.pop("llmopt_kind", None)
-        new = compute_fake(first.fake_mode, node.target, node.args, node.kwargs)
+        if is_in_place(node):
+            new = _written_value(node)
+        else:
+            _allow_a_copy(node)
+            new = compute_fake(first.fake_mode, node.target, node.args, node.kwargs)
         stale = list(node.users) if isinstance(new, (tuple, list)) else _stale_users(node, new)
         node.meta["example_value"] = new
         for user in stale:
             if user not in waiting:
                 waiting.add(user)
                 heappush(queue, user)
+
+
+def _written_value(node: fx.Node) -> Any:
+    """What an in-place operation gives back: the value it wrote into, wherever that lies now."""
+    before, target = fake(node), fake(node.args[0]) if node.args else None
+    return target if _same_shape(before, target) else before
+
+
+_COPYING = {"view": "reshape", "view_as": "reshape_as"}
+
+
+def _allow_a_copy(node: fx.Node) -> None:
+    """A view of the traced layout may need a copy in ours. A view as another dtype (`view(dtype)`) stays what it is."""
+    size = argument(node, 1, "size")
+    if kind(node) in _COPYING and not isinstance(argument(node, 1, "dtype", size), torch.dtype):
+        node.op, node.target = "call_method", _COPYING[kind(node)]
+        node.kwargs = {"shape" if k == "size" else k: v for k, v in node.kwargs.items()}
+        node.meta.pop("llmopt_kind", None)
 
 
 def storage(node: fx.Node) -> int | None:
@@ -321,25 +356,21 @@ def is_in_place(node: fx.Node) -> bool:
     """True when the node writes into one of its inputs."""
     if node.op not in ("call_function", "call_method"):
         return False
-    if "out" in node.kwargs and node.kwargs["out"] is not None:
+    if node.kwargs.get("out") is not None:
         return True
     name = kind(node)
-    if name.endswith("_") and not name.startswith("_") and name not in _NOT_MUTATING:
+    if name.endswith("_") and not name.endswith("__") and name not in _NOT_MUTATING:
         return True
-    schema = getattr(node.target, "_schema", None)
-    return bool(schema is not None and schema.is_mutable)
+    return any(schema.is_mutable for schema in schemas(node.target))
 
 
-def mutated_storages(graph: fx.Graph) -> set[int]:
-    """Memory that some node writes into."""
-    written: set[int] = set()
-    for node in graph.nodes:
-        if is_in_place(node):
-            targets = [node.kwargs["out"]] if node.kwargs.get("out") is not None else node.args[:1]
-            written.update(
-                s for n in targets if isinstance(n, fx.Node) and (s := storage(n)) is not None
-            )
-    return written
+def schemas(target: Any) -> list[torch.FunctionSchema]:
+    """The signatures of a registered operator; of a packet, those of all its overloads."""
+    if isinstance(target, OpOverload):
+        return [target._schema]
+    if isinstance(target, OpOverloadPacket):
+        return [getattr(target, name)._schema for name in target.overloads()]
+    return []
 
 
 def is_weight(node: Any) -> bool:

@@ -19,7 +19,6 @@ from llmopt.graph import (
     is_tensor,
     is_view,
     kind,
-    mutated_storages,
     numel,
     source_line,
     storage,
@@ -31,6 +30,7 @@ from llmopt.native.operands import NativeKernel
 from llmopt.native.segment import SegmentBuilder, StepRecord
 from llmopt.sizes import SizeTable, UnsupportedSize, expression
 from llmopt.types import Target
+from llmopt.writes import mutated_storages
 
 
 @dataclass(frozen=True)

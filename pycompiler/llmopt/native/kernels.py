@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from llmopt.graph import kind
+from llmopt.graph import NOTE, kind
 from llmopt.native import attention, linear, linear_quantized, pointwise, rows
 from llmopt.native.operands import NativeKernel
 
@@ -28,6 +28,7 @@ def kernel_for(node: fx.Node) -> tuple[NativeKernel | None, str]:
     """The kernel that takes a node and "", or None and the reason."""
     kernel = KERNELS.get(kind(node)) if node.op in ("call_function", "call_method") else None
     if kernel is None:
-        return None, _NO_KERNEL.get(kind(node), f"no kernel for {kind(node)}")
+        known = node.meta.get(NOTE) or _NO_KERNEL.get(kind(node))
+        return None, known or f"no kernel for {kind(node)}"
     reason = kernel.reject(node)
     return (None, reason) if reason else (kernel, "")

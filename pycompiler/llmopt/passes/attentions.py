@@ -14,6 +14,7 @@ from llmopt import ops
 from llmopt.graph import (
     FLOAT_CASTS,
     FLOATS,
+    NOTE,
     argument,
     emit,
     expression,
@@ -24,38 +25,49 @@ from llmopt.graph import (
     replace,
     same_shape,
     same_size,
+    scalar,
     sole_user,
 )
-from llmopt.passes.scores import RESHAPES, bias_of, four_dims, read_scores
+from llmopt.passes.scores import RESHAPES, bias_of, four_dims, keeps_last_two, read_scores
 from llmopt.passes.simplify import erase_unused
+from llmopt.writes import Writes
 
 
 def run(graph: fx.Graph) -> None:
-    mode = fake_mode_of(graph)
+    mode, writes = fake_mode_of(graph), Writes(graph)
     for node in list(graph.nodes):
         if node.op not in ("call_function", "call_method"):
             continue
         if kind(node) == "scaled_dot_product_attention":
-            _match_sdpa(graph, mode, node)
+            _match_sdpa(graph, mode, node, writes)
         elif kind(node) == "softmax":
-            _match_softmax(graph, mode, node)
+            _match_softmax(graph, mode, node, writes)
     erase_unused(graph)
 
 
-def _match_sdpa(graph: fx.Graph, mode: Any, node: fx.Node) -> None:
+def _match_sdpa(graph: fx.Graph, mode: Any, node: fx.Node, writes: Writes) -> None:
     q, k, v = (argument(node, i, name) for i, name in enumerate(("query", "key", "value")))
     mask = argument(node, 3, "attn_mask")
     if argument(node, 4, "dropout_p", 0.0) != 0.0 or not _shapes_fit(q, k, v, mask):
         return
     scale = argument(node, 6, "scale")
     width = expression(fake(q).shape[-1])
-    if not isinstance(width, int) or not (scale is None or isinstance(scale, (int, float))):
+    if not isinstance(width, int):
+        return
+    if scale is not None and scalar(scale) is None:
+        node.meta[NOTE] = "scale is not a constant"
         return
     scale = width**-0.5 if scale is None else float(scale)
-    causal = bool(argument(node, 5, "is_causal", False))
+    causal = argument(node, 5, "is_causal", False)
+    if not isinstance(causal, bool):
+        node.meta[NOTE] = "is_causal is not a constant"
+        return
+    k, v = _ungrouped(k), _ungrouped(v)
+    if not _gives(q, v, fake(node).shape) or writes.moves_reads(node, (q, k, v, mask)):
+        return
     with graph.inserting_before(node):
         mask = _four_dims(graph, mode, mask)
-        args = (q, _ungrouped(k), _ungrouped(v), mask, scale, causal)
+        args = (q, k, v, mask, scale, causal)
         new = emit(graph, mode, ops.attention, args, like=node)
     replace(node, new)
 
@@ -126,12 +138,12 @@ def _ungrouped(k: fx.Node) -> fx.Node:
     return base
 
 
-def _match_softmax(graph: fx.Graph, mode: Any, node: fx.Node) -> None:
+def _match_softmax(graph: fx.Graph, mode: Any, node: fx.Node, writes: Writes) -> None:
     dim = argument(node, 1, "dim")
     if not is_tensor(node.args[0]) or dim not in (-1, fake(node).dim() - 1):
         return
     last = node
-    while (user := sole_user(last)) is not None and kind(user) in (*FLOAT_CASTS, *RESHAPES):
+    while (user := sole_user(last)) is not None and _passes_on(user):
         last = user
     product = sole_user(last)
     if product is None or kind(product) not in ("matmul", "bmm") or product.args[0] is not last:
@@ -141,19 +153,35 @@ def _match_softmax(graph: fx.Graph, mode: Any, node: fx.Node) -> None:
     if scores is None or v is None or fake(product).dtype != fake(scores.q).dtype:
         return
     result = _whole_heads(product)
+    if not _gives(scores.q, v, fake(product if result is None else result).shape):
+        return
+    k, v = scores.k if scores.k_is_transposed else _ungrouped(scores.k), _ungrouped(v)
+    if writes.moves_reads(product, (scores.q, k, v, *(c.tensor for c in scores.changes))):
+        return
     with graph.inserting_before(product):
-        k = scores.k
         if scores.k_is_transposed:
             k = emit(graph, mode, "transpose", (k, 2, 3), like=product)
         if not _shapes_fit(scores.q, k, v, None):
             return
         mask, scale = bias_of(graph, mode, scores, product)
         mask = _four_dims(graph, mode, mask)
-        args = (scores.q, _ungrouped(k), _ungrouped(v), mask, scale, False, 0, 0, scores.softcap)
+        args = (scores.q, k, v, mask, scale, False, 0, 0, scores.softcap)
         new = emit(graph, mode, ops.attention, args, like=product)
         if result is None and fake(product).dim() == 3:
             new = emit(graph, mode, "flatten", (new, 0, 1), like=product)
     replace(product if result is None else result, new)
+
+
+def _passes_on(node: fx.Node) -> bool:
+    """Casts of the weights, and reshapes of their batch and heads."""
+    return kind(node) in FLOAT_CASTS or (kind(node) in RESHAPES and keeps_last_two(node))
+
+
+def _gives(q: fx.Node, v: fx.Node, shape: Any) -> bool:
+    """True when attention of q [B,H,Sq,D] over v [B,Hkv,Skv,Dv] has this shape, with heads apart or flattened."""
+    batch, heads, queries = fake(q).shape[:3]
+    front = (batch, heads) if len(shape) == 4 else (batch * heads,)
+    return same_shape(shape, (*front, queries, fake(v).shape[3]))
 
 
 def _whole_heads(product: fx.Node) -> fx.Node | None:

@@ -25,7 +25,6 @@ from llmopt.graph import (
     is_one,
     is_tensor,
     kind,
-    mutated_storages,
     refresh,
     same_shape,
     scalar,
@@ -34,6 +33,7 @@ from llmopt.graph import (
 )
 from llmopt.ops.pointwise import BINARY, UNARY
 from llmopt.passes.activations import activation_of
+from llmopt.writes import mutated_storages
 
 _LARGEST = 24  # instructions in one chain
 _MAX_INPUTS = 8

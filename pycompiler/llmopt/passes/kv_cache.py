@@ -19,12 +19,12 @@ from llmopt.graph import (
     is_empty,
     is_tensor,
     kind,
-    mutated_storages,
     refresh,
     same_size,
     sole_user,
     storage,
 )
+from llmopt.writes import mutated_storages
 
 
 def run(graph: fx.Graph) -> None:

@@ -27,7 +27,7 @@ from llmopt.graph import (
 def run(graph: fx.Graph) -> None:
     mode = fake_mode_of(graph)
     rules = {"linear": _linear, "addmm": _addmm, "matmul": _matmul, "mm": _matmul}
-    rules["linear_quantized_module.default"] = _quantized
+    rules["llmopt.linear_quantized_module"] = _quantized
     for node in list(graph.nodes):
         rule = rules.get(kind(node)) if node.op in ("call_function", "call_method") else None
         if rule is not None:

@@ -7,6 +7,7 @@ Models write it with matmul, bmm or baddbmm, on [B,H,S,D] or with batch and head
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import isinf
 from typing import Any
 
 import torch
@@ -31,19 +32,21 @@ from llmopt.graph import (
 
 RESHAPES = ("view", "reshape", "flatten", "unflatten")
 _PRODUCTS = ("matmul", "bmm", "baddbmm")
+# A filled score that added to any other gives itself, so that a row of nothing but fills stays uniform, as in PyTorch.
+_LEAST = torch.finfo(torch.float32).min
+_ANY_BIAS = -1e30  # fills below it swallow every bias
 
 
 @dataclass(frozen=True)
 class Change:
     """One thing that happens to scores: they are multiplied, capped, given a bias, or replaced where they do not count.
 
-    what: "scale", "softcap", "bias", "fill" (value where condition) or "keep" (value where not condition).
+    what: "scale", "softcap", "bias", "fill" (number where condition) or "keep" (number where not condition).
     """
 
     what: str
-    number: float = 1.0  # of scale and softcap; factor of a bias
+    number: float = 1.0  # of scale and softcap; factor of a bias; what replaces a score
     tensor: Any = None  # the bias, or the condition
-    value: Any = None  # what replaces a score
 
 
 @dataclass(frozen=True)
@@ -61,15 +64,42 @@ class Scores:
 def read_scores(node: Any) -> Scores | None:
     """The parts of the scores that softmax reads, or None when something is not understood."""
     changes: list[Change] = []
-    current = _alone(node)
+    chain: list[fx.Node] = []  # everything between softmax and the product, which is the last
+    current = _alone(node, chain)
     while current is not None and kind(current) not in _PRODUCTS:
         found = _changed(current)
         if found is None:
             return None
         source, change = found
         changes += [change] if change is not None else []
-        current = _alone(source)
-    return None if current is None else _parts(current, changes[::-1])
+        current = _alone(source, chain)
+    if current is None:
+        return None
+    scores = _parts(current, changes[::-1])
+    if scores is None or not all(_framed(fake(n).shape, scores) for n in chain):
+        return None
+    return scores if _fills_stay(scores.changes) else None
+
+
+def _framed(shape: Any, scores: Scores) -> bool:
+    """True for [B,H,Sq,Skv] and [B·H,Sq,Skv]: nothing on the way splits heads otherwise or broadcasts scores to more."""
+    batch, heads, queries = fake(scores.q).shape[:3]
+    keys = fake(scores.k).shape[3 if scores.k_is_transposed else 2]
+    front = (batch, heads) if len(shape) == 4 else (batch * heads,)
+    return same_shape(shape, (*front, queries, keys))
+
+
+def _fills_stay(changes: tuple[Change, ...]) -> bool:
+    """True when a filled score is still one that does not count after what follows; a bias may reach an f16 fill of −65504."""
+    for i, change in enumerate(changes):
+        if change.what not in ("fill", "keep"):
+            continue
+        later = changes[i + 1 :]
+        if any(c.what == "scale" and not 0 < c.number <= 1 for c in later):
+            return False
+        if change.number > _ANY_BIAS and any(c.what == "bias" for c in later):
+            return False
+    return True
 
 
 def _parts(product: fx.Node, changes: list[Change]) -> Scores | None:
@@ -78,7 +108,7 @@ def _parts(product: fx.Node, changes: list[Change]) -> Scores | None:
         first = 1
         beta, alpha = (scalar(product.kwargs.get(name, 1)) for name in ("beta", "alpha"))
         bias = argument(product, 0, "input")
-        if beta is None or not alpha or not is_tensor(bias) or not _fits(bias, product):
+        if beta is None or not alpha or not is_tensor(bias):
             return None
         added = [Change("bias", beta, bias)] if beta else []
         changes = [Change("scale", alpha), *added, *changes]
@@ -105,16 +135,17 @@ def _parts(product: fx.Node, changes: list[Change]) -> Scores | None:
     return Scores(q_heads, k_heads, is_transposed, scale, softcap, tuple(rest))
 
 
-def _alone(node: Any) -> fx.Node | None:
-    """The node under casts and reshapes of the leading dimensions, when each link has no other reader."""
+def _alone(node: Any, chain: list[fx.Node]) -> fx.Node | None:
+    """The node under casts and reshapes of the leading dimensions, when each link has no other reader; links join the chain."""
     while is_tensor(node) and sole_user(node) is not None:
-        if kind(node) not in FLOAT_CASTS and not (kind(node) in RESHAPES and _keeps_last_two(node)):
+        chain.append(node)
+        if kind(node) not in FLOAT_CASTS and not (kind(node) in RESHAPES and keeps_last_two(node)):
             return node
         node = node.args[0]
     return None
 
 
-def _keeps_last_two(node: fx.Node) -> bool:
+def keeps_last_two(node: fx.Node) -> bool:
     """A reshape that only splits or joins batch and heads."""
     before, after = fake(node.args[0]).shape, fake(node).shape
     if {len(before), len(after)} - {3, 4}:
@@ -145,7 +176,7 @@ def _added(node: fx.Node) -> tuple[Any, Change] | None:
     if pair is None or not all(is_tensor(p) for p in pair):
         return None
     scores, bias = pair if _leads_to_product(pair[0]) else pair[::-1]
-    if fake(bias).dtype not in FLOATS or not _fits(bias, node):
+    if fake(bias).dtype not in FLOATS:
         return None
     return scores, Change("bias", tensor=bias)
 
@@ -178,18 +209,17 @@ def _capped(node: fx.Node) -> tuple[Any, Change] | None:
 def _masked(scores: Any, what: str, condition: Any, value: Any) -> tuple[Any, Change] | None:
     if not (is_tensor(scores) and is_tensor(condition)) or fake(condition).dtype != torch.bool:
         return None
-    constant = is_tensor(value) and fake(value).dim() == 0
-    if not (constant or scalar(value) is not None) or not _fits(condition, scores):
-        return None
-    return scores, Change(what, tensor=condition, value=value)
+    number = _constant(value)
+    if number is None or not number <= torch.finfo(torch.float16).min:
+        return None  # a score that counts after softmax is no mask
+    return scores, Change(what, number, condition)
 
 
-def _fits(operand: fx.Node, scores: fx.Node) -> bool:
-    """A bias or condition with the scores' dimensions or fewer; flattened heads need their own entry or one for all."""
-    mine, theirs = fake(operand).shape, fake(scores).shape
-    if len(theirs) == 4:
-        return len(mine) <= 4
-    return len(mine) < 3 or (len(mine) == 3 and (is_one(mine[0]) or same_size(mine[0], theirs[0])))
+def _constant(value: Any) -> float | None:
+    """A number, also one that the graph wraps into a tensor without dimensions."""
+    if is_tensor(value) and fake(value).dim() == 0 and kind(value) in ("tensor", "full"):
+        value = value.args[-1]
+    return scalar(value)
 
 
 def _leads_to_product(node: Any) -> bool:
@@ -280,10 +310,19 @@ def bias_of(graph: fx.Graph, mode: Any, scores: Scores, like: fx.Node) -> tuple[
                 else emit(graph, mode, torch.add, (bias, operand), like=like)
             )
             continue
-        kept = 0.0 if bias is None else bias
-        pair = (change.value, kept) if change.what == "fill" else (kept, change.value)
+        kept = 0.0 if bias is None else _in_float32(graph, mode, bias, like)
+        fill = change.number if isinf(change.number) else _LEAST
+        pair = (fill, kept) if change.what == "fill" else (kept, fill)
         bias = emit(graph, mode, torch.where, (operand, *pair), like=like)
     return bias, scale
+
+
+def _in_float32(graph: fx.Graph, mode: Any, bias: fx.Node, like: fx.Node) -> fx.Node:
+    return (
+        bias
+        if fake(bias).dtype == torch.float32
+        else emit(graph, mode, "float", (bias,), like=like)
+    )
 
 
 def _is_flat(scores: Scores, operand: fx.Node) -> bool:

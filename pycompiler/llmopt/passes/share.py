@@ -10,8 +10,9 @@ from typing import Any
 
 from torch import fx
 
-from llmopt.graph import is_in_place, is_tensor, is_view, kind, mutated_storages, storage
+from llmopt.graph import is_in_place, is_tensor, is_view, kind, storage
 from llmopt.passes.simplify import PURE
+from llmopt.writes import mutated_storages
 
 
 def run(graph: fx.Graph) -> None:

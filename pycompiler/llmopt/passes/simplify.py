@@ -17,13 +17,13 @@ from llmopt.graph import (
     is_tensor,
     is_view,
     kind,
-    mutated_storages,
     refresh,
     replace,
     same_shape,
     scalar,
     storage,
 )
+from llmopt.writes import mutated_storages
 
 _CASTS = FLOAT_CASTS | {"double"}
 _SAME_LAYOUT_VIEWS = frozenset(

@@ -1,0 +1,151 @@
+"""Passes leave alone what only looks like their pattern, and still take what is one.
+
+Each function runs compiled and in eager; `takes` names ops that its plan must hold, `leaves` those it must not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+import pytest
+import torch
+from llmopt.compiled import alive
+
+from tests.e2e.compare import assert_same_output
+
+INF = float("inf")
+
+
+@torch.no_grad()
+def check(
+    function: Callable[..., Any],
+    *inputs: Any,
+    takes: Collection[str] = (),
+    leaves: Collection[str] = (),
+    dynamic: bool | None = None,
+) -> None:
+    """The compiled function gives what eager gives, and leaves the same in its inputs."""
+    torch._dynamo.reset()
+    known = {id(g) for g in alive()}
+    ours, theirs = copied(inputs), copied(inputs)
+    got = torch.compile(function, backend="llmopt", dynamic=dynamic)(*ours)
+    assert_same_output(got, function(*theirs))
+    assert_same_output(ours, theirs, "inputs afterwards")
+    plans = [g.plan for g in alive() if id(g) not in known]
+    ops = {r.op for p in plans if p is not None for r in p.records()}
+    assert ops >= set(takes), f"taken: {ops}"
+    assert not ops & set(leaves), f"taken: {ops}"
+
+
+def copied(inputs: tuple) -> tuple:
+    return tuple(i.clone() if isinstance(i, torch.Tensor) else i for i in inputs)
+
+
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape) + seed))
+
+
+def heads(seed: int = 0, batch: int = 2, number: int = 3) -> torch.Tensor:
+    return randn(batch, number, 5, 8, seed=seed)
+
+
+MASK = torch.arange(5)[:, None] >= torch.arange(5)
+Q, K, V = heads(0), heads(1), heads(2)
+
+
+def softmax_attention(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable:
+    def function(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return change(q @ k.transpose(2, 3)).softmax(-1) @ v
+
+    return function
+
+
+@pytest.mark.parametrize("fill", [0.0, 1.0, -1.0, -100.0, -60000.0, INF])
+def test_a_fill_that_counts_is_no_mask(fill: float) -> None:
+    check(softmax_attention(lambda s: s.masked_fill(~MASK, fill)), Q, K, V, leaves=["attention"])
+    check(softmax_attention(lambda s: torch.where(MASK, s, fill)), Q, K, V, leaves=["attention"])
+
+
+@pytest.mark.parametrize("fill", [-INF, -65504.0, -1e9, torch.finfo(torch.float32).min])
+def test_a_fill_that_never_counts_is_a_mask(fill: float) -> None:
+    check(softmax_attention(lambda s: s.masked_fill(~MASK, fill)), Q, K, V, takes=["attention"])
+    check(softmax_attention(lambda s: torch.where(MASK, s, fill)), Q, K, V, takes=["attention"])
+    check(
+        softmax_attention(lambda s: torch.where(~MASK, torch.tensor(fill), s)),
+        *(Q, K, V),
+        takes=["attention"],
+    )
+
+
+def test_a_fill_from_outside_is_no_constant() -> None:
+    def function(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, fill: torch.Tensor) -> Any:
+        return torch.where(MASK, q @ k.transpose(2, 3), fill).softmax(-1) @ v
+
+    check(function, Q, K, V, torch.tensor(0.5), leaves=["attention"])
+
+
+@pytest.mark.parametrize("fill", [-65504.0, -1e9, torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("factor", [1.0, 100.0])
+def test_a_row_of_nothing_but_fills_is_uniform(fill: float, factor: float) -> None:
+    dead = MASK.clone()
+    dead[2] = False
+    check(
+        softmax_attention(lambda s: (s * factor).masked_fill(~dead, fill)),
+        *(Q, K, V),
+        takes=["attention"],
+    )
+
+
+def test_what_follows_a_fill_may_bring_it_back() -> None:
+    bias = 65500 * torch.ones(5, 5)
+    check(softmax_attention(lambda s: s.masked_fill(~MASK, -65504.0) + bias), Q, K, V)
+    check(softmax_attention(lambda s: s.masked_fill(~MASK, -65504.0) * -1e-4), Q, K, V)
+    dead = torch.zeros(5, 5, dtype=torch.bool)
+    check(softmax_attention(lambda s: s.masked_fill(~dead, -65504.0) + MASK.float()), Q, K, V)
+
+
+def test_masks_and_biases_in_a_row() -> None:
+    bias, padding = randn(5, 5), torch.arange(5) < 4
+    check(
+        softmax_attention(
+            lambda s: (s + bias).masked_fill(~MASK, -1e9).masked_fill(~padding, -INF)
+        ),
+        *(Q, K, V),
+        takes=["attention"],
+    )
+    check(softmax_attention(lambda s: (s.masked_fill(~MASK, -1e38) + bias) / 2), Q, K, V)
+
+
+def test_heads_split_otherwise_between_softmax_and_product() -> None:
+    """Scores [2, 3, 5, 5] seen as [3, 2, 5, 5] take another bias."""
+    bias = randn(3, 2, 1, 1)
+
+    def function(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        scores = (q @ k.transpose(2, 3)).view(3, 2, 5, 5) * 2
+        weights = (scores.masked_fill(~MASK, -INF) + bias * MASK).softmax(-1)
+        return weights.view(2, 3, 5, 5) @ v
+
+    check(function, Q, K, V, leaves=["attention"])
+
+
+def test_weights_reshaped_behind_softmax() -> None:
+    """[2, 3, 4, 4] read as [2, 3, 2, 8] multiplies other rows."""
+    q, k, v = randn(2, 3, 4, 8), randn(2, 3, 4, 8), randn(2, 3, 8, 8)
+
+    def function(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return (q @ k.transpose(2, 3)).softmax(-1).view(2, 3, 2, 8) @ v
+
+    check(function, q, k, v, leaves=["attention"])
+
+
+def test_scores_that_a_bias_broadcasts_to_more() -> None:
+    bias, row = randn(4, 1, 5, 5), randn(5, 1)
+    one = (heads(0, batch=1), heads(1, batch=1), heads(2, batch=1))
+    check(softmax_attention(lambda s: s + bias), *one, leaves=["attention"])
+    check(softmax_attention(lambda s: s + row), Q[:, :, :1], K, V, leaves=["attention"])
+
+
+def test_values_of_more_heads_or_batches() -> None:
+    check(softmax_attention(lambda s: s), Q[:1], K[:1], V, leaves=["attention"])
+    check(softmax_attention(lambda s: s), Q[:, :1], K[:, :1], V, leaves=["attention"])
