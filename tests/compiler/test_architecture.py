@@ -19,7 +19,7 @@ MAX_LINES = 500
 LAYERS = (
     ("_C", "types", "settings", "sizes", "options"),
     ("target", "graph", "memory"),
-    ("ops",),
+    ("ops", "writes"),
     ("quant",),
     ("passes", "native", "kernels"),
     ("kv", "weights", "offload"),

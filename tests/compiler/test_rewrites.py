@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from llmopt.compiled import alive
+from torch.nn import functional as F
 
 from tests.e2e.compare import assert_same_output
 
@@ -149,3 +150,83 @@ def test_scores_that_a_bias_broadcasts_to_more() -> None:
 def test_values_of_more_heads_or_batches() -> None:
     check(softmax_attention(lambda s: s), Q[:1], K[:1], V, leaves=["attention"])
     check(softmax_attention(lambda s: s), Q[:, :1], K[:, :1], V, leaves=["attention"])
+
+
+def test_a_factor_of_one_is_a_copy() -> None:
+    def returned(x: torch.Tensor) -> Any:
+        return x * 1.0, x / 1
+
+    def edited(x: torch.Tensor) -> Any:
+        y = x * 1.0
+        y.zero_()
+        return x + y
+
+    def window(x: torch.Tensor) -> Any:
+        return (x * 1.0)[0]
+
+    check(edited, randn(3, 4))
+    for function in (returned, window):
+        x = randn(3, 4)
+        first = torch.compile(function, backend="llmopt")(x)
+        first = first[0] if isinstance(first, tuple) else first
+        first.zero_()
+        assert torch.equal(x, randn(3, 4))
+
+
+def test_an_index_of_one_is_a_copy() -> None:
+    x = randn(3, 4, 5)
+    row = torch.compile(lambda x: x[:, [1]], backend="llmopt")(x)
+    row.zero_()
+    assert torch.equal(x, randn(3, 4, 5))
+
+
+def test_a_list_of_a_bool_is_a_mask() -> None:
+    check(lambda x: x[[True], :1] * 2, randn(1, 4))
+    check(lambda x: x[:, [False]] * 2, randn(4, 1))
+
+
+def test_a_view_as_another_dtype() -> None:
+    """Behind a value that a kernel makes in another layout."""
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        y = F.layer_norm(x.transpose(0, 1), (16,)).transpose(0, 1) * 2
+        bits = y.contiguous().view(torch.int32)
+        return bits.view(dtype=torch.float32) + 1
+
+    def attended(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return F.scaled_dot_product_attention(q, k, v).view(torch.int32).view(torch.float32)
+
+    check(function, randn(6, 4, 16), takes=["norm"])
+    check(attended, Q, K, V, takes=["attention"])
+
+
+def test_norms_whose_eps_changes() -> None:
+    def layer(x: torch.Tensor, eps: float) -> torch.Tensor:
+        return F.layer_norm(x, (16,), eps=eps)
+
+    def rms(x: torch.Tensor, eps: float) -> torch.Tensor:
+        return F.rms_norm(x, (16,), eps=eps)
+
+    for function in (layer, rms):
+        check(function, randn(4, 16), 0.1, dynamic=True)
+
+
+def test_an_attention_whose_scale_changes_says_so() -> None:
+    def function(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+        return F.scaled_dot_product_attention(q, k, v, scale=scale)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(function, backend="llmopt")
+    for scale in (0.3, 0.4, 0.5):  # a number that has changed once is an input of the graph
+        assert_same_output(compiled(Q, K, V, scale), function(Q, K, V, scale))
+    (plan,) = [g.plan for g in alive() if g.plan is not None][-1:]
+    assert "scale is not a constant" in [f.reason for f in plan.fallbacks]
+
+
+def silu(x: torch.Tensor) -> torch.Tensor:
+    return x - 1
+
+
+def test_a_function_of_the_user_is_known_by_its_module_too() -> None:
+    torch._dynamo.allow_in_graph(silu)
+    check(lambda x: silu(x * 2) + 1, randn(4, 16))

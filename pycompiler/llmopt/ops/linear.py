@@ -100,6 +100,15 @@ def parts(node: fx.Node) -> dict[str, Any]:
     return arguments_of(node, DEFAULTS)
 
 
+def given(arguments: dict[str, Any], *without: str) -> dict[str, Any]:
+    """The keyword arguments a node needs: those that are not as in DEFAULTS, but none named in `without`."""
+    return {
+        name: value
+        for name, value in arguments.items()
+        if name not in without and value != DEFAULTS[name]
+    }
+
+
 def arguments_of(node: fx.Node, defaults: dict[str, Any]) -> dict[str, Any]:
     """A node's arguments by name; `defaults` names them in order."""
     return {

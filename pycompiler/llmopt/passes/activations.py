@@ -24,6 +24,7 @@ from llmopt.graph import (
     scalar,
 )
 from llmopt.ops.activation import activate
+from llmopt.writes import Writes
 
 _UNARY: dict[str, Callable[..., Tensor]] = {
     "tanh": torch.tanh,
@@ -46,13 +47,13 @@ _LONGEST_CHAIN = 14
 
 
 def run(graph: fx.Graph) -> None:
-    mode = fake_mode_of(graph)
+    mode, writes = fake_mode_of(graph), Writes(graph)
     for node in reversed(list(graph.nodes)):
         if kind(node) in ("mul", "square", "pow") and is_tensor(node) and node.users:
-            _match(graph, mode, node)
+            _match(graph, mode, node, writes)
 
 
-def _match(graph: fx.Graph, mode: Any, root: fx.Node) -> None:
+def _match(graph: fx.Graph, mode: Any, root: fx.Node, writes: Writes) -> None:
     found = _chain(root)
     if found is None:
         return
@@ -64,7 +65,7 @@ def _match(graph: fx.Graph, mode: Any, root: fx.Node) -> None:
     ):
         return
     name = _identify(chain, x)
-    if name is None:
+    if name is None or writes.moves_reads(root, (x,)):
         return
     with graph.inserting_before(root):
         new = emit(graph, mode, named, (x, name), like=root)

@@ -22,22 +22,25 @@ from llmopt.graph import (
     scalar,
     sole_user,
 )
+from llmopt.writes import Writes
 
 
 def run(graph: fx.Graph) -> None:
-    mode = fake_mode_of(graph)
+    mode, writes = fake_mode_of(graph), Writes(graph)
     for node in list(graph.nodes):
         if node.op == "call_function" and kind(node) == "embedding":
-            _match(graph, mode, node)
+            _match(graph, mode, node, writes)
 
 
-def _match(graph: fx.Graph, mode: Any, node: fx.Node) -> None:
+def _match(graph: fx.Graph, mode: Any, node: fx.Node, writes: Writes) -> None:
     ids, table = argument(node, 0, "input"), argument(node, 1, "weight")
     if not (is_tensor(ids) and is_tensor(table)) or argument(node, 3, "max_norm") is not None:
         return  # max_norm changes the table
     if fake(ids).dtype not in (torch.int64, torch.int32) or fake(table).dtype not in FLOATS:
         return
     last, scale = _scaled(node)
+    if writes.moves_reads(last, (ids, table)):
+        last, scale = node, 1.0
     with graph.inserting_before(last):
         args = (ids, table) if scale == 1.0 else (ids, table, scale)
         new = emit(graph, mode, ops.embedding, args, None, node, own_value(last))

@@ -6,6 +6,8 @@ norm in front. A row slice behind a norm moves in front of it first, so that a n
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
@@ -28,28 +30,53 @@ from llmopt.graph import (
     scalar,
     sole_user,
 )
-from llmopt.ops.linear import DEFAULTS, parts
+from llmopt.ops.linear import DEFAULTS, given, parts
 from llmopt.passes.activations import activation_of
 from llmopt.passes.quantize import form_of
 from llmopt.passes.simplify import erase_unused
+from llmopt.writes import Writes
 
 
 def run(graph: fx.Graph) -> None:
-    mode = fake_mode_of(graph)
-    _each(graph, mode, "getitem", _slice_before_norm)
-    _each(graph, mode, "mul", _gate_times_up)
-    _activations(graph, mode)
-    _side_by_side(graph, mode)
-    _each(graph, mode, "mul", _scaled)
-    _each(graph, mode, "add", _residual)
-    _norm_in_front(graph, mode)
+    edit = _Edit(graph, fake_mode_of(graph), Writes(graph))
+    _each(edit, "getitem", _slice_before_norm)
+    _each(edit, "mul", _gate_times_up)
+    _activations(edit)
+    _side_by_side(edit)
+    _each(edit, "mul", _scaled)
+    _each(edit, "add", _residual)
+    _norm_in_front(edit)
     erase_unused(graph)
 
 
-def _each(graph: fx.Graph, mode: Any, name: str, rule: Any) -> None:
-    for node in list(graph.nodes):
+@dataclass(frozen=True)
+class _Edit:
+    """The graph as rules change it."""
+
+    graph: fx.Graph
+    mode: Any
+    writes: Writes
+
+    def linear(self, old: fx.Node, like: fx.Node, arguments: dict[str, Any]) -> bool:
+        """Puts a linear in the place of `old`; False, and nothing changed, where that would move a read across a write."""
+        p = {**DEFAULTS, **arguments}
+        x, weights, biases = p["x"], p["weights"], p["biases"]
+        vectors = (p["norm_weight"], p["norm_bias"])
+        operands = (x, *weights, *(biases or ()), p["residual"], *vectors)
+        if self.writes.moves_reads(old, operands):
+            return False
+        kwargs = given(p, "x", "weights", "biases")
+        with self.graph.inserting_before(old):
+            args = (x, weights, biases)
+            new = emit(self.graph, self.mode, ops.linear, args, kwargs, like, own_value(old))
+        replace(old, new)
+        return True
+
+
+def _each(edit: _Edit, name: str, rule: Callable[[_Edit, fx.Node], None]) -> None:
+    for node in list(edit.graph.nodes):
         if node.op in ("call_function", "call_method") and kind(node) == name and is_tensor(node):
-            rule(graph, mode, node)
+            rule(edit, node)
 
 
 def _is_plain(node: Any) -> bool:
@@ -60,24 +87,15 @@ def _is_plain(node: Any) -> bool:
     return p["act"] == "none" and not p["gated"] and p["residual"] is None and p["alpha"] == 1.0
 
 
-def _rebuild(graph: fx.Graph, mode: Any, old: fx.Node, linear: fx.Node, **changes: Any) -> fx.Node:
-    """Replaces `old` by the linear with some arguments changed; `linear` goes when nobody else reads it."""
-    arguments = {**parts(linear), **changes}
-    kwargs = {
-        k: v
-        for k, v in arguments.items()
-        if k not in ("x", "weights", "biases") and v != DEFAULTS[k]
-    }
-    with graph.inserting_before(old):
-        args = (arguments["x"], arguments["weights"], arguments["biases"])
-        new = emit(graph, mode, ops.linear, args, kwargs, linear, own_value(old))
-    replace(old, new)
-    if linear is not old and not linear.users:
-        graph.erase_node(linear)
-    return new
+def _rebuild(edit: _Edit, old: fx.Node, linear: fx.Node, **changes: Any) -> bool:
+    """Replaces `old` by the linear with some arguments changed, if it may be; `linear` goes when nobody else reads it."""
+    done = edit.linear(old, linear, {**parts(linear), **changes})
+    if done and linear is not old and not linear.users:
+        edit.graph.erase_node(linear)
+    return done
 
 
-def _slice_before_norm(graph: fx.Graph, mode: Any, node: fx.Node) -> None:
+def _slice_before_norm(edit: _Edit, node: fx.Node) -> None:
     norm, index = node.args
     if not is_tensor(norm) or kind(norm) != "llmopt.norm" or sole_user(norm) != node:
         return
@@ -87,14 +105,18 @@ def _slice_before_norm(graph: fx.Graph, mode: Any, node: fx.Node) -> None:
     if len(index) == fake(norm).dim() and index[-1] != slice(None):
         return
     x = norm.args[0]
-    with graph.inserting_before(node):
-        sliced = emit(graph, mode, getitem, (x, node.args[1]), like=node)
-        new = emit(graph, mode, ops.norm, (sliced, *norm.args[1:]), dict(norm.kwargs), like=norm)
+    if edit.writes.moves_reads(node, norm.all_input_nodes):
+        return
+    with edit.graph.inserting_before(node):
+        sliced = emit(edit.graph, edit.mode, getitem, (x, node.args[1]), like=node)
+        new = emit(
+            edit.graph, edit.mode, ops.norm, (sliced, *norm.args[1:]), dict(norm.kwargs), like=norm
+        )
     replace(node, new)
-    graph.erase_node(norm)
+    edit.graph.erase_node(norm)
 
 
-def _gate_times_up(graph: fx.Graph, mode: Any, node: fx.Node) -> None:
+def _gate_times_up(edit: _Edit, node: fx.Node) -> None:
     pair = binary_operands(node)
     if pair is None or not all(is_tensor(p) for p in pair):
         return
@@ -107,19 +129,17 @@ def _gate_times_up(graph: fx.Graph, mode: Any, node: fx.Node) -> None:
             _is_plain(gate)
             and _is_plain(up)
             and sole_user(gate) is activated
-            and _gate_two_linears(graph, mode, node, gate, up, act)
+            and _gate_two_linears(edit, node, gate, up, act)
         ):
-            graph.erase_node(activated)
-            graph.erase_node(gate)
-            graph.erase_node(up)
+            edit.graph.erase_node(activated)
+            edit.graph.erase_node(gate)
+            edit.graph.erase_node(up)
             return
-        if _gate_one_linear(graph, mode, node, gate, up, act):
+        if _gate_one_linear(edit, node, gate, up, act):
             return
 
 
-def _gate_two_linears(
-    graph: fx.Graph, mode: Any, node: fx.Node, gate: fx.Node, up: fx.Node, act: str
-) -> bool:
+def _gate_two_linears(edit: _Edit, node: fx.Node, gate: fx.Node, up: fx.Node, act: str) -> bool:
     g, u = parts(gate), parts(up)
     if g["x"] is not u["x"] or len(g["weights"]) != 1 or len(u["weights"]) != 1:
         return False
@@ -128,17 +148,11 @@ def _gate_two_linears(
     if form_of(g["weights"][0]) != form_of(u["weights"][0]):
         return False
     biases = (*(g["biases"] or (None,)), *(u["biases"] or (None,)))
-    with graph.inserting_before(node):
-        args = (g["x"], (*g["weights"], *u["weights"]), biases)
-        kwargs = {"act": act, "gated": True}
-        new = emit(graph, mode, ops.linear, args, kwargs, gate, own_value(node))
-    replace(node, new)
-    return True
+    both = {"x": g["x"], "weights": (*g["weights"], *u["weights"]), "biases": biases}
+    return edit.linear(node, gate, {**both, "act": act, "gated": True})
 
 
-def _gate_one_linear(
-    graph: fx.Graph, mode: Any, node: fx.Node, gate: Any, up: Any, act: str
-) -> bool:
+def _gate_one_linear(edit: _Edit, node: fx.Node, gate: Any, up: Any, act: str) -> bool:
     """Phi-3's form: one projection gives gate and up, cut in two halves."""
     halves = [half for n in (gate, up) if (half := _half_of(n)) is not None]
     if len(halves) != 2 or halves[0][0] is not halves[1][0] or {h[1] for h in halves} != {0, 1}:
@@ -152,24 +166,19 @@ def _gate_one_linear(
         return False
     n = fake(weight).shape[0] // 2
     rows = (slice(0, n), slice(n, 2 * n))
-    with graph.inserting_before(linear):
+    with edit.graph.inserting_before(linear):
         order = [halves[0][1], halves[1][1]]
-        weights = tuple(emit(graph, mode, getitem, (weight, rows[i]), like=linear) for i in order)
+        weights = tuple(
+            emit(edit.graph, edit.mode, getitem, (weight, rows[i]), like=linear) for i in order
+        )
         biases = tuple(
-            None if bias is None else emit(graph, mode, getitem, (bias, rows[i]), like=linear)
+            None
+            if bias is None
+            else emit(edit.graph, edit.mode, getitem, (bias, rows[i]), like=linear)
             for i in order
         )
-    with graph.inserting_before(node):
-        new = emit(
-            graph,
-            mode,
-            ops.linear,
-            (p["x"], weights, biases),
-            {"act": act, "gated": True},
-            like=linear,
-        )
-    replace(node, new)
-    return True
+    both = {"x": p["x"], "weights": weights, "biases": biases}
+    return edit.linear(node, linear, {**both, "act": act, "gated": True})
 
 
 def _half_of(node: Any) -> tuple[fx.Node, int] | None:
@@ -192,32 +201,34 @@ def _half_of(node: Any) -> tuple[fx.Node, int] | None:
     return (linear, node.args[1]) if isinstance(width, int) and width % 2 == 0 else None
 
 
-def _activations(graph: fx.Graph, mode: Any) -> None:
-    for node in list(graph.nodes):
+def _activations(edit: _Edit) -> None:
+    for node in list(edit.graph.nodes):
         act = activation_of(node)
         if act is not None and _is_plain(node.args[0]) and sole_user(node.args[0]) == node:
-            _rebuild(graph, mode, node, node.args[0], act=act)
+            _rebuild(edit, node, node.args[0], act=act)
 
 
-def _side_by_side(graph: fx.Graph, mode: Any) -> None:
+def _side_by_side(edit: _Edit) -> None:
     """Plain linears of one input become one linear, its result cut into theirs."""
     groups: dict[tuple[Any, ...], list[fx.Node]] = {}
-    for node in graph.nodes:
+    for node in edit.graph.nodes:
         if _is_plain(node):
             forms = {form_of(w) for w in parts(node)["weights"]}
-            groups.setdefault((parts(node)["x"], *forms), []).append(node)
-    for (x, *_), group in groups.items():
-        if len(group) < 2:
-            continue
-        _join(graph, mode, x, group)
+            if len(forms) == 1:
+                groups.setdefault((parts(node)["x"], forms.pop()), []).append(node)
+    for (x, _), group in groups.items():
+        if len(group) > 1:
+            _join(edit, x, group)
 
 
-def _join(graph: fx.Graph, mode: Any, x: fx.Node, group: list[fx.Node]) -> None:
+def _join(edit: _Edit, x: fx.Node, group: list[fx.Node]) -> None:
     weights = tuple(w for n in group for w in parts(n)["weights"])
     biases = tuple(
         b for n in group for b in (parts(n)["biases"] or (None,) * len(parts(n)["weights"]))
     )
     first = group[0]
+    if edit.writes.between((x, *weights, *(b for b in biases if b is not None)), first, group[-1]):
+        return
     late = [w for w in (*weights, *biases) if isinstance(w, fx.Node) and first < w]
     for node in late:  # views of weights (a transposed Conv1D) stand next to their linear
         if node.all_input_nodes and all(
@@ -226,19 +237,19 @@ def _join(graph: fx.Graph, mode: Any, x: fx.Node, group: list[fx.Node]) -> None:
             first.prepend(node)
         else:
             return
-    with graph.inserting_before(first):
-        joined = emit(graph, mode, ops.linear, (x, weights, biases), like=first)
+    with edit.graph.inserting_before(first):
+        joined = emit(edit.graph, edit.mode, ops.linear, (x, weights, biases), like=first)
         start = 0
         pieces = []
         for node in group:
             width = fake(node).shape[-1]
             index = (Ellipsis, slice(start, start + width))
-            pieces.append(emit(graph, mode, getitem, (joined, index), like=node))
+            pieces.append(emit(edit.graph, edit.mode, getitem, (joined, index), like=node))
             start += width
     replace_all(list(zip(group, pieces, strict=True)))
 
 
-def _scaled(graph: fx.Graph, mode: Any, node: fx.Node) -> None:
+def _scaled(edit: _Edit, node: fx.Node) -> None:
     pair = binary_operands(node)
     if pair is None:
         return
@@ -247,10 +258,10 @@ def _scaled(graph: fx.Graph, mode: Any, node: fx.Node) -> None:
     if value is None or not _is_plain(linear) or sole_user(linear) is not node:
         return
     if fake(node).dtype == fake(linear).dtype and not any(parts(linear)["biases"] or ()):
-        _rebuild(graph, mode, node, linear, alpha=value)
+        _rebuild(edit, node, linear, alpha=value)
 
 
-def _residual(graph: fx.Graph, mode: Any, node: fx.Node) -> None:
+def _residual(edit: _Edit, node: fx.Node) -> None:
     pair = binary_operands(node)
     if pair is None or not all(is_tensor(p) for p in pair) or pair[0] is pair[1]:
         return
@@ -266,13 +277,13 @@ def _residual(graph: fx.Graph, mode: Any, node: fx.Node) -> None:
             fake(other).shape, fake(linear).shape
         )
         if same and fake(node).dtype == fake(linear).dtype:
-            _rebuild(graph, mode, node, linear, residual=other)
+            _rebuild(edit, node, linear, residual=other)
             return
 
 
-def _norm_in_front(graph: fx.Graph, mode: Any) -> None:
+def _norm_in_front(edit: _Edit) -> None:
     """A norm read by at most two linears is computed by them while they load their input."""
-    for norm in list(graph.nodes):
+    for norm in list(edit.graph.nodes):
         if kind(norm) != "llmopt.norm" or not 0 < len(norm.users) <= 2:
             continue
         users = list(norm.users)
@@ -298,5 +309,6 @@ def _norm_in_front(graph: fx.Graph, mode: Any) -> None:
                 "norm_eps": eps,
                 "norm_offset": offset,
             }
-            _rebuild(graph, mode, user, user, x=x, **changes)
-        graph.erase_node(norm)
+            _rebuild(edit, user, user, x=x, **changes)
+        if not norm.users:
+            edit.graph.erase_node(norm)

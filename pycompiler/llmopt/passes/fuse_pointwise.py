@@ -33,7 +33,7 @@ from llmopt.graph import (
 )
 from llmopt.ops.pointwise import BINARY, UNARY
 from llmopt.passes.activations import activation_of
-from llmopt.writes import mutated_storages
+from llmopt.writes import Writes, mutated_storages
 
 _LARGEST = 24  # instructions in one chain
 _MAX_INPUTS = 8
@@ -41,13 +41,14 @@ _MAX_INPUTS = 8
 
 def run(graph: fx.Graph) -> None:
     mode = fake_mode_of(graph)
-    written = mutated_storages(graph)
+    written, writes = mutated_storages(graph), Writes(graph)
     taken: set[fx.Node] = set()
     for node in reversed(list(graph.nodes)):
         if node in taken or not _takes(node, written):
             continue
         members = _grow(node, written)
-        if _worthwhile(members):
+        inputs = {n for m in members for n in m.all_input_nodes} - members
+        if _worthwhile(members) and not writes.moves_reads(node, inputs):
             taken |= members
             _rewrite(graph, mode, node, members)
 

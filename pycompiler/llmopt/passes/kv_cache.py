@@ -24,15 +24,15 @@ from llmopt.graph import (
     sole_user,
     storage,
 )
-from llmopt.writes import mutated_storages
+from llmopt.writes import Writes, mutated_storages
 
 
 def run(graph: fx.Graph) -> None:
     mode = fake_mode_of(graph)
-    written = mutated_storages(graph)
+    written, writes = mutated_storages(graph), Writes(graph)
     for node in list(graph.nodes):
         if kind(node) == "llmopt.attention":
-            _match(graph, mode, node, written)
+            _match(graph, mode, node, written, writes)
 
 
 def _cache_and_new(node: fx.Node) -> tuple[fx.Node | None, fx.Node] | None:
@@ -47,7 +47,7 @@ def _cache_and_new(node: fx.Node) -> tuple[fx.Node | None, fx.Node] | None:
     return parts[0], parts[1]
 
 
-def _match(graph: fx.Graph, mode: Any, node: fx.Node, written: set[int]) -> None:
+def _match(graph: fx.Graph, mode: Any, node: fx.Node, written: set[int], writes: Writes) -> None:
     q, keys, values, mask = (argument(node, i, n) for i, n in enumerate(("q", "k", "v", "mask")))
     k_parts, v_parts = _cache_and_new(keys), _cache_and_new(values)
     if k_parts is None or v_parts is None or keys is values:
@@ -76,7 +76,7 @@ def _match(graph: fx.Graph, mode: Any, node: fx.Node, written: set[int]) -> None
         k_raw = k_new.args[0]
     inputs = [n for n in (q_raw, k_raw, v_new, k_cache, v_cache, cos, sin, mask) if n is not None]
     last = max(keys, values, *inputs)
-    if any(u < last for u in (*keys.users, *values.users)):
+    if any(u < last for u in (*keys.users, *values.users)) or writes.moves_reads(node, inputs):
         return
     settings = [argument(node, i, n, d) for i, n, d in _SETTINGS]
     with graph.inserting_after(last):

@@ -1,6 +1,7 @@
-"""layouts: values that a kernel wants with a dense last dimension, and that lie otherwise, are copied once in front of it.
+"""layouts: values that a kernel wants with a dense last dimension, and that lie otherwise, are copied in front of it.
 
-A convolution's result, read as tokens, is transposed in memory. The copy is an ordinary `contiguous`, shared by all its readers.
+A convolution's result, read as tokens, is transposed in memory. The copy is an ordinary `contiguous` in front of the first reader,
+which the others share unless the graph writes into what is copied.
 """
 
 from __future__ import annotations
@@ -12,25 +13,33 @@ from typing import Any
 import torch
 from torch import fx
 
-from llmopt.graph import FLOATS, emit, fake, fake_mode_of, is_one, is_tensor, kind, same_size
+from llmopt.graph import (
+    FLOATS,
+    emit,
+    fake,
+    fake_mode_of,
+    is_one,
+    is_tensor,
+    kind,
+    same_size,
+    storage,
+)
 from llmopt.ops.linear import parts
+from llmopt.writes import mutated_storages
 
 
 def run(graph: fx.Graph) -> None:
-    mode = fake_mode_of(graph)
+    mode: Any = fake_mode_of(graph)
+    written = mutated_storages(graph)
     copies: dict[fx.Node, fx.Node] = {}
     for node in list(graph.nodes):
         wants = _OPERANDS.get(kind(node)) if node.op == "call_function" else None
         for operand, fits in wants(node) if wants is not None else ():
             if is_tensor(operand) and fake(operand).dtype in FLOATS and not fits(fake(operand)):
-                node.replace_input_with(operand, _copy(graph, mode, operand, copies))
-
-
-def _copy(graph: fx.Graph, mode: Any, value: fx.Node, copies: dict[fx.Node, fx.Node]) -> fx.Node:
-    if value not in copies:
-        with graph.inserting_after(value):
-            copies[value] = emit(graph, mode, "contiguous", (value,), like=value)
-    return copies[value]
+                if operand not in copies or storage(operand) in written:
+                    with graph.inserting_before(node):
+                        copies[operand] = emit(graph, mode, "contiguous", (operand,), like=operand)
+                node.replace_input_with(operand, copies[operand])
 
 
 def _last_is_dense(value: torch.Tensor) -> bool:

@@ -22,16 +22,21 @@ from llmopt.graph import (
     same_size,
     sole_user,
 )
+from llmopt.writes import Writes
 
 
 def run(graph: fx.Graph) -> None:
-    mode = fake_mode_of(graph)
-    rules = {"linear": _linear, "addmm": _addmm, "matmul": _matmul, "mm": _matmul}
+    mode, writes = fake_mode_of(graph), Writes(graph)
+    rules = {"linear": _linear, "matmul": _matmul, "mm": _matmul}
     rules["llmopt.linear_quantized_module"] = _quantized
     for node in list(graph.nodes):
-        rule = rules.get(kind(node)) if node.op in ("call_function", "call_method") else None
+        if node.op not in ("call_function", "call_method"):
+            continue
+        rule = rules.get(kind(node))
         if rule is not None:
             rule(graph, mode, node)
+        elif kind(node) == "addmm":
+            _addmm(graph, mode, node, writes)
 
 
 def _usable(x: Any, weight: Any, bias: Any) -> bool:
@@ -68,14 +73,16 @@ def _quantized(graph: fx.Graph, mode: Any, node: fx.Node) -> None:
     replace(node, new)
 
 
-def _addmm(graph: fx.Graph, mode: Any, node: fx.Node) -> None:
+def _addmm(graph: fx.Graph, mode: Any, node: fx.Node, writes: Writes) -> None:
     bias, x, weight = node.args[:3]
     if any(node.kwargs.get(k, 1) != 1 for k in ("beta", "alpha")) or not _usable(x, weight, bias):
         return
-    x, last = _unflattened(node, x)
+    source, last = _unflattened(node, x)
+    if writes.moves_reads(last, (source, weight, bias)):
+        source, last = x, node
     with graph.inserting_before(last):
         transposed = emit(graph, mode, "t", (weight,), like=node)
-        new = emit(graph, mode, ops.linear, (x, (transposed,), (bias,)), like=node)
+        new = emit(graph, mode, ops.linear, (source, (transposed,), (bias,)), like=node)
     replace(last, new)
     if last is not node:
         graph.erase_node(node)

@@ -14,6 +14,7 @@ from llmopt import ops
 from llmopt.graph import (
     FLOAT_CASTS,
     FLOATS,
+    NOTE,
     argument,
     binary_operands,
     emit,
@@ -29,13 +30,16 @@ from llmopt.graph import (
     sole_user,
     strip,
 )
+from llmopt.writes import Writes
+
+_VARIABLE_EPS = "eps is not a constant"
 
 
 def run(graph: fx.Graph) -> None:
-    mode = fake_mode_of(graph)
+    mode, writes = fake_mode_of(graph), Writes(graph)
     for node in list(graph.nodes):
         if kind(node) in ("rsqrt", "div") and node.op in ("call_function", "call_method"):
-            _match_rms(graph, mode, node)
+            _match_rms(graph, mode, node, writes)
         elif kind(node) == "layer_norm":
             _match_layer_norm(graph, mode, node)
         elif kind(node) == "rms_norm":
@@ -61,7 +65,7 @@ def _mean_square(node: Any) -> tuple[fx.Node, float] | None:
     return None
 
 
-def _match_rms(graph: fx.Graph, mode: Any, node: fx.Node) -> None:
+def _match_rms(graph: fx.Graph, mode: Any, node: fx.Node, writes: Writes) -> None:
     if kind(node) == "rsqrt":
         found = _mean_square(node.args[0])
         product = sole_user(node)
@@ -87,7 +91,7 @@ def _match_rms(graph: fx.Graph, mode: Any, node: fx.Node) -> None:
         if strip(other, FLOAT_CASTS) is not x:
             return
     last, weight, offset = _follow_weight(product)
-    if fake(last).dtype not in FLOATS:
+    if fake(last).dtype not in FLOATS or writes.moves_reads(last, (x, weight)):
         return
     with graph.inserting_before(last):
         dtype = fake(last).dtype
@@ -150,7 +154,10 @@ def _match_layer_norm(graph: fx.Graph, mode: Any, node: fx.Node) -> None:
     if found is None:
         return
     x, weight, bias = found
-    eps = argument(node, 4, "eps", 1e-5)
+    eps = scalar(argument(node, 4, "eps", 1e-5))
+    if eps is None:
+        node.meta[NOTE] = _VARIABLE_EPS
+        return
     with graph.inserting_before(node):
         args = (x, weight, bias, "layer", eps, 0.0, fake(node).dtype)
         new = emit(graph, mode, ops.norm, args, None, node, own_value(node))
@@ -162,12 +169,10 @@ def _match_rms_norm_call(graph: fx.Graph, mode: Any, node: fx.Node) -> None:
     weight, eps = argument(node, 2, "weight"), argument(node, 3, "eps")
     if len(shape) != 1 or fake(x).dtype not in FLOATS:
         return
+    eps = torch.finfo(fake(x).dtype).eps if eps is None else scalar(eps)
     if eps is None:
-        eps = (
-            torch.finfo(torch.float32).eps
-            if fake(x).dtype == torch.float32
-            else torch.finfo(fake(x).dtype).eps
-        )
+        node.meta[NOTE] = _VARIABLE_EPS
+        return
     with graph.inserting_before(node):
         new = emit(
             graph, mode, ops.norm, (x, weight, None, "rms", eps, 0.0, fake(node).dtype), like=node

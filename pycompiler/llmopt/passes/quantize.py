@@ -11,7 +11,7 @@ from torch import fx
 
 from llmopt import ops
 from llmopt.graph import NOTE, emit, fake, fake_mode_of, is_tensor, is_view, kind, replace
-from llmopt.ops.linear import DEFAULTS, parts
+from llmopt.ops.linear import given, parts
 from llmopt.passes.simplify import erase_unused
 from llmopt.quant.schemes import Scheme, wider
 
@@ -66,11 +66,7 @@ def _replace(
     graph: fx.Graph, mode: Any, node: fx.Node, form: tuple[Any, ...], more: dict[str, Any]
 ) -> None:
     arguments = parts(node)
-    kwargs = {
-        name: value
-        for name, value in arguments.items()
-        if name not in ("x", "weights") and value != DEFAULTS[name]
-    }
+    kwargs = given(arguments, "x", "weights")
     with graph.inserting_before(node):
         args = (arguments["x"], *form)
         new = emit(graph, mode, ops.linear_quantized, args, {**kwargs, **more}, like=node)

@@ -20,16 +20,17 @@ from llmopt.graph import (
     same_size,
     sole_user,
 )
+from llmopt.writes import Writes
 
 
 def run(graph: fx.Graph) -> None:
-    mode = fake_mode_of(graph)
+    mode, writes = fake_mode_of(graph), Writes(graph)
     for node in list(graph.nodes):
         if node.op in ("call_function", "call_method") and kind(node) == "add":
-            _match(graph, mode, node)
+            _match(graph, mode, node, writes)
 
 
-def _match(graph: fx.Graph, mode: Any, node: fx.Node) -> None:
+def _match(graph: fx.Graph, mode: Any, node: fx.Node, writes: Writes) -> None:
     pair = binary_operands(node)
     if pair is None or not all(is_tensor(p) and kind(p) == "mul" for p in pair):
         return
@@ -40,7 +41,10 @@ def _match(graph: fx.Graph, mode: Any, node: fx.Node) -> None:
         x, cos, sin, kind_name = found
         if fake(x).dim() != 4 or fake(cos).dim() != 4 or fake(x).dtype != fake(node).dtype:
             return
-        _rewrite(graph, mode, node, x, cos, sin, kind_name)
+        tail = _pass_through(node, x)
+        last, whole = (node, x) if tail is None else (tail, x.args[0])
+        if not writes.moves_reads(last, (whole, cos, sin)):
+            _rewrite(graph, mode, last, whole, cos, sin, kind_name)
         return
 
 
@@ -125,10 +129,8 @@ def _interleaved(rotated: fx.Node) -> tuple[fx.Node, str] | None:
 
 
 def _rewrite(
-    graph: fx.Graph, mode: Any, node: fx.Node, x: fx.Node, cos: fx.Node, sin: fx.Node, name: str
+    graph: fx.Graph, mode: Any, last: fx.Node, whole: fx.Node, cos: fx.Node, sin: fx.Node, name: str
 ) -> None:
-    tail = _pass_through(node, x)
-    last, whole = (tail, x.args[0]) if tail is not None else (node, x)
     heads_second = is_one(fake(cos).shape[1]) and not is_one(fake(cos).shape[2])
     heads_third = is_one(fake(cos).shape[2]) and not heads_second and not is_one(fake(cos).shape[1])
     if not (is_one(fake(cos).shape[1]) or heads_third):
@@ -136,11 +138,11 @@ def _rewrite(
     with graph.inserting_before(last):
         if heads_third:  # [B,S,H,D] with cos [B,S,1,R]
             whole, cos, sin = (
-                emit(graph, mode, "transpose", (t, 1, 2), like=node) for t in (whole, cos, sin)
+                emit(graph, mode, "transpose", (t, 1, 2), like=last) for t in (whole, cos, sin)
             )
-        new = emit(graph, mode, ops.rope, (whole, cos, sin, name), like=node)
+        new = emit(graph, mode, ops.rope, (whole, cos, sin, name), like=last)
         if heads_third:
-            new = emit(graph, mode, "transpose", (new, 1, 2), like=node)
+            new = emit(graph, mode, "transpose", (new, 1, 2), like=last)
     replace(last, new)
 
 

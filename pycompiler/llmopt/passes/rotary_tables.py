@@ -26,16 +26,17 @@ from llmopt.graph import (
     scalar,
     sole_user,
 )
+from llmopt.writes import Writes
 
 
 def run(graph: fx.Graph) -> None:
-    mode = fake_mode_of(graph)
+    mode, writes = fake_mode_of(graph), Writes(graph)
     for node in list(graph.nodes):
         if kind(node) == "cat" and fake(node).dim() == 3:
-            _match(graph, mode, node)
+            _match(graph, mode, node, writes)
 
 
-def _match(graph: fx.Graph, mode: Any, whole: fx.Node) -> None:
+def _match(graph: fx.Graph, mode: Any, whole: fx.Node, writes: Writes) -> None:
     pieces = argument(whole, 0, "tensors")
     if len(pieces) != 2 or pieces[0] is not pieces[1]:
         return
@@ -51,6 +52,8 @@ def _match(graph: fx.Graph, mode: Any, whole: fx.Node) -> None:
     if cos[1:] != sin[1:]:
         cos, sin = (tables["cos"], 1.0, torch.float32), (tables["sin"], 1.0, torch.float32)
     if not _fit(*map(fake, factors)) or _goes_to_pytorch(cos[0]):
+        return
+    if writes.moves_reads(whole, factors) or writes.between((whole,), whole, max(cos[0], sin[0])):
         return
     with graph.inserting_before(whole):
         if _is_swap(pieces[0]):

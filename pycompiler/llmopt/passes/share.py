@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import fx
 
-from llmopt.graph import is_in_place, is_tensor, is_view, kind, storage
-from llmopt.passes.simplify import PURE
+from llmopt.graph import is_in_place, kind, replace, storage
+from llmopt.passes.simplify import PURE, is_returned
 from llmopt.writes import mutated_storages
 
 
@@ -23,9 +23,8 @@ def run(graph: fx.Graph) -> None:
             continue
         key = (node.op, node.target, _frozen(node.args), _frozen(node.kwargs))
         earlier = first.setdefault(key, node)
-        if earlier is not node and not (_returned(node) or _returned(earlier)):
-            node.replace_all_uses_with(earlier)
-            graph.erase_node(node)
+        if earlier is not node and not (is_returned(node) or is_returned(earlier)):
+            replace(node, earlier)
 
 
 def _may_share(node: fx.Node, written: set[int]) -> bool:
@@ -34,14 +33,6 @@ def _may_share(node: fx.Node, written: set[int]) -> bool:
     if is_in_place(node) or kind(node) in ("linear", "dropout"):
         return False
     return not any(storage(n) in written for n in (node, *node.all_input_nodes))
-
-
-def _returned(node: fx.Node) -> bool:
-    """True when the graph gives the value, or a window on it, to its caller."""
-    return any(
-        user.op == "output" or ((is_view(user) or not is_tensor(user)) and _returned(user))
-        for user in node.users
-    )
 
 
 def _frozen(value: Any) -> Any:

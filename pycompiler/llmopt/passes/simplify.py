@@ -123,7 +123,6 @@ PURE = frozenset(
         "mod",
         "floor",
         "t",
-        "chunk",
         "narrow",
         "select",
         "expand_as",
@@ -146,7 +145,7 @@ def run(graph: fx.Graph) -> None:
             _functionalize(node, sharers)
         if _slice_for_list(graph, node, written):
             continue
-        target = _identity_of(node)
+        target = _identity_of(node, written)
         if target is not None:
             replace(node, target)
     erase_unused(graph)
@@ -160,8 +159,8 @@ def erase_unused(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
-def _identity_of(node: fx.Node) -> fx.Node | None:
-    """The input this node returns unchanged, or None."""
+def _identity_of(node: fx.Node, written: set[int]) -> fx.Node | None:
+    """The input this node returns unchanged, or whose values it copies where nobody can tell a copy from the input; or None."""
     source = node.args[0] if node.args else None
     if not (is_tensor(source) and is_tensor(node)) or is_in_place(node):
         return None
@@ -187,7 +186,8 @@ def _identity_of(node: fx.Node) -> fx.Node | None:
         return source if unchanged else None
     if name in ("mul", "div"):
         other = argument(node, 1, "other")
-        return source if scalar(other) == 1.0 and "rounding_mode" not in node.kwargs else None
+        plain = scalar(other) == 1.0 and "rounding_mode" not in node.kwargs
+        return source if plain and not _copy_matters(node, source, written) else None
     return None
 
 
@@ -213,15 +213,15 @@ def _functionalize(node: fx.Node, sharers: dict[int, list[fx.Node]]) -> None:
 
 
 def _slice_for_list(graph: fx.Graph, node: fx.Node, written: set[int]) -> bool:
-    """x[..., [i], :] copies what x[..., i:i+1, :] is a view of: the same values where nobody writes."""
+    """x[..., [i], :] copies what x[..., i:i+1, :] is a view of: the same values where nobody can tell a copy from a view."""
     if kind(node) != "getitem" or not is_tensor(node) or not isinstance(node.args[1], tuple):
         return False
     source, index = node.args
-    if storage(source) in written or storage(node) in written:
-        return False
     lists = [i for i in index if isinstance(i, list)]
     others = [i for i in index if not isinstance(i, (list, slice)) and i is not Ellipsis]
-    if len(lists) != 1 or others or len(lists[0]) != 1 or not isinstance(lists[0][0], int):
+    if len(lists) != 1 or others or len(lists[0]) != 1 or type(lists[0][0]) is not int:
+        return False  # a list of a bool is a mask
+    if _copy_matters(node, source, written):
         return False
     i = lists[0][0]
     window = slice(i, i + 1 if i != -1 else None)
@@ -230,6 +230,20 @@ def _slice_for_list(graph: fx.Graph, node: fx.Node, written: set[int]) -> bool:
         new = emit(graph, fake(source).fake_mode, getitem, (source, place), like=node)
     replace(node, new)
     return True
+
+
+def _copy_matters(copy: fx.Node, source: fx.Node, written: set[int]) -> bool:
+    """True when a copy may not become its source: one of them is edited in place, or the caller of the graph gets the copy."""
+    return storage(source) in written or storage(copy) in written or is_returned(copy)
+
+
+def is_returned(node: fx.Node) -> bool:
+    """True when the graph gives the value, or a window on it, to its caller."""
+    return any(
+        user.op == "output"
+        or ((is_view(user) or is_in_place(user) or not is_tensor(user)) and is_returned(user))
+        for user in node.users
+    )
 
 
 def _nodes_by_storage(graph: fx.Graph) -> dict[int, list[fx.Node]]:
