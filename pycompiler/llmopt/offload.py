@@ -1,8 +1,9 @@
 """The option weights="packed": a model's own weights leave memory once their packed copies exist.
 
 They move to a memory-mapped file, which the operating system may drop from memory and brings back when something reads it: an
-embedding lookup, `state_dict()`, eager code. So every use of the model stays right, and edits in place still work; only the packed
-copy stays in memory. The file has no name any more as soon as it is mapped, and goes with its last tensor.
+embedding lookup, `state_dict()`, eager code. So every use of the model stays right, and edits in place still work: an edited page
+becomes this process's own memory, and neither the file nor a forked process sees the edit. The file has no name any more as soon as
+it is mapped, and goes with its last tensor.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import logging
 import mmap
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -24,59 +25,77 @@ log = logging.getLogger("llmopt")
 
 # The mapped storages, by address; a tensor whose storage is one of them has moved already.
 _mapped: dict[int, StorageWeakRef] = {}
-_failed = False
+_kept: set[str] = set()  # reasons to leave a weight where it is that were logged already
 
 
 def offload(tensors: Iterable[Tensor]) -> bool:
-    """Moves what the tensors hold to mapped memory; True when any moved. Where no file can be written they stay, with a warning."""
-    global _failed
+    """Moves what the tensors hold to mapped memory; True when any moved.
+
+    A weight stays where it is when moving it would cut it off from another tensor. Where no file can be written all that is left
+    stays, with a warning.
+    """
+    for address in [a for a, storage in _mapped.items() if storage.expired()]:
+        del _mapped[address]
     moved = False
-    for tensor in tensors:
-        if _failed or _is_mapped(tensor) or tensor.numel() == 0:
+    for group in _by_storage(tensors):
+        if group[0].untyped_storage().data_ptr() in _mapped:
+            continue
+        reason = _why_not(group)
+        if reason:
+            if reason not in _kept:
+                log.warning("llmopt: a weight stays in memory beside its packed copy: %s", reason)
+            _kept.add(reason)
             continue
         try:
-            _move(tensor)
-        except OSError as error:
-            _failed = True
+            _move(group)
+        except (OSError, RuntimeError) as error:
             log.warning("llmopt: weights stay in memory beside their packed copies: %s", error)
-            continue
+            break
         moved = True
     return moved
 
 
-def _is_mapped(tensor: Tensor) -> bool:
-    known = _mapped.get(tensor.untyped_storage().data_ptr())
-    return known is not None and not known.expired()
+def _by_storage(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    """The tensors with elements, each once, those of one storage together."""
+    groups: dict[int, dict[int, Tensor]] = {}
+    for tensor in tensors:
+        if tensor.numel():
+            storage = tensor.untyped_storage()
+            groups.setdefault(storage.data_ptr(), {})[id(tensor)] = tensor
+    return [list(group.values()) for group in groups.values()]
 
 
-def _move(tensor: Tensor) -> None:
-    storage = tensor.untyped_storage()
+def _why_not(group: Sequence[Tensor]) -> str:
+    """Why the storage that the tensors share must stay, or ""."""
+    if any(t.is_inference() for t in group):
+        return "it was made in inference mode, where tensors cannot be given other memory"
+    if group[0].is_shared():
+        return "it is shared with other processes"
+    storage = group[0].untyped_storage()
+    if any(t.numel() * t.element_size() != storage.nbytes() for t in group):
+        return "it is a part of a larger piece of memory"
+    holders = torch._C._storage_Use_Count(storage._cdata) - 1  # the Python object `storage` is one
+    return "other tensors share its memory" if holders > len(group) else ""
+
+
+def _move(group: Sequence[Tensor]) -> None:
+    """Gives tensors of one storage a private mapping of a file that holds it. Raises OSError or RuntimeError when it cannot be made."""
+    content = _mapped_copy(group[0].untyped_storage())
+    with torch.inference_mode(False), torch.no_grad():
+        flat = torch.frombuffer(content, dtype=torch.uint8)
+        _mapped[flat.data_ptr()] = StorageWeakRef(flat.untyped_storage())
+        for tensor in group:
+            layout = (tensor.size(), tensor.stride(), tensor.storage_offset())
+            tensor.data = flat.view(tensor.dtype).as_strided(*layout)
+
+
+def _mapped_copy(storage: torch.UntypedStorage) -> mmap.mmap:
     folder = settings.cache_dir()
     folder.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=folder, prefix="weights-")
-    try:
-        # Written, not only sized: a full disk is an error here instead of a crash at the first touch of a page.
-        with os.fdopen(handle, "wb") as file:
-            file.write(_bytes_of(storage))
-        copy = torch.UntypedStorage.from_file(name, True, storage.nbytes())
-    finally:
+    with os.fdopen(handle, "r+b") as file:
         os.unlink(name)
-    _mapped[copy.data_ptr()] = StorageWeakRef(copy)
-    flat = torch.empty(0, dtype=tensor.dtype).set_(copy)  # type: ignore[arg-type]
-    layout = (tensor.size(), tensor.stride(), tensor.storage_offset())
-    with torch.no_grad():
-        tensor.data = flat.as_strided(*layout)
-    drop_pages(tensor)
-
-
-def _bytes_of(storage: torch.UntypedStorage) -> memoryview:
-    return memoryview((ctypes.c_char * storage.nbytes()).from_address(storage.data_ptr()))
-
-
-def drop_pages(tensor: Tensor) -> None:
-    """Tells the operating system that a mapped tensor's pages need not stay in this process."""
-    storage = tensor.untyped_storage()
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.madvise(
-        ctypes.c_void_p(storage.data_ptr()), ctypes.c_size_t(storage.nbytes()), mmap.MADV_DONTNEED
-    )
+        # Written, not only sized: a full disk is an error here instead of a crash at the first touch of a page.
+        file.write((ctypes.c_char * storage.nbytes()).from_address(storage.data_ptr()))
+        file.flush()
+        return mmap.mmap(file.fileno(), storage.nbytes(), access=mmap.ACCESS_COPY)
