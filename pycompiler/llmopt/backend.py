@@ -15,8 +15,7 @@ from llmopt.compiled import CompiledGraph
 from llmopt.executor import build_executable
 from llmopt.graph import kind
 from llmopt.options import Options, parse_options
-from llmopt.passes import quantize
-from llmopt.passes.pipeline import PIPELINE
+from llmopt.passes.pipeline import passes
 from llmopt.passes.verify import check_form, check_values, run_copy
 from llmopt.plan import make_plan
 from llmopt.quant.schemes import SCHEMES
@@ -33,7 +32,7 @@ def llmopt(
 ) -> Callable:
     """Compiles one Dynamo graph; what `torch.compile(model, backend="llmopt")` calls.
 
-    mode: None, "default", "reduce-overhead" or "max-autotune". options: see `llmopt.options`.
+    mode: what torch.compile knows; all of them compile the same. options: see `llmopt.options`.
     Raises ValueError for a mode or option that does not exist, naming those that do.
     """
     chosen = parse_options(mode, options)
@@ -47,9 +46,7 @@ def llmopt(
 def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Callable:
     here = target()
     clock = _Clock()
-    _run_passes(gm, example_inputs, clock)
-    quantize.run(gm.graph, SCHEMES.get(options.precision))
-    clock.lap("quantize")
+    _run_passes(gm, example_inputs, options, clock)
     plan = make_plan(gm.graph, here)
     clock.lap("plan")
     if not plan.segments:
@@ -81,12 +78,12 @@ def _why_not(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> str:
     return ""
 
 
-def _run_passes(gm: fx.GraphModule, example_inputs: Sequence[Any], clock: _Clock) -> None:
-    disabled = settings.disabled_passes()
+def _run_passes(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, clock: _Clock
+) -> None:
+    chosen = passes(SCHEMES.get(options.precision), settings.disabled_passes())
     values = run_copy(gm, example_inputs) if settings.verify_passes() else None
-    for name, run in PIPELINE:
-        if name in disabled:
-            continue
+    for name, run in chosen:
         run(gm.graph)
         check_form(gm.graph, name)
         clock.lap(name)

@@ -14,6 +14,7 @@ from torch import fx
 from llmopt.executor import Segment, segments_of
 from llmopt.options import Options
 from llmopt.plan import Plan
+from llmopt.weights import PackedWeight
 
 
 @dataclass
@@ -51,8 +52,9 @@ class CompiledGraph:
     def segments(self) -> list[Segment]:
         return segments_of(self.executable)
 
-    def packed_bytes(self) -> int:
-        return sum(s.packed_bytes() for s in self.segments())
+    def packed(self) -> list[PackedWeight]:
+        """The packed weights it reads, some of which other graphs may share."""
+        return [weight for segment in self.segments() for weight in segment.packed()]
 
     def _profiled(self, arguments: tuple) -> Any:
         run = Run(self, 0.0, {}, {})

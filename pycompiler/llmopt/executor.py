@@ -19,7 +19,7 @@ from llmopt.options import Options
 from llmopt.plan import Plan
 from llmopt.sizes import Size, SizeTable, expression
 from llmopt.types import Target
-from llmopt.weights import STORE
+from llmopt.weights import STORE, PackedWeight
 
 _ADDRESS = Tensor.data_ptr
 _VERSION = Tensor._version.__get__  # type: ignore[attr-defined]
@@ -158,8 +158,8 @@ class Segment(torch.nn.Module):
     def symbol_values(self, arguments: Sequence[Any]) -> list[int]:
         return [arguments[a] if d is None else arguments[a].shape[d] for a, d in self._symbols]
 
-    def packed_bytes(self) -> int:
-        return sum(entry.bytes for ref in self._held if (entry := ref()) is not None)
+    def packed(self) -> list[PackedWeight]:
+        return [entry for ref in self._held if (entry := ref()) is not None]
 
     def _want(self, sizes: SizeTable) -> Callable[[Size], int]:
         """Gives a size the position its value will have in a call's `values`."""

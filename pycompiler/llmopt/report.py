@@ -170,7 +170,7 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
         probe=probe,
         call_seconds=sum(r.seconds for r in runs),
         compile_seconds=_sum_phases(graphs),
-        packed_bytes=sum(g.packed_bytes() for g in graphs),
+        packed_bytes=_packed_bytes(graphs),
         graphs=len(graphs),
         steps=tuple(s for r in runs for s in _steps(r, probe)),
         fallbacks=tuple(f for g in graphs for f in _fallbacks(g)),
@@ -194,6 +194,12 @@ def _sum_phases(graphs: list[CompiledGraph]) -> dict[str, float]:
         for phase, seconds in graph.compile_seconds.items():
             total[phase] = total.get(phase, 0.0) + seconds
     return total
+
+
+def _packed_bytes(graphs: list[CompiledGraph]) -> int:
+    """Of all packed weights, each counted once however many segments read it."""
+    every = {id(weight): weight.bytes for graph in graphs for weight in graph.packed()}
+    return sum(every.values())
 
 
 def _steps(run: Run, probe: Probe) -> list[StepTime]:

@@ -66,6 +66,31 @@ def test_known_options_work() -> None:
         )
 
 
+def test_a_pass_that_does_not_exist_cannot_be_disabled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLMOPT_DISABLE", "share, nroms")
+    compiled = torch.compile(build(Block), backend="llmopt")
+    with torch.no_grad(), pytest.raises(Exception, match="nroms") as error:
+        compiled(block_input())
+    assert "simplify_again" in str(error.value)
+    assert "quantize" in str(error.value)
+
+
+@pytest.mark.parametrize("disabled", ["quantize", ""])
+def test_rounding_is_a_pass_like_the_others(
+    disabled: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """It can be left out, and is verified and printed when it is not."""
+    for name, value in (("DISABLE", disabled), ("VERIFY", "1"), ("DEBUG", "3")):
+        monkeypatch.setenv(f"LLMOPT_{name}", value)
+    torch.manual_seed(0)
+    module, x = torch.nn.Linear(64, 64).eval(), torch.randn(3, 64)
+    compiled = torch.compile(module, backend="llmopt", options={"precision": "w4a8"})
+    with torch.no_grad():
+        difference = (compiled(x) - module(x)).abs().max()
+    assert ("graph after quantize" in capsys.readouterr().out) == (not disabled)
+    assert (difference < 1e-4) == bool(disabled)
+
+
 SCRIPT = """
 import torch
 module = torch.nn.Linear(8, 8)

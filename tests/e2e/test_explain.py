@@ -131,3 +131,13 @@ def test_html_is_one_self_contained_file_with_a_plot(report: Report, tmp_path: P
 def test_a_model_that_was_never_compiled_is_an_error() -> None:
     with pytest.raises(ValueError, match='backend="llmopt"'):
         llmopt.explain(nn.Linear(4, 4), torch.ones(1, 4))
+
+
+def test_a_weight_of_two_graphs_is_counted_once() -> None:
+    torch._dynamo.reset()
+    linear, x = nn.Linear(64, 64).eval(), torch.randn(3, 64)
+    one = torch.compile(lambda x: linear(x) + 1, backend="llmopt")
+    two = torch.compile(lambda x: linear(x.sin()).cumsum(0) + linear(x.cos()), backend="llmopt")
+    alone = llmopt.explain(one, x).packed_bytes
+    assert alone > 0
+    assert llmopt.explain(lambda x: one(x) + two(x), x).packed_bytes == alone

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from torch import fx
 
@@ -16,13 +16,17 @@ from llmopt.passes import (
     layouts,
     linears,
     norms,
+    quantize,
     rotary,
     rotary_tables,
     share,
     simplify,
 )
+from llmopt.quant.schemes import Scheme
 
-PIPELINE: tuple[tuple[str, Callable[[fx.Graph], None]], ...] = (
+Pass = Callable[[fx.Graph], None]
+
+PIPELINE: tuple[tuple[str, Pass], ...] = (
     ("simplify", simplify.run),
     ("norms", norms.run),
     ("rotary", rotary.run),
@@ -39,4 +43,17 @@ PIPELINE: tuple[tuple[str, Callable[[fx.Graph], None]], ...] = (
     ("layouts", layouts.run),
 )
 
-NAMES = tuple(name for name, _ in PIPELINE)
+QUANTIZE = "quantize"  # the last one, which needs to know the scheme
+NAMES = (*(name for name, _ in PIPELINE), QUANTIZE)
+
+
+def passes(scheme: Scheme | None, disabled: Collection[str]) -> list[tuple[str, Pass]]:
+    """The passes of one compilation. scheme: for weights that are not quantised yet.
+
+    Raises ValueError when `disabled` names a pass that does not exist.
+    """
+    unknown = sorted(set(disabled) - set(NAMES))
+    if unknown:
+        raise ValueError(f"LLMOPT_DISABLE={','.join(unknown)}: possible: {', '.join(NAMES)}")
+    every = (*PIPELINE, (QUANTIZE, lambda graph: quantize.run(graph, scheme)))
+    return [(name, run) for name, run in every if name not in disabled]

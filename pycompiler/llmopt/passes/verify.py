@@ -42,6 +42,10 @@ def run_copy(gm: fx.GraphModule, inputs: Sequence[Any]) -> list[torch.Tensor]:
     return [t for t in flat if isinstance(t, torch.Tensor)]
 
 
+# What a pass that rounds may change, of the largest value: activations to 8 bits lose 1/254 of their largest at every linear.
+_ROUNDING = {"quantize": 0.1}
+
+
 def check_values(before: list[torch.Tensor], after: list[torch.Tensor], pass_name: str) -> None:
     """Both graphs gave the same tensors up to rounding; raises BrokenGraph with the largest difference."""
     if len(before) != len(after):
@@ -56,6 +60,7 @@ def check_values(before: list[torch.Tensor], after: list[torch.Tensor], pass_nam
                 raise BrokenGraph(f"pass {pass_name}: integer result {i} differs")
             continue
         bound = {torch.float32: 2e-3, torch.float64: 1e-6}.get(a.dtype, 6e-2)
+        bound = max(bound, _ROUNDING.get(pass_name, 0.0))
         scale = a.double().nan_to_num().abs().max().clamp_min(1e-6)
         difference = (a.double() - b.double()).nan_to_num().abs().max() / scale
         if difference > bound:
