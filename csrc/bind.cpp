@@ -73,6 +73,7 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("bytes", &Memory::bytes);
   py::class_<Samples>(m, "Samples", "Remembers a few cache lines of each of several memory ranges.")
       .def(py::init<std::vector<int64_t>, std::vector<int64_t>>(), py::arg("addresses"), py::arg("bytes"))
+      .def("fetch", &Samples::fetch)
       .def("unchanged", &Samples::unchanged);
   py::class_<Program>(m, "Program", "A native segment of a plan.")
       .def(py::init(&make_program), py::arg("tier"), py::arg("num_symbols"), py::arg("num_externals"), py::arg("exprs"),

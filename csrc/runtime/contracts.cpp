@@ -57,7 +57,10 @@ const char* indices_below(const Call& c, int operand, int64_t limit) {
     const int64_t i = position_offset(t, t.ndim, m);
     const int64_t index = t.dtype == DType::i32 ? reinterpret_cast<const int32_t*>(t.data)[i]
                                                 : reinterpret_cast<const int64_t*>(t.data)[i];
-    if (index < 0 || index >= limit) return kIndexRange;
+    if (index < 0 || index >= limit) {
+      *c.fault = {index, limit};
+      return kIndexRange;
+    }
   }
   return nullptr;
 }

@@ -8,12 +8,18 @@ namespace llmopt {
 
 constexpr int64_t kMaxHeadDim = 256;  // of attention: heads live in arrays of this length
 
+// An index that names no row, and how many rows there are.
+struct IndexFault {
+  int64_t index, limit;
+};
+
 // A resolved step before it runs. is_external[n]: operand n has its content already; arena operands are still to be
 // written by earlier steps.
 struct Call {
   const Step& step;
   const bool* is_external;
-  int panel_width;  // of the tier's packed weights
+  int panel_width;    // of the tier's packed weights
+  IndexFault* fault;  // set where the reason is kIndexRange
 };
 
 // nullptr, or what is wrong with the operands.

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdint>
+#include <iterator>
 #include <stdexcept>
 #include <utility>
 
@@ -13,6 +14,26 @@ namespace llmopt {
 // Of what a waiting thread fetches: a good part of a core's L2, beside which the running step's data stays.
 constexpr int64_t kMostFetched = 128 << 10;
 constexpr size_t kMaxOperands = 64;
+
+constexpr const char* kDtypeNames[] = {"f32", "f16", "bf16", "i64", "i32", "b8", "u8", "s8"};
+
+// As in plans: [3,4]f32, or - for an operand that is not given.
+std::string operands_in_words(const Step& step) {
+  std::string words;
+  for (int n = 0; n < step.num_tensors; ++n) {
+    const Tensor& t = step.t[n];
+    words += n ? ", " : "";
+    if (!t.data && t.ndim == 0) {
+      words += "-";
+      continue;
+    }
+    for (int d = 0; d < t.ndim; ++d) words += (d ? "," : "[") + std::to_string(t.size[d]);
+    words += t.ndim ? "]" : "[]";
+    const auto code = static_cast<size_t>(t.dtype);
+    words += code < std::size(kDtypeNames) ? kDtypeNames[code] : "?";
+  }
+  return words;
+}
 
 // What one run needs and the next may reuse. A context belongs to one thread at a time.
 struct Program::Context {
@@ -103,9 +124,12 @@ void Program::check(const Step& step, size_t index) const {
   bool is_external[kMaxOperands];
   for (int n = 0; n < step.num_tensors; ++n)
     is_external[n] = spec.operands[n].buffer >= 0 && buffers_[spec.operands[n].buffer].external;
-  const char* reason = contracts_[index]({step, is_external, panel_width_});
-  if (reason == kIndexRange) throw std::out_of_range(spec.op + ": " + reason);
-  if (reason) throw std::invalid_argument(spec.op + ": " + reason);
+  IndexFault fault{};
+  const char* reason = contracts_[index]({step, is_external, panel_width_, &fault});
+  if (reason == kIndexRange)
+    throw std::out_of_range(spec.op + ": index " + std::to_string(fault.index) + " is out of range: 0 to " +
+                            std::to_string(fault.limit - 1) + " are possible");
+  if (reason) throw std::invalid_argument(spec.op + ": " + reason + "; operands: " + operands_in_words(step));
 }
 
 std::vector<int64_t> Program::sizes(const std::vector<int64_t>& symbols, const std::vector<ExprId>& wanted) const {

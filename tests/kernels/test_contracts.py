@@ -162,6 +162,22 @@ def test_operands_that_do_not_agree_are_refused(name: str) -> None:
         run_op(op, operands, ints, floats, tier=TIER)
 
 
+def test_an_error_names_the_operands() -> None:
+    op, operands, ints, floats = linear(x=ONES(3, 5))
+    with pytest.raises(
+        ValueError, match=r"operands: \[3,5\]f32, \[8192\]f32, -, -, \[3,6\]f32, -, -$"
+    ):
+        run_op(op, operands, ints, floats, tier=TIER)
+
+
+@pytest.mark.parametrize("index", [5, -1])
+def test_an_error_names_the_index_and_what_is_possible(index: int) -> None:
+    with pytest.raises(IndexError, match=f"index {index} is out of range: 0 to 4 are possible"):
+        run_op(
+            "embedding", [torch.tensor([1, index]), ONES(5, 4), ONES(2, 4)], [], [1.0], tier=TIER
+        )
+
+
 @pytest.mark.parametrize("make", [attention, linear, quantized, pack_quantized])
 def test_what_the_wrong_ones_derive_from_runs(make: Any) -> None:
     run_op(*make(), tier=TIER)

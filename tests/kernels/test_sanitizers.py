@@ -107,3 +107,5 @@ def test_kernels_under_sanitizers(form: str, share: int, least: int):
     passed = re.search(r"(\d+) passed", output)
     assert passed, output[-2000:]
     assert int(passed[1]) >= least, "the sample has become too small to mean anything"
+    covered = output.splitlines()[-1].removeprefix("passed in: ").split()
+    assert covered == [f.name for f in files], "a family has no test in the sample"
