@@ -7,9 +7,8 @@ import torch
 from llmopt import _C
 from llmopt.native.linear_quantized import PLANES
 from llmopt.native.program import DTYPE_CODES, OneOp
-from llmopt.native.segment import CodeForm
 from llmopt.quant.rounding import round_weight
-from llmopt.quant.schemes import SCHEMES, Scheme, scheme_of
+from llmopt.quant.schemes import SCHEMES, CodeForm, Scheme, scheme_of
 from llmopt.target import target
 from llmopt.weights import pack_codes, packed_code_bytes
 

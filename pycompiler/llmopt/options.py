@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from llmopt.quant.schemes import SCHEMES
+
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
-PRECISIONS = ("exact", "w8a8", "w8a16", "w4a16", "w4a8", "auto")
-AVAILABLE_PRECISIONS = ("exact", "w8a8", "w8a16", "w4a16", "w4a8")
+PRECISIONS = ("exact", *SCHEMES, "auto")
+AVAILABLE_PRECISIONS = ("exact", *SCHEMES)
 WEIGHTS = ("keep", "packed")
 KV_CACHES = ("same", "int8")
 AVAILABLE_KV_CACHES = ("same",)

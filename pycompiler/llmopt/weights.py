@@ -16,9 +16,9 @@ from torch import Tensor
 
 from llmopt import _C
 from llmopt.native.program import ProgramBuilder, View, view_of
-from llmopt.native.segment import CodeForm, PackedSpec, WeightView
+from llmopt.native.segment import PackedSpec, WeightView
 from llmopt.quant.rounding import Codes, round_weight
-from llmopt.quant.schemes import Scheme
+from llmopt.quant.schemes import CodeForm
 from llmopt.types import Target
 
 _SLACK = 4096  # bytes behind the last panel that a prefetch may touch
@@ -120,10 +120,6 @@ class PackedStore:
         sources = old.sources if old is not None else tuple(weakref.ref(b, forget) for b in bases)
         return PackedWeight(memory, _bias_vector(spec, arguments), state, sources)
 
-    def total_bytes(self) -> int:
-        """Bytes of packed copies now held."""
-        return sum(e.bytes for e in self._entries.values())
-
 
 def _identity(
     spec: PackedSpec, arguments: Sequence[Tensor], target: Target
@@ -170,8 +166,7 @@ def _packed_codes(
             for i, (c, s) in enumerate(zip(sources, scales, strict=True))
         ]
     else:
-        scheme = Scheme("", form.bits, "same", form.group, form.symmetric)
-        codes = [round_weight(w, scheme) for w in sources]
+        codes = [round_weight(w, form) for w in sources]
     n, groups = sum(c.codes.shape[0] for c in codes), codes[0].scales.shape[1]
     if memory is None:
         memory = _C.Memory(packed_code_bytes(n, groups, form, target.panel_width))

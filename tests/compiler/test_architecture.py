@@ -17,12 +17,12 @@ MAX_LINES = 500
 # Lowest first. A file imports only its own group and the groups of lower rows: groups that share a
 # row do not know each other, so passes never see kernels.
 LAYERS = (
-    ("_C", "types", "settings", "sizes", "options"),
+    ("_C", "types", "settings", "sizes"),
     ("target", "graph", "memory"),
     ("ops", "writes"),
     ("quant",),
     ("passes", "native", "kernels"),
-    ("kv", "weights", "offload"),
+    ("kv", "weights", "offload", "options"),
     ("plan",),
     ("executor",),
     ("compiled",),

@@ -287,7 +287,8 @@ def held_by_us() -> dict[str, int]:
         kind = type(thing)
         if str(kind.__module__).startswith("llmopt.") and kind.__name__ in counts:
             counts[kind.__name__] += 1
-    return counts | {"graphs": len(alive()), "packed bytes": STORE.total_bytes()}
+    packed = sum(entry.bytes for entry in STORE._entries.values())
+    return counts | {"graphs": len(alive()), "packed bytes": packed}
 
 
 @torch.no_grad()

@@ -18,8 +18,9 @@ from llmopt.native.linear import (
 )
 from llmopt.native.operands import FLOATS, NativeKernel, are_static, num_bytes
 from llmopt.native.program import DTYPE_CODES
-from llmopt.native.segment import CodeForm, PackedSpec, SegmentBuilder
+from llmopt.native.segment import PackedSpec, SegmentBuilder
 from llmopt.ops.linear_quantized import parts
+from llmopt.quant.schemes import CodeForm, Scheme
 
 # Signed bytes an activation is a sum of: one is 8 bits, three keep 23 bits of the largest in a group, as many as float32 has.
 PLANES = {"int8": 1, "same": 3}
@@ -86,7 +87,8 @@ def lower(s: SegmentBuilder, node: fx.Node) -> None:
     packed, bias = s.packed_operands(spec)
     ints = problem_ints(p, n, k, DTYPE_CODES[torch.uint8])
     ints += [form.bits, form.group, int(not form.symmetric), PLANES[p["activations"]]]
-    what = f"{n}x{k} w{form.bits}a{8 if p['activations'] == 'int8' else 16} groups of {form.group}"
+    scheme = Scheme(form.bits, form.group, form.symmetric, p["activations"])
+    what = f"{n}x{k} {scheme.name} groups of {form.group}"
     factors = n * (k // form.group) * (4 if form.bits == 8 else 2) * (1 if form.symmetric else 2)
     size = n * k * form.bits // 8 + factors + num_bytes(p["x"], node, p["residual"])
     flops = 2 * rows_of(p) * n * k

@@ -14,6 +14,7 @@ from torch import fx
 
 from llmopt.graph import fake, kind, numel, view_base
 from llmopt.native.program import ProgramBuilder, View
+from llmopt.quant.schemes import CodeForm
 from llmopt.sizes import Size
 
 
@@ -25,15 +26,6 @@ class WeightView:
     size: tuple[int, ...]
     stride: tuple[int, ...]
     offset: int
-
-
-@dataclass(frozen=True)
-class CodeForm:
-    """How a packed weight is quantised: bits of a code, inputs that share a scale, and no offsets when symmetric."""
-
-    bits: int
-    group: int
-    symmetric: bool
 
 
 @dataclass(frozen=True)

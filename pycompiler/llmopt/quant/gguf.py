@@ -65,9 +65,7 @@ def codes_of(data: np.ndarray, block_type: str, n: int, k: int) -> Codes:
 
 def scheme_for(block_type: str, activations: str) -> Scheme:
     """How a linear of this block type is described: its own groups of 32, activations "same" or "int8"."""
-    bits = TYPES[block_type][0]
-    name = f"w{bits}a{8 if activations == 'int8' else 16}"
-    return Scheme(name, bits, activations, BLOCK, symmetric=block_type != "Q4_1")
+    return Scheme(TYPES[block_type][0], BLOCK, block_type != "Q4_1", activations)
 
 
 def permuted(codes: Codes, rows: Tensor) -> Codes:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from llmopt.ops.linear_quantized import dequantized, linear_quantized
 from llmopt.quant.rounding import Codes
-from llmopt.quant.schemes import CHANNEL, Scheme
+from llmopt.quant.schemes import Scheme
 
 
 @torch.library.custom_op("llmopt::linear_quantized_module", mutates_args=())
@@ -111,9 +111,3 @@ class QuantizedLinear(nn.Module):
             self.scales = scales.to(self.scales.device)
             self.offsets = None if offsets is None else offsets.to(self.scales.device)
         return self
-
-
-def groups_of(linear: QuantizedLinear) -> int:
-    """Inputs that share a scale."""
-    scheme = linear.scheme
-    return linear.in_features if scheme.group == CHANNEL else scheme.group

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from llmopt.ops.linear_quantized import ZERO_POINT_4BIT, dequantized
-from llmopt.quant.schemes import Scheme
+from llmopt.quant.schemes import CodeForm
 
 # For 4 bits: the shares of a group's range that are tried, and the rounds of fitting.
 SHARES = (0.95, 0.9, 0.85, 0.8)
@@ -54,52 +54,52 @@ class Grid(NamedTuple):
         return scaled if self.offset is None else scaled + self.offset[..., None]
 
 
-def round_weight(weight: Tensor, scheme: Scheme) -> Codes:
-    """weight [N, K], any float dtype, K a multiple of the scheme's group → its codes.
+def round_weight(weight: Tensor, form: CodeForm) -> Codes:
+    """weight [N, K], any float dtype, K a multiple of the form's group → its codes.
 
     Raises ValueError when a weight is NaN or infinite, or the group does not divide K.
     """
-    check(weight, scheme)
-    parts = [_round_rows(w.detach().float(), scheme) for w in weight.split(ROWS_AT_ONCE)]
-    offsets = None if scheme.symmetric else torch.cat([p.offsets for p in parts])  # type: ignore[misc]
+    check(weight, form)
+    parts = [_round_rows(w.detach().float(), form) for w in weight.split(ROWS_AT_ONCE)]
+    offsets = None if form.symmetric else torch.cat([p.offsets for p in parts])  # type: ignore[misc]
     return Codes(torch.cat([p.codes for p in parts]), torch.cat([p.scales for p in parts]), offsets)
 
 
-def why_not(weight: Tensor, scheme: Scheme) -> str:
-    """Why this weight [N, K] cannot have this scheme; "" when it can."""
-    if reason := scheme.reject(weight.shape[1]):
+def why_not(weight: Tensor, form: CodeForm) -> str:
+    """Why this weight [N, K] cannot have this form; "" when it can."""
+    if reason := form.reject(weight.shape[1]):
         return reason
     bad = weight.numel() - int(weight.detach().isfinite().sum())
     return f"{bad} of its {weight.numel()} weights are NaN or infinite" if bad else ""
 
 
-def check(weight: Tensor, scheme: Scheme) -> None:
-    """Raises ValueError when this weight cannot have this scheme."""
-    if reason := why_not(weight, scheme):
+def check(weight: Tensor, form: CodeForm) -> None:
+    """Raises ValueError when this weight cannot have this form."""
+    if reason := why_not(weight, form):
         raise ValueError(reason)
 
 
-def grid_of(values: Tensor, scheme: Scheme) -> Grid:
+def grid_of(values: Tensor, form: CodeForm) -> Grid:
     """The grid for values [..., groups, group] float32: scale, offset [..., groups]."""
-    best = full_grid(values, scheme, 1.0)
-    if scheme.bits == 8:
+    best = full_grid(values, form, 1.0)
+    if form.bits == 8:
         return best
-    error = _error(values, best, scheme)
+    error = _error(values, best, form)
     for share in SHARES:
-        best, error = _better(values, scheme, best, error, full_grid(values, scheme, share))
-    if scheme.symmetric:
+        best, error = _better(values, form, best, error, full_grid(values, form, share))
+    if form.symmetric:
         narrow = Grid(values.abs().amax(-1) / 7, None)
-        best, error = _better(values, scheme, best, error, narrow)
+        best, error = _better(values, form, best, error, narrow)
     for _ in range(FITS):
-        best, error = _better(values, scheme, best, error, _fitted(values, scheme, best))
+        best, error = _better(values, form, best, error, _fitted(values, form, best))
     return best
 
 
 def _better(
-    values: Tensor, scheme: Scheme, best: Grid, error: Tensor, other: Grid
+    values: Tensor, form: CodeForm, best: Grid, error: Tensor, other: Grid
 ) -> tuple[Grid, Tensor]:
     """Per group the grid with the smaller error, and that error."""
-    new_error = _error(values, other, scheme)
+    new_error = _error(values, other, form)
     is_better = new_error < error  # never where the other's error is NaN
     offset = None
     if best.offset is not None and other.offset is not None:
@@ -108,9 +108,9 @@ def _better(
     return grid, torch.where(is_better, new_error, error)
 
 
-def _fitted(values: Tensor, scheme: Scheme, grid: Grid) -> Grid:
+def _fitted(values: Tensor, form: CodeForm, grid: Grid) -> Grid:
     """Scale and offset of least squared error for the codes that this grid gives."""
-    codes = grid.nearest(values, scheme.bits)
+    codes = grid.nearest(values, form.bits)
     if grid.offset is None:
         codes = codes - ZERO_POINT_4BIT
         return Grid((codes * values).sum(-1) / (codes * codes).sum(-1), None)
@@ -120,16 +120,16 @@ def _fitted(values: Tensor, scheme: Scheme, grid: Grid) -> Grid:
     return Grid(scale, mean - scale * mean_code)
 
 
-def full_grid(values: Tensor, scheme: Scheme, share: float) -> Grid:
+def full_grid(values: Tensor, form: CodeForm, share: float) -> Grid:
     """The grid over `share` of each group's range."""
-    if scheme.symmetric and scheme.bits == 8:
+    if form.symmetric and form.bits == 8:
         return Grid(values.abs().amax(-1) / 127 * share, None)
     low, high = values.amin(-1), values.amax(-1)
     if (
-        scheme.symmetric
+        form.symmetric
     ):  # −8 is a code and 8 is not: the sign of the scale gives −8 to the longer side
         return Grid(torch.where(high > -low, high, low) / -8 * share, None)
-    if scheme.bits == 8:
+    if form.bits == 8:
         return Grid((high / 254 - low / 254) * share, high / 2 + low / 2)
     middle = high / 2 + low / 2
     return Grid((high / 15 - low / 15) * share, low * share + middle * (1 - share))
@@ -144,12 +144,12 @@ def packed(codes: Tensor, grid: Grid, bits: int) -> Codes:
     return Codes(pairs[..., 0] | (pairs[..., 1] << 4), grid.scale, grid.offset)
 
 
-def _round_rows(weight: Tensor, scheme: Scheme) -> Codes:
-    values = weight.unflatten(-1, (-1, scheme.group_of(weight.shape[1])))
-    grid = grid_of(values, scheme)
-    return packed(grid.nearest(values, scheme.bits), grid, scheme.bits)
+def _round_rows(weight: Tensor, form: CodeForm) -> Codes:
+    values = weight.unflatten(-1, (-1, form.group_of(weight.shape[1])))
+    grid = grid_of(values, form)
+    return packed(grid.nearest(values, form.bits), grid, form.bits)
 
 
-def _error(values: Tensor, grid: Grid, scheme: Scheme) -> Tensor:
-    rounded = grid.value(grid.nearest(values, scheme.bits), scheme.bits)
+def _error(values: Tensor, grid: Grid, form: CodeForm) -> Tensor:
+    rounded = grid.value(grid.nearest(values, form.bits), form.bits)
     return (rounded - values).square_().sum(-1)

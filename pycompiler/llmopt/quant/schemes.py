@@ -14,25 +14,19 @@ GROUPS = (CHANNEL, 32, 64, 128)
 
 
 @dataclass(frozen=True)
-class Scheme:
-    """One way to quantise one linear."""
+class CodeForm:
+    """How a weight is stored as codes."""
 
-    name: str
-    bits: int  # of a weight: 8 or 4
-    activations: str  # "same": as they are; "int8": rounded per token and group
-    group: int  # inputs that share a scale, on both sides; CHANNEL: all of them
+    bits: int  # 8 or 4
+    group: int  # inputs that share a scale; CHANNEL: all of them
     symmetric: bool  # weights are scale · code, without an offset
-
-    def __str__(self) -> str:
-        group = "per channel" if self.group == CHANNEL else f"groups of {self.group}"
-        return f"{self.name}, {group}, {'symmetric' if self.symmetric else 'asymmetric'}"
 
     def group_of(self, k: int) -> int:
         """The inputs that share a scale in a linear of k inputs."""
         return k if self.group == CHANNEL else self.group
 
     def reject(self, k: int) -> str:
-        """Why a linear of k inputs cannot have this scheme; "" when it can."""
+        """Why a linear of k inputs cannot have this form; "" when it can."""
         if self.bits == 4 and k % 2:
             return f"{k} inputs are odd, and two 4-bit codes share a byte"
         if k % self.group_of(k):
@@ -44,10 +38,25 @@ class Scheme:
         return ""
 
 
-W8A8 = Scheme("w8a8", 8, "int8", 64, symmetric=True)
-W8A16 = Scheme("w8a16", 8, "same", 32, symmetric=True)
-W4A16 = Scheme("w4a16", 4, "same", 32, symmetric=False)
-W4A8 = Scheme("w4a8", 4, "int8", 32, symmetric=False)
+@dataclass(frozen=True)
+class Scheme(CodeForm):
+    """One way to quantise one linear: the form of its weight, whose groups its inputs share, and how inputs are read."""
+
+    activations: str  # "same": as they are; "int8": rounded per token and group
+
+    @property
+    def name(self) -> str:
+        return f"w{self.bits}a{8 if self.activations == 'int8' else 16}"
+
+    def __str__(self) -> str:
+        group = "per channel" if self.group == CHANNEL else f"groups of {self.group}"
+        return f"{self.name}, {group}, {'symmetric' if self.symmetric else 'asymmetric'}"
+
+
+W8A8 = Scheme(8, 64, symmetric=True, activations="int8")
+W8A16 = Scheme(8, 32, symmetric=True, activations="same")
+W4A16 = Scheme(4, 32, symmetric=False, activations="same")
+W4A8 = Scheme(4, 32, symmetric=False, activations="int8")
 SCHEMES: Mapping[str, Scheme] = {s.name: s for s in (W8A8, W8A16, W4A16, W4A8)}
 
 
