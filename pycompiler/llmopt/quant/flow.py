@@ -7,8 +7,10 @@ else. A tensor whose other readers are unknown is never touched.
 
 from __future__ import annotations
 
+import enum
+import logging
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +22,11 @@ from torch.utils import _pytree as pytree
 
 from llmopt.quant.calibration import Sample, call, evaluating
 from llmopt.quant.layers import bias_of, set_weight, weight_of
+
+log = logging.getLogger("llmopt")
+
+# What a result may hold beside tensors and objects with attributes.
+_PLAIN = (str, bytes, int, float, complex, type, enum.Enum, torch.dtype, torch.device, torch.Size)
 
 
 @dataclass(frozen=True)
@@ -34,14 +41,24 @@ class Feed:
 
 
 def feeds_of(model: nn.Module, sample: Sample, linears: Mapping[str, nn.Module]) -> list[Feed]:
-    """Every feed of these linears that the sample shows, in the order of the model."""
+    """Every feed of these linears that the sample shows, in the order of the model.
+
+    None, with a warning, when the model's result is an object that may hide tensors: anything may read those.
+    """
     watch = _Watch(model, linears)
-    try:
-        with evaluating(model), watch:
-            watch.read_by(call(model, sample), "the result")
-    finally:
-        watch.remove()
-    return watch.feeds()
+    with evaluating(model):
+        try:
+            with watch:
+                result = call(model, sample)
+        finally:
+            watch.remove()
+        try:
+            watch.read_by(list(_tensors_in(result, set())), "the result")
+        except _Opaque as error:
+            log.warning("%s: who reads the tensors in a result of type %s is not known, so no scale can move",
+                        type(model).__name__, error)  # fmt: skip
+            return []
+        return watch.feeds()
 
 
 def apply(feed: Feed, modules: Mapping[str, nn.Module], s: Tensor) -> None:
@@ -74,7 +91,8 @@ class _Watch(TorchFunctionMode):
         self.depth = 0
         self.handles = []
         for name, module in self.modules.items():
-            self.handles.append(module.register_forward_pre_hook(self._entering(name)))
+            entering = self._entering(name)
+            self.handles.append(module.register_forward_pre_hook(entering, with_kwargs=True))
             self.handles.append(module.register_forward_hook(self._leaving(name)))
 
     def remove(self) -> None:
@@ -87,10 +105,11 @@ class _Watch(TorchFunctionMode):
                 self.readers[id(tensor)].append(name)
 
     def _entering(self, name: str) -> Any:
-        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            self.read_by(args, name)
-            if name not in self.linears and args and isinstance(args[0], Tensor):
-                self.inputs[name] = args[0]
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self.read_by((args, kwargs), name)
+            first = next(iter((*args, *kwargs.values())), None)
+            if name not in self.linears and isinstance(first, Tensor):
+                self.inputs[name] = first
             self.calls[name] += 1
             self.depth += 1
 
@@ -201,6 +220,26 @@ def _keeps_channels(index: Any) -> bool:
     """Slices of leading dimensions only."""
     parts = index if isinstance(index, tuple) else (index,)
     return all(isinstance(p, slice) for p in parts) and parts[-1] == slice(None)
+
+
+class _Opaque(Exception):
+    """An object of this type may hold tensors that nobody can list."""
+
+
+def _tensors_in(value: Any, seen: set[int]) -> Iterator[Tensor]:
+    """The tensors in a model's result, through containers and attributes. Raises _Opaque."""
+    for leaf in pytree.tree_leaves(value):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif leaf is not None and not isinstance(leaf, _PLAIN) and id(leaf) not in seen:
+            seen.add(id(leaf))
+            if isinstance(leaf, Collection):
+                items = leaf.values() if isinstance(leaf, Mapping) else leaf
+                yield from _tensors_in(list(items), seen)
+            slots = any(getattr(c, "__slots__", ()) for c in type(leaf).__mro__)
+            if slots or callable(leaf) or not hasattr(leaf, "__dict__"):
+                raise _Opaque(type(leaf).__name__)
+            yield from _tensors_in(vars(leaf), seen)
 
 
 def _has_tensor(out: Any) -> bool:

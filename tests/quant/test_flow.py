@@ -1,0 +1,105 @@
+"""Which layer alone feeds which: modules called with keywords, results that cannot be read, statistics that must stay."""
+
+from __future__ import annotations
+
+import logging
+
+import llmopt
+import pytest
+import torch
+from llmopt.quant import flow
+from llmopt.quant.layers import linears_of
+from torch import Tensor, nn
+
+X = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
+
+
+class Keywords(nn.Module):
+    """A norm and a linear that are called with keywords."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm, self.linear = nn.LayerNorm(64), nn.Linear(64, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(input=self.norm(input=x))
+
+
+class Slots:
+    """A result whose tensors no generic code can find."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: Tensor) -> None:
+        self.value = value
+
+
+class Box:
+    """A result that holds tensors as attributes, itself among them."""
+
+    def __init__(self, **values: object) -> None:
+        vars(self).update(values, itself=self, nested=[values])
+
+
+class Several(list):
+    """A container of a type of its own."""
+
+
+class Returning(nn.Module):
+    """A norm whose output is read by a linear and handed out in some object."""
+
+    def __init__(self, wrap) -> None:
+        super().__init__()
+        self.norm, self.linear, self.wrap = nn.LayerNorm(64), nn.Linear(64, 32), wrap
+
+    def forward(self, x: Tensor) -> object:
+        h = self.norm(x)
+        return self.wrap(h, self.linear(h))
+
+
+def feeds(model: nn.Module) -> list[flow.Feed]:
+    return flow.feeds_of(model.eval(), X, linears_of(model))
+
+
+def test_modules_called_with_keywords() -> None:
+    assert feeds(Keywords()) == [flow.Feed("norm", ("linear",), 0.0)]
+
+
+def test_a_second_reader_called_with_a_keyword_counts() -> None:
+    class Two(Keywords):
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.norm(x)
+            return self.linear(h) + self.other(input=h).sum(-1, keepdim=True)
+
+    model = Two()
+    model.other = nn.LayerNorm(64)  # a module that is watched too, and no linear
+    assert feeds(model) == []
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_tensors_in_a_result_of_another_class(held: bool) -> None:
+    """A tensor that leaves the model in an object's attributes has a reader that is not known."""
+    wrap = (
+        (lambda h, y: Box(h=Several([h]), y=y))
+        if held
+        else (lambda h, y: Box(y=y, flag=True, name="y"))
+    )
+    assert [f.source for f in feeds(Returning(wrap))] == ([] if held else ["norm"])
+
+
+@pytest.mark.parametrize("wrap", [lambda h, y: (Slots(h), y), lambda h, y: lambda: h])
+def test_a_result_that_cannot_be_looked_through(wrap, caplog) -> None:
+    with caplog.at_level(logging.WARNING, "llmopt"):
+        assert feeds(Returning(wrap)) == []
+    assert "tensors in a result of type" in caplog.text
+
+
+def test_statistics_of_a_training_model_stay() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(64), nn.Linear(64, 32)).train()
+    before = model[0].running_mean.clone()
+    twin = llmopt.quantize(model, "w8a8", [X], algorithm="smoothquant")
+    assert torch.equal(model[0].running_mean, before)
+    assert int(model[0].num_batches_tracked) == 0
+    assert twin.training
+    assert [f.source for f in feeds(model)] == ["0"]
