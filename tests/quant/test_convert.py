@@ -10,7 +10,7 @@ from llmopt.quant.calibration import call, samples_of
 from llmopt.quant.evaluate import divergence
 from llmopt.quant.layers import linears_of, twin_of
 from llmopt.quant.module import QuantizedLinear
-from llmopt.quant.schemes import SCHEMES
+from llmopt.quant.schemes import SCHEMES, scheme_of
 
 from tests.quant import models
 
@@ -216,8 +216,12 @@ def test_bad_requests() -> None:
         "no linear is named 'lm_tail'; the linears are model.layers.0.self_attn.q_proj",
         layers={"lm_tail": None},
     )
+    refused("layers leave every one of the 15 linears as it is", layers={"*": None})
     with pytest.raises(ValueError, match="Tanh holds no linear layer"):
         llmopt.quantize(torch.nn.Tanh())
+    for linear in (torch.nn.Linear(64, 8), llmopt.quantize(models.mlp(), "w4a16")[1]):
+        with pytest.raises(ValueError, match=r"Linear is the model itself.*Sequential"):
+            llmopt.quantize(linear)
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[3, 4] = float("nan")
     refused("layers.1.mlp.up_proj cannot be quantised .* 1 of its 8192 weights are NaN")
@@ -227,6 +231,35 @@ def test_nan_in_calibration_names_the_layer() -> None:
     model = models.mlp()
     with pytest.raises(ValueError, match="NaN or infinite inputs of 1"):
         llmopt.quantize(model, "w8a8", torch.full((2, 64), float("nan")), group=32)
+
+
+@pytest.mark.parametrize("algorithm", ["gptq", "awq"])
+def test_inputs_too_large_for_second_moments_name_the_layer(algorithm: str) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 8))
+    with pytest.raises(ValueError, match=r"inputs of \d up to 1.*e\+25, whose squares"):
+        llmopt.quantize(model, "w4a16", torch.full((2, 64), 1e25), algorithm=algorithm)
+
+
+@pytest.mark.parametrize("algorithm", [None, "awq", "smoothquant+gptq"])
+def test_scales_that_cannot_move_are_no_secret(algorithm: str | None, caplog) -> None:
+    with caplog.at_level("WARNING", "llmopt"):
+        llmopt.quantize(models.bert(), "w8a8", SAMPLES, algorithm=algorithm)
+    wanted = f"{(algorithm or 'smoothquant').split('+')[0]} moves nothing in BertModel"
+    assert wanted in caplog.text
+
+
+@pytest.mark.parametrize(("algorithm", "passes"), [("smoothquant", 2), ("awq", 2), ("gptq", 1)])
+def test_samples_run_once_per_purpose(algorithm: str, passes: int) -> None:
+    """One pass to learn the inputs, and one of the first sample to learn which layer feeds which."""
+    model, calls = models.llama(), []
+    model.model.layers[0].register_forward_hook(lambda *_: calls.append(1))
+    llmopt.quantize(model, "w4a16", SAMPLES[:1], algorithm=algorithm)
+    assert len(calls) == passes
+
+
+def test_the_head_keeps_the_groups_that_were_asked_for() -> None:
+    layers = quantized(llmopt.quantize(models.llama(), "w4a8", group=64, symmetric=False))
+    assert layers["lm_head"].scheme == scheme_of("w8a8", 64, False)
 
 
 def test_samples_in_every_form() -> None:

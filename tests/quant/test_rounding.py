@@ -90,6 +90,8 @@ def test_a_group_that_does_not_divide_the_inputs() -> None:
         (("w8a8", 48), "group=48.*'channel', 32, 64, 128"),
         (("w8a8", 0), "group=0"),
         (("w8a8", "row"), "group='row'"),
+        ((8,), "scheme 8 does not exist; possible: w8a8"),
+        ((["w8a8"],), r"scheme \['w8a8'\] does not exist"),
     ],
 )
 def test_unknown_names(arguments: tuple, words: str) -> None:
@@ -97,9 +99,10 @@ def test_unknown_names(arguments: tuple, words: str) -> None:
         scheme_of(*arguments)
 
 
-def test_wider_keeps_the_activations() -> None:
-    assert wider(SCHEMES["w4a8"]).name == "w8a8"
-    assert wider(SCHEMES["w4a16"]).name == "w8a16"
+def test_wider_keeps_activations_groups_and_a_symmetry_that_was_asked_for() -> None:
+    assert wider(SCHEMES["w4a8"]) == scheme_of("w8a8", 32, True)
+    assert wider(scheme_of("w4a16", 128)) == scheme_of("w8a16", 128, True)
+    assert wider(scheme_of("w4a16", "channel"), False) == scheme_of("w8a16", "channel", False)
 
 
 @pytest.mark.parametrize("scheme", [s for s in ALL if s.bits == 4], ids=str)
@@ -123,3 +126,11 @@ def test_gptq_without_any_input_is_plain_rounding() -> None:
     w, scheme = weight(), SCHEMES["w4a16"]
     got = gptq(w, torch.zeros(128, 128), scheme).weight(4)
     assert torch.equal(got, round_weight(w, scheme).weight(4))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_gptq_refuses_moments_that_are_no_numbers(bad: float) -> None:
+    moments = torch.eye(128)
+    moments[3, 3] = bad
+    with pytest.raises(ValueError, match="second moments of the inputs are NaN or infinite"):
+        gptq(weight(), moments, SCHEMES["w4a16"])

@@ -91,7 +91,7 @@ def observe(
 ) -> dict[str, Inputs]:
     """Runs the samples and collects the inputs of these linears; a linear that no sample reaches is not in the result.
 
-    Raises ValueError naming the linear whose inputs are NaN or infinite.
+    Raises ValueError naming the linear whose inputs, or their second moments, are NaN or infinite.
     """
     seen: dict[str, Inputs] = {}
 
@@ -116,6 +116,11 @@ def observe(
     for name, inputs in seen.items():
         if not inputs.peak.isfinite().all():
             raise ValueError(f"llmopt: calibration makes NaN or infinite inputs of {name}")
+        if inputs.moments is not None and not inputs.moments.isfinite().all():
+            raise ValueError(
+                f"llmopt: calibration makes inputs of {name} up to {float(inputs.peak.max()):.3g}, "
+                "whose squares float32 does not hold"
+            )
     return seen
 
 

@@ -14,6 +14,7 @@ from llmopt.quant.calibration import Inputs, Sample, observe, random_tokens, sam
 from llmopt.quant.gptq import gptq
 from llmopt.quant.layers import (
     bias_of,
+    is_linear,
     linears_of,
     output_head,
     replace_modules,
@@ -64,7 +65,7 @@ def quantize(
         raise ValueError(f"llmopt: alpha={alpha} is not between 0 and 1")
     twin = twin_of(model)
     linears = linears_of(twin)
-    schemes = _schemes(twin, linears, wanted, layers or {})
+    schemes = _schemes(twin, linears, wanted, wider(wanted, symmetric), layers or {})
     linears = {name: linear for name, linear in linears.items() if name in schemes}
     _check(linears, schemes)
     if samples is not None and scaler != "none":
@@ -115,9 +116,10 @@ def _schemes(
     model: nn.Module,
     linears: Mapping[str, nn.Module],
     wanted: Scheme,
+    wide: Scheme,
     layers: Mapping[str, str | Scheme | None],
 ) -> dict[str, Scheme]:
-    """The scheme of each linear that is to be quantised."""
+    """The scheme of each linear that is to be quantised; `wide` is that of the output head under a 4-bit scheme."""
     unused = set(layers)
     head = output_head(model)
     schemes = {}
@@ -129,7 +131,7 @@ def _schemes(
             if own is not None:
                 schemes[name] = scheme_of(own)
         elif linear is head and wanted.bits < 8:
-            schemes[name] = wider(wanted)
+            schemes[name] = wide
         else:
             schemes[name] = wanted
     if unused:
@@ -137,9 +139,21 @@ def _schemes(
             f"llmopt: no linear is named {', '.join(map(repr, sorted(unused)))}; "
             f"the linears are {_some(linears)}"
         )
+    if not linears:
+        raise ValueError(_no_linear(model))
     if not schemes:
-        raise ValueError(f"llmopt: {type(model).__name__} holds no linear layer to quantise")
+        raise ValueError(f"llmopt: layers leave every one of the {len(linears)} linears as it is")
     return schemes
+
+
+def _no_linear(model: nn.Module) -> str:
+    name = type(model).__name__
+    if is_linear(model) or isinstance(model, QuantizedLinear):
+        return (
+            f"llmopt: {name} is the model itself, and quantize replaces layers inside a model: "
+            "give it torch.nn.Sequential(linear)"
+        )
+    return f"llmopt: {name} holds no linear layer to quantise"
 
 
 def _check(linears: Mapping[str, nn.Module], schemes: Mapping[str, Scheme]) -> None:
@@ -157,12 +171,17 @@ def _scale(
     scaler: str,
     alpha: float,
 ) -> None:
-    inputs = observe(model, samples, linears, moments=False)
     feeds = flow.feeds_of(model, samples[0], linears)
     modules = dict(model.named_modules())
     log.info("%s: %d of %d linears follow a layer that takes their scale", scaler,
              sum(len(f.targets) for f in feeds), len(linears))  # fmt: skip
+    if not feeds:
+        observe(model, samples, linears, moments=False)  # names a layer with bad inputs
+        log.warning("%s moves nothing in %s: no layer in front of a linear feeds it alone; "
+                    "gptq is an algorithm that needs none", scaler, type(model).__name__)  # fmt: skip
+        return
     if scaler == "smoothquant":
+        inputs = observe(model, samples, linears, moments=False)
         for feed in feeds:
             scaling.smooth(feed, modules, inputs, alpha)
         return

@@ -20,9 +20,11 @@ BLOCK = 128  # columns whose errors are applied to the rest at once
 def gptq(weight: Tensor, moments: Tensor, scheme: Scheme) -> Codes:
     """weight [N, K] float, moments [K, K] float32 (Σ x xᵀ over the samples) → codes.
 
-    Raises ValueError when a weight is NaN or infinite, or the group does not divide K.
+    Raises ValueError when a weight or a moment is NaN or infinite, or the group does not divide K.
     """
     check(weight, scheme)
+    if not moments.isfinite().all():
+        raise ValueError("second moments of the inputs are NaN or infinite")
     n, k = weight.shape
     group = scheme.group_of(k)
     w = weight.detach().float().clone()

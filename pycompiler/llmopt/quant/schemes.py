@@ -67,8 +67,8 @@ def scheme_of(
 
     group: "channel", 32, 64 or 128. Raises ValueError that names what is possible.
     """
-    if isinstance(scheme, str):
-        if scheme not in SCHEMES:
+    if not isinstance(scheme, Scheme):
+        if not isinstance(scheme, str) or scheme not in SCHEMES:
             raise ValueError(
                 f"llmopt: scheme {scheme!r} does not exist; possible: {', '.join(SCHEMES)}"
             )
@@ -85,6 +85,10 @@ def scheme_of(
     return scheme
 
 
-def wider(scheme: Scheme) -> Scheme:
-    """The 8-bit scheme with the same activations, for layers that 4 bits would spoil."""
-    return W8A8 if scheme.activations == "int8" else W8A16
+def wider(scheme: Scheme, symmetric: bool | None = None) -> Scheme:
+    """The 8-bit scheme with the same activations and groups, for layers that 4 bits would spoil.
+
+    symmetric: True, where 8 bits do well, unless the user asked for another symmetry.
+    """
+    base = W8A8 if scheme.activations == "int8" else W8A16
+    return scheme_of(base, scheme.group or "channel", symmetric)
