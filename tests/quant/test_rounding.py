@@ -8,7 +8,7 @@ import pytest
 import torch
 from llmopt.quant.gptq import gptq
 from llmopt.quant.rounding import full_grid, round_weight
-from llmopt.quant.schemes import GROUPS, SCHEMES, Scheme, scheme_of, wider
+from llmopt.quant.schemes import GROUPS, SCHEMES, Scheme, of_head, scheme_of
 
 ALL = [
     scheme_of(name, group or "channel", symmetric)
@@ -44,9 +44,20 @@ def test_weights_on_a_grid_come_back(scheme: Scheme) -> None:
     g = torch.Generator().manual_seed(1)
     codes = torch.randint(0, 16, (9, 128 // group, group), generator=g)
     codes[..., 0], codes[..., 1] = 0, 15
-    scale = torch.rand(9, 128 // group, 1, generator=g) + 0.5
+    scale = (torch.rand(9, 128 // group, 1, generator=g) + 0.5).half().float()
     w = (codes * scale - 3).flatten(1)
-    torch.testing.assert_close(round_weight(w, scheme).weight(4), w, rtol=0, atol=1e-5)
+    assert torch.equal(round_weight(w, scheme).weight(4), w)
+
+
+@pytest.mark.parametrize("scheme", [s for s in ALL if s.bits == 4], ids=str)
+def test_factors_beside_4_bit_codes_are_what_packing_keeps(scheme: Scheme) -> None:
+    """Half precision times a power of two: the codes are those for the scale that the kernel reads."""
+    w = weight() * torch.logspace(-9, 9, 17)[:, None]
+    for codes in (round_weight(w, scheme), gptq(w, torch.eye(128), scheme)):
+        for factors in (codes.scales, codes.offsets):
+            if factors is not None:
+                power = 2.0 ** (factors.abs().amax(-1, keepdim=True).log2().floor() - 14)
+                assert torch.equal((factors / power).half().float() * power, factors)
 
 
 @pytest.mark.parametrize("scheme", ALL, ids=str)
@@ -99,10 +110,11 @@ def test_unknown_names(arguments: tuple, words: str) -> None:
         scheme_of(*arguments)
 
 
-def test_wider_keeps_activations_groups_and_a_symmetry_that_was_asked_for() -> None:
-    assert wider(SCHEMES["w4a8"]) == scheme_of("w8a8", 32, True)
-    assert wider(scheme_of("w4a16", 128)) == scheme_of("w8a16", 128, True)
-    assert wider(scheme_of("w4a16", "channel"), False) == scheme_of("w8a16", "channel", False)
+def test_the_head_keeps_groups_and_a_symmetry_that_was_asked_for() -> None:
+    assert of_head(SCHEMES["w8a8"]) == scheme_of("w8a16", 64, True)
+    assert of_head(SCHEMES["w4a8"]) == scheme_of("w8a16", 32, True)
+    assert of_head(scheme_of("w8a8", 64, False)) == scheme_of("w8a16", 64, False)
+    assert of_head(scheme_of("w4a16", "channel"), False) == scheme_of("w8a16", "channel", False)
 
 
 @pytest.mark.parametrize("scheme", [s for s in ALL if s.bits == 4], ids=str)

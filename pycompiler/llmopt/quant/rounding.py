@@ -80,7 +80,7 @@ def check(weight: Tensor, form: CodeForm) -> None:
 
 
 def grid_of(values: Tensor, form: CodeForm) -> Grid:
-    """The grid for values [..., groups, group] float32: scale, offset [..., groups]."""
+    """The grid for values [..., groups, group] float32: scale, offset [..., groups], as exact as kernels keep them."""
     best = full_grid(values, form, 1.0)
     if form.bits == 8:
         return best
@@ -92,7 +92,14 @@ def grid_of(values: Tensor, form: CodeForm) -> Grid:
         best, error = _better(values, form, best, error, narrow)
     for _ in range(FITS):
         best, error = _better(values, form, best, error, _fitted(values, form, best))
-    return best
+    offset = None if best.offset is None else _as_kept(best.offset)
+    return Grid(_as_kept(best.scale), offset)
+
+
+def _as_kept(factors: Tensor) -> Tensor:
+    """Scales or offsets with the 11 bits that the packed form beside 4-bit codes keeps of them."""
+    mantissa, exponent = torch.frexp(factors)
+    return torch.ldexp((mantissa * 2**11).round(), exponent - 11)
 
 
 def _better(
