@@ -46,8 +46,10 @@ def from_folder(folder: Path, dtype: torch.dtype, random_weights: bool) -> Loade
     import transformers
 
     from llmopt.models import LoadedModel
-    from llmopt.quant.storage import MANIFEST, load_quantized
+    from llmopt.quant.storage import MANIFEST
 
+    if (folder / MANIFEST).is_file() and not random_weights:
+        return _quantized(folder, dtype)
     config_file = folder / "config.json"
     if not config_file.is_file():
         raise ModelError(
@@ -64,14 +66,23 @@ def from_folder(folder: Path, dtype: torch.dtype, random_weights: bool) -> Loade
             torch.manual_seed(0)
             config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
             model = cls(config).to(dtype)
-        elif (folder / MANIFEST).is_file():
-            model = load_quantized(folder).to(dtype)
         else:
             model = cls.from_pretrained(folder, dtype=dtype, local_files_only=True)
     except ModelError:
         raise
     # transformers, safetensors and json each raise their own kinds for a missing or truncated file
     except Exception as error:
+        raise ModelError(f"cannot load {folder}: {sentence(error)}") from error
+    return LoadedModel(folder.name, model, _kind(model, str(folder)), _tokenizer(folder))
+
+
+def _quantized(folder: Path, dtype: torch.dtype) -> LoadedModel:
+    from llmopt.models import LoadedModel
+    from llmopt.quant.storage import StorageError, load_quantized
+
+    try:
+        model = load_quantized(folder).to(dtype)
+    except StorageError as error:
         raise ModelError(f"cannot load {folder}: {sentence(error)}") from error
     return LoadedModel(folder.name, model, _kind(model, str(folder)), _tokenizer(folder))
 

@@ -69,10 +69,24 @@ def output_head(model: nn.Module) -> nn.Module | None:
 
 
 def twin_of(model: Model) -> Model:
-    """A copy of the modules that shares parameters and buffers: what is replaced in it stays in the original."""
-    shared: dict[int, Any] = {id(p): p for p in model.parameters()}
+    """A copy of the modules over the same memory: what is replaced or cast in it stays in the original.
+
+    Its parameters are its own, because `to` changes them in place; a compiled module gives a twin of what was compiled.
+    """
+    shared: dict[int, Any] = {id(p): _parameter_over(p) for p in model.parameters()}
     shared.update((id(b), b) for b in model.buffers())
-    return copy.deepcopy(model, shared)
+    return copy.deepcopy(uncompiled(model), shared)
+
+
+def uncompiled(model: Model) -> Model:
+    """The module itself, where torch.compile(module) gave another one around it."""
+    return getattr(model, "_orig_mod", model)
+
+
+def _parameter_over(parameter: nn.Parameter) -> nn.Parameter:
+    own = nn.Parameter(parameter.detach(), parameter.requires_grad)
+    vars(own).update(vars(parameter))
+    return own
 
 
 def untie(model: nn.Module) -> None:

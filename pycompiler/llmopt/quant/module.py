@@ -59,9 +59,17 @@ class QuantizedLinear(nn.Module):
     offsets: Tensor | None
     bias: Tensor | None
 
-    def __init__(self, weight: Codes, bias: Tensor | None, scheme: Scheme) -> None:
+    def __init__(
+        self,
+        weight: Codes,
+        bias: Tensor | None,
+        scheme: Scheme,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """dtype: the one of the weight that the codes replace."""
         super().__init__()
         self.scheme = scheme
+        self.dtype = dtype
         self.out_features = weight.codes.shape[0]
         self.in_features = weight.codes.shape[1] * 8 // scheme.bits
         self.register_buffer("codes", weight.codes)
@@ -71,7 +79,12 @@ class QuantizedLinear(nn.Module):
 
     @classmethod
     def empty(
-        cls, n: int, k: int, scheme: Scheme, bias_dtype: torch.dtype | None
+        cls,
+        n: int,
+        k: int,
+        scheme: Scheme,
+        bias_dtype: torch.dtype | None,
+        dtype: torch.dtype = torch.float32,
     ) -> QuantizedLinear:
         """One without values, to load a state_dict into; bias_dtype None: without a bias."""
         groups = k // scheme.group_of(k)
@@ -80,18 +93,17 @@ class QuantizedLinear(nn.Module):
         scales = torch.zeros((n, groups))
         offsets = None if scheme.symmetric else torch.zeros((n, groups))
         bias = None if bias_dtype is None else torch.zeros(n, dtype=bias_dtype)
-        return cls(Codes(codes, scales, offsets), bias, scheme)
+        return cls(Codes(codes, scales, offsets), bias, scheme, dtype)
 
     @property
     def weight(self) -> Tensor:
-        """The weight the codes stand for, [N, K]: for code that reads it; in the dtype of the bias, else float32."""
-        weight = dequantized(self.codes, self.scales, self.offsets, self.scheme.bits)
-        return weight if self.bias is None else weight.to(self.bias.dtype)
+        """The weight the codes stand for, [N, K], for code that reads it; in the dtype of the model."""
+        return dequantized(self.codes, self.scales, self.offsets, self.scheme.bits).to(self.dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., K] float → [..., N] in x's dtype."""
+    def forward(self, input: Tensor) -> Tensor:
+        """input [..., K] float → [..., N] in its dtype."""
         return linear_quantized_module(
-            x,
+            input,
             self.codes,
             self.scales,
             self.offsets,
@@ -107,6 +119,7 @@ class QuantizedLinear(nn.Module):
         """model.to(dtype) is about weights and activations: scales and offsets stay float32."""
         scales, offsets = self.scales, self.offsets
         super()._apply(fn, recurse)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=scales.device)).dtype
         if self.scales.dtype != torch.float32:
             self.scales = scales.to(self.scales.device)
             self.offsets = None if offsets is None else offsets.to(self.scales.device)

@@ -1,9 +1,8 @@
 """A quantised model as a folder: tensors in safetensors, and a manifest that says what they are.
 
-    llmopt_quant.json          format version, model class, each quantised layer's scheme and sizes, the tensors file with its
-                               size and checksum, tensors that are one and the same
+    llmopt_quant.json          format version, model class, a Hugging Face model's configs, each quantised layer's scheme and
+                               sizes, the tensors file with its size and checksum, tensors that are one and the same
     model-<checksum>.safetensors
-    config.json, …             of a Hugging Face model, as `save_pretrained` writes them
 
 The manifest is replaced last and atomically, so a folder always holds one whole model: the new one or the one before.
 """
@@ -15,19 +14,19 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from llmopt.quant.layers import replace_modules, twin_of, untie
+from llmopt.quant.layers import replace_modules, twin_of, uncompiled, untie
 from llmopt.quant.module import QuantizedLinear
-from llmopt.quant.schemes import Scheme
+from llmopt.quant.schemes import GROUPS, Scheme
 
 MANIFEST = "llmopt_quant.json"
-FORMAT = 1  # raise it when a reader of the old one would get it wrong
+FORMAT = 2  # raise it when a reader of the old one would get it wrong
 
 
 class StorageError(ValueError):
@@ -41,6 +40,7 @@ def save_quantized(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """
     from safetensors.torch import save_file
 
+    model = uncompiled(model)
     layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
     if not layers:
         raise ValueError(
@@ -58,12 +58,12 @@ def save_quantized(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         manifest = {
             "format": FORMAT,
             "model": _class_name(model),
+            "configs": _configs(model),
             "layers": {name: _layer_facts(layer) for name, layer in layers.items()},
             "tensors": {"file": name, "bytes": written.stat().st_size, "checksum": checksum},
             "same": same,
         }
         (Path(partial) / "manifest").write_text(json.dumps(manifest, indent=1))
-        _save_config(model, path)
         _move(written, path / name)
         _move(Path(partial) / "manifest", path / MANIFEST)
     if before is not None and before != name:
@@ -91,6 +91,10 @@ def load_quantized(
     tensors = _read(path, manifest)
     _insert(path, skeleton, manifest["layers"])
     _assign(path, skeleton, tensors)
+    if left := _without_values(skeleton):
+        raise StorageError(
+            f"{path}: {left} of the model given is on the meta device and no parameter or buffer: make it with values"
+        )
     untie(skeleton)
     return skeleton.eval()
 
@@ -105,6 +109,7 @@ def _layer_facts(layer: QuantizedLinear) -> dict[str, Any]:
         "n": layer.out_features,
         "k": layer.in_features,
         "bias": bias,
+        "dtype": str(layer.dtype).removeprefix("torch."),
         "scheme": dataclasses.asdict(layer.scheme),
     }
 
@@ -128,14 +133,15 @@ def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, same
 
 
-def _save_config(model: nn.Module, path: Path) -> None:
+def _configs(model: nn.Module) -> dict[str, Any]:
+    """What a Hugging Face model is made from: attribute → class and values."""
+    found = {}
     for name in ("config", "generation_config"):
         config: Any = getattr(model, name, None)
-        if hasattr(config, "save_pretrained"):
-            with tempfile.TemporaryDirectory(prefix=".llmopt.", dir=path) as partial:
-                config.save_pretrained(partial)
-                for file in Path(partial).iterdir():
-                    _move(file, path / file.name)
+        if hasattr(config, "to_json_string"):
+            values = json.loads(config.to_json_string(use_diff=False))
+            found[name] = {"class": type(config).__name__, "values": values}
+    return found
 
 
 def _move(source: Path, target: Path) -> None:
@@ -176,17 +182,38 @@ def _manifest(path: Path) -> dict[str, Any]:
         ) from error
     except (OSError, ValueError) as error:
         raise StorageError(f"{file} cannot be read ({error}): save the model again") from error
+    if wrong := _fault(manifest):
+        raise StorageError(f"{file} {wrong}")
+    return manifest
+
+
+def _fault(manifest: Any) -> str:
+    """What is wrong with a manifest; "" when nothing is."""
     version = manifest.get("format") if isinstance(manifest, dict) else None
     if not isinstance(version, int):
-        raise StorageError(f"{file} is not a manifest of llmopt.save_quantized")
+        return "is not a manifest of llmopt.save_quantized"
     if version > FORMAT:
-        raise StorageError(
-            f"{file} has format {version}, and this llmopt reads up to {FORMAT}: install a newer llmopt"
-        )
-    missing = [k for k in ("model", "layers", "tensors") if k not in manifest]
-    if missing:
-        raise StorageError(f"{file} lacks {', '.join(missing)}: save the model again")
-    return manifest
+        return f"has format {version}, and this llmopt reads {FORMAT}: install a newer llmopt"
+    if version < FORMAT:
+        return f"has format {version}, and this llmopt reads {FORMAT}: quantise the model again"
+    kinds: dict[str, type] = {
+        "model": str,
+        "configs": dict,
+        "layers": dict,
+        "tensors": dict,
+        "same": dict,
+    }
+    if missing := [key for key in kinds if key not in manifest]:
+        return f"lacks {', '.join(missing)}: save the model again"
+    if wrong := [key for key, kind in kinds.items() if not isinstance(manifest[key], kind)]:
+        return f"has values of the wrong kind for {', '.join(wrong)}: save the model again"
+    facts = manifest["tensors"]
+    kinds = {"file": str, "bytes": int, "checksum": str}
+    if wrong := [key for key, kind in kinds.items() if not isinstance(facts.get(key), kind)]:
+        return f"does not say the {', '.join(wrong)} of its tensors: save the model again"
+    if not all(isinstance(name, str) for name in manifest["same"].values()):
+        return "names no tensors under same: save the model again"
+    return ""
 
 
 def _skeleton(path: Path, manifest: dict[str, Any], model: Any) -> nn.Module:
@@ -197,30 +224,60 @@ def _skeleton(path: Path, manifest: dict[str, Any], model: Any) -> nn.Module:
         if not isinstance(made, nn.Module):
             raise TypeError(f"llmopt: the model function returned a {type(made).__name__}")
         return made
+    return _from_config(path, manifest, model)
+
+
+def _from_config(path: Path, manifest: dict[str, Any], config: Any) -> nn.Module:
+    """A Hugging Face model without values; with values where a model keeps tensors that are no parameters and buffers."""
+    configs = {name: _config(path, facts) for name, facts in manifest["configs"].items()}
+    config = config or configs.get("config")
+    if config is None:
+        raise StorageError(
+            f"{path} holds no config: give load_quantized a function that makes the model"
+        )
+    cls = _of_transformers(path, manifest["model"])
+    with torch.device("meta"):
+        made: nn.Module = cls(config)
+    buffers = {id(b) for b in made.buffers()}
+    if _without_values(made, but=buffers | {id(p) for p in made.parameters()}):
+        made = cls(config)
+    if "generation_config" in configs and hasattr(made, "generation_config"):
+        made.generation_config = configs["generation_config"]
+    return made
+
+
+def _config(path: Path, facts: Any) -> Any:
+    try:
+        return _of_transformers(path, facts["class"]).from_dict(facts["values"])
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, StorageError):
+            raise
+        raise StorageError(f"{path / MANIFEST}: a config is described wrongly ({error})") from error
+
+
+def _of_transformers(path: Path, name: str) -> Any:
     try:
         import transformers
     except ImportError as error:
         raise StorageError(
             f"{path}: give a function that makes the model (transformers is not installed)"
         ) from error
-    if model is None:
-        if not (path / "config.json").is_file():
-            raise StorageError(
-                f"{path} holds no config.json: give load_quantized a function that makes the model"
-            )
-        model = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
-    cls = getattr(transformers, manifest["model"], None)
+    cls = getattr(transformers, name, None)
     if cls is None:
         raise StorageError(
-            f"{path} holds a quantised {manifest['model']}, which transformers "
-            f"{transformers.__version__} does not have"
+            f"{path} needs a {name}, which transformers {transformers.__version__} does not have"
         )
-    made = cls(model)
-    if (path / "generation_config.json").is_file() and hasattr(made, "generation_config"):
-        made.generation_config = transformers.GenerationConfig.from_pretrained(
-            path, local_files_only=True
-        )
-    return made
+    return cls
+
+
+def _without_values(model: nn.Module, but: Collection[int] = ()) -> str:
+    """The name of a tensor of the model that is on the meta device, of those whose id is not in `but`; "" for none."""
+    for prefix, module in model.named_modules():
+        held = {**vars(module), **module._parameters, **module._buffers}
+        for name, value in held.items():
+            if isinstance(value, Tensor) and value.is_meta and id(value) not in but:
+                return f"{prefix}.{name}".lstrip(".")
+    return ""
 
 
 def _read(path: Path, manifest: dict[str, Any]) -> dict[str, Tensor]:
@@ -240,7 +297,9 @@ def _read(path: Path, manifest: dict[str, Any]) -> dict[str, Tensor]:
         tensors = load_file(file)
     except (SafetensorError, OSError) as error:
         raise StorageError(f"{file} cannot be read ({error})") from error
-    for name, origin in manifest.get("same", {}).items():
+    for name, origin in manifest["same"].items():
+        if origin not in tensors:
+            raise StorageError(f"{path / MANIFEST}: {name} is {origin}, which {file.name} lacks")
         tensors[name] = tensors[origin]
     return tensors
 
@@ -251,14 +310,27 @@ def _insert(path: Path, model: nn.Module, layers: dict[str, Any]) -> None:
         if name not in modules:
             raise StorageError(f"{path} is of another model: this one has no layer {name}")
         try:
-            dtype = None if facts["bias"] is None else getattr(torch, facts["bias"])
-            scheme = Scheme(**facts["scheme"])
-            layer = QuantizedLinear.empty(facts["n"], facts["k"], scheme, dtype)
-        except (KeyError, TypeError, AttributeError) as error:
+            layer = _empty_layer(facts)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise StorageError(
                 f"{path / MANIFEST}: {name} is described wrongly ({error})"
             ) from error
         replace_modules(model, {modules[name]: layer})
+
+
+def _empty_layer(facts: dict[str, Any]) -> QuantizedLinear:
+    """A layer without values. Raises what wrong facts raise."""
+    scheme = Scheme(**facts["scheme"])
+    if scheme.bits not in (4, 8) or scheme.group not in GROUPS:
+        raise ValueError(f"bits {scheme.bits} in groups of {scheme.group}")
+    if scheme.activations not in ("same", "int8"):
+        raise ValueError(f"activations {scheme.activations!r}")
+    if reason := scheme.reject(facts["k"]):
+        raise ValueError(reason)
+    dtype = getattr(torch, facts["dtype"])
+    bias = None if facts["bias"] is None else getattr(torch, facts["bias"])
+    with torch.device("meta"):
+        return QuantizedLinear.empty(facts["n"], facts["k"], scheme, bias, dtype)
 
 
 def _assign(path: Path, model: nn.Module, tensors: dict[str, Tensor]) -> None:
