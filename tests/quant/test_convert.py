@@ -35,8 +35,9 @@ def test_a_tied_llama(name: str) -> None:
     layers = quantized(twin)
     assert len(layers) == 15
     assert {m.scheme.name for n, m in layers.items() if n != "lm_head"} == {name}
-    assert layers["lm_head"].scheme.bits == 8
-    assert twin.model.embed_tokens.weight is model.model.embed_tokens.weight
+    assert layers["lm_head"].scheme.name == "w8a16"
+    shared = twin.model.embed_tokens.weight, model.model.embed_tokens.weight
+    assert len({p.data_ptr() for p in shared}) == 1
     assert twin.config.tie_word_embeddings is False
     assert model.config.tie_word_embeddings is True
     assert model.state_dict().keys() == before.keys()
@@ -166,6 +167,22 @@ def test_attention_modules_that_read_their_weight_are_left() -> None:
         torch.testing.assert_close(twin(x), model(x), rtol=0.05, atol=0.05)
 
 
+def test_a_twin_of_another_dtype_leaves_the_model_alone() -> None:
+    model = models.llama()
+    want = logits(model)
+    twin = llmopt.quantize(model, "w8a8").to(torch.bfloat16)
+    assert {p.dtype for p in twin.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert torch.equal(logits(model), want)
+    assert logits(twin).dtype == torch.bfloat16
+    assert twin.lm_head.weight.dtype == torch.bfloat16  # what models ask their layers for
+
+
+def test_tied_parameters_stay_tied_in_a_twin() -> None:
+    twin = llmopt.quantize(models.llama(), "w8a8", layers={"lm_head": None})
+    assert twin.lm_head.weight is twin.model.embed_tokens.weight
+
+
 def test_a_shared_linear_stays_shared() -> None:
     linear = torch.nn.Linear(64, 64)
     twin = llmopt.quantize(torch.nn.Sequential(linear, torch.nn.ReLU(), linear), "w8a8")
@@ -259,7 +276,7 @@ def test_samples_run_once_per_purpose(algorithm: str, passes: int) -> None:
 
 def test_the_head_keeps_the_groups_that_were_asked_for() -> None:
     layers = quantized(llmopt.quantize(models.llama(), "w4a8", group=64, symmetric=False))
-    assert layers["lm_head"].scheme == scheme_of("w8a8", 64, False)
+    assert layers["lm_head"].scheme == scheme_of("w8a16", 64, False)
 
 
 def test_samples_in_every_form() -> None:

@@ -30,6 +30,11 @@ def test_forward_is_the_op(name: str, shape: tuple[int, ...]) -> None:
         torch.testing.assert_close(linear(x), plain)
 
 
+def test_it_is_called_as_a_linear_is() -> None:
+    linear, x = make("w8a8"), torch.randn(3, 128)
+    assert torch.equal(linear(input=x), linear(x))
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_bad_activations_are_never_a_silent_zero(bad: float) -> None:
     linear, x = make("w8a8"), torch.randn(3, 128)
@@ -80,6 +85,7 @@ def test_half_precision_keeps_the_scales() -> None:
     assert half.scales.dtype == half.offsets.dtype == torch.float32
     assert torch.equal(half.scales, scales)
     assert half.bias.dtype == half.weight.dtype == torch.bfloat16
+    assert make("w8a8", bias=False).half().weight.dtype == torch.float16
     assert half(torch.randn(2, 128, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 

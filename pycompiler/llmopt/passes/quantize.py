@@ -13,7 +13,9 @@ from llmopt import ops
 from llmopt.graph import NOTE, emit, fake, fake_mode_of, is_tensor, is_view, kind, replace
 from llmopt.ops.linear import given, parts
 from llmopt.passes.simplify import erase_unused
-from llmopt.quant.schemes import Scheme, wider
+from llmopt.quant.schemes import Scheme, of_head
+
+EMBEDDINGS = ("llmopt.embedding", "embedding")
 
 
 def run(graph: fx.Graph, scheme: Scheme | None) -> None:
@@ -49,8 +51,8 @@ def _with_codes(graph: fx.Graph, mode: Any, node: fx.Node) -> None:
 
 def _with_scheme(graph: fx.Graph, mode: Any, node: fx.Node, scheme: Scheme) -> None:
     weights = parts(node)["weights"]
-    if scheme.bits < 8 and _is_head(node):
-        scheme = wider(scheme)  # the logits feel every bit of the head
+    if _is_head(graph, node):
+        scheme = of_head(scheme)
     k = fake(weights[0]).shape[1]
     reason = scheme.reject(k)
     if reason:
@@ -73,12 +75,14 @@ def _replace(
     replace(node, new)
 
 
-def _is_head(node: fx.Node) -> bool:
-    """A linear with the embedding's weight, or one whose result is a result of the graph and nothing else."""
+def _is_head(graph: fx.Graph, node: fx.Node) -> bool:
+    """A linear with the embedding's weight, or one that is returned and has an output for each row of an embedding."""
+    tables = [n for e in graph.nodes if kind(e) in EMBEDDINGS for n in e.all_input_nodes]
     weights = parts(node)["weights"]
-    if any(kind(u) in ("llmopt.embedding", "embedding") for w in weights for u in w.users):
+    if any(w in tables for w in weights):
         return True
-    return _only_returned(node)
+    rows = [fake(t).shape[0] for t in tables if fake(t).dtype.is_floating_point]
+    return fake(weights[0]).shape[0] in rows and _only_returned(node)
 
 
 def _only_returned(node: fx.Node) -> bool:

@@ -24,7 +24,7 @@ from llmopt.quant.layers import (
 )
 from llmopt.quant.module import QuantizedLinear
 from llmopt.quant.rounding import Codes, round_weight, why_not
-from llmopt.quant.schemes import Scheme, scheme_of, wider
+from llmopt.quant.schemes import Scheme, of_head, scheme_of
 
 log = logging.getLogger("llmopt")
 Model = TypeVar("Model", bound=nn.Module)
@@ -53,7 +53,7 @@ def quantize(
         without calibration, with it "smoothquant" for w8a8 and "gptq" for the others.
     alpha: how much of the activations' range SmoothQuant moves into weights, 0 … 1.
     layers: name patterns → a scheme for these linears, or None to leave them; the first that matches counts. A language
-        model's output head has 8 bits unless a pattern says otherwise.
+        model's output head has 8 bits and activations as they are unless a pattern says otherwise.
 
     Raises ValueError for unknown names, an empty calibration, a group that does not divide a layer's inputs, NaN or infinite
     weights (naming the layer), and a model without linears.
@@ -65,7 +65,7 @@ def quantize(
         raise ValueError(f"llmopt: alpha={alpha} is not between 0 and 1")
     twin = twin_of(model)
     linears = linears_of(twin)
-    schemes = _schemes(twin, linears, wanted, wider(wanted, symmetric), layers or {})
+    schemes = _schemes(twin, linears, wanted, of_head(wanted, symmetric), layers or {})
     linears = {name: linear for name, linear in linears.items() if name in schemes}
     _check(linears, schemes)
     if samples is not None and scaler != "none":
@@ -116,10 +116,10 @@ def _schemes(
     model: nn.Module,
     linears: Mapping[str, nn.Module],
     wanted: Scheme,
-    wide: Scheme,
+    head_scheme: Scheme,
     layers: Mapping[str, str | Scheme | None],
 ) -> dict[str, Scheme]:
-    """The scheme of each linear that is to be quantised; `wide` is that of the output head under a 4-bit scheme."""
+    """The scheme of each linear that is to be quantised; `head_scheme` is that of the output head."""
     unused = set(layers)
     head = output_head(model)
     schemes = {}
@@ -130,8 +130,8 @@ def _schemes(
             own = layers[patterns[0]]
             if own is not None:
                 schemes[name] = scheme_of(own)
-        elif linear is head and wanted.bits < 8:
-            schemes[name] = wide
+        elif linear is head:
+            schemes[name] = head_scheme
         else:
             schemes[name] = wanted
     if unused:
@@ -231,7 +231,7 @@ def _chunks(linears: Mapping[str, nn.Module]) -> Iterator[dict[str, nn.Module]]:
 
 
 def _put(model: nn.Module, linear: nn.Module, codes: Codes, scheme: Scheme) -> None:
-    quantized = QuantizedLinear(codes, bias_of(linear), scheme)
+    quantized = QuantizedLinear(codes, bias_of(linear), scheme, weight_of(linear).dtype)
     quantized.train(linear.training)
     replace_modules(model, {linear: quantized})
 

@@ -27,7 +27,7 @@ from llmopt.quant.layers import (
 )
 from llmopt.quant.module import QuantizedLinear
 from llmopt.quant.rounding import Codes, round_weight
-from llmopt.quant.schemes import Scheme, scheme_of, wider
+from llmopt.quant.schemes import Scheme, of_head, scheme_of
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -94,9 +94,9 @@ def quantize_from_blocks(
             codes, block_type = blocks[name]
             own = scheme_for(block_type, wanted.activations)
         else:
-            own = wider(wanted) if linear is head and wanted.bits < 8 else wanted
+            own = of_head(wanted) if linear is head else wanted
             codes = round_weight(weight_of(linear), own)
-        new = QuantizedLinear(codes, bias_of(linear), own)
+        new = QuantizedLinear(codes, bias_of(linear), own, weight_of(linear).dtype)
         if (new.out_features, new.in_features) != tuple(weight_of(linear).shape):
             raise ValueError(
                 f"llmopt: {name} is {tuple(weight_of(linear).shape)} in the model and "

@@ -85,10 +85,11 @@ def scheme_of(
     return scheme
 
 
-def wider(scheme: Scheme, symmetric: bool | None = None) -> Scheme:
-    """The 8-bit scheme with the same activations and groups, for layers that 4 bits would spoil.
+def of_head(scheme: Scheme, symmetric: bool | None = None) -> Scheme:
+    """The scheme of a language model's output head under this one: 8 bits in the same groups, activations as they are.
 
-    symmetric: True, where 8 bits do well, unless the user asked for another symmetry.
+    Every rounding error of the head is one of the logits. symmetric: what the user asked for, None: nothing.
     """
-    base = W8A8 if scheme.activations == "int8" else W8A16
-    return scheme_of(base, scheme.group or "channel", symmetric)
+    if symmetric is None:
+        symmetric = scheme.symmetric or scheme.bits == 4
+    return Scheme(8, scheme.group, symmetric, activations="same")
