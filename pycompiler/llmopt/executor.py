@@ -19,10 +19,9 @@ from llmopt.options import Options
 from llmopt.plan import Plan
 from llmopt.sizes import Size, SizeTable, expression
 from llmopt.types import Target
-from llmopt.weights import STORE, PackedWeight
+from llmopt.weights import STORE, PackedWeight, version_of
 
 _ADDRESS = Tensor.data_ptr
-_VERSION = Tensor._version.__get__  # type: ignore[attr-defined]
 
 
 class _Watch:
@@ -37,30 +36,25 @@ class _Watch:
         self.epoch = STORE.epoch
         self._ids = list(map(id, tensors))
         self._addresses = list(map(_ADDRESS, tensors))
-        self._versions = _versions(tensors)
+        self._version = version_of(tensors)
+        self._versions = list(map(self._version, tensors))
         self._samples = _C.Samples(
             self._addresses, [t.untyped_storage().nbytes() - _start(t) for t in tensors]
         )
 
     def same_tensors(self, tensors: Sequence[Tensor]) -> bool:
         """The same objects at the same addresses with the same edit counts."""
+        self._samples.fetch()  # arrives while the tensors are asked
         return (
             self.epoch == STORE.epoch
             and self._ids == list(map(id, tensors))
             and self._addresses == list(map(_ADDRESS, tensors))
-            and self._versions == _versions(tensors)
+            and self._versions == list(map(self._version, tensors))
         )
 
     def same_content(self) -> bool:
         """The sampled lines hold what they held; meaningful only while `same_tensors` is true."""
         return self._samples.unchanged()
-
-
-def _versions(tensors: Sequence[Tensor]) -> list[int]:
-    try:
-        return list(map(_VERSION, tensors))
-    except RuntimeError:  # inference tensors count no edits
-        return [0 if t.is_inference() else t._version for t in tensors]
 
 
 def _start(tensor: Tensor) -> int:
@@ -127,7 +121,7 @@ class Segment(torch.nn.Module):
         addresses = self._weights_ready(arguments).copy()
         for slot, number in self._positions["argument"]:
             addresses[slot] = _ADDRESS(arguments[number])
-        symbols = [arguments[a] if d is None else arguments[a].shape[d] for a, d in self._symbols]
+        symbols = self.symbol_values(arguments)
         values = self.program.sizes(symbols, self._wanted) if self._wanted else ()
         results = [spec.allocate(values) for spec in self._outputs]
         for slot, number in self._positions["result"]:
@@ -156,7 +150,7 @@ class Segment(torch.nn.Module):
         )
 
     def symbol_values(self, arguments: Sequence[Any]) -> list[int]:
-        return [arguments[a] if d is None else arguments[a].shape[d] for a, d in self._symbols]
+        return [arguments[a] if d is None else arguments[a].size(d) for a, d in self._symbols]
 
     def packed(self) -> list[PackedWeight]:
         return [entry for ref in self._held if (entry := ref()) is not None]

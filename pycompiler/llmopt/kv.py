@@ -61,21 +61,21 @@ class KvGroup:
         caches = [arguments[a] for a in self.arguments if a is not None]
         if not caches:  # `groups_of` never mixes empty and filled ones
             return _fresh(geometry, 0, new_length)
+        grown = _in_place(caches, geometry, new_length)
+        if grown is not None:
+            return grown
         length = caches[0].shape[2]
         if all(c.shape[2] == length for c in caches):
-            return _grown(caches, geometry, new_length)
+            return _copied(caches, geometry, new_length)
         # Layers with a window hold fewer positions than the others: each length has a slab of its own.
         result = list(caches)
         for some in {c.shape[2]: None for c in caches}:
             picked = [i for i, c in enumerate(caches) if c.shape[2] == some]
-            grown = _grown([caches[i] for i in picked], (len(picked), *geometry[1:]), new_length)
+            same, part = [caches[i] for i in picked], (len(picked), *geometry[1:])
+            grown = _in_place(same, part, new_length) or _copied(same, part, new_length)
             for i, cache in zip(picked, grown, strict=True):
                 result[i] = cache
         return result
-
-
-def _grown(caches: Sequence[Tensor], geometry: tuple, new_length: int) -> Sequence[Tensor]:
-    return _in_place(caches, geometry, new_length) or _copied(caches, geometry, new_length)
 
 
 def _in_place(
@@ -100,7 +100,7 @@ def _in_place(
     for i, cache in enumerate(caches):
         if (
             cache.data_ptr() != address + i * step
-            or cache.shape != shape
+            or cache.size() != shape
             or cache.stride() != strides
         ):
             return None

@@ -189,3 +189,17 @@ def test_a_freed_weight_at_the_same_address_is_another_weight(backend: str) -> N
         weight = torch.randn(64, 48, generator=torch.Generator().manual_seed(seed))
         assert_same_output(run(weight, x), torch.nn.functional.linear(x, weight))
         del weight
+
+
+def test_weights_made_in_inference_mode_count_no_edits(backend: str) -> None:
+    """Their content shows an edit; a mixture with other parameters works too."""
+    with torch.inference_mode():
+        module = build(Block)
+        module.down = nn.Linear(76, 48)
+        with torch.inference_mode(False):
+            module.out = nn.Linear(48, 48)
+        compiled, x = torch.compile(module, backend=backend), block_input()
+        assert_same_output(compiled(x), module(x))
+        for edited in (module.up.weight, module.out.weight):
+            edited.mul_(2)
+            assert_same_output(compiled(x), module(x))
