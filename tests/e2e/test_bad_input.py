@@ -129,7 +129,9 @@ def test_a_cpu_tier_that_does_not_exist(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("LLMOPT_CPU_ISA", "bogus")
     with pytest.raises(Exception, match="LLMOPT_CPU_ISA='bogus'") as error:
         call_block()
-    assert all(tier in str(error.value) for tier in ("scalar", "avx2", "avx512", "avx512_vnni", "amx"))
+    assert all(
+        tier in str(error.value) for tier in ("scalar", "avx2", "avx512", "avx512_vnni", "amx")
+    )
 
 
 def test_a_cpu_tier_this_cpu_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
