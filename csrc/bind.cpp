@@ -58,6 +58,13 @@ std::vector<std::string> tier_ops(const std::string& name) {
   return ops;
 }
 
+std::string refuse(const std::string& tier_name, const std::string& op, const std::vector<int64_t>& ints) {
+  const Tier& t = tier(tier_name);
+  const Step step{nullptr, ints.data(), nullptr, 0, static_cast<int32_t>(ints.size()), 0};
+  const char* reason = refuse_tuning(op.c_str(), {step, nullptr, t.panel_width(), t.tile_rows(op), nullptr});
+  return reason ? reason : "";
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -67,6 +74,11 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "panel_width", [](const std::string& t) { return tier(t).panel_width(); }, py::arg("tier"),
       "Columns of one packed weight panel (NR) in a tier.");
+  m.def(
+      "tile_rows", [](const std::string& t, const std::string& op) { return tier(t).tile_rows(op); }, py::arg("tier"),
+      py::arg("op"), "Rows of the largest register tile (MR) of an op over packed weights in a tier; 0 for other ops.");
+  m.def("refuse_tuning", &refuse, py::arg("tier"), py::arg("op"), py::arg("ints"),
+        "Why a step of an op cannot run with the tuning in its ints; '' when it can.");
   py::class_<Memory>(m, "Memory", "Zeroed, aligned memory; huge pages when large.")
       .def(py::init<size_t>(), py::arg("bytes"))
       .def_property_readonly("address", [](const Memory& a) { return reinterpret_cast<int64_t>(a.data()); })

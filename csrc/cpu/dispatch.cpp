@@ -36,6 +36,13 @@ int Tier::panel_width() const {
   return 0;
 }
 
+int Tier::tile_rows(const std::string& op) const {
+  for (const KernelFamily* family : families)
+    for (int i = 0; i < family->count; ++i)
+      if (op == family->kernels[i].op) return family->tile_rows;
+  return 0;
+}
+
 const Tier& tier(const std::string& name) {
   std::string known, runnable;
   for (const Tier& t : tiers()) {

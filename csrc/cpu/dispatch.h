@@ -16,6 +16,8 @@ struct Tier {
   const Kernel* find(const std::string& op) const;
   // Columns of a packed weight panel.
   int panel_width() const;
+  // Rows of the largest register tile of an op over packed weights; 0 for other ops.
+  int tile_rows(const std::string& op) const;
 };
 
 // Asks the operating system for the AMX tile registers. False where it has none to give.

@@ -6,7 +6,7 @@
 //               packed holds ceil(N / NR) * NR * K * itemsize bytes, with K rounded up to a pair in bf16.
 // linear        t: x [M, K], packed w, bias [N] | none, residual [M, Nout] | none, y [M, Nout], norm weight [K] | none,
 //               norm bias [K] | none; last dimensions contiguous, row strides free, any float dtype each.
-//               i: N, K, weight dtype, activation, gated, norm kind (0 none, 1 RMS, 2 layer).
+//               i: N, K, weight dtype, activation, gated, norm kind (0 none, 1 RMS, 2 layer), tuning (linear/tuning.h).
 //               f: eps, alpha, norm weight offset.
 //               gated: N counts gate and up, Nout = N / 2, y = act(gate) * up + residual. y may be the residual.
 #include "cpu/family.h"
@@ -28,4 +28,4 @@ const Kernel kKernels[] = {
 };
 }  // namespace
 
-LLMOPT_EXPORT_FAMILY(linear, kKernels, sizeof(kKernels) / sizeof(kKernels[0]), kPanel)
+LLMOPT_EXPORT_FAMILY(linear, kKernels, sizeof(kKernels) / sizeof(kKernels[0]), kPanel, kMaxRows)

@@ -5,6 +5,7 @@
 
 #include "cpu/iteration_space.h"
 #include "cpu/vm/bytecode.h"
+#include "runtime/tuning_contract.h"
 
 namespace llmopt {
 namespace {
@@ -108,7 +109,8 @@ const char* linear(const Call& c) {
   const Step& s = c.step;
   if (!has(s, 7, 6, 3)) return kWrongCount;
   if (!is_float(static_cast<DType>(s.i[2])) || absent(s.t[1])) return "there is no packed float weight";
-  return around_weight(s);
+  if (const char* reason = around_weight(s)) return reason;
+  return refuse_tuning("linear", c);
 }
 
 // Bytes of quantised weights [N, K] in the layout of csrc/cpu/linear_quantized/layout.h.
@@ -157,8 +159,9 @@ const char* linear_quantized(const Call& c) {
   const Step& s = c.step;
   if (!has(s, 7, 10, 3)) return kWrongCount;
   if (s.i[9] < 1 || s.i[9] > 3) return "there are 1 to 3 planes";
-  const char* reason = quantized_form(s.i[1], s.i[6], s.i[7]);
-  return reason ? reason : around_weight(s);
+  if (const char* reason = quantized_form(s.i[1], s.i[6], s.i[7])) return reason;
+  if (const char* reason = around_weight(s)) return reason;
+  return refuse_tuning("linear_quantized", c);
 }
 
 // cos or sin [B|1, 1, S|1, R] with even R <= D.
@@ -379,6 +382,19 @@ const struct {
 }  // namespace
 
 const char* const kIndexRange = "an index is out of range";
+
+const char* refuse_tuning(const char* op, const Call& c) {
+  const Step& s = c.step;
+  if (std::strcmp(op, "linear") == 0)
+    return s.num_ints < kLinearInts
+               ? kWrongCount
+               : each_tuning(c, kLinearInts, [&](const LinearTuning& t) { return float_tuning(c, t); });
+  if (std::strcmp(op, "linear_quantized") != 0) return "has nothing to tune";
+  if (s.num_ints < kLinearQuantizedInts) return kWrongCount;
+  if (const char* reason = quantized_form(s.i[1], s.i[6], s.i[7])) return reason;
+  const int64_t wide = quantized_bytes(c.panel_width, s.i[1], 8, s.i[7], s.i[8] != 0, c.panel_width);
+  return each_tuning(c, kLinearQuantizedInts, [&](const LinearTuning& t) { return quantized_tuning(c, t, wide); });
+}
 
 Contract contract_of(const char* op) {
   for (const auto& row : kContracts)

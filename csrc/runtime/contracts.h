@@ -19,6 +19,7 @@ struct Call {
   const Step& step;
   const bool* is_external;
   int panel_width;    // of the tier's packed weights
+  int tile_rows;      // of the op's largest register tile; 0 where it has none
   IndexFault* fault;  // set where the reason is kIndexRange
 };
 
@@ -26,6 +27,9 @@ struct Call {
 using Contract = const char* (*)(const Call&);
 
 extern const char* const kIndexRange;  // the reason that is an IndexError in Python
+
+// nullptr, or why an op cannot run with the tuning in its ints, the only part of the step that counts here.
+const char* refuse_tuning(const char* op, const Call& call);
 
 // The contract of an op; nullptr for ops that have none.
 Contract contract_of(const char* op);

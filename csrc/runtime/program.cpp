@@ -93,6 +93,7 @@ Program::Program(const Tier& tier, int num_symbols, int num_externals, std::vect
       throw std::invalid_argument("tier " + std::string(tier.name) + " has no kernel for op '" + step.op + "'");
     kernels_.push_back(kernel);
     contracts_.push_back(contract_of(kernel->op));
+    tile_rows_.push_back(tier.tile_rows(step.op));
     if (step.operands.size() > kMaxOperands) throw std::invalid_argument("a step has too many operands");
     for (const Operand& operand : step.operands) check(operand);
     for (ExprId e : step.ints)
@@ -125,7 +126,7 @@ void Program::check(const Step& step, size_t index) const {
   for (int n = 0; n < step.num_tensors; ++n)
     is_external[n] = spec.operands[n].buffer >= 0 && buffers_[spec.operands[n].buffer].external;
   IndexFault fault{};
-  const char* reason = contracts_[index]({step, is_external, panel_width_, &fault});
+  const char* reason = contracts_[index]({step, is_external, panel_width_, tile_rows_[index], &fault});
   if (reason == kIndexRange)
     throw std::out_of_range(spec.op + ": index " + std::to_string(fault.index) + " is out of range: 0 to " +
                             std::to_string(fault.limit - 1) + " are possible");

@@ -74,6 +74,7 @@ class Program {
   const std::vector<StepSpec> steps_;
   std::vector<const Kernel*> kernels_;
   std::vector<Contract> contracts_;  // nullptr for a step whose op has none
+  std::vector<int> tile_rows_;       // of each step's op
   const int panel_width_;
   std::mutex mutex_;
   std::vector<std::unique_ptr<Context>> idle_;

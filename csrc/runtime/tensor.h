@@ -99,7 +99,8 @@ struct Kernel {
 struct KernelFamily {
   const Kernel* kernels;
   int32_t count;
-  int32_t panel_width;  // columns of one packed weight panel (NR); 0 in families that pack nothing
+  int32_t panel_width;    // columns of one packed weight panel (NR); 0 in families that pack nothing
+  int32_t tile_rows = 0;  // rows of the largest register tile (MR) over such panels
 };
 
 }  // namespace llmopt

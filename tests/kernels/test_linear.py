@@ -48,6 +48,7 @@ class Case:
     alpha: float = 1.0
     out: torch.dtype = torch.float32
     y: torch.Tensor | None = field(default=None)
+    tuning: tuple[int, ...] = ()  # ints behind the op's own, see csrc/cpu/linear/tuning.h
 
     def reference(self) -> torch.Tensor:
         x = self.x.double()
@@ -69,8 +70,13 @@ class Case:
             y = ACTIVATIONS[self.act](y)
         return y if self.residual is None else y + self.residual.double()
 
-    def run(self, tier: str, threads: int) -> torch.Tensor:
+    def ints(self) -> list[int]:
+        """The op's own."""
         n, k = self.w.shape
+        return [n, k, DTYPE_CODES[self.w.dtype], self.act, int(self.gated), self.norm]
+
+    def run(self, tier: str, threads: int) -> torch.Tensor:
+        n = self.w.shape[0]
         weights = self.w.chunk(2, 0) if self.gated else [self.w]
         packed = pack(weights, tier, threads, interleave=self.gated)
         y = self.y
@@ -87,7 +93,7 @@ class Case:
                 self.norm_weight,
                 self.norm_bias,
             ],
-            ints=[n, k, DTYPE_CODES[self.w.dtype], self.act, int(self.gated), self.norm],
+            ints=[*self.ints(), *self.tuning],
             floats=[EPS, self.alpha, self.norm_offset],
             tier=tier,
             threads=threads,

@@ -104,7 +104,7 @@ class QuantizedCase(Case):
         return eye.reference()
 
     def run(self, tier: str, threads: int) -> torch.Tensor:
-        n, k = self.w.shape
+        n = self.w.shape[0]
         w = self.weights
         parts = [w.rows(0, n // 2), w.rows(n // 2, n)] if self.gated else [w]
         packed = pack(parts, tier, threads, self.gated)
@@ -112,12 +112,15 @@ class QuantizedCase(Case):
         if y is None:
             y = torch.full((self.x.shape[0], n // 2 if self.gated else n), 7.0, dtype=self.out)
         operands = [self.x, packed, self.bias, self.residual, y, self.norm_weight, self.norm_bias]
-        form = [w.bits, w.group, int(w.offset is not None), self.planes]
-        ints = [n, k, U8, self.act, int(self.gated), self.norm, *form]
-        run_op(
-            "linear_quantized", operands, ints, [EPS, self.alpha, self.norm_offset], tier, threads
-        )
+        ints, floats = [*self.ints(), *self.tuning], [EPS, self.alpha, self.norm_offset]
+        run_op("linear_quantized", operands, ints, floats, tier, threads)
         return y
+
+    def ints(self) -> list[int]:
+        n, k = self.w.shape
+        w = self.weights
+        form = [w.bits, w.group, int(w.offset is not None), self.planes]
+        return [n, k, U8, self.act, int(self.gated), self.norm, *form]
 
 
 def case(m, n, k, bits=8, group=None, offsets=False, planes=1, dtype=torch.float32, **options):

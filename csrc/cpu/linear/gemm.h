@@ -19,18 +19,23 @@ inline Chunk chunk_at(const Problem& p, const Schedule& s, int64_t chunk) {
 // A stream asks for its weights this far ahead: the hardware prefetcher alone leaves bandwidth unused.
 constexpr int64_t kStreamAhead = 3 << 10;
 
-// One tile: weights are read once, straight through the panels. The end of every panel runs by itself because the end
-// of the chunk must ask for the start of this thread's next one; every panel, so that sums do not depend on the chunks.
+// Weights are read once, straight through the panels. The end of every panel runs by itself because the end of the
+// chunk must ask for the start of this thread's next one; every panel, so that sums do not depend on the chunks.
 void run_stream(const Problem& p, const Chunk& c, int64_t next_panel, const float* a, float* sums) {
-  const TileFunction run = stream_tile(p.weight, p.M);
   const int64_t bytes = panel_bytes(p.K, p.weight), step_bytes = kPanel * itemsize(p.weight) * steps_of(p.weight);
-  const int64_t steps = bytes / step_bytes, tail = min64(steps, kStreamAhead / step_bytes), body = steps - tail;
+  const int64_t ahead = p.tuning.ahead ? p.tuning.ahead : kStreamAhead;
+  const int64_t steps = bytes / step_bytes, tail = min64(steps, ahead / step_bytes), body = steps - tail;
   for (int64_t panel = c.panel0; panel < c.panel1; ++panel) {
     const char* b = p.w.data + panel * bytes;
     const char* next = p.w.data + (panel + 1 < c.panel1 ? panel + 1 : next_panel) * bytes;
-    run({a, b, body, b + kStreamAhead, 0, sums, false});
-    run({a + body * steps_of(p.weight) * p.M, b + body * step_bytes, tail, next, 0, sums, true});
-    finish_tile(p, panel, 0, static_cast<int>(p.M), sums);
+    for (int64_t tile = c.tile0; tile < c.tile1; ++tile) {
+      const int64_t row0 = p.tile_row(tile), rows = p.tile_row(tile + 1) - row0;
+      const TileFunction run = stream_tile(p.weight, rows);
+      const float* rows_of_a = a + p.tile_offset(tile);
+      run({rows_of_a, b, body, b + ahead, 0, sums, false});
+      run({rows_of_a + body * steps_of(p.weight) * rows, b + body * step_bytes, tail, next, 0, sums, true});
+      finish_tile(p, panel, row0, static_cast<int>(rows), sums);
+    }
   }
 }
 
@@ -51,7 +56,8 @@ void run_blocked(const Problem& p, const Schedule& s, const Chunk& c, int64_t ne
                  float* local) {
   const int64_t bytes = panel_bytes(p.K, p.weight), k_bytes = kPanel * itemsize(p.weight);
   const int64_t tiles = c.tile1 - c.tile0, panels = c.panel1 - c.panel0;
-  const bool widened = p.weight != DType::f32 && tiles >= kTilesToWiden;
+  const bool pays = p.tuning.family == LinearFamily::automatic && tiles >= kTilesToWiden;
+  const bool widened = p.weight != DType::f32 && (pays || p.tuning.family == LinearFamily::unpack);
   const bool is_f32 = widened || p.weight == DType::f32;
   float* wide = local + kSumBytes / 4;
   const char* weights[kMaxSpan];
@@ -99,7 +105,7 @@ int64_t linear_chunks(const Step& s, int phase, int threads) {
 Span linear_first_read(const Step& s, int, int threads, int thread) {
   const Problem p(s);
   const Schedule schedule(p, threads);
-  if (p.tiles() != 1 || thread >= schedule.chunks(p)) return {};
+  if (!p.streams() || thread >= schedule.chunks(p)) return {};
   const Chunk c = chunk_at(p, schedule, thread);
   const int64_t bytes = panel_bytes(p.K, p.weight);
   return {p.w.data + c.panel0 * bytes, (c.panel1 - c.panel0) * bytes};
@@ -120,7 +126,7 @@ void linear_run(const Step& s, int phase, int64_t chunk, int threads, const Scra
   float* sums = reinterpret_cast<float*>(scratch.local);
   const int64_t next_panel =
       chunk_at(p, schedule, chunk + threads).panel0;  // of the chunk this thread likely takes next
-  if (p.tiles() == 1) return run_stream(p, c, next_panel, a, sums);
+  if (p.streams()) return run_stream(p, c, next_panel, a, sums);
   run_blocked(p, schedule, c, next_panel, a, sums);
 }
 

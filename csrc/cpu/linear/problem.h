@@ -1,6 +1,7 @@
 // One linear step with its operands by name, and how it is cut: row tiles, K blocks, chunks.
 #pragma once
 #include "cpu/linear/layout.h"
+#include "cpu/linear/tuning.h"
 
 namespace {
 
@@ -12,8 +13,9 @@ struct Problem {
   const bool gated;
   const int64_t norm;
   const float eps, alpha, norm_offset;
+  const LinearTuning tuning;
 
-  explicit Problem(const Step& s)
+  explicit Problem(const Step& s, int own_ints = kLinearInts)
       : x(s.t[0]),
         w(s.t[1]),
         bias(s.t[2]),
@@ -30,7 +32,8 @@ struct Problem {
         norm(s.i[5]),
         eps(s.f[0]),
         alpha(s.f[1]),
-        norm_offset(s.f[2]) {}
+        norm_offset(s.f[2]),
+        tuning(tuning_of(s, own_ints, M)) {}
 
   int64_t outputs() const { return gated ? N / 2 : N; }
   int64_t panels() const { return ceil_div(N, kPanel); }
@@ -39,10 +42,13 @@ struct Problem {
   bool prepared() const { return M > 1 || x.dtype != DType::f32 || norm != kNormNone || padded_k() != K; }
 
   // Rows are cut into tiles of nearly equal height, so that no short tile runs at low efficiency.
-  int64_t tiles() const { return ceil_div(M, kMaxRows); }
+  int64_t tiles() const { return ceil_div(M, tuning.rows ? tuning.rows : kMaxRows); }
   int64_t tile_row(int64_t tile) const { return tile * M / tiles(); }
   // Start of a prepared tile in floats: [padded K][rows of the tile], and room for one vector store past its end.
   int64_t tile_offset(int64_t tile) const { return tile_row(tile) * padded_k() + tile * kLanes; }
+  bool streams() const {
+    return tuning.family == LinearFamily::automatic ? tiles() <= 1 : tuning.family == LinearFamily::stream;
+  }
 };
 
 // How the GEMM is cut. A chunk is `span` panels by `tiles_per_block` tiles. With more than one tile the panels of a
@@ -55,32 +61,34 @@ struct Schedule {
 };
 
 constexpr int64_t kL2Weights = 384 << 10;    // bytes of f32 weights that stay in L2 beside the passing rows
-constexpr int64_t kMaxKBlock = 2048;         // one panel of it is no more than that in any tier
-constexpr int64_t kSumBytes = 512 << 10;     // of sums that wait between K blocks
 constexpr int64_t kChunksPerThread = 8;      // enough that a core at half speed does not hold up the others for long
 constexpr int64_t kStreamChunk = 512 << 10;  // bytes of weights in a chunk that reads them once
-constexpr int64_t kMaxSpan = 8;
 constexpr int64_t kMinBlockTiles = 4;
 constexpr int64_t kTileSums = kMaxRows * kPanel;  // floats
-static_assert(kMaxKBlock * kPanel * 4 <= kL2Weights && kSumBytes + kL2Weights <= int64_t(kLocalBytes));
+static_assert(kMaxKBlock * kPanel * 4 <= kL2Weights && kL2Weights <= kWideBytes);
 
 inline Schedule::Schedule(const Problem& p, int threads) {
+  const LinearTuning& given = p.tuning;
   const int64_t tiles = p.tiles(), panels = p.panels(), wanted = kChunksPerThread * threads;
   blocks = k_blocks = 1;
-  tiles_per_block = tiles;
+  tiles_per_block = given.tiles ? min64(given.tiles, tiles) : tiles;
   k_block = p.padded_k();
-  if (tiles <= 1 || panels == 0) {
+  if (tiles == 0 || panels == 0 || p.streams()) {
     span = max64(1, min64(kStreamChunk / max64(1, panel_bytes(p.K, p.weight)), panels / wanted));
+    if (given.span) span = given.span;
+    if (tiles_per_block) blocks = ceil_div(tiles, tiles_per_block);
     return;
   }
-  k_blocks = max64(1, ceil_div(p.padded_k(), kMaxKBlock));
-  k_block = ceil_div(ceil_div(p.padded_k(), k_blocks), 4) * 4;
+  k_blocks = max64(1, ceil_div(p.padded_k(), given.k_block ? given.k_block : kMaxKBlock));
+  k_block = given.k_block ? given.k_block : ceil_div(ceil_div(p.padded_k(), k_blocks), 4) * 4;
   span = min64(kL2Weights / max64(1, k_block * kPanel * 4), panels / wanted);
   span = max64(1, min64(span, kMaxSpan));
+  if (given.tiles && k_blocks > 1) span = max64(1, min64(span, kSumBytes / (tiles_per_block * kTileSums * 4)));
+  if (given.span) span = given.span;
   // Few panels: cut the rows too.
   blocks = min64(ceil_div(wanted, ceil_div(panels, span)), max64(1, tiles / kMinBlockTiles));
   if (k_blocks > 1) blocks = max64(blocks, ceil_div(tiles, kSumBytes / (span * kTileSums * 4)));
-  tiles_per_block = ceil_div(tiles, blocks);
+  if (!given.tiles) tiles_per_block = ceil_div(tiles, blocks);
   blocks = ceil_div(tiles, tiles_per_block);
 }
 

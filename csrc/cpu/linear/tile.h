@@ -74,12 +74,10 @@ void tile(const TileArgs& args) {
 
 using TileFunction = void (*)(const TileArgs&);
 
-// The kernel for a height of kRows or less. Tiles of equal height are never below half of the largest (see
-// Problem::tiles), so a GEMM needs no shorter ones.
+// The kernel for a height of kRows or less; rows >= 1.
 template <class Weight, bool kStream, int kRows = kMaxRows>
 TileFunction tile_function(int64_t rows) {
-  constexpr int kLeast = kStream ? 1 : (kMaxRows + 1) / 2;
-  if constexpr (kRows > kLeast) {
+  if constexpr (kRows > 1) {
     if (rows < kRows) return tile_function<Weight, kStream, kRows - 1>(rows);
   }
   return tile<Weight, kRows, kStream>;

@@ -12,13 +12,15 @@ struct QuantizedSchedule {
 
   QuantizedSchedule(const QuantizedProblem& p, int threads) {
     const int64_t tiles = p.tiles(), panels = p.panels(), wanted = kChunksPerThread * threads;
+    const LinearTuning& given = p.tuning;
     blocks = 1;
-    tiles_per_block = tiles;
+    tiles_per_block = given.tiles ? min64(given.tiles, tiles) : tiles;
     span = max64(1, panels / wanted);
     if (tiles <= 1) span = max64(1, min64(kStreamChunk / max64(1, p.form.panel_bytes()), span));
-    if (tiles <= 1 || panels == 0 || panels >= wanted) return;
-    blocks = min64(ceil_div(wanted, panels), max64(1, tiles / kMinBlockTiles));
-    tiles_per_block = ceil_div(tiles, blocks);
+    if (given.span) span = given.span;
+    if (tiles <= 1 || panels == 0) return;
+    if (!given.tiles && panels < wanted)
+      tiles_per_block = ceil_div(tiles, min64(ceil_div(wanted, panels), max64(1, tiles / kMinBlockTiles)));
     blocks = ceil_div(tiles, tiles_per_block);
   }
   int64_t chunks(const QuantizedProblem& p) const { return p.M == 0 ? 0 : ceil_div(p.panels(), span) * blocks; }
@@ -75,13 +77,14 @@ void stream_panels(const QuantizedProblem& p, const QuantizedChunk& c, int64_t n
   const int64_t bytes = p.form.panel_bytes();
   const char* end = p.w.data + c.panel1 * bytes;
   const char* next = p.w.data + next_panel * bytes;
+  const int64_t ahead = p.tuning.ahead ? p.tuning.ahead : kQuantizedAhead;
   for (int64_t panel = c.panel0; panel < c.panel1; ++panel) {
     const char* b = p.w.data + panel * bytes;
     for (int64_t tile = c.tile0; tile < c.tile1; ++tile) {
       const int64_t token0 = p.tile_row(tile), tokens = p.tile_row(tile + 1) - token0, rows = tokens * p.planes;
       QuantizedTileArgs args = tile_args(p, prepared_tile(p, shared, tile), sums);
       args.b = b;
-      args.ahead = b + kQuantizedAhead;
+      args.ahead = b + ahead;
       args.ahead_end = end;
       args.next = next;
       (p.form.bits == 8 ? quantized_tile_function<8, true>(rows) : quantized_tile_function<4, true>(rows))(args);
@@ -113,6 +116,16 @@ void block_panels(const QuantizedProblem& p, const QuantizedChunk& c, int64_t ne
   }
 }
 
+constexpr int64_t kQuantizedSums = kLoneRows * kPanel * 4;  // bytes
+
+// Whether panels are read straight through; those of 4 bits also where there is no room for one of 8.
+bool streams(const QuantizedProblem& p) {
+  if (p.tuning.family != LinearFamily::automatic) return p.tuning.family == LinearFamily::stream;
+  const Form wide{p.K, 8, p.form.group, p.form.offsets};
+  const bool fits = p.form.bits == 8 || wide.panel_bytes() + kQuantizedSums <= int64_t(kLocalBytes);
+  return p.tiles() <= 1 || !fits;
+}
+
 int linear_phases(const Step&, int) { return 2; }
 
 int64_t linear_chunks(const Step& s, int phase, int threads) {
@@ -124,14 +137,12 @@ int64_t linear_chunks(const Step& s, int phase, int threads) {
 Span linear_first_read(const Step& s, int, int threads, int thread) {
   const QuantizedProblem p(s);
   const QuantizedSchedule schedule(p, threads);
-  if (p.tiles() != 1 || thread >= schedule.chunks(p)) return {};
+  if (!streams(p) || thread >= schedule.chunks(p)) return {};
   const QuantizedChunk c = quantized_chunk(p, schedule, thread);
   return {p.w.data + c.panel0 * p.form.panel_bytes(), (c.panel1 - c.panel0) * p.form.panel_bytes()};
 }
 
 size_t linear_workspace(const Step& s, int) { return prepared_bytes(QuantizedProblem(s)); }
-
-constexpr int64_t kQuantizedSums = kLoneRows * kPanel * 4;  // bytes
 
 void linear_run(const Step& s, int phase, int64_t chunk, int threads, const Scratch& scratch) {
   const QuantizedProblem p(s);
@@ -142,9 +153,7 @@ void linear_run(const Step& s, int phase, int64_t chunk, int threads, const Scra
   const int64_t next_panel =
       chunk + threads < schedule.chunks(p) ? quantized_chunk(p, schedule, chunk + threads).panel0 : c.panel0;
   float* sums = reinterpret_cast<float*>(scratch.local);
-  const Form wide{p.K, 8, p.form.group, p.form.offsets};
-  const bool fits = p.form.bits == 8 || wide.panel_bytes() + kQuantizedSums <= int64_t(kLocalBytes);
-  if (p.tiles() == 1 || !fits) return stream_panels(p, c, next_panel, scratch.shared, sums);
+  if (streams(p)) return stream_panels(p, c, next_panel, scratch.shared, sums);
   block_panels(p, c, next_panel, scratch.shared, sums, scratch.local + kQuantizedSums);
 }
 

@@ -40,11 +40,15 @@ struct QuantizedProblem : Problem {
   const int planes;
 
   explicit QuantizedProblem(const Step& s)
-      : Problem(s), form{K, s.i[6], s.i[7], s.i[8] != 0}, planes(static_cast<int>(s.i[9])) {}
+      : Problem(s, kLinearQuantizedInts), form{K, s.i[6], s.i[7], s.i[8] != 0}, planes(static_cast<int>(s.i[9])) {}
 
-  int64_t most_tokens() const { return (form.bits == 8 ? kQuantizedRows : kNibbleRows) / planes; }  // of a tile
+  int64_t most_tokens() const {  // of a tile
+    const int64_t most = form.bits == 8 ? kQuantizedRows : kNibbleRows;
+    return (tuning.rows ? min64(tuning.rows, most) : most) / planes;
+  }
   int64_t tiles() const {
-    const bool is_lone = form.bits == 8 && M > 0 && M * planes <= kLoneRows;
+    const bool may_be_lone = form.bits == 8 && tuning.rows == 0 && tuning.family <= LinearFamily::stream;
+    const bool is_lone = may_be_lone && M > 0 && M * planes <= kLoneRows;
     return is_lone ? 1 : ceil_div(M, most_tokens());
   }
   int64_t tile_row(int64_t tile) const { return tile * M / tiles(); }
