@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
+
+os.environ["LLMOPT_TUNE"] = "0"  # what somebody measured on this machine is no part of a test
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

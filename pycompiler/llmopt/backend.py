@@ -20,6 +20,7 @@ from llmopt.passes.verify import check_form, check_values, run_copy
 from llmopt.plan import make_plan
 from llmopt.quant.schemes import SCHEMES
 from llmopt.target import target
+from llmopt.tune.lookup import tuner_for
 
 log = logging.getLogger("llmopt")
 
@@ -47,7 +48,7 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options
     here = target()
     clock = _Clock()
     _run_passes(gm, example_inputs, options, clock)
-    plan = make_plan(gm.graph, here)
+    plan = make_plan(gm.graph, here, tuner_for(here, options.mode))
     clock.lap("plan")
     if not plan.segments:
         say(1, "nothing in this graph has a native kernel")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llmopt.sizes import Size, expression
+from llmopt.sizes import Size, expression, size_hint
 
 
 @dataclass(frozen=True)
@@ -17,10 +17,6 @@ class Life:
     size: Size
     first: int
     last: int
-
-
-def _hint(size: Size) -> int:
-    return size if isinstance(size, int) else int(size.node.hint or 0)
 
 
 def assign_slots(lives: Sequence[Life]) -> tuple[dict[Any, int], int]:
@@ -38,7 +34,7 @@ def assign_slots(lives: Sequence[Life]) -> tuple[dict[Any, int], int]:
         wanted = expression(life.size)
         slot = next((f for f in free if expression(sizes[f]) == wanted), None)
         if slot is None and free:
-            slot = min(free, key=lambda f: abs(_hint(sizes[f]) - _hint(life.size)))
+            slot = min(free, key=lambda f: abs(size_hint(sizes[f]) - size_hint(life.size)))
         if slot is None:
             slot = len(sizes)
             sizes.append(life.size)

@@ -27,7 +27,7 @@ from llmopt.graph import (
 from llmopt.memory import Life, assign_slots
 from llmopt.native.kernels import kernel_for
 from llmopt.native.operands import NativeKernel
-from llmopt.native.segment import SegmentBuilder, StepRecord
+from llmopt.native.segment import SegmentBuilder, StepRecord, Tuner
 from llmopt.sizes import SizeTable, UnsupportedSize, expression
 from llmopt.types import Target
 from llmopt.writes import mutated_storages
@@ -78,14 +78,15 @@ class Plan:
             )
             for record in segment.records:
                 arrow = f" -> {', '.join(record.outputs)}" if record.outputs else ""
-                name = f"{record.kernel} {record.detail}"
+                config = f" [{record.config}]" if record.config else ""
+                name = f"{record.kernel} {record.detail}{config}"
                 lines.append(f"{number:3d}  {name:44s} {', '.join(record.inputs)}{arrow}")
                 number += 1
         return "\n".join(lines)
 
 
-def make_plan(graph: fx.Graph, target: Target) -> Plan:
-    """Classifies, orders and lowers every node of a graph."""
+def make_plan(graph: fx.Graph, target: Target, tuner: Tuner) -> Plan:
+    """Classifies, orders and lowers every node of a graph. tuner: says how each linear is cut."""
     roles = _Roles(graph)
     levels = _levels(graph, roles)
     plan = Plan(target, {}, {}, {}, roles.fallbacks)
@@ -94,7 +95,7 @@ def make_plan(graph: fx.Graph, target: Target) -> Plan:
             plan.levels.setdefault(levels[node], []).append(node)
     for level, nodes in sorted(plan.levels.items()):
         if level % 2:
-            plan.segments[level] = _lower(nodes, level, levels, roles)
+            plan.segments[level] = _lower(nodes, level, levels, roles, tuner)
             plan.symbol_nodes[level] = [
                 roles.symbols[s] for s in plan.segments[level].builder.sizes.symbols
             ]
@@ -285,9 +286,9 @@ def _readers(value: fx.Node) -> Iterator[fx.Node]:
 
 
 def _lower(
-    nodes: list[fx.Node], level: int, levels: dict[fx.Node, int], roles: _Roles
+    nodes: list[fx.Node], level: int, levels: dict[fx.Node, int], roles: _Roles, tuner: Tuner
 ) -> SegmentBuilder:
-    segment = SegmentBuilder()
+    segment = SegmentBuilder(tuner)
     position = {node: i for i, node in enumerate(nodes)}
     lives: list[Life] = []
     for node in nodes:

@@ -36,6 +36,10 @@ class StepTime:
     roof: float  # share of the limit that binds: 1.0 is the FMA or read probe
     bound: str  # "compute" or "memory"
     source: str
+    config: str  # in words; "" where all is left to the kernel
+    config_source: (
+        str  # "tuned: ...", "borrowed ...", "default: <reason>"; "" where nothing can be tuned
+    )
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,7 @@ class Report:
         ]
         lines += [f"whole graph ran as in PyTorch: {r}" for r in self.reasons]
         lines += [_row(*group) for group in self._groups()]
+        lines += self._config_sources()
         if self.fallbacks:
             names: dict[str, int] = {}
             for f in self.fallbacks:
@@ -94,6 +99,16 @@ class Report:
         lines += ["", "compile seconds beyond Dynamo:"]
         lines += [f"  {phase}: {seconds:.3f}" for phase, seconds in self.compile_seconds.items()]
         return "\n".join(lines)
+
+    def _config_sources(self) -> list[str]:
+        """How many configs are tuned, borrowed or default, the reasons of the default ones apart."""
+        found: dict[str, int] = {}
+        for step in self.steps:
+            word = step.config_source.split(":")[0].split(" ")[0]
+            name = step.config_source if word == "default" else word
+            if name:
+                found[name] = found.get(name, 0) + 1
+        return [f"configs: {count} {name}" for name, count in sorted(found.items())]
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -122,7 +137,11 @@ def _step_lines(number: int, s: StepTime) -> list[str]:
     """Times and costs, then operands, then the source: each on a line of its own where they are many."""
     numbers = f"{number:4d} {s.microseconds:9.1f} us {s.roof:5.0%} of {s.bound:7s} {_amount(s.flops)}FLOP {_amount(s.bytes)}B"
     operands = ", ".join(s.inputs) + (f" -> {', '.join(s.outputs)}" if s.outputs else "")
-    return [f"{numbers}  {s.kernel}:{s.isa} {s.detail}", *_indented(operands), *_indented(s.source)]
+    head = f"{numbers}  {s.kernel}:{s.isa} {s.detail}"
+    config = (
+        f"config: {s.config or 'the kernel’s own'}; {s.config_source}" if s.config_source else ""
+    )
+    return [head, *_indented(operands), *_indented(config), *_indented(s.source)]
 
 
 def _amount(count: float) -> str:
@@ -233,6 +252,8 @@ def _step(
         roof=max(compute, memory) / seconds,
         bound="compute" if compute > memory else "memory",
         source=source_line(record.node),
+        config=record.config,
+        config_source=record.config_source,
     )
 
 

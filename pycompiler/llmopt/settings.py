@@ -4,6 +4,7 @@ LLMOPT_DEBUG      0..4: 1 fallbacks and their reasons, 2 the plan, 3 the graph a
 LLMOPT_CPU_ISA    use this CPU tier (scalar, avx2, avx512, avx512_vnni, amx) instead of the best one
 LLMOPT_CACHE_DIR  where converted weights and tuning results are kept; default: the user's cache directory
 LLMOPT_DISABLE    comma-separated names of passes to leave out, for bisecting
+LLMOPT_TUNE       0: leave every kernel to its own rules, whatever was measured for it
 LLMOPT_VERIFY     1: after every pass, run the graph on example inputs and compare with the graph before it
 """
 
@@ -38,6 +39,11 @@ def cache_dir() -> Path:
 def disabled_passes() -> frozenset[str]:
     names = os.environ.get("LLMOPT_DISABLE", "")
     return frozenset(n.strip() for n in names.split(",") if n.strip())
+
+
+def tuning() -> bool:
+    """Whether measured configs are used."""
+    return os.environ.get("LLMOPT_TUNE", "1") != "0"
 
 
 def verify_passes() -> bool:

@@ -34,6 +34,11 @@ def expression(size: Size) -> int | sympy.Expr:
     return int(expr) if expr.is_Integer else expr
 
 
+def size_hint(size: Size) -> int:
+    """The size in the call that is compiled; 0 where nobody knows."""
+    return size if isinstance(size, int) else int(size.node.hint or 0)
+
+
 def _code(expr: Any, symbol_id: Any) -> list[int]:
     import sympy
     from torch.utils._sympy.functions import FloorDiv, Max, Min, Mod, PythonMod

@@ -23,6 +23,7 @@ LAYERS = (
     ("quant",),
     ("passes", "native", "kernels"),
     ("kv", "weights", "offload", "options"),
+    ("tune",),
     ("plan",),
     ("executor",),
     ("compiled",),

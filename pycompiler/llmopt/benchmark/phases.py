@@ -119,6 +119,18 @@ def last_logits_only(model: torch.nn.Module) -> dict[str, int]:
     return {"logits_to_keep": 1} if knows else {}
 
 
+def call_inputs(compiled: Any, loaded: Any, phase: Any) -> dict[str, Any]:
+    """The keyword inputs of one call of a compiled model; a decode call comes with a cache of the prompt."""
+    inputs = inputs_of(loaded, phase)
+    if loaded.kind != "causal":
+        return inputs
+    keywords = {"use_cache": True, **last_logits_only(loaded.model)}
+    if not phase.new:
+        return {**inputs, **keywords}
+    cache = compiled(**inputs, **keywords).past_key_values
+    return {"input_ids": inputs["input_ids"][:, :1], "past_key_values": cache, **keywords}
+
+
 def run_once(runner: Runner, loaded: LoadedModel, phase: Phase) -> float:
     """One pass of a phase; returns the seconds of its timed part."""
     if loaded.kind != "causal":

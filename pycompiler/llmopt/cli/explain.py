@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     import llmopt
-    from llmopt.benchmark.phases import phases_of
+    from llmopt.benchmark.phases import call_inputs, phases_of
     from llmopt.models import DTYPES, load
 
     with working(f"{args.model}: loading"):
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     phase = phases_of(loaded.kind, [args.phase] if args.phase else ())[0]
     with torch.inference_mode(), working(f"{args.model}: compiling and measuring") as task:
         compiled: Any = torch.compile(loaded.model, backend="llmopt")
-        inputs = _inputs(compiled, loaded, phase)
+        inputs = call_inputs(compiled, loaded, phase)
         task.say(f"{args.model}: measuring {phase.describe()}")
         report = llmopt.explain(compiled, **inputs)
     print(report)
@@ -52,17 +52,3 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         report.to_json(args.json)
     return 0
-
-
-def _inputs(compiled: Any, loaded: Any, phase: Any) -> dict[str, Any]:
-    """The keyword inputs of the call to explain; a decode call comes with a cache of the prompt."""
-    from llmopt.benchmark.phases import inputs_of, last_logits_only
-
-    inputs = inputs_of(loaded, phase)
-    if loaded.kind != "causal":
-        return inputs
-    keywords = {"use_cache": True, **last_logits_only(loaded.model)}
-    if not phase.new:
-        return {**inputs, **keywords}
-    cache = compiled(**inputs, **keywords).past_key_values
-    return {"input_ids": inputs["input_ids"][:, :1], "past_key_values": cache, **keywords}

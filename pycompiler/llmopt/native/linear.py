@@ -19,11 +19,12 @@ from llmopt.native.operands import (
     rows,
 )
 from llmopt.native.program import DTYPE_CODES, View
-from llmopt.native.segment import SegmentBuilder, StepRecord, describe
+from llmopt.native.segment import SHORT_DTYPES, SegmentBuilder, StepRecord, describe
 from llmopt.ops import activation
 from llmopt.ops.linear import parts
 from llmopt.ops.norm import KINDS as NORM_KINDS
-from llmopt.sizes import Size
+from llmopt.sizes import Size, expression, size_hint
+from llmopt.types import Choice, LinearProblem
 
 
 def reject(node: fx.Node) -> str:
@@ -60,10 +61,43 @@ def lower(s: SegmentBuilder, node: fx.Node) -> None:
     ints = problem_ints(p, n, k, DTYPE_CODES[fake(weights[0]).dtype])
     note = node.meta.get(NOTE, "")
     size = n * k * itemsize(weights[0]) + num_bytes(p["x"], node, p["residual"])
-    record = step_record(
-        node, p, "linear", f"{n}x{k}", bias is not None, 2 * rows_of(p) * n * k, size, note
-    )
+    weight = SHORT_DTYPES[fake(weights[0]).dtype]
+    choice = s.tuner(problem("linear", node, p, n, k, weight, bias is not None))
+    flops = 2 * rows_of(p) * n * k
+    record = step_record(node, p, "linear", f"{n}x{k}", bias is not None, flops, size, choice, note)
+    ints += choice.ints()
     s.step("linear", operands(s, node, p, packed, bias), ints, problem_floats(p), record)
+
+
+def problem(
+    op: str,
+    node: fx.Node,
+    p: dict[str, Any],
+    n: int,
+    k: int,
+    weight: str,
+    has_bias: bool,
+    **form: Any,
+) -> LinearProblem:
+    """What the tuner is asked about; form: the fields of quantised weights."""
+    rows = rows_of(p)
+    m = expression(rows)
+    return LinearProblem(
+        op,
+        m if isinstance(m, int) else None,
+        n,
+        k,
+        SHORT_DTYPES[fake(p["x"]).dtype],
+        weight,
+        SHORT_DTYPES[fake(node).dtype],
+        p["gated"],
+        p["norm_kind"],
+        p["act"],
+        has_bias,
+        p["residual"] is not None,
+        hint=size_hint(rows),
+        **form,
+    )
 
 
 def rows_of(p: dict[str, Any]) -> Size:
@@ -103,6 +137,7 @@ def step_record(
     has_bias: bool,
     flops: Size,
     size: Size,
+    choice: Choice,
     note: str = "",
 ) -> StepRecord:
     """The record of a linear: what it multiplies, what is fused into it, and a remark."""
@@ -113,7 +148,18 @@ def step_record(
     fused += ["residual"] if p["residual"] is not None else []
     detail = what + (" " + "+".join(fused) if fused else "") + (f" ({note})" if note else "")
     inputs = tuple(describe(v) for v in (p["x"], p["residual"]) if v is not None)
-    return StepRecord(op, f"{op}.cpu", detail, inputs, (describe(node),), flops, size, node)
+    return StepRecord(
+        op,
+        f"{op}.cpu",
+        detail,
+        inputs,
+        (describe(node),),
+        flops,
+        size,
+        node,
+        str(choice),
+        choice.source,
+    )
 
 
 KERNELS = {"llmopt.linear": NativeKernel("linear.cpu", reject, lower)}

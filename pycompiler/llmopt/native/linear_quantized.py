@@ -10,6 +10,7 @@ from torch import fx
 from llmopt.graph import fake
 from llmopt.native.linear import (
     operands,
+    problem,
     problem_floats,
     problem_ints,
     reject_around,
@@ -92,7 +93,22 @@ def lower(s: SegmentBuilder, node: fx.Node) -> None:
     factors = n * (k // form.group) * (4 if form.bits == 8 else 2) * (1 if form.symmetric else 2)
     size = n * k * form.bits // 8 + factors + num_bytes(p["x"], node, p["residual"])
     flops = 2 * rows_of(p) * n * k
-    record = step_record(node, p, "linear_quantized", what, bias is not None, flops, size)
+    choice = s.tuner(
+        problem(
+            "linear_quantized",
+            node,
+            p,
+            n,
+            k,
+            f"q{form.bits}",
+            bias is not None,
+            group=form.group,
+            offsets=not form.symmetric,
+            planes=PLANES[p["activations"]],
+        )
+    )
+    ints += choice.ints()
+    record = step_record(node, p, "linear_quantized", what, bias is not None, flops, size, choice)
     s.step("linear_quantized", operands(s, node, p, packed, bias), ints, problem_floats(p), record)
 
 

@@ -5,7 +5,7 @@ A segment's inputs are the FX values it reads from outside; its results are the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, overload
 
@@ -16,6 +16,10 @@ from llmopt.graph import fake, kind, numel, view_base
 from llmopt.native.program import ProgramBuilder, View
 from llmopt.quant.schemes import CodeForm
 from llmopt.sizes import Size
+from llmopt.types import Choice, LinearProblem
+
+# Which configs a linear runs with: what was measured, or nothing and why.
+Tuner = Callable[[LinearProblem], Choice]
 
 
 @dataclass(frozen=True)
@@ -74,12 +78,17 @@ class StepRecord:
     flops: Size
     bytes: Size
     node: fx.Node
+    config: str = ""  # in words; "" where all is left to the kernel
+    config_source: str = (
+        ""  # where it comes from, or why there is none; "" where nothing can be tuned
+    )
 
 
 @dataclass
 class SegmentBuilder:
     """Emits steps for the nodes of one segment."""
 
+    tuner: Tuner = field(default=lambda _: Choice())
     inputs: dict[fx.Node, int] = field(default_factory=dict)  # value from outside → argument number
     builder: ProgramBuilder = field(default_factory=ProgramBuilder)
     records: list[StepRecord] = field(default_factory=list)
@@ -193,17 +202,19 @@ class SegmentBuilder:
         self.records.append(record)
 
 
+SHORT_DTYPES = {
+    torch.float32: "f32",
+    torch.float16: "f16",
+    torch.bfloat16: "bf16",
+    torch.bool: "b8",
+    torch.int64: "i64",
+}
+
+
 def describe(node: fx.Node | None) -> str:
     """A value in words: name[sizes]dtype."""
     if node is None:
         return "-"
     value = fake(node)
-    short = {
-        torch.float32: "f32",
-        torch.float16: "f16",
-        torch.bfloat16: "bf16",
-        torch.bool: "b8",
-        torch.int64: "i64",
-    }
     sizes = ",".join(str(s) for s in value.shape)
-    return f"{node.name}[{sizes}]{short.get(value.dtype, str(value.dtype))}"
+    return f"{node.name}[{sizes}]{SHORT_DTYPES.get(value.dtype, str(value.dtype))}"

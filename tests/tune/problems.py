@@ -1,0 +1,34 @@
+"""Problems, entries and databases that tests of the tuner share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from llmopt.target import target
+from llmopt.tune.database import Database, Entry
+from llmopt.tune.environment import Environment, cpu_environment
+from llmopt.types import LinearConfig, LinearProblem
+
+FACTS = {"schema": 1, "device": "cpu", "name": "some CPU", "tier": "avx2", "threads": 2}
+HERE = Environment.of(FACTS)
+
+
+def problem(m: int | None = 16, n: int = 96, k: int = 64, **more) -> LinearProblem:
+    return LinearProblem("linear", m, n, k, "f32", "f32", "f32", **more)
+
+
+def entry(
+    of: LinearProblem | None = None, config: LinearConfig | None = None, us: float = 10.0
+) -> Entry:
+    config = LinearConfig(span=2) if config is None else config
+    facts = (of or problem()).facts()
+    return Entry(facts, config.given(), us, 12.5, 0.8, "gained a lot", {"default": 12.5})
+
+
+def database(root: Path, environment: Environment = HERE) -> Database:
+    """A new one, as another process sees it."""
+    return Database(root, environment)
+
+
+def local(threads: int = 2) -> Environment:
+    return cpu_environment(target(), threads)
