@@ -136,7 +136,13 @@ def test_empty_problems_are_left_alone(known, empty):
 
 
 def fake_tuning(known: Database, us_of) -> Tuning:
-    return Tuning(target(), known.environment, bench_of=lambda *_: lambda config: us_of(config))
+    return Tuning(
+        target(),
+        known.environment,
+        60.0,
+        lambda *_: lambda config: us_of(config),
+        lambda: MACHINE.probe,
+    )
 
 
 def test_a_miss_is_measured_once_and_kept(known):
@@ -157,12 +163,42 @@ def test_a_miss_is_measured_once_and_kept(known):
 
 
 def test_a_measurement_without_time_lasts_for_the_process_only(known):
-    tuning = Tuning(target(), known.environment, budget=0.0, bench_of=lambda *_: lambda config: 1e5)
+    tuning = Tuning(
+        target(), known.environment, 0.0, lambda *_: lambda config: 1e5, lambda: MACHINE.probe
+    )
     choice = ask(known, problem(), tuning.measure)
     assert choice.ints() == []
     assert "too few fit into the time" in choice.source
     assert known.entries() != []
     assert database(known.root, known.environment).entries() == []
+
+
+@pytest.mark.parametrize("limit", ["fma_flops", "read_bytes"])
+@pytest.mark.parametrize("factor", [0.5, 2.0])
+def test_a_winner_on_a_machine_that_is_busy_does_not_count(known, limit, factor):
+    """The probe behind the measurement differs from the one in front of it."""
+    moved = dataclasses.replace(MACHINE.probe, **{limit: getattr(MACHINE.probe, limit) * factor})
+    probes = iter([MACHINE.probe, moved])
+
+    def us_of(config: LinearConfig) -> float:
+        return 10.0 if config == LinearConfig() else 5.0
+
+    tuning = Tuning(target(), known.environment, 60.0, lambda *_: us_of, lambda: next(probes))
+    choice = ask(known, problem(), tuning.measure)
+    assert choice.ints() == []
+    assert "the machine was busy: its limits moved 2.0 times" in choice.source
+    assert database(known.root, known.environment).entries() == []
+
+
+def test_limits_that_move_a_little_do_not_matter(known):
+    moved = dataclasses.replace(MACHINE.probe, read_bytes=MACHINE.probe.read_bytes * 1.2)
+    probes = iter([MACHINE.probe, moved])
+
+    def us_of(config: LinearConfig) -> float:
+        return 10.0 if config == LinearConfig() else 5.0
+
+    tuning = Tuning(target(), known.environment, 60.0, lambda *_: us_of, lambda: next(probes))
+    assert ask(known, problem(), tuning.measure).source.startswith("tuned: 5.0 us")
 
 
 def test_max_autotune_measures_the_height_of_the_call_where_it_changes(known):

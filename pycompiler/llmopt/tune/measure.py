@@ -34,11 +34,16 @@ class WeightMemory:
         self._memory: _C.Memory | None = None
         self._next = 0
 
-    def window(self, num_bytes: int) -> int:
-        """The address of the next num_bytes; they come again only when all the memory was used."""
+    def reserve(self, num_bytes: int) -> None:
+        """Makes sure that windows of num_bytes fit; the first time this fills all of the memory."""
         if self._memory is None or self._memory.bytes < num_bytes:
             self._memory = _C.Memory(max(READ_BYTES, num_bytes))
             ctypes.memset(self._memory.address, _FILL, self._memory.bytes)
+
+    def window(self, num_bytes: int) -> int:
+        """The address of the next num_bytes; they come again only when all the memory was used."""
+        self.reserve(num_bytes)
+        assert self._memory is not None
         if self._next + num_bytes > self._memory.bytes:
             self._next = 0
         address = self._memory.address + self._next
@@ -53,6 +58,7 @@ class LinearBench:
         assert problem.m is not None
         self._problem, self._machine, self._memory = problem, machine, memory
         self._weight_bytes = weight_bytes(problem, machine.target.panel_width)
+        memory.reserve(self._weight_bytes)
         m, n, k = problem.m, problem.n, problem.k
         outputs = n // 2 if problem.gated else n
         x, y = _DTYPES[problem.x], _DTYPES[problem.y]

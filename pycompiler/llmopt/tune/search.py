@@ -17,6 +17,7 @@ C = TypeVar("C")
 WIN = 1.03  # times faster, in each of two comparisons
 BUDGET_SECONDS = 0.060
 _MOST_PAIRS = 9  # of runs in one comparison
+_LAST = 2  # candidates of the last round
 _MOST_REPEATS = 8  # of a candidate in the first round
 
 
@@ -79,17 +80,18 @@ class _Search(Generic[C]):
         return self._result(best, default, f"gained {words}")
 
     def _halve(self, candidates: Sequence[C], repeats: int, reserve: float) -> C:
-        """The fastest after rounds in which half of the field leaves and the rest runs twice as often."""
-        default, field = candidates[0], list(candidates)
-        while len(field) > 1:
+        """The fastest after rounds in which half of the field leaves and the rest runs twice as often; the default runs in all."""
+        default, field = candidates[0], list(candidates[1:])
+        while True:
             for _ in range(repeats):
-                for config in field:
+                for config in (default, *field):
                     if self._left() < reserve:
                         return min(self._times, key=self._median)
                     self._time(config)
-            field = sorted(field, key=self._median)[: len(field) // 2]
-            repeats *= 2
-        return field[0] if self._median(field[0]) < self._median(default) else default
+            field.sort(key=self._median)
+            if len(field) <= _LAST:
+                return min((field[0], default), key=self._median)
+            field, repeats = field[: len(field) // 2], repeats * 2
 
     def _gain(self, default: C, best: C, pairs: int, turn: int) -> float:
         """How many times faster `best` is in runs that alternate with the default's, who is first in turn."""
@@ -126,11 +128,11 @@ class _Search(Generic[C]):
 
 
 def _calls(count: int) -> int:
-    """Calls that halving `count` configs takes when each runs once in the first round."""
-    total, repeats = 0, 1
-    while count > 1:
-        total, count, repeats = total + count * repeats, count // 2, repeats * 2
-    return total
+    """Calls that halving takes when each of `count` configs, the default among them, runs once in the first round."""
+    total, field, repeats = 0, count - 1, 1
+    while field > _LAST:
+        total, field, repeats = total + (field + 1) * repeats, field // 2, repeats * 2
+    return total + (field + 1) * repeats
 
 
 def _affordable(calls: float, most: int) -> int:

@@ -1,12 +1,13 @@
-"""Measuring a linear that nobody has measured here: candidates, search, and the entry that is kept."""
+"""Measuring a linear that nobody has measured here: candidates, search between two probes, and the entry that is kept."""
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 
+from llmopt.native import probe as machine_probe
 from llmopt.native.probe import Probe
-from llmopt.native.probe import measure as measure_probe
 from llmopt.tune.candidates import Machine, candidates
 from llmopt.tune.database import Entry
 from llmopt.tune.environment import Environment
@@ -15,13 +16,15 @@ from llmopt.tune.search import BUDGET_SECONDS, Result, search
 from llmopt.types import LinearConfig, LinearProblem, Target
 
 Bench = Callable[[LinearConfig], float]
-_PROBE_SECONDS = 2.0
+_PROBE_SECONDS = 1.0  # as long as a probe is good for: on shared machines the limits move
+_MOVED = 1.25  # times that a limit may differ between the probes around a measurement
 
 
 class Tuning:
     """Measures problems on this machine, one after the other.
 
-    bench_of: makes the function that times one config of a problem, in microseconds; tests give their own.
+    bench_of: makes the function that times one config of a problem, in microseconds; probe: measures the machine's limits. Tests give
+    their own.
     """
 
     def __init__(
@@ -30,20 +33,35 @@ class Tuning:
         environment: Environment,
         budget: float = BUDGET_SECONDS,
         bench_of: Callable[[LinearProblem, Machine], Bench] | None = None,
+        probe: Callable[[], Probe] | None = None,
     ) -> None:
         self._target, self._budget = target, budget
         self._threads = int(dict(environment.facts)["threads"])
         self._memory = WeightMemory()
-        self._probed: tuple[float, Probe] | None = None
         self._bench_of = bench_of or self._linear_bench
+        self._probe = probe or self._machine_probe
+        self._probed: tuple[float, Probe] | None = None
 
     def measure(self, problem: LinearProblem) -> tuple[Entry, bool]:
-        """The fastest config of a problem at its M, beside a probe of the machine; and whether there was time to find it."""
-        machine = Machine(self._target, self._threads, self._probe())
+        """The fastest config of a problem at its M; and whether the answer is worth keeping.
+
+        It is not where there was no time to compare, or where the limits of the machine moved meanwhile: then the default stays.
+        """
+        before = self._fresh_probe()
+        machine = Machine(self._target, self._threads, before)
         bench = self._bench_of(problem, machine)
         start = time.perf_counter()
         chosen = candidates(problem, machine)
         result = search(chosen, bench, self._budget - (time.perf_counter() - start))
+        after = self._take_probe()
+        moved = _moved(before, after)
+        if moved > _MOVED:
+            reason = (
+                f"the machine was busy: its limits moved {moved:.1f} times while it was measured"
+            )
+            result = dataclasses.replace(
+                result, config=LinearConfig(), us=result.default_us, reason=reason, conclusive=False
+            )
         entry = Entry(
             problem.facts(),
             result.config.given(),
@@ -55,15 +73,28 @@ class Tuning:
         )
         return entry, result.conclusive
 
-    def _probe(self) -> Probe:
-        """The limits of the machine, no older than a moment: on shared machines they move."""
-        now = time.monotonic()
-        if self._probed is None or now - self._probed[0] > _PROBE_SECONDS:
-            self._probed = now, measure_probe(self._threads, self._target.tier)
+    def _fresh_probe(self) -> Probe:
+        """The probe behind the last measurement, or a new one when that is old."""
+        if self._probed is None or time.monotonic() - self._probed[0] > _PROBE_SECONDS:
+            return self._take_probe()
         return self._probed[1]
+
+    def _take_probe(self) -> Probe:
+        taken = self._probe()
+        self._probed = time.monotonic(), taken
+        return taken
+
+    def _machine_probe(self) -> Probe:
+        return machine_probe.measure(self._threads, self._target.tier)
 
     def _linear_bench(self, problem: LinearProblem, machine: Machine) -> Bench:
         return LinearBench(problem, machine, self._memory)
+
+
+def _moved(before: Probe, after: Probe) -> float:
+    """How many times the limit differs that differs most."""
+    pairs = [(before.fma_flops, after.fma_flops), (before.read_bytes, after.read_bytes)]
+    return max(max(pair) / min(pair) for pair in pairs)
 
 
 def roof(problem: LinearProblem, machine: Machine, result: Result[LinearConfig]) -> float:
