@@ -48,10 +48,11 @@ struct TileProblem : Problem {
   bool in_place() const { return terms == 1 && K % kTileK == 0; }  // packed weights are read as they lie
 };
 
-// Fewer rows leave too much of a tile empty, or do not pay for splitting the weights.
+// Fewer rows leave too much of a tile empty, or do not pay for splitting the weights. A tuning that names a family
+// means one of the FMA kernels.
 inline bool runs_on_tiles(const Problem& p) {
   constexpr int64_t kLeastRows[] = {0, 8, 20, 96};  // by terms
-  return p.K > 0 && p.M >= kLeastRows[terms_of(p)];
+  return p.tuning.family == LinearFamily::automatic && p.K > 0 && p.M >= kLeastRows[terms_of(p)];
 }
 
 struct TileSchedule {
