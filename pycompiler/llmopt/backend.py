@@ -15,6 +15,7 @@ from llmopt.compiled import CompiledGraph
 from llmopt.executor import build_executable
 from llmopt.graph import kind
 from llmopt.options import Options, parse_options
+from llmopt.passes import quantize
 from llmopt.passes.pipeline import passes
 from llmopt.passes.verify import check_form, check_values, run_copy
 from llmopt.plan import make_plan
@@ -82,7 +83,10 @@ def _why_not(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> str:
 def _run_passes(
     gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, clock: _Clock
 ) -> None:
-    chosen = passes(SCHEMES.get(options.precision), settings.disabled_passes())
+    def quantise(graph: fx.Graph) -> None:
+        _say_exact(options, quantize.run(graph, SCHEMES.get(options.precision)))
+
+    chosen = passes(quantise, settings.disabled_passes())
     values = run_copy(gm, example_inputs) if settings.verify_passes() else None
     for name, run in chosen:
         run(gm.graph)
@@ -94,6 +98,15 @@ def _run_passes(
             gm.recompile()
             check_values(values, run_copy(gm, example_inputs), name)
             clock.lap("verify")
+
+
+def _say_exact(options: Options, layers: Sequence[str]) -> None:
+    """Names the layers that cannot have the precision that was asked for."""
+    if layers:
+        more = f" (and {len(layers) - 1} more: LLMOPT_DEBUG=1 lists them)" if layers[1:] else ""
+        log.warning("precision=%r leaves exact: %s%s", options.precision, layers[0], more)
+    for layer in layers:
+        say(1, f"stays exact: {layer}")
 
 
 def say(level: int, text: str) -> None:

@@ -7,6 +7,7 @@ example value that carries shape, dtype and strides, `emit` adds a node with its
 from __future__ import annotations
 
 import operator
+import re
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from heapq import heappop, heappush
@@ -384,10 +385,21 @@ def is_weight(node: Any) -> bool:
         return False
     if isinstance(fake(base), torch.nn.Parameter):
         return True
-    source = getattr(base.meta.get("grapharg"), "source", None)
-    name = getattr(source, "name", "")
-    name = name() if callable(name) else name
+    name = _source(base)
     return "_parameters[" in name or "_buffers[" in name
+
+
+def weight_name(node: fx.Node) -> str:
+    """A parameter's or buffer's name in its model, such as layers.0.q_proj.weight; the node's own where it is unknown."""
+    parts = re.findall(r"\['([^']+)'\]", _source(view_base(node)))
+    return ".".join(parts[1:]) or node.name  # the first part is the variable that holds the model
+
+
+def _source(placeholder: fx.Node) -> str:
+    """Where Dynamo found what a placeholder stands for, as an expression."""
+    source = getattr(placeholder.meta.get("grapharg"), "source", None)
+    name = getattr(source, "name", "")
+    return name() if callable(name) else name
 
 
 def sole_user(node: fx.Node) -> fx.Node | None:

@@ -174,7 +174,10 @@ def _packed_codes(
             for i, (c, s) in enumerate(zip(sources, scales, strict=True))
         ]
     else:
-        codes = [round_weight(w, form) for w in sources]
+        try:
+            codes = [round_weight(w, form) for w in sources]
+        except ValueError as error:
+            raise ValueError(f"llmopt: cannot round {spec.what}: {error}") from error
     n, groups = sum(c.codes.shape[0] for c in codes), codes[0].scales.shape[1]
     if memory is None:
         memory = _C.Memory(packed_code_bytes(n, groups, form, target.panel_width))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import llmopt
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,8 @@ from llmopt.quant.module import QuantizedLinear
 from llmopt.quant.rounding import round_weight
 from llmopt.quant.schemes import SCHEMES
 from torch import Tensor, nn
+
+from tests.quant.models import llama
 
 # scheme → how far random weights may be from the float result
 ERRORS = {"w8a8": 0.02, "w8a16": 0.01, "w4a16": 0.12, "w4a8": 0.12}
@@ -71,6 +74,40 @@ def test_the_plan_says_what_is_quantised_and_what_is_not() -> None:
 
 
 @torch.no_grad()
+def test_what_stays_exact_is_no_secret(caplog) -> None:
+    with caplog.at_level("WARNING", "llmopt"):
+        compiled(Mlp(), "w4a8")(torch.randn(3, 64))
+        assert "leaves exact: head.weight: groups of 32 do not divide its 30 inputs" in caplog.text
+        caplog.clear()
+        module = Mlp().double()
+        x = torch.randn(3, 64).double()
+        torch.testing.assert_close(compiled(module, "w8a8")(x), module(x))
+    assert "gate.weight: weights of torch.float64: f32, f16 and bf16 can be rounded" in caplog.text
+    assert "and 3 more: LLMOPT_DEBUG=1" in caplog.text
+
+
+@pytest.mark.parametrize("precision", ERRORS)
+@pytest.mark.parametrize("tied", [True, False])
+@torch.no_grad()
+def test_a_llama_generates(precision: str, tied: bool) -> None:
+    """The compile option gives the tokens of llmopt.quantize with the same scheme, through prefill and decode."""
+    model = llama(tied)
+    wanted = llmopt.quantize(model, precision)
+    prompt = torch.arange(1, 8)[None]
+    arguments = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 6}
+    arguments |= {"do_sample": False, "pad_token_id": 0}
+    want = wanted.generate(prompt, **arguments)
+    model.compile(backend="llmopt", options={"precision": precision})
+    assert torch.equal(model.generate(prompt, **arguments), want)
+    ids = torch.arange(3, 23)[None]
+    assert relative(model(ids).logits, wanted(ids).logits) < 5e-3
+    details = [r.detail for r in alive()[-1].plan.records() if r.op.startswith("linear")]
+    assert len(details) == 9  # qkv, o, gate and up, down, twice; the head
+    assert all(precision in d for d in details[:-1])
+    assert "160x64 w8a16" in details[-1]
+
+
+@torch.no_grad()
 def test_the_head_keeps_eight_bits() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
@@ -101,7 +138,8 @@ def test_an_edited_weight_is_rounded_again() -> None:
 def test_bad_weights_are_an_error() -> None:
     module = Mlp()
     module.down.weight[3, 5] = float("nan")
-    with pytest.raises(ValueError, match="NaN or infinite"):
+    words = r"cannot round down.weight to w8a8, groups of 64, symmetric: 1 of its 8192 weights are NaN or infinite"
+    with pytest.raises(ValueError, match=words):
         compiled(module, "w8a8")(torch.randn(3, 64))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from types import SimpleNamespace
@@ -42,6 +43,15 @@ def test_numbers_by_their_definitions() -> None:
     assert divergence(a, a) == 0
 
 
+def test_excluded_tokens() -> None:
+    """Logits of −∞ on both sides are no difference; on the model's side alone the divergence is infinite."""
+    a = torch.tensor([[0.0, 1.0, -math.inf, 2.0]])
+    b = torch.tensor([[0.0, 1.5, -math.inf, 2.0]])
+    kept = [0, 1, 3]
+    assert divergence(a, b) == pytest.approx(divergence(a[:, kept], b[:, kept]), rel=1e-6)
+    assert divergence(torch.zeros(1, 4), b) == math.inf
+
+
 def test_windows() -> None:
     ids = torch.arange(1000)
     assert windows_of(ids, 300).shape == (3, 300)
@@ -77,7 +87,7 @@ def test_the_command(tmp_path, capsys) -> None:
     found = json.loads((tmp_path / "out.json").read_text())
     rows = found["results"]
     assert list(rows) == ["reference", "w8a8 round", "w4a16 round", "compiled exact"]
-    assert rows["reference"]["tokens"] == 2 * 511
+    assert rows["reference"]["tokens"] == 8 * 127
     assert 0 < rows["w8a8 round"]["divergence"] < rows["w4a16 round"]["divergence"]
     assert rows["compiled exact"]["divergence"] < 1e-6
     assert "pydoc_data.topics" in found["text"]
@@ -93,9 +103,34 @@ def test_bad_requests(tmp_path, capsys) -> None:
         (["--scheme", "w8a8", "--algorithm", "magic"], "'magic' does not exist"),
         (["--scheme", "gguf"], "--scheme gguf is for smollm2"),
         (["--precision", "w1"], "'w1' does not exist"),
-        (["--scheme", "w8a8", "--tokens", "100"], "hold no window of 512"),
+        (["--scheme", "w8a8", "--tokens", "100"], "100 tokens hold no window of 128"),
+        (["--precision", "w8a8", "--group", "32"], "--group and --algorithm are for --scheme"),
+        (
+            ["--scheme", "w8a8", "--precision", "exact", "--algorithm", "awq"],
+            "measure --precision apart",
+        ),
     ):
         assert cli.main(["eval", f"{file}:llama", *arguments]) == 1
         assert words in capsys.readouterr().err
     assert cli.main(["eval", "minilm", "--random-weights", "--scheme", "w8a8"]) == 1
     assert "encoders with a tokenizer can be measured" in capsys.readouterr().err
+
+
+def test_models_with_short_windows(tmp_path, capsys) -> None:
+    """64 positions: windows of 64 tokens."""
+    file = tmp_path / "model.py"
+    file.write_text("from tests.quant.models import gpt2\n")
+    out = tmp_path / "out.json"
+    arguments = ["--scheme", "w8a8", "--algorithm", "gptq", "--tokens", "256", "--json", str(out)]
+    assert cli.main(["eval", f"{file}:gpt2", *arguments]) == 0, capsys.readouterr().err
+    assert json.loads(out.read_text())["results"]["reference"]["tokens"] == 4 * 63
+
+
+def test_texts_that_are_too_short(tmp_path, capsys, monkeypatch) -> None:
+    short = dataclasses.replace(text.documentation(), content="word " * 300)
+    monkeypatch.setattr(text, "documentation", lambda: short)
+    file = tmp_path / "model.py"
+    file.write_text("from tests.quant.models import llama\n")
+    monkeypatch.setattr("llmopt.cli.eval.CALIBRATION_WINDOWS", 12)
+    assert cli.main(["eval", f"{file}:llama", "--scheme", "w8a8"]) == 1
+    assert "tokens: 1536 for calibration and 128 to measure" in capsys.readouterr().err

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import gguf
 import numpy as np
 import pytest
 import torch
 from llmopt.models import smollm2
-from llmopt.quant.gguf import TYPES, codes_of, quantize_from_blocks, scheme_for
+from llmopt.quant.gguf import TYPES, codes_of, quantize_from_blocks, read_blocks, scheme_for
 from llmopt.quant.module import QuantizedLinear
 from llmopt.quant.rounding import round_weight
 from llmopt.quant.schemes import W8A16
@@ -48,6 +50,17 @@ def test_what_has_no_codes() -> None:
     data[0, 2] = 0x80
     with pytest.raises(ValueError, match="code −128"):
         codes_of(data, "Q8_0", 7, 96)
+
+
+def test_a_file_with_the_lowest_code_is_rounded_there(caplog) -> None:
+    data = blocks("Q8_0")[0].copy()
+    tensor = SimpleNamespace(name="t", tensor_type=KINDS["Q8_0"], shape=(96, 7), data=data)
+    codes, name = read_blocks(tensor)
+    assert (name, codes.codes.shape) == ("Q8_0", (7, 96))
+    data[0, 2] = 0x80
+    with caplog.at_level("WARNING", "llmopt"):
+        assert read_blocks(tensor) is None
+    assert "t holds the code −128" in caplog.text
 
 
 def test_blocks_for_another_model() -> None:

@@ -45,7 +45,6 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--algorithm",
         help="with --scheme: round (default), smoothquant, awq, gptq, smoothquant+gptq, awq+gptq",
-        default="round",
     )
     parser.add_argument("--group", type=_group, help="with --scheme: channel, 32, 64 or 128")
     parser.add_argument(
@@ -68,6 +67,8 @@ def run(args: argparse.Namespace) -> int:
 
     if not args.scheme and not args.precision:
         raise ValueError("say what to measure: --scheme w8a8,w8a16,w4a16 or --precision w8a8")
+    if args.precision and (args.group is not None or args.algorithm is not None):
+        raise ValueError("--group and --algorithm are for --scheme: measure --precision apart")
     if args.threads:
         torch.set_num_threads(args.threads)
     with working(f"{args.model}: loading"):
@@ -92,9 +93,14 @@ def _causal(args: argparse.Namespace, loaded: Any) -> dict[str, Any]:
 
     text = documentation()
     ids = _ids(loaded.tokenizer, text.content, loaded.model.config.vocab_size)
-    kept_back = CALIBRATION_WINDOWS * WINDOW
-    windows = windows_of(ids[:-kept_back], WINDOW, args.tokens)
-    samples = [{"input_ids": w[None]} for w in ids[-kept_back:].view(-1, WINDOW)]
+    length = min(WINDOW, _positions(loaded.model.config))
+    kept_back = CALIBRATION_WINDOWS * length
+    if len(ids) < kept_back + length:
+        raise ValueError(
+            f"the text has {len(ids)} tokens: {kept_back} for calibration and {length} to measure are needed"
+        )
+    windows = windows_of(ids[:-kept_back], length, args.tokens)
+    samples = [{"input_ids": w[None]} for w in ids[-kept_back:].view(-1, length)]
     models = _models(args, loaded, samples)
     steps = (1 + len(models)) * -(-len(windows) // BATCH)
     with working(f"{args.model}: {windows.numel()} tokens", total=steps) as task:
@@ -112,6 +118,10 @@ def _encoder(args: argparse.Namespace, loaded: Any) -> dict[str, Any]:
     text = documentation()
     parts = paragraphs(text)
     kept_back = CALIBRATION_WINDOWS * 8
+    if len(parts) <= kept_back:
+        raise ValueError(
+            f"the text has {len(parts)} paragraphs: {kept_back} for calibration and 1 to measure are needed"
+        )
     texts = parts[: min(TEXTS, max(1, args.tokens // TEXT_TOKENS), len(parts) - kept_back)]
     calibration = parts[-kept_back:]
     samples = [
@@ -139,6 +149,11 @@ def _encoder(args: argparse.Namespace, loaded: Any) -> dict[str, Any]:
     return _result(args, text.name, found)
 
 
+def _positions(config: Any) -> int:
+    """The longest text a model takes; WINDOW when its config does not say."""
+    return getattr(config, "max_position_embeddings", None) or WINDOW
+
+
 def _ids(tokenizer: Any, content: str, vocabulary: int) -> Any:
     """The text's tokens; without a tokenizer, its bytes."""
     import torch
@@ -162,9 +177,10 @@ def _models(
             if scheme == "gguf":
                 models[scheme] = _from_gguf(args)
                 continue
-            calibration = None if args.algorithm == "round" else samples
-            models[f"{scheme} {args.algorithm}"] = quantize(
-                loaded.model, scheme, calibration, group=args.group, algorithm=args.algorithm
+            algorithm = args.algorithm or "round"
+            calibration = None if algorithm == "round" else samples
+            models[f"{scheme} {algorithm}"] = quantize(
+                loaded.model, scheme, calibration, group=args.group, algorithm=algorithm
             )
     for precision in args.precision:
         models[f"compiled {precision}"] = torch.compile(

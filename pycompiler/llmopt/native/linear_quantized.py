@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from llmopt.graph import fake
+from llmopt.graph import fake, weight_name
 from llmopt.native.linear import (
     operands,
     problem,
@@ -74,6 +74,7 @@ def _form(p: dict[str, Any]) -> CodeForm:
 def lower(s: SegmentBuilder, node: fx.Node) -> None:
     p = parts(node)
     form, k = _form(p), _inputs(p)
+    scheme = Scheme(form.bits, form.group, form.symmetric, p["activations"])
     n = sum(fake(c).shape[0] for c in p["codes"])
     biases = p["biases"] or (None,) * len(p["codes"])
     spec = PackedSpec(
@@ -84,11 +85,11 @@ def lower(s: SegmentBuilder, node: fx.Node) -> None:
         form,
         tuple(s.weight_view(t) for t in p["scales"] if t is not None),
         tuple(s.weight_view(t) for t in p["offsets"] if t is not None),
+        f"{', '.join(map(weight_name, p['codes']))} to {scheme}",
     )
     packed, bias = s.packed_operands(spec)
     ints = problem_ints(p, n, k, DTYPE_CODES[torch.uint8])
     ints += [form.bits, form.group, int(not form.symmetric), PLANES[p["activations"]]]
-    scheme = Scheme(form.bits, form.group, form.symmetric, p["activations"])
     what = f"{n}x{k} {scheme.name} groups of {form.group}"
     factors = n * (k // form.group) * (4 if form.bits == 8 else 2) * (1 if form.symmetric else 2)
     size = n * k * form.bits // 8 + factors + num_bytes(p["x"], node, p["residual"])

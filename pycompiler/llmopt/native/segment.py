@@ -47,6 +47,7 @@ class PackedSpec:
     form: CodeForm | None = None
     scales: tuple[WeightView, ...] = ()
     offsets: tuple[WeightView, ...] = ()
+    what: str = field(default="", compare=False)  # layer and scheme in words, for errors
 
     def views(self) -> list[WeightView]:
         """Everything the packed form is made from."""

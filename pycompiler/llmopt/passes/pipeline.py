@@ -16,13 +16,11 @@ from llmopt.passes import (
     layouts,
     linears,
     norms,
-    quantize,
     rotary,
     rotary_tables,
     share,
     simplify,
 )
-from llmopt.quant.schemes import Scheme
 
 Pass = Callable[[fx.Graph], None]
 
@@ -43,17 +41,17 @@ PIPELINE: tuple[tuple[str, Pass], ...] = (
     ("layouts", layouts.run),
 )
 
-QUANTIZE = "quantize"  # the last one, which needs to know the scheme
+QUANTIZE = "quantize"  # the last one, which needs to know the schemes
 NAMES = (*(name for name, _ in PIPELINE), QUANTIZE)
 
 
-def passes(scheme: Scheme | None, disabled: Collection[str]) -> list[tuple[str, Pass]]:
-    """The passes of one compilation. scheme: for weights that are not quantised yet.
+def passes(quantise: Pass, disabled: Collection[str]) -> list[tuple[str, Pass]]:
+    """The passes of one compilation. quantise: the last one, which knows what was asked for.
 
     Raises ValueError when `disabled` names a pass that does not exist.
     """
     unknown = sorted(set(disabled) - set(NAMES))
     if unknown:
         raise ValueError(f"LLMOPT_DISABLE={','.join(unknown)}: possible: {', '.join(NAMES)}")
-    every = (*PIPELINE, (QUANTIZE, lambda graph: quantize.run(graph, scheme)))
+    every = (*PIPELINE, (QUANTIZE, quantise))
     return [(name, run) for name, run in every if name not in disabled]

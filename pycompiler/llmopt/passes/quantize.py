@@ -10,7 +10,19 @@ from typing import Any
 from torch import fx
 
 from llmopt import ops
-from llmopt.graph import NOTE, emit, fake, fake_mode_of, is_tensor, is_view, kind, replace
+from llmopt.graph import (
+    FLOATS,
+    NOTE,
+    emit,
+    fake,
+    fake_mode_of,
+    is_tensor,
+    is_view,
+    is_weight,
+    kind,
+    replace,
+    weight_name,
+)
 from llmopt.ops.linear import given, parts
 from llmopt.passes.simplify import erase_unused
 from llmopt.quant.schemes import Scheme, of_head
@@ -18,18 +30,26 @@ from llmopt.quant.schemes import Scheme, of_head
 EMBEDDINGS = ("llmopt.embedding", "embedding")
 
 
-def run(graph: fx.Graph, scheme: Scheme | None) -> None:
-    """scheme: for weights that are not quantised yet; None leaves them as they are."""
+def run(graph: fx.Graph, scheme: Scheme | None) -> list[str]:
+    """scheme: for weights that are not quantised yet; None leaves them as they are.
+
+    Returns the layers that cannot have it, with the reason: they stay exact.
+    """
+    exact = []
     mode = fake_mode_of(graph)
     for node in list(graph.nodes):
+        if scheme is not None and kind(node) in ("linear", "addmm"):
+            exact += [f"{weight_name(w)}: {_why_plain(w)}" for w in _matrices(node)]
         if kind(node) != "llmopt.linear":
             continue
         weights = parts(node)["weights"]
         if all(kind(w) == "llmopt.dequantize" for w in weights):
             _with_codes(graph, mode, node)
         elif scheme is not None and not any(kind(w) == "llmopt.dequantize" for w in weights):
-            _with_scheme(graph, mode, node, scheme)
+            reason = _with_scheme(graph, mode, node, scheme)
+            exact += [f"{weight_name(weights[0])}: {reason}"] if reason else []
     erase_unused(graph)
+    return exact
 
 
 def form_of(weight: fx.Node) -> tuple[Any, ...] | None:
@@ -49,7 +69,8 @@ def _with_codes(graph: fx.Graph, mode: Any, node: fx.Node) -> None:
     _replace(graph, mode, node, (codes, scales, offsets, bits, activations), {})
 
 
-def _with_scheme(graph: fx.Graph, mode: Any, node: fx.Node, scheme: Scheme) -> None:
+def _with_scheme(graph: fx.Graph, mode: Any, node: fx.Node, scheme: Scheme) -> str:
+    """Returns why the node cannot have the scheme, "" when it has it now."""
     weights = parts(node)["weights"]
     if _is_head(graph, node):
         scheme = of_head(scheme)
@@ -57,11 +78,24 @@ def _with_scheme(graph: fx.Graph, mode: Any, node: fx.Node, scheme: Scheme) -> N
     reason = scheme.reject(k)
     if reason:
         node.meta[NOTE] = f"exact: {reason}"
-        return
+        return reason
     none = (None,) * len(weights)
     form = (tuple(weights), none, none, scheme.bits, scheme.activations)
     more = {"group": scheme.group_of(k), "symmetric": scheme.symmetric}
     _replace(graph, mode, node, form, more)
+    return ""
+
+
+def _matrices(node: fx.Node) -> list[fx.Node]:
+    """The module's matrices that a node reads."""
+    return [n for n in node.all_input_nodes if is_weight(n) and fake(n).dim() == 2]
+
+
+def _why_plain(weight: fx.Node) -> str:
+    """Why no ops.linear reads a weight."""
+    if fake(weight).dtype not in FLOATS:
+        return f"weights of {fake(weight).dtype}: f32, f16 and bf16 can be rounded"
+    return "its inputs or its bias have another dtype"
 
 
 def _replace(

@@ -124,5 +124,6 @@ def _log_softmax(logits: Tensor) -> Tensor:
 
 
 def _divergence(log_a: Tensor, log_b: Tensor) -> Tensor:
-    """KL per row in float64: a mean of small differences."""
-    return (log_a.exp() * (log_a - log_b)).sum(-1, dtype=torch.float64)
+    """KL per row in float64: a mean of small differences. What the reference excludes (logits of −∞) adds nothing."""
+    p = log_a.exp()
+    return torch.where(p > 0, p * (log_a - log_b), 0).sum(-1, dtype=torch.float64)

@@ -9,6 +9,7 @@ A byte of 4-bit codes holds inputs j and j + 16 of its block; ours holds neighbo
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -29,11 +30,16 @@ from llmopt.quant.module import QuantizedLinear
 from llmopt.quant.rounding import Codes, round_weight
 from llmopt.quant.schemes import Scheme, of_head, scheme_of
 
+log = logging.getLogger("llmopt")
 Model = TypeVar("Model", bound=nn.Module)
 
 BLOCK = 32
 # block type → (bits, bytes of a block, float16 numbers at its front)
 TYPES = {"Q4_0": (4, 18, 1), "Q4_1": (4, 20, 2), "Q8_0": (8, 34, 1)}
+
+
+class LowestCode(ValueError):
+    """A Q8_0 block with a code that ours have not; llama.cpp writes none."""
 
 
 def codes_of(data: np.ndarray, block_type: str, n: int, k: int) -> Codes:
@@ -57,7 +63,7 @@ def codes_of(data: np.ndarray, block_type: str, n: int, k: int) -> Codes:
     if bits == 8:
         codes = body.contiguous().view(torch.int8).flatten(1)
         if bool((codes == -128).any()):
-            raise ValueError("it holds the code −128, and ours are −127 … 127")
+            raise LowestCode("it holds the code −128, and ours are −127 … 127")
         return Codes(codes, scales, offsets)
     halves = torch.cat((body & 15, body >> 4), -1).unflatten(-1, (-1, 2))
     return Codes((halves[..., 0] | (halves[..., 1] << 4)).flatten(1), scales, offsets)
@@ -108,9 +114,15 @@ def quantize_from_blocks(
 
 
 def read_blocks(tensor: Any) -> tuple[Codes, str] | None:
-    """A tensor of gguf.GGUFReader as codes and type; None when its type has none."""
+    """A tensor of gguf.GGUFReader as codes and type; None, to be rounded from its values, when it has none of ours."""
     name = tensor.tensor_type.name
     if name not in TYPES:
         return None
     k, n = (int(size) for size in tensor.shape)
-    return codes_of(tensor.data, name, n, k), name
+    try:
+        return codes_of(tensor.data, name, n, k), name
+    except LowestCode:
+        log.warning(
+            "%s holds the code −128, and ours are −127 … 127: it is rounded again", tensor.name
+        )
+        return None
