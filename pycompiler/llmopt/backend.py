@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from llmopt import settings
+from llmopt.auto import choose as auto
 from llmopt.compiled import CompiledGraph
 from llmopt.executor import build_executable
 from llmopt.graph import kind
@@ -19,6 +20,7 @@ from llmopt.passes import quantize
 from llmopt.passes.pipeline import passes
 from llmopt.passes.verify import check_form, check_values, run_copy
 from llmopt.plan import make_plan
+from llmopt.quant.budget import Decision
 from llmopt.quant.schemes import SCHEMES
 from llmopt.target import target
 from llmopt.tune.lookup import tuner_for
@@ -48,7 +50,7 @@ def llmopt(
 def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Callable:
     here = target()
     clock = _Clock()
-    _run_passes(gm, example_inputs, options, clock)
+    decision = _run_passes(gm, example_inputs, options, clock)
     plan = make_plan(gm.graph, here, tuner_for(here, options.mode))
     clock.lap("plan")
     if not plan.segments:
@@ -62,7 +64,11 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options
             1,
             f"runs as in PyTorch: {kind(fallback.node)} ({fallback.node.name}): {fallback.reason}{where}",
         )
-    return CompiledGraph(plan, executable, clock.seconds, options)
+    if decision:
+        say(1, f"precision='auto': {decision.summary()}")
+        if decision.note:
+            log.warning("precision='auto': %s", decision.note)
+    return CompiledGraph(plan, executable, clock.seconds, options, decision=decision)
 
 
 def _why_not(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> str:
@@ -82,9 +88,19 @@ def _why_not(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> str:
 
 def _run_passes(
     gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, clock: _Clock
-) -> None:
+) -> Decision | None:
+    """Returns what precision="auto" decided."""
+    decision = None
+
     def quantise(graph: fx.Graph) -> None:
-        _say_exact(options, quantize.run(graph, SCHEMES.get(options.precision)))
+        nonlocal decision
+        schemes = None
+        if options.precision == "auto":
+            chosen = auto.choose(gm, example_inputs, options.accuracy_budget)
+            if chosen is not None:
+                decision, schemes = chosen.decision, chosen.schemes
+        exact = quantize.run(graph, SCHEMES.get(options.precision), schemes)
+        _say_exact(options, exact)
 
     chosen = passes(quantise, settings.disabled_passes())
     values = run_copy(gm, example_inputs) if settings.verify_passes() else None
@@ -98,6 +114,7 @@ def _run_passes(
             gm.recompile()
             check_values(values, run_copy(gm, example_inputs), name)
             clock.lap("verify")
+    return decision
 
 
 def _say_exact(options: Options, layers: Sequence[str]) -> None:

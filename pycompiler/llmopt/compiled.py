@@ -14,6 +14,7 @@ from torch import fx
 from llmopt.executor import Segment, segments_of
 from llmopt.options import Options
 from llmopt.plan import Plan
+from llmopt.quant.budget import Decision
 from llmopt.weights import PackedWeight
 
 
@@ -36,6 +37,7 @@ class CompiledGraph:
     compile_seconds: dict[str, float]
     options: Options
     reason: str = ""  # why the whole graph runs as in PyTorch, if it does
+    decision: Decision | None = None  # of precision="auto"
     calls: int = 0
     _forward: Callable[..., Any] = field(init=False)
 

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from llmopt.quant.budget import DEFAULT_BUDGET, check_budget
 from llmopt.quant.schemes import SCHEMES
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 PRECISIONS = ("exact", *SCHEMES, "auto")
-AVAILABLE_PRECISIONS = ("exact", *SCHEMES)
 WEIGHTS = ("keep", "packed")
 KV_CACHES = ("same", "int8")
 AVAILABLE_KV_CACHES = ("same",)
@@ -22,6 +22,7 @@ class Options:
 
     mode: str = "default"
     precision: str = "exact"
+    accuracy_budget: float = DEFAULT_BUDGET  # of precision="auto": KL divergence of the logits
     kv_cache: str = "same"
     target: str = "cpu"
     weights: str = "keep"  # "packed": the module's own leave memory once packed, see llmopt.offload
@@ -40,7 +41,7 @@ def _choose(name: str, value: Any, known: tuple[str, ...], available: tuple[str,
 def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> Options:
     """Checks mode and options; raises ValueError that names the allowed values."""
     given = dict(options or {})
-    names = ("precision", "kv_cache", "target", "weights")
+    names = ("precision", "accuracy_budget", "kv_cache", "target", "weights")
     for name in given:
         if name not in names:
             raise ValueError(
@@ -51,11 +52,12 @@ def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> Option
         raise ValueError(
             f"llmopt: target={wanted_target!r} is not available; possible: cpu, the machine this process runs on"
         )
+    if "accuracy_budget" in given and given.get("precision") != "auto":
+        raise ValueError("llmopt: accuracy_budget is for precision='auto'")
     return Options(
+        accuracy_budget=check_budget(given.get("accuracy_budget", DEFAULT_BUDGET)),
         mode=_choose("mode", mode or "default", MODES, MODES),
-        precision=_choose(
-            "precision", given.get("precision", "exact"), PRECISIONS, AVAILABLE_PRECISIONS
-        ),
+        precision=_choose("precision", given.get("precision", "exact"), PRECISIONS, PRECISIONS),
         kv_cache=_choose("kv_cache", given.get("kv_cache", "same"), KV_CACHES, AVAILABLE_KV_CACHES),
         weights=_choose("weights", given.get("weights", "keep"), WEIGHTS, WEIGHTS),
     )

@@ -15,6 +15,7 @@ import torch
 from llmopt.compiled import CompiledGraph, Run, alive, profiling
 from llmopt.native.probe import Probe, measure
 from llmopt.native.segment import StepRecord
+from llmopt.quant.budget import Decision
 from llmopt.target import target
 
 _WIDTH = 120
@@ -66,6 +67,7 @@ class Report:
     steps: tuple[StepTime, ...]
     fallbacks: tuple[Unaccelerated, ...]
     reasons: tuple[str, ...]  # why whole graphs ran as in PyTorch
+    decisions: tuple[Decision, ...] = ()  # of precision="auto"
 
     def summary(self) -> str:
         """The short form: where the time went, by kind of step."""
@@ -77,6 +79,7 @@ class Report:
             f"of {self.graphs} graph(s); packed weights {self.packed_bytes / 2**20:.0f} MiB",
             f"compiled in {sum(self.compile_seconds.values()):.2f} s beyond Dynamo",
         ]
+        lines += [f"precision='auto': {d.summary()}" for d in self.decisions]
         lines += [f"whole graph ran as in PyTorch: {r}" for r in self.reasons]
         lines += [_row(*group) for group in self._groups()]
         lines += self._config_sources()
@@ -96,6 +99,8 @@ class Report:
             lines += ["", "ran as in PyTorch:"]
             for f in self.fallbacks:
                 lines += [f"  {f.operation}: {f.reason}", *_indented(f.source)]
+        for decision in self.decisions:
+            lines += ["", "precision='auto':", *str(decision).splitlines()]
         lines += ["", "compile seconds beyond Dynamo:"]
         lines += [f"  {phase}: {seconds:.3f}" for phase, seconds in self.compile_seconds.items()]
         return "\n".join(lines)
@@ -194,6 +199,7 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
         steps=tuple(s for r in runs for s in _steps(r, probe)),
         fallbacks=tuple(f for g in graphs for f in _fallbacks(g)),
         reasons=tuple(g.reason for g in graphs if g.reason),
+        decisions=tuple({id(g.decision): g.decision for g in graphs if g.decision}.values()),
     )
 
 

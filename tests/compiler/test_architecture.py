@@ -24,6 +24,7 @@ LAYERS = (
     ("passes", "native", "kernels"),
     ("kv", "weights", "offload", "options"),
     ("tune",),
+    ("auto",),
     ("plan",),
     ("executor",),
     ("compiled",),

@@ -15,7 +15,7 @@ import torch
 
 from llmopt.benchmark.phases import Phase, Runner, last_logits_only
 from llmopt.models import LoadedModel, ModelError
-from llmopt.options import AVAILABLE_PRECISIONS
+from llmopt.options import PRECISIONS
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ SYSTEMS = {
         System("llmopt", True, _nothing, _llmopt("exact")),
         *(
             System(f"llmopt-{precision}", True, _nothing, _llmopt(precision))
-            for precision in AVAILABLE_PRECISIONS
+            for precision in PRECISIONS
             if precision != "exact"
         ),
         System("eager", False, _nothing, _eager),

@@ -5,6 +5,7 @@ Runs after all other passes: what stands around a linear has joined it by then.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import fx
@@ -30,8 +31,10 @@ from llmopt.quant.schemes import Scheme, of_head
 EMBEDDINGS = ("llmopt.embedding", "embedding")
 
 
-def run(graph: fx.Graph, scheme: Scheme | None) -> list[str]:
-    """scheme: for weights that are not quantised yet; None leaves them as they are.
+def run(
+    graph: fx.Graph, scheme: Scheme | None, chosen: Mapping[fx.Node, Scheme] | None = None
+) -> list[str]:
+    """scheme: for weights that are not quantised yet; None leaves them as they are. chosen: the schemes of single linears.
 
     Returns the layers that cannot have it, with the reason: they stay exact.
     """
@@ -45,8 +48,11 @@ def run(graph: fx.Graph, scheme: Scheme | None) -> list[str]:
         weights = parts(node)["weights"]
         if all(kind(w) == "llmopt.dequantize" for w in weights):
             _with_codes(graph, mode, node)
+        elif chosen is not None and node in chosen:
+            _with_scheme(graph, mode, node, chosen[node])
         elif scheme is not None and not any(kind(w) == "llmopt.dequantize" for w in weights):
-            reason = _with_scheme(graph, mode, node, scheme)
+            own = of_head(scheme) if _is_head(graph, node) else scheme
+            reason = _with_scheme(graph, mode, node, own)
             exact += [f"{weight_name(weights[0])}: {reason}"] if reason else []
     erase_unused(graph)
     return exact
@@ -72,8 +78,6 @@ def _with_codes(graph: fx.Graph, mode: Any, node: fx.Node) -> None:
 def _with_scheme(graph: fx.Graph, mode: Any, node: fx.Node, scheme: Scheme) -> str:
     """Returns why the node cannot have the scheme, "" when it has it now."""
     weights = parts(node)["weights"]
-    if _is_head(graph, node):
-        scheme = of_head(scheme)
     k = fake(weights[0]).shape[1]
     reason = scheme.reject(k)
     if reason:

@@ -48,6 +48,7 @@ class Decision:
     budget: float
     rows: tuple[Row, ...]
     note: str  # one sentence for the user when everything stays exact; else ""
+    impossible: tuple[tuple[Layer, str, str], ...] = ()  # layer, scheme, why it cannot have it
 
     def summary(self) -> str:
         """One line: how many layers have which plan, and what that costs."""
@@ -68,6 +69,8 @@ class Decision:
             verdict = f"refused: {row.reason}" if row.reason else "chosen"
             what = f"{row.layer:<{layers}}  {c.plan:<{plans}}"
             lines.append(f"{what}  {times}  KL {c.divergence:.5f}  {verdict}")
+        for layer, scheme, reason in self.impossible:
+            lines.append(f"{layer:<{layers}}  {scheme:<{plans}}  refused: {reason}")
         return "\n".join(lines)
 
 
