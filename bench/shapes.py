@@ -128,6 +128,16 @@ DECODE_ATTENTION = (
     Attention("static-cache", 1, 9, 3, 64, 1, 300, causal=False, slots=512),
     Attention("static-cache", 1, 9, 3, 64, 1, 300, causal=False, slots=8192),
 )
+INT8_KV_ATTENTION = tuple(
+    Attention(name, 1, heads, kv_heads, dim, 1, 4096, by_position=order)
+    for name, heads, kv_heads, dim in (
+        ("smollm2", 9, 3, 64),
+        ("llama1b", 32, 8, 64),
+        ("one-to-one", 8, 8, 64),
+        ("eight-to-one", 32, 4, 128),
+    )
+    for order in (False, True)
+)
 ROWS = (
     Rows("smollm2", 1, 576),
     Rows("smollm2", 512, 576),

@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from llmopt.native.program import OneOp, run_op
+from llmopt.ops.kv_codes import SCALE_BYTES, quantize_rows
 
 from bench.conftest import copies_beyond_cache
-from bench.shapes import DECODE_ATTENTION, PREFILL_ATTENTION, Attention
+from bench.shapes import DECODE_ATTENTION, INT8_KV_ATTENTION, PREFILL_ATTENTION, Attention
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -43,17 +44,27 @@ def theirs(shape: Attention, q, k, v, mask):
     )
 
 
+def query_and_cache(shape: Attention, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """q, and keys and values side by side in the order of the shape."""
+    q = torch.randn(shape.batch, shape.heads, shape.queries, shape.dim).to(dtype)
+    length = shape.slots or shape.keys
+    cache = torch.randn(2, shape.batch, shape.kv_heads, length, shape.dim).to(dtype)
+    return q, in_order(shape, cache)
+
+
+def in_order(shape: Attention, cache: torch.Tensor) -> torch.Tensor:
+    if not shape.by_position:
+        return cache
+    return cache.permute(0, 3, 1, 2, 4).contiguous().permute(0, 2, 3, 1, 4)
+
+
 @pytest.mark.parametrize("system", ["llmopt", "torch"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [*PREFILL_ATTENTION, *DECODE_ATTENTION], ids=str)
 def test_attention(timed, shape, dtype, system):
     num_bytes = shape.num_bytes(dtype.itemsize)
-    length = shape.slots or shape.keys
     mask = live_mask(shape)
-    q = torch.randn(shape.batch, shape.heads, shape.queries, shape.dim).to(dtype)
-    first = torch.randn(2, shape.batch, shape.kv_heads, length, shape.dim).to(dtype)
-    if shape.by_position:
-        first = first.permute(0, 3, 1, 2, 4).contiguous().permute(0, 2, 3, 1, 4)
+    q, first = query_and_cache(shape, dtype)
     caches = [first.clone() for _ in range(copies_beyond_cache(num_bytes))]  # in the same order
     if system == "torch":
         calls = [theirs(shape, q, k, v, mask) for k, v in caches]
@@ -63,6 +74,23 @@ def test_attention(timed, shape, dtype, system):
         want = theirs(shape, q, *caches[0], mask)()
         torch.testing.assert_close(calls[0].tensors[3], want, atol=2e-2, rtol=2e-2)
     timed(system, f"attention {shape}", dtype, calls, shape.flops, num_bytes)
+
+
+@pytest.mark.parametrize("kv", ["int8", "fp32"])
+@pytest.mark.parametrize("shape", INT8_KV_ATTENTION, ids=str)
+def test_decode_over_int8_kv(timed, shape, kv):
+    """The same problem over codes and over floats: each row counts the bytes that it reads."""
+    q, first = query_and_cache(shape, torch.float32)
+    want = theirs(shape, q, *first, None)()
+    row_bytes = shape.dim + SCALE_BYTES if kv == "int8" else 4 * shape.dim
+    num_bytes = shape.num_bytes(1) // shape.dim * row_bytes
+    if kv == "int8":
+        first = in_order(shape, quantize_rows(first))
+    caches = [first.clone() for _ in range(copies_beyond_cache(num_bytes))]
+    calls = [ours(shape, q, k, v, None) for k, v in caches]
+    calls[0]()  # never the time of a wrong result
+    torch.testing.assert_close(calls[0].tensors[3], want, atol=2e-2, rtol=2e-2)
+    timed("llmopt", f"attention {kv} KV {shape}", first.dtype, calls, shape.flops, num_bytes)
 
 
 @pytest.mark.parametrize(("rows", "keys"), [(1, 8192), (512, 512)])

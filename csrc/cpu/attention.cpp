@@ -2,6 +2,7 @@
 //
 // op attention. Operands ("-": may be absent; any strides, last dim dense, float dtypes may differ):
 //   0 q [B,H,Sq,D]  1 k [B,Hkv,Skv,D]  2 v [B,Hkv,Skv,Dv]  3 out [B,H,Sq,Dv]
+//   k and v may be signed bytes with a scale per row, [B,Hkv,Skv,D+4] (attention/codes.h)
 //   4 mask [B,H,Sq,Skv] (b8: true attends; float: bias) -   5 bounds i32 [B,H,Sq,4] of mask_bounds, always with a mask
 //   - 6 cos, 7 sin [B,1,Sq,R] -   8 k_new [B,Hkv,Sn,D] -   9 v_new [B,Hkv,Sn,Dv] -   10 positions i64 [Sn] -
 // ints: is_causal, causal_offset, window (0: none), rope_kind (0 none, 1 half, 2 interleaved), write_kv
@@ -60,7 +61,7 @@ Span first_read(const Step& s, int phase, int threads, int thread) {
   const KeyRange live = key_range(p, 0, 0, 0);
   const Block block = DecodeChunk(p, plan, thread, splits).first(live.lo, live.hi - live.lo);
   const Stream keys = stream(*p.k, block, 0, block);
-  return {keys.data, block.keys * (block.heads > 1 ? keys.row_bytes : p.head_dim * itemsize(p.k->dtype))};
+  return {keys.data, block.keys * (block.heads > 1 ? keys.row_bytes : p.k->size[3] * itemsize(p.k->dtype))};
 }
 
 inline void write_rows(const Problem& p, int64_t chunk) {

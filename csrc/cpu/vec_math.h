@@ -156,6 +156,10 @@ inline float load_scalar(DType d, const char* p, int64_t index) {
 }
 inline void store_scalar(DType d, char* p, int64_t index, float x) { vstore_as(d, p, index, vset(x), 1); }
 
+// What values are multiplied with to become codes. Below the smallest normal number the reciprocal of a scale is
+// infinite: such values count as zero.
+inline float inverse_scale(float scale) { return scale >= 1.17549435e-38f ? 1.0f / scale : 0.0f; }
+
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }

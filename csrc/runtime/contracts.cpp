@@ -175,7 +175,7 @@ const char* rows_to_write(const Call& c, const Tensor* t) {
   for (const auto& [rows, cache] : {std::pair<const Tensor&, const Tensor&>{k_new, k}, {v_new, v}}) {
     if (absent(rows)) continue;
     if (!float_rows(rows, 4) || rows.size[0] != cache.size[0] || rows.size[1] != cache.size[1] ||
-        rows.size[3] != cache.size[3])
+        rows.size[3] != head_size(cache))
       return "new keys or values are not like those of the cache";
     if (rows.size[2] > cache.size[2]) return "more new keys or values than the cache holds";
     if (!absent(positions) && (!given(positions, 1) || positions.size[0] != rows.size[2]))
@@ -187,6 +187,12 @@ const char* rows_to_write(const Call& c, const Tensor* t) {
   return indices_below(c, 10, k.size[2]);
 }
 
+// Rows of floats, or of codes with their scale.
+bool key_rows(const Tensor& t) {
+  if (t.dtype != DType::s8) return float_rows(t, 4);
+  return given(t, 4) && t.size[3] > 4 && t.stride[3] == 1;
+}
+
 const char* attention(const Call& c) {
   const Step& s = c.step;
   if (s.num_tensors < 4 || s.num_tensors > 11 || s.num_ints < 5 || s.num_floats < 2) return kWrongCount;
@@ -194,15 +200,16 @@ const char* attention(const Call& c) {
   for (int i = 0; i < s.num_tensors; ++i) t[i] = s.t[i];
   const Tensor &q = t[0], &k = t[1], &v = t[2], &out = t[3], &mask = t[4], &bounds = t[5];
   for (int i = 0; i < 4; ++i) {
-    if (!float_rows(t[i], 4)) return "q, k, v and out are not float [B, H, S, D]";
-    if (t[i].size[3] > kMaxHeadDim) return "a head is longer than 256";
+    const bool is_key = i == 1 || i == 2;
+    if (is_key ? !key_rows(t[i]) : !float_rows(t[i], 4)) return "q, k, v and out are not float [B, H, S, D]";
+    if ((is_key ? head_size(t[i]) : t[i].size[3]) > kMaxHeadDim) return "a head is longer than 256";
   }
   const int64_t batch = q.size[0], heads = q.size[1], queries = q.size[2], keys = k.size[2], kv_heads = k.size[1];
-  if (k.size[0] != batch || k.size[3] != q.size[3]) return "q and k differ in batch or head size";
+  if (k.size[0] != batch || head_size(k) != q.size[3]) return "q and k differ in batch or head size";
   if (v.size[0] != batch || v.size[1] != kv_heads || v.size[2] != keys)
     return "k and v differ in batch, heads or length";
   if (kv_heads ? heads % kv_heads != 0 : heads != 0) return "the heads of q are not a multiple of those of k";
-  if (out.size[0] != batch || out.size[1] != heads || out.size[2] != queries || out.size[3] != v.size[3])
+  if (out.size[0] != batch || out.size[1] != heads || out.size[2] != queries || out.size[3] != head_size(v))
     return "out is not [B, H, Sq, Dv]";
   if (absent(mask) != absent(bounds) && keys > 0 && queries > 0) return "a mask and its bounds come together";
   if (!absent(mask)) {

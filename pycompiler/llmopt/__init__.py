@@ -17,12 +17,14 @@ from llmopt.types import Target
 
 if TYPE_CHECKING:
     from llmopt.quant.convert import quantize
+    from llmopt.quant.kv_cache import KVCache
     from llmopt.quant.storage import load_quantized, save_quantized
     from llmopt.report import Report, explain, refresh
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "KVCache",
     "Report",
     "Target",
     "__version__",
@@ -35,6 +37,7 @@ __all__ = [
 ]
 
 _AT_FIRST_USE = {
+    "KVCache": ("llmopt.quant.kv_cache", "KVCache"),
     "Report": ("llmopt.report", "Report"),
     "explain": ("llmopt.report", "explain"),
     "load_quantized": ("llmopt.quant.storage", "load_quantized"),

@@ -5,208 +5,31 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from llmopt import _C
-from llmopt.native.program import run_op
 
+from tests.kernels.attention_problem import (
+    MASKS,
+    ROPE_HALF,
+    ROPE_INTERLEAVED,
+    ROPE_NONE,
+    TIERS,
+    Case,
+    Tensors,
+    allowed_keys,
+    make,
+    reference,
+    run,
+)
 from tests.tolerance import assert_close
 
-TIERS = _C.tiers()
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-ROPE_NONE, ROPE_HALF, ROPE_INTERLEAVED = 0, 1, 2
-
-
-@dataclass(frozen=True)
-class Case:
-    """One attention problem; `make` fills it with numbers."""
-
-    batch: int = 1
-    heads: int = 2
-    kv_heads: int = 2
-    q_len: int = 5
-    kv_len: int = 9
-    dim: int = 16
-    v_dim: int | None = None
-    dtype: torch.dtype = torch.float32
-    is_causal: bool = False
-    offset: int | None = None  # None: the last query sees the last key
-    window: int = 0
-    softcap: float = 0.0
-    mask: str = ""  # a key of MASKS
-    rope: int = ROPE_NONE
-    rope_dim: int | None = None
-    new: bool = False  # k_new and v_new are given
-    positions: bool = False
-    seq_first: bool = False  # memory is [B,S,H,D]
-    threads: int = 2
-
-    @property
-    def causal_offset(self) -> int:
-        return self.kv_len - self.q_len if self.offset is None else self.offset
-
-
-def float_mask(live: torch.Tensor, dead: float) -> torch.Tensor:
-    return torch.zeros(live.shape).masked_fill(~live, dead)
-
-
-def left_padding(c: Case) -> torch.Tensor:
-    first = torch.arange(c.batch) * c.kv_len // (2 * c.batch)
-    return (torch.arange(c.kv_len) >= first[:, None])[:, None, None, :]
-
-
-def right_padding(c: Case) -> torch.Tensor:
-    return left_padding(c).flip(-1)
-
-
-def random_bool(c: Case, *dims: int) -> torch.Tensor:
-    return torch.rand(*dims, c.kv_len) < 0.6
-
-
-def alibi(c: Case) -> torch.Tensor:
-    slope = 2.0 ** -torch.arange(1.0, c.heads + 1)
-    return (slope[:, None] * torch.arange(c.kv_len)).view(1, c.heads, 1, c.kv_len)
-
-
-MASKS = {
-    "left": left_padding,
-    "right": right_padding,
-    "random": lambda c: random_bool(c, c.batch, 1, c.q_len),
-    "per_head": lambda c: random_bool(c, 1, c.heads, c.q_len),
-    "no_keys": lambda c: random_bool(c, c.batch, 1, c.q_len) & (torch.rand(c.q_len, 1) < 0.5),
-    "causal_float": lambda c: float_mask(
-        torch.ones(c.q_len, c.kv_len, dtype=torch.bool).tril(c.kv_len - c.q_len), -math.inf
-    )[None, None],
-    "finfo_min": lambda c: float_mask(
-        random_bool(c, c.batch, 1, c.q_len), torch.finfo(torch.float32).min
-    ),
-    "all_finfo_min": lambda c: float_mask(
-        random_bool(c, c.batch, 1, c.q_len) & (torch.rand(c.q_len, 1) < 0.5),
-        torch.finfo(torch.float32).min,
-    ),
-    "all_inf": lambda c: float_mask(torch.zeros(1, 1, c.q_len, c.kv_len).bool(), -math.inf),
-    "bias": lambda c: torch.randn(1, c.heads, c.q_len, c.kv_len) * 2,
-    "bias_f16": lambda c: torch.randn(1, c.heads, c.q_len, c.kv_len).half(),
-    "bias_bf16": lambda c: torch.randn(c.batch, 1, c.q_len, c.kv_len).bfloat16(),
-    "alibi": alibi,
-    "per_row": lambda c: torch.rand(c.batch, 1, c.q_len, 1).expand(-1, -1, -1, c.kv_len) < 0.7,
-}
-
-
-@dataclass
-class Tensors:
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
-    mask: torch.Tensor | None = None
-    cos: torch.Tensor | None = None
-    sin: torch.Tensor | None = None
-    k_new: torch.Tensor | None = None
-    v_new: torch.Tensor | None = None
-    positions: torch.Tensor | None = None
-
-
-def rows(c: Case, heads: int, length: int, dim: int) -> torch.Tensor:
-    if c.seq_first:
-        return torch.randn(c.batch, length, heads, dim).to(c.dtype).transpose(1, 2)
-    return torch.randn(c.batch, heads, length, dim).to(c.dtype)
-
-
-def make(c: Case, seed: int = 0) -> Tensors:
-    torch.manual_seed(seed)
-    v_dim = c.v_dim or c.dim
-    t = Tensors(
-        rows(c, c.heads, c.q_len, c.dim),
-        rows(c, c.kv_heads, c.kv_len, c.dim),
-        rows(c, c.kv_heads, c.kv_len, v_dim),
-    )
-    if c.mask:
-        t.mask = MASKS[c.mask](c)
-    if c.rope:
-        angle = torch.rand(c.batch, 1, c.q_len, c.rope_dim or c.dim) * 6
-        t.cos, t.sin = angle.cos().to(c.dtype), angle.sin().to(c.dtype)
-    if c.new:
-        t.k_new = rows(c, c.kv_heads, c.q_len, c.dim)
-        t.v_new = rows(c, c.kv_heads, c.q_len, v_dim)
-        if c.positions:
-            t.positions = torch.randperm(c.kv_len)[: c.q_len]
-    return t
-
-
-def run(c: Case, t: Tensors, tier: str) -> torch.Tensor:
-    """The kernel's output; writes t.k and t.v when the case has new rows."""
-    v_dim = c.v_dim or c.dim
-    out = rows(c, c.heads, c.q_len, v_dim).fill_(math.nan)
-    mask, bounds = t.mask, None
-    if mask is not None:
-        bounds = torch.full((*mask.shape[:3], 4), -7, dtype=torch.int32)
-        run_op("mask_bounds", [mask, bounds], tier=tier, threads=c.threads)
-        shape = (c.batch, c.heads, c.q_len)
-        mask, bounds = mask.expand(*shape, c.kv_len), bounds.expand(*shape, 4)
-    operands = [t.q, t.k, t.v, out, mask, bounds, t.cos, t.sin, t.k_new, t.v_new, t.positions]
-    ints = [int(c.is_causal), c.causal_offset, c.window, c.rope, int(c.new)]
-    run_op("attention", operands, ints, [c.dim**-0.5, c.softcap], tier=tier, threads=c.threads)
-    return out
-
-
-def rotate(c: Case, x: torch.Tensor, t: Tensors) -> torch.Tensor:
-    if not c.rope:
-        return x
-    cos, sin = t.cos.double(), t.sin.double()
-    r = cos.shape[-1]
-    x, rest = x[..., :r], x[..., r:]
-    if c.rope == ROPE_HALF:
-        turned = torch.cat((-x[..., r // 2 :], x[..., : r // 2]), -1)
-    else:
-        turned = torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)
-    return torch.cat((x * cos + turned * sin, rest), -1)
-
-
-def allowed_keys(c: Case, mask: torch.Tensor | None) -> torch.Tensor:
-    """[B,H,Sq,Skv]: what the contract calls allowed."""
-    i, j = torch.arange(c.q_len)[:, None] + c.causal_offset, torch.arange(c.kv_len)
-    ok = torch.ones(c.q_len, c.kv_len, dtype=torch.bool)
-    if c.is_causal:
-        ok &= j <= i
-    if c.window:
-        ok &= j > i - c.window
-    ok = ok.expand(c.batch, c.heads, -1, -1)
-    if mask is None:
-        return ok
-    if mask.dtype == torch.bool:
-        return ok & mask
-    live = mask > -1e30
-    return ok & (live | (~live.any(-1, keepdim=True) & (mask > -math.inf)))
-
-
-def reference(c: Case, t: Tensors) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Output, and k and v after the new rows are written; all in float64."""
-    q, k, v = rotate(c, t.q.double(), t), t.k.double(), t.v.double()
-    if c.new:
-        slots = t.positions if c.positions else torch.arange(c.kv_len - c.q_len, c.kv_len)
-        k[:, :, slots] = rotate(c, t.k_new.double(), t).to(c.dtype).double()
-        v[:, :, slots] = t.v_new.double()
-    group = c.heads // c.kv_heads
-    score = q @ k.repeat_interleave(group, 1).transpose(-1, -2) * c.dim**-0.5
-    if c.softcap:
-        score = c.softcap * torch.tanh(score / c.softcap)
-    allowed = allowed_keys(c, t.mask)
-    if t.mask is not None and t.mask.dtype != torch.bool:
-        # fp32 on purpose: a row of finfo.min swallows its scores
-        score = (score.float() + t.mask.float()).double()
-    score = score.masked_fill(~allowed, -math.inf)
-    weight = torch.softmax(score, -1).masked_fill(~allowed.any(-1, keepdim=True), 0)
-    value = v.repeat_interleave(group, 1)
-    if not torch.isfinite(value).all():
-        seen = torch.where(allowed[..., None], value[:, :, None], 0)
-        return (weight[..., None] * seen).sum(-2), k, v
-    return weight @ value, k, v
 
 
 @cache
@@ -223,20 +46,6 @@ def check(c: Case, tier: str, seed: int = 0) -> None:
     if c.new:
         assert_close(t.k, k, c.dtype)
         assert torch.equal(t.v.double(), v)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_torch_thread() -> Iterator[None]:
-    """References are small: torch's own team would only cost time. Kernels are given their thread count."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(params=TIERS)
-def tier(request: pytest.FixtureRequest) -> str:
-    return request.param
 
 
 @pytest.mark.parametrize("dim", [16, 20, 64, 80, 128])

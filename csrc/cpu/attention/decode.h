@@ -30,7 +30,14 @@ template <DType T>
 inline Vec load_lanes(const char* p, int64_t i) {
   if constexpr (T == DType::f32) return vload(reinterpret_cast<const float*>(p) + i);
   if constexpr (T == DType::f16) return vload_f16(reinterpret_cast<const uint16_t*>(p) + i);
+  if constexpr (T == DType::s8) return vload_s8(reinterpret_cast<const int8_t*>(p) + i);
   return vload_bf16(reinterpret_cast<const uint16_t*>(p) + i);
+}
+// The last, with n lanes.
+template <DType T>
+inline Vec load_tail(const char* p, int64_t i, int n) {
+  if constexpr (T == DType::s8) return vload_s8_n(reinterpret_cast<const int8_t*>(p) + i, n);
+  return vload_as(T, p, i, n);
 }
 
 // Rows of keys or values as they lie in memory, and rows that will be needed later: reading row j fetches row j of
@@ -48,7 +55,7 @@ struct Stream {
 // core's few miss buffers for as long as memory takes, and streams slower than with no fetch at all.
 template <DType T>
 inline Vec load_ahead(const char* row, const char* later, int64_t i) {
-  constexpr int64_t kItem = T == DType::f32 ? 4 : 2;
+  constexpr int64_t kItem = T == DType::f32 ? 4 : T == DType::s8 ? 1 : 2;
   if (kItem * kLanes >= 64 || i * kItem % 64 == 0) __builtin_prefetch(later + i * kItem, 0, 2);
   return load_lanes<T>(row, i);
 }
@@ -80,7 +87,7 @@ void dot_scores(const Stream& k, int64_t keys, const float* q, int64_t depth, fl
       const int n = static_cast<int>(depth - whole);
 #pragma GCC unroll 16
       for (int t = 0; t < kKeys; ++t) {
-        const Vec key = vload_as(T, row[t], whole, n);
+        const Vec key = load_tail<T>(row[t], whole, n);
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r)
           acc[r * kKeys + t] = vfma(key, vload(q + r * kMaxHeadDim + whole), acc[r * kKeys + t]);
@@ -106,7 +113,7 @@ void weigh(const Stream& v, int64_t keys, const float* w, int64_t d, int lanes, 
 #pragma GCC unroll 8
     for (int c = 0; c < N; ++c)
       x[c] = c + 1 < N || lanes == kLanes ? load_ahead<T>(row, v.later + j * v.later_bytes, d + c * kLanes)
-                                          : vload_as(T, row, d + c * kLanes, lanes);
+                                          : load_tail<T>(row, d + c * kLanes, lanes);
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       const Vec weight = vset(w[r * kScoreLd + j]);
@@ -204,14 +211,27 @@ inline void softmax_row(DecodeRow& row, int64_t keys, float* s, int64_t v_dim, f
   for (int64_t d = 0; d < v_dim; d += kLanes) vstore(o + d, vmul(vload(o + d), alpha));
 }
 
+// Scores or weights of keys whose rows are codes, times the scales of those rows; those of `bad` keys stay.
+inline void scale_columns(const Stream& codes, int64_t dim, int64_t keys, int64_t rows, const int32_t* bad,
+                          int64_t num_bad, float* s) {
+  alignas(64) float scale[kScoreLd];
+  for (int64_t j = 0; j < keys; ++j) scale[j] = code_scale(codes.from(j).data, dim);
+  for (int64_t j = keys; j % kLanes; ++j) scale[j] = 1.0f;
+  for (int64_t n = 0; n < num_bad; ++n) scale[bad[n]] = 1.0f;
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t j = 0; j < keys; j += kLanes)
+      vstore(s + r * kScoreLd + j, vmul(vload(s + r * kScoreLd + j), vload(scale + j)));
+}
+
 // One key whose value is not finite, for the rows that may see it (a dead key's weight is -0).
 inline void add_nonfinite_row(const Problem& p, int64_t rows, const char* value, const float* w, float* o) {
+  alignas(64) float x[kMaxHeadDim + kLanes];
+  load_row(p.v->dtype, value, p.v_dim, x);
   for (int64_t r = 0; r < rows; ++r) {
     if (1.0f / w[r * kScoreLd] == kNegInf) continue;
     for (int64_t d = 0; d < p.v_dim; d += kLanes) {
-      const int n = static_cast<int>(min64(kLanes, p.v_dim - d));
       float* at = o + r * kMaxHeadDim + d;
-      vstore(at, vfma(vset(w[r * kScoreLd]), vload_as(p.v->dtype, value, d, n), vload(at)));
+      vstore(at, vfma(vset(w[r * kScoreLd]), vload(x + d), vload(at)));
     }
   }
 }
@@ -236,9 +256,11 @@ inline void decode_block(const Problem& p, DecodeHead& a, int64_t n, const Block
   const int64_t j0 = now.j, keys = now.keys;
   const auto dot = p.k->dtype == DType::f32   ? &dot_block<DType::f32>
                    : p.k->dtype == DType::f16 ? &dot_block<DType::f16>
+                   : p.k->dtype == DType::s8  ? &dot_block<DType::s8>
                                               : &dot_block<DType::bf16>;
-  const Stream v = stream(*p.v, now, n, later);
-  dot(a.rows, stream(*p.k, now, n, later), keys, a.q, p.head_dim, s);
+  const Stream k = stream(*p.k, now, n, later), v = stream(*p.v, now, n, later);
+  dot(a.rows, k, keys, a.q, p.head_dim, s);
+  if (p.k->dtype == DType::s8) scale_columns(k, p.head_dim, keys, a.rows, nullptr, 0, s);
   bool has_dead = false;
   for (int64_t r = 0; r < a.rows; ++r) {
     const KeyRange& range = a.row[r].range;
@@ -248,9 +270,11 @@ inline void decode_block(const Problem& p, DecodeHead& a, int64_t n, const Block
   }
   const auto weigh = p.v->dtype == DType::f32   ? &weigh_block<DType::f32>
                      : p.v->dtype == DType::f16 ? &weigh_block<DType::f16>
+                     : p.v->dtype == DType::s8  ? &weigh_block<DType::s8>
                                                 : &weigh_block<DType::bf16>;
   int32_t bad[kScoreBlock];
   const int64_t num_bad = has_dead ? find_nonfinite(p.v->dtype, v.data, p.v->stride[2], p.v_dim, keys, bad) : 0;
+  if (p.v->dtype == DType::s8) scale_columns(v, p.v_dim, keys, a.rows, bad, num_bad, s);
   int64_t j = 0;
   for (int64_t n = 0; n < num_bad; j = bad[n++] + 1) {
     weigh(a.rows, v.from(j), bad[n] - j, s + j, p.v_dim, a.o);

@@ -1,6 +1,6 @@
 // Masks: a row of biases for attention, and the analysis that tells attention which keys it need not look at.
 #pragma once
-#include "cpu/attention/problem.h"
+#include "cpu/attention/codes.h"
 
 namespace {
 
@@ -33,6 +33,12 @@ inline void load_bias(const Problem& p, MaskUse use, int64_t b, int64_t h, int64
 // Which keys of a block of values hold a NaN or an infinity: 0 * NaN would carry a dead key's value into the output.
 // Writes their indices to `bad` and returns how many.
 inline int64_t find_nonfinite(DType d, const char* value, int64_t v_stride, int64_t v_dim, int64_t keys, int32_t* bad) {
+  int64_t count = 0;
+  if (d == DType::s8) {
+    for (int64_t j = 0; j < keys; ++j)
+      if (code_scale(value + j * v_stride, v_dim) * 0.0f != 0.0f) bad[count++] = static_cast<int32_t>(j);
+    return count;
+  }
   auto row_zero = [&](int64_t j, Vec acc) {
     for (int64_t c = 0; c < v_dim; c += kLanes)
       acc = vfma(vload_as(d, value, j * v_stride + c, static_cast<int>(min64(kLanes, v_dim - c))), vzero(), acc);
@@ -41,7 +47,6 @@ inline int64_t find_nonfinite(DType d, const char* value, int64_t v_stride, int6
   Vec all = vzero();
   for (int64_t j = 0; j < keys; ++j) all = row_zero(j, all);
   if (vreduce_add(all) == 0.0f) return 0;
-  int64_t count = 0;
   for (int64_t j = 0; j < keys; ++j)
     if (vreduce_add(row_zero(j, vzero())) != 0.0f) bad[count++] = static_cast<int32_t>(j);
   return count;

@@ -40,7 +40,7 @@ inline Problem parse(const Step& s) {
   p.v_new = write_kv ? given(9) : nullptr;
   p.positions = given(10);
   p.batch = p.q->size[0], p.heads = p.q->size[1], p.q_len = p.q->size[2], p.head_dim = p.q->size[3];
-  p.kv_heads = p.k->size[1], p.kv_len = p.k->size[2], p.v_dim = p.v->size[3];
+  p.kv_heads = p.k->size[1], p.kv_len = p.k->size[2], p.v_dim = head_size(*p.v);
   p.group = p.kv_heads ? p.heads / p.kv_heads : 1;
   p.new_len = p.k_new ? p.k_new->size[2] : p.v_new ? p.v_new->size[2] : 0;
   p.is_causal = s.i[0] != 0, p.causal_offset = s.i[1], p.window = s.i[2];

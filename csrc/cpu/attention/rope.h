@@ -1,15 +1,17 @@
 // Rows of queries, keys and values on their way in: widening, rotary embedding, writing new rows into the cache.
 #pragma once
-#include "cpu/attention/problem.h"
+#include "cpu/attention/codes.h"
 
 namespace {
 
 // Whole vectors are stored, so `to` has room for n rounded up to kLanes; what is past n becomes zero. (A masked store
 // is slow on some CPUs and cannot be forwarded to the loads that follow.)
 inline void load_row(DType d, const char* p, int64_t n, float* to) {
+  if (d == DType::s8) return load_codes(p, n, to);
   for (int64_t i = 0; i < n; i += kLanes) vstore(to + i, vload_as(d, p, i, static_cast<int>(min64(kLanes, n - i))));
 }
 inline void store_row(DType d, char* p, int64_t n, const float* from) {
+  if (d == DType::s8) return store_codes(p, n, from);
   for (int64_t i = 0; i < n; i += kLanes) {
     const int lanes = static_cast<int>(min64(kLanes, n - i));
     vstore_as(d, p, i, vload_n(from + i, lanes), lanes);

@@ -194,6 +194,14 @@ inline void vstore_s8(int8_t* p, Vec a) {
   const __m128i halves = _mm_packs_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
   _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(halves, halves));
 }
+inline Vec vload_s8(const int8_t* p) {
+  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
+}
+inline Vec vload_s8_n(const int8_t* p, int n) {
+  int8_t some[kLanes] = {};
+  for (int i = 0; i < n; ++i) some[i] = p[i];
+  return vload_s8(some);
+}
 inline int32_t quad_word(const char* p) {
   int32_t word;
   __builtin_memcpy(&word, p, 4);

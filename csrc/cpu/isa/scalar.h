@@ -226,6 +226,10 @@ inline Vec vfrom_int(IntVec a) {
 inline void vstore_s8(int8_t* p, Vec a) {
   for (int i = 0; i < kLanes; ++i) p[i] = static_cast<int8_t>(a.v[i]);
 }
+inline Vec vload_s8_n(const int8_t* p, int n) {
+  return each([&](int i) { return i < n ? static_cast<float>(p[i]) : 0.0f; });
+}
+inline Vec vload_s8(const int8_t* p) { return vload_s8_n(p, kLanes); }
 
 constexpr int kQuantizedRows = 4;  // MR
 constexpr int kQuadBytes = 4;      // one row's quad as quad_row reads it

@@ -81,8 +81,6 @@ void clear_quads(const Form& form, int64_t first, char* to, int64_t rows) {
   for (int64_t i = first; i < 2 * form.steps(); ++i) quad_pack(to + i * rows * kQuadBytes, zeros);
 }
 
-// Below it the reciprocal of a scale is infinite: such a group counts as zero.
-constexpr float kSmallestScale = 1.17549435e-38f;
 constexpr float kLargestInverse = 1e35f;  // of which the next plane's is still finite
 
 void quantize_groups(const QuantizedProblem& p, const Prepared& tile, const RowNorm& norm, int64_t token, int64_t row,
@@ -93,7 +91,7 @@ void quantize_groups(const QuantizedProblem& p, const Prepared& tile, const RowN
   for (int64_t i = 0; i < count; ++i) scale[i] = group_values(p, norm, token, group0 + i, values + i * stride);
   for (int64_t i = 0; i < count; ++i) {
     scale[i] /= 127.0f;
-    inverse[i] = scale[i] >= kSmallestScale ? 1.0f / scale[i] : 0.0f;
+    inverse[i] = inverse_scale(scale[i]);
   }
   for (int plane = 0; plane < p.planes; ++plane, ++row) {
     for (int64_t i = 0; i < count; ++i) {

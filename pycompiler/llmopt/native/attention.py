@@ -6,21 +6,21 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
-from llmopt.graph import argument, fake, is_one, same_size
+from llmopt.graph import argument, fake, is_one, numel, same_size
 from llmopt.native.operands import (
     FLOATS,
     NativeKernel,
     are_static,
     batch_broadcast,
     broadcast,
-    itemsize,
     num_bytes,
     reject_angles,
 )
 from llmopt.native.program import View
 from llmopt.native.segment import KvSpec, SegmentBuilder, StepRecord, describe
+from llmopt.ops.kv_codes import SCALE_BYTES
 from llmopt.ops.rope import KINDS as ROPE_KINDS
 from llmopt.sizes import Size
 
@@ -41,12 +41,14 @@ def _attention_settings(node: fx.Node, first: int) -> dict[str, Any]:
     }
 
 
-def _reject_heads(tensors: Sequence[fx.Node | None], mask: fx.Node | None) -> str:
-    for t in tensors:
-        if t is not None and (fake(t).dtype not in FLOATS or not same_size(fake(t).stride(-1), 1)):
-            return "attention needs float tensors with a dense last dimension"
-        if t is not None and (not are_static(fake(t).shape[3]) or int(fake(t).shape[3]) > 256):
-            return f"head size {fake(t).shape[3]}: up to 256 is possible"
+def _reject_heads(q: fx.Node, keys_and_values: Sequence[fx.Node], mask: fx.Node | None) -> str:
+    for t in (q, *keys_and_values):
+        is_codes = t is not q and fake(t).dtype == torch.int8
+        if not (is_codes or fake(t).dtype in FLOATS) or not same_size(fake(t).stride(-1), 1):
+            return "attention needs float tensors, or rows of codes, with a dense last dimension"
+        size = fake(t).shape[3] - (SCALE_BYTES if is_codes else 0)
+        if not are_static(size) or int(size) > 256:
+            return f"head size {size}: up to 256 is possible"
     if mask is not None and fake(mask).dtype not in (torch.bool, *FLOATS):
         return f"a mask of {fake(mask).dtype}: bool, f32, f16 and bf16 are possible"
     if mask is not None and not is_one(fake(mask).shape[3]):
@@ -57,17 +59,19 @@ def _reject_heads(tensors: Sequence[fx.Node | None], mask: fx.Node | None) -> st
 
 
 def _reject_attention(node: fx.Node) -> str:
-    return _reject_heads(node.args[:3], _attention_settings(node, 3)["mask"])
+    return _reject_heads(node.args[0], node.args[1:3], _attention_settings(node, 3)["mask"])
 
 
 def _reject_attention_append(node: fx.Node) -> str:
     q, k_new, v_new, k_cache, v_cache, cos, sin = (argument(node, i, "") for i in range(7))
     if cos is not None and (reason := reject_angles(q, cos, sin)):
         return reason
-    for cache, new in ((k_cache, k_new), (v_cache, v_new)):
-        if cache is not None and fake(cache).dtype != fake(new).dtype:
+    for cache, new, whole in ((k_cache, k_new, fake(node)[1]), (v_cache, v_new, fake(node)[2])):
+        if cache is not None and fake(cache).dtype != whole.dtype:
             return "the cache's dtype differs from the new keys' dtype"
-    return _reject_heads((q, k_new, v_new), _attention_settings(node, 8)["mask"])
+        if fake(new).dtype not in FLOATS:
+            return f"new keys of {fake(new).dtype}: f32, f16 and bf16 are possible"
+    return _reject_heads(q, (k_new, v_new), _attention_settings(node, 8)["mask"])
 
 
 def _dense_strides(size: Sequence[Size]) -> tuple[Size, ...]:
@@ -101,13 +105,16 @@ def _mask_operands(
     return broadcast(view, view.size, whole), broadcast(bounds, size, (*whole[:3], 4))
 
 
+def _codes(keys: Tensor) -> str:
+    return "+int8_kv" if keys.dtype == torch.int8 else ""
+
+
 def _attention_record(
-    node: fx.Node, q: fx.Node, keys: Size, detail: str, inputs: tuple, outputs: tuple
+    node: fx.Node, q: fx.Node, kv: tuple[Tensor, Tensor], detail: str, inputs: tuple, outputs: tuple
 ) -> StepRecord:
     b, h, sq, d = fake(q).shape
-    kv_heads = fake(inputs[1]).shape[1]
-    flops = 4 * b * h * sq * keys * d
-    size = num_bytes(q, q) + 2 * b * kv_heads * keys * d * itemsize(q)
+    flops = 4 * b * h * sq * kv[0].shape[2] * d
+    size = num_bytes(q, q) + sum(numel(t) * t.element_size() for t in kv)
     return StepRecord(
         "attention",
         "attention.cpu",
@@ -128,7 +135,8 @@ def _lower_attention(s: SegmentBuilder, node: fx.Node) -> None:
     operands = [s.view(q), s.view(k), s.view(v), s.view(node), mask, bounds, *[None] * 5]
     ints = [int(a["causal"]), a["causal_offset"], a["window"], 0, 0]
     detail = "causal" if a["causal"] else "mask" if mask is not None else "full"
-    record = _attention_record(node, q, keys, detail, (q, k, v), (node,))
+    detail += _codes(fake(k))
+    record = _attention_record(node, q, (fake(k), fake(v)), detail, (q, k, v), (node,))
     s.step("attention", operands, ints, [a["scale"], a["softcap"]], record)
 
 
@@ -140,7 +148,8 @@ def _lower_attention_append(s: SegmentBuilder, node: fx.Node) -> None:
     _, keys, values = fake(node)
     views = []
     for i, (cache, new, whole) in enumerate(((k_cache, k_new, keys), (v_cache, v_new, values))):
-        b, h, n, d = fake(new).shape
+        b, h, n, _ = fake(new).shape
+        d = int(whole.shape[3])
         cache_argument = None if cache is None else s.argument(cache)
         buffer = s.grow(KvSpec(cache_argument, b, h, n, d, whole.dtype), s.part(node, 1 + i))
         views.append(View(buffer, whole.dtype, tuple(whole.shape), tuple(whole.stride())))
@@ -159,7 +168,8 @@ def _lower_attention_append(s: SegmentBuilder, node: fx.Node) -> None:
     ints = [int(a["causal"]), a["causal_offset"], a["window"], ROPE_KINDS.index(rope_name), 1]
     detail = "append" + (f"+rope_{rope_name}" if rope_name != "none" else "")
     detail += "+causal" if a["causal"] else "+mask" if mask is not None else ""
-    record = _attention_record(node, q, total, detail, (q, k_new, v_new), ())
+    detail += _codes(keys)
+    record = _attention_record(node, q, (keys, values), detail, (q, k_new, v_new), ())
     s.step("attention", operands, ints, [a["scale"], a["softcap"]], record)
 
 

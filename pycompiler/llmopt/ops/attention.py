@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmopt.ops.kv_codes import SCALE_BYTES, dequantize_rows, quantize_rows
 from llmopt.ops.rope import rope
 from llmopt.sizes import Size
 
@@ -37,10 +38,12 @@ def attention(
 ) -> Tensor:
     """q [B,H,Sq,D], k [B,Hkv,Skv,D], v [B,Hkv,Skv,Dv] → [B,H,Sq,Dv] in q's dtype; H a multiple of Hkv.
 
+    k and v may be int8 rows of ops.kv_codes, four bytes longer.
     mask: bool (True = attend) or additive float, broadcastable to [B,H,Sq,Skv]. Computed in float32. A row with no key gives zeros.
     """
     group = q.shape[1] // k.shape[1]
-    kf, vf = (t.float().repeat_interleave(group, 1) if group > 1 else t.float() for t in (k, v))
+    floats = [dequantize_rows(t) if t.dtype == torch.int8 else t.float() for t in (k, v)]
+    kf, vf = (t.repeat_interleave(group, 1) if group > 1 else t for t in floats)
     scores = torch.matmul(q.float(), kf.transpose(2, 3)) * scale
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
@@ -61,7 +64,7 @@ def attention(
 def _fake(q: Tensor, k: Tensor, v: Tensor, *_settings: Any, **_named: Any) -> Tensor:
     # Memory order [B,Sq,H,Dv]: the projection that follows reads rows of H·Dv.
     b, h, s, _ = q.shape
-    d = v.shape[3]
+    d = v.shape[3] - (SCALE_BYTES if v.dtype == torch.int8 else 0)
     strides = (s * h * d, d, h * d, 1)
     return torch.empty_strided((b, h, s, d), strides, dtype=q.dtype, device=q.device)
 
@@ -84,25 +87,32 @@ def attention_append(
     causal_offset: int = 0,
     window: int = 0,
     softcap: float = 0.0,
+    *,
+    as_codes: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rotates q and k_new, appends k_new and v_new [B,Hkv,Sn,·] to the caches [B,Hkv,S,·], attends.
 
     Returns (out, keys, values); keys and values hold S + Sn positions. A cache of None is empty.
+    as_codes: the caches are int8 rows of ops.kv_codes; what is appended is rounded first.
     """
     if rope_kind != "none":
         assert cos is not None
         assert sin is not None
         q, k_new = rope(q, cos, sin, rope_kind), rope(k_new, cos, sin, rope_kind)
+    if as_codes:
+        k_new, v_new = quantize_rows(k_new), quantize_rows(v_new)
     keys = k_new if k_cache is None else torch.cat((k_cache, k_new), 2)
     values = v_new if v_cache is None else torch.cat((v_cache, v_new), 2)
     out = attention(q, keys, values, mask, scale, causal, causal_offset, window, softcap)
     return out, keys, values
 
 
-def slab_empty(b: Size, h: Size, s: Size, d: Size, like: Tensor) -> Tensor:
+def slab_empty(
+    b: Size, h: Size, s: Size, d: Size, dtype: torch.dtype, device: torch.device
+) -> Tensor:
     """A [B,H,S,D] tensor laid out [S,B,H,D]: its strides do not depend on S, so it can grow in place."""
     strides = (h * d, d, b * h * d, 1)
-    return torch.empty_strided((b, h, s, d), strides, dtype=like.dtype, device=like.device)
+    return torch.empty_strided((b, h, s, d), strides, dtype=dtype, device=device)
 
 
 def _fake_append(
@@ -112,13 +122,15 @@ def _fake_append(
     k_cache: Tensor | None,
     v_cache: Tensor | None,
     *_settings: Any,
+    as_codes: bool = False,
     **_named: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     b, h, s, d = k_new.shape
+    dtype, more = (torch.int8, SCALE_BYTES) if as_codes else (k_new.dtype, 0)
     k_len = s if k_cache is None else k_cache.shape[2] + s
     v_len = s if v_cache is None else v_cache.shape[2] + s
-    keys = slab_empty(b, h, k_len, d, k_new)
-    values = slab_empty(b, h, v_len, v_new.shape[3], v_new)
+    keys = slab_empty(b, h, k_len, d + more, dtype, k_new.device)
+    values = slab_empty(b, h, v_len, v_new.shape[3] + more, dtype, v_new.device)
     return _fake(q, keys, values), keys, values
 
 

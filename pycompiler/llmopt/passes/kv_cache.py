@@ -1,12 +1,15 @@
 """kv_cache: rope + cat(cache, new) + attention → ops.attention_append, whose caches grow in place.
 
 Applies where the concatenated keys and values leave the graph (a DynamicCache keeps them); other concatenations stay as they are.
+A cache of codes (llmopt.KVCache) rounds what it joins and widens the whole: then attention reads the codes, appended or not.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx
 
 from llmopt import ops
@@ -32,28 +35,59 @@ def run(graph: fx.Graph) -> None:
     written, writes = mutated_storages(graph), Writes(graph)
     for node in list(graph.nodes):
         if kind(node) == "llmopt.attention":
+            _read_codes(node, writes)
             _match(graph, mode, node, written, writes)
 
 
-def _cache_and_new(node: fx.Node) -> tuple[fx.Node | None, fx.Node] | None:
-    """The two parts of cat((cache, new), -2); a cache of None is empty."""
+def _read_codes(node: fx.Node, writes: Writes) -> None:
+    """attention over keys and values widened from codes reads the codes."""
+    widened = node.args[1:3]
+    if any(kind(w) != _WIDEN for w in widened):
+        return
+    rows = [w.args[0] for w in widened]
+    if writes.between(rows, min(widened), node):
+        return
+    node.args = (node.args[0], *rows, *node.args[3:])
+    for w in dict.fromkeys(widened):
+        if not w.users:
+            node.graph.erase_node(w)
+
+
+@dataclass(frozen=True)
+class _Joined:
+    """cat((cache, new), -2); a cache of None is empty. new_reader: what reads `new`, the cat or the rounding in front of it."""
+
+    whole: fx.Node
+    cache: fx.Node | None
+    new: fx.Node
+    new_reader: fx.Node
+
+    @property
+    def as_codes(self) -> bool:
+        return self.new_reader is not self.whole
+
+
+def _joined(node: fx.Node) -> _Joined | None:
     if kind(node) != "cat" or fake(node).dim() != 4 or argument(node, 1, "dim", 0) not in (-2, 2):
         return None
     parts = [p for p in argument(node, 0, "tensors") if not is_empty(fake(p))]
-    if len(parts) == 1:
-        return None, parts[0]
-    if len(parts) != 2 or parts[0].op != "placeholder":
+    if not parts or len(parts) > 2 or (len(parts) == 2 and parts[0].op != "placeholder"):
         return None
-    return parts[0], parts[1]
+    cache, new = parts[0] if len(parts) == 2 else None, parts[-1]
+    if fake(node).dtype != torch.int8:
+        return _Joined(node, cache, new, node)
+    if kind(new) != _ROUND or sole_user(new) is not node:
+        return None
+    return _Joined(node, cache, new.args[0], new)
 
 
 def _match(graph: fx.Graph, mode: Any, node: fx.Node, written: set[int], writes: Writes) -> None:
     q, keys, values, mask = (argument(node, i, n) for i, n in enumerate(("q", "k", "v", "mask")))
-    k_parts, v_parts = _cache_and_new(keys), _cache_and_new(values)
+    k_parts, v_parts = _joined(keys), _joined(values)
     if k_parts is None or v_parts is None or keys is values:
         return
-    (k_cache, k_new), (v_cache, v_new) = k_parts, v_parts
-    if (k_cache is None) != (v_cache is None):
+    k_cache, k_new, v_cache, v_new = k_parts.cache, k_parts.new, v_parts.cache, v_parts.new
+    if (k_cache is None) != (v_cache is None) or k_parts.as_codes != v_parts.as_codes:
         return
     if any(storage(t) in written for t in (keys, values, k_cache, v_cache) if t is not None):
         return
@@ -69,7 +103,7 @@ def _match(graph: fx.Graph, mode: Any, node: fx.Node, written: set[int], writes:
         both_turned
         and q.args[1:] == k_new.args[1:]
         and sole_user(q) is node
-        and sole_user(k_new) is keys
+        and sole_user(k_new) is k_parts.new_reader
         and same_size(fake(q).shape[2], fake(k_new).shape[2])
     ):
         q_raw, cos, sin, rope_kind = q.args
@@ -83,7 +117,8 @@ def _match(graph: fx.Graph, mode: Any, node: fx.Node, written: set[int], writes:
         anchor = graph.call_function(getitem, (q_raw, 0))  # a place to insert before; removed below
     with graph.inserting_before(anchor):
         args = (q_raw, k_raw, v_new, k_cache, v_cache, cos, sin, rope_kind, mask, *settings)
-        joined = emit(graph, mode, ops.attention_append, args, like=node)
+        kwargs = {"as_codes": True} if k_parts.as_codes else {}
+        joined = emit(graph, mode, ops.attention_append, args, kwargs, like=node)
         parts = [emit(graph, mode, getitem, (joined, i), like=node) for i in range(3)]
     graph.erase_node(anchor)
     changed = []
@@ -91,9 +126,13 @@ def _match(graph: fx.Graph, mode: Any, node: fx.Node, written: set[int], writes:
         changed += list(old.users)
         old.replace_all_uses_with(new)
         graph.erase_node(old)
+    for part in (k_parts, v_parts):
+        if part.as_codes:
+            graph.erase_node(part.new_reader)
     refresh(changed)
 
 
+_ROUND, _WIDEN = "quantize_kv.default", "dequantize_kv.default"
 _SETTINGS = (
     (4, "scale", 1.0),
     (5, "causal", False),
