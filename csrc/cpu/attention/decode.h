@@ -2,6 +2,7 @@
 // that share it; scores are dot products along the head dimension, kLanes of them in flight.
 #pragma once
 #include "cpu/attention/mask.h"
+#include "cpu/attention/quads.h"
 #include "cpu/attention/rope.h"
 
 namespace {
@@ -23,6 +24,7 @@ struct DecodeRow {
 struct DecodeHead {
   int64_t b, kv_head, rows;
   float *q, *o;
+  CodedQuery* coded;
   DecodeRow row[kLanes];
 };
 
@@ -159,6 +161,21 @@ void dot_block(int64_t rows, const Stream& k, int64_t keys, const float* q, int6
       dot_rows<T, 4>(rows - r, r ? k.from(j).again() : k.from(j), min64(kSubBlock, keys - j), q + r * kMaxHeadDim,
                      depth, s + r * kScoreLd + j);
 }
+// The same over codes.
+inline void dot_codes(int64_t rows, const Stream& k, int64_t keys, const CodedQuery* q, int64_t depth, float* s) {
+  constexpr int kRows = kVecRegisters / 8;
+  alignas(64) Vec quads[kMaxQuads];
+  for (int64_t j = 0; j < keys; j += kLanes) {
+    const char* row[kLanes];
+    for (int l = 0; l < kLanes; ++l) {
+      row[l] = k.data + min64(j + l, keys - 1) * k.row_bytes;
+      for (int64_t d = 0; d < depth; d += 64) __builtin_prefetch(k.later + (j + l) * k.later_bytes + d, 0, 2);
+    }
+    transpose_rows(row, depth, quads);
+    for (int64_t r = 0; r < rows; r += kRows)
+      dot_queries<kRows>(rows - r, quads, ceil_div(depth, 4), q + r, s + r * kScoreLd + j, kScoreLd);
+  }
+}
 template <DType T, int R, int N>
 void weigh_tiles(int64_t rows, const Stream& v, int64_t keys, const float* w, int64_t v_dim, float* o) {
   for (int64_t j = 0; j < keys; j += kSubBlock)
@@ -259,7 +276,10 @@ inline void decode_block(const Problem& p, DecodeHead& a, int64_t n, const Block
                    : p.k->dtype == DType::s8  ? &dot_block<DType::s8>
                                               : &dot_block<DType::bf16>;
   const Stream k = stream(*p.k, now, n, later), v = stream(*p.v, now, n, later);
-  dot(a.rows, k, keys, a.q, p.head_dim, s);
+  if (p.codes_by_byte)
+    dot_codes(a.rows, k, keys, a.coded, p.head_dim, s);
+  else
+    dot(a.rows, k, keys, a.q, p.head_dim, s);
   if (p.k->dtype == DType::s8) scale_columns(k, p.head_dim, keys, a.rows, nullptr, 0, s);
   bool has_dead = false;
   for (int64_t r = 0; r < a.rows; ++r) {
@@ -292,6 +312,7 @@ inline void start_head(const Problem& p, DecodeHead& a, KeyRange& live) {
     if (range.lo < range.hi) live.lo = min64(live.lo, range.lo), live.hi = max64(live.hi, range.hi);
     float *q = a.q + r * kMaxHeadDim, *o = a.o + r * kMaxHeadDim;
     load_query(p, a.b, h, i, q);
+    if (p.codes_by_byte) code_query(q, p.head_dim, a.coded[r]);
     for (int64_t d = 0; d < p.v_dim; d += kLanes) vstore(o + d, vzero());
   }
 }
@@ -336,12 +357,13 @@ inline void decode(const Problem& p, const Plan& plan, int64_t chunk, int64_t sp
   float* s = reinterpret_cast<float*>(scratch.local);
   float* bias = s + kLanes * kScoreLd;
   float* rows = bias + kScoreLd;
+  CodedQuery* coded = reinterpret_cast<CodedQuery*>(rows + kHeadsPerChunk * 2 * kLanes * kMaxHeadDim + kLanes);
   DecodeHead head[kHeadsPerChunk];
   KeyRange live{p.kv_len, 0, MaskUse::none};
   for (int64_t n = 0; n < heads; ++n) {
     float* q = rows + 2 * n * kLanes * kMaxHeadDim;
     head[n].b = b, head[n].kv_head = head0 + n, head[n].rows = plan.rows;
-    head[n].q = q, head[n].o = q + kLanes * kMaxHeadDim;
+    head[n].q = q, head[n].o = q + kLanes * kMaxHeadDim, head[n].coded = coded + n * kLanes;
     start_head(p, head[n], live);
   }
   const int64_t length = max64(0, live.hi - live.lo), lo = length ? live.lo : 0;
@@ -360,7 +382,8 @@ inline void decode(const Problem& p, const Plan& plan, int64_t chunk, int64_t sp
   }
   for (int64_t n = 0; n < heads; ++n) finish_head(p, plan, head[n], split, splits, scratch.shared);
 }
-static_assert(sizeof(float) * ((kLanes + 1) * kScoreLd + kHeadsPerChunk * 2 * kLanes * kMaxHeadDim + kLanes) <=
+static_assert(sizeof(float) * ((kLanes + 1) * kScoreLd + kHeadsPerChunk * 2 * kLanes * kMaxHeadDim + kLanes) +
+                      sizeof(CodedQuery) * kHeadsPerChunk * kLanes <=
                   kLocalBytes,
               "a decode chunk must fit the local scratch");
 

@@ -16,7 +16,7 @@ constexpr int64_t kHeadsPerChunk = 8;                // of kv heads whose rows l
 struct Problem {
   const Tensor *q, *k, *v, *out, *mask, *bounds, *cos, *sin, *k_new, *v_new, *positions;  // nullptr: not given
   int64_t batch, heads, kv_heads, group, q_len, kv_len, head_dim, v_dim, new_len;
-  bool is_causal;
+  bool is_causal, codes_by_byte;  // byte products give the scores of keys that are codes
   int64_t causal_offset, window, rope_kind;
   float scale, softcap;
 };
@@ -46,6 +46,7 @@ inline Problem parse(const Step& s) {
   p.is_causal = s.i[0] != 0, p.causal_offset = s.i[1], p.window = s.i[2];
   p.rope_kind = p.cos && p.sin ? s.i[3] : kRopeNone;
   p.scale = s.f[0], p.softcap = s.f[1];
+  p.codes_by_byte = kMultipliesBytes && p.k->dtype == DType::s8;
   return p;
 }
 

@@ -212,8 +212,11 @@ inline __m256i low_nibbles(const char* p) { return _mm256_and_si256(load_quads(p
 inline __m256i high_nibbles(const char* p) {
   return _mm256_and_si256(_mm256_srli_epi16(load_quads(p), 4), _mm256_set1_epi8(15));
 }
+// Signed bytes that lie in a Vec, as code + 128.
+inline __m256i code_quads(Vec bits) { return _mm256_xor_si256(_mm256_castps_si256(bits.v), _mm256_set1_epi8(-128)); }
 inline void store_quads(char* p, __m256i quads) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), quads); }
 
+constexpr bool kMultipliesBytes = false;
 constexpr int kQuantizedRows = 4;  // MR: with four weight vectors and two broadcasts they fill the registers
 using Bytes = __m256i;
 inline Bytes even_bytes(Bytes b) { return _mm256_and_si256(b, _mm256_set1_epi16(255)); }

@@ -184,6 +184,8 @@ inline __m512i low_nibbles(const char* p) { return _mm512_and_si512(load_quads(p
 inline __m512i high_nibbles(const char* p) {
   return _mm512_and_si512(_mm512_srli_epi16(load_quads(p), 4), _mm512_set1_epi8(15));
 }
+// Signed bytes that lie in a Vec, as code + 128.
+inline __m512i code_quads(Vec bits) { return _mm512_xor_si512(_mm512_castps_si512(bits.v), _mm512_set1_epi8(-128)); }
 inline void store_quads(char* p, __m512i quads) { _mm512_storeu_si512(p, quads); }
 
 #ifdef __AVX512VNNI__
@@ -193,6 +195,7 @@ struct Quad {
   __m512i bytes;
 };
 inline Quad quad(__m512i bytes) { return {bytes}; }
+constexpr bool kMultipliesBytes = true;
 inline Quad quad_row(const char* p) { return {_mm512_set1_epi32(quad_word(p))}; }
 inline void quad_pack(char* to, const int8_t* a) { __builtin_memcpy(to, a, 4); }
 // GCC copies and spills accumulators around the intrinsic.
@@ -205,6 +208,7 @@ inline __attribute__((always_inline)) void quad_dot(IntVec& acc, const Quad& w, 
 }
 #else
 constexpr int kQuantizedRows = 6;
+constexpr bool kMultipliesBytes = false;
 using Bytes = __m512i;
 inline Bytes even_bytes(Bytes b) { return _mm512_and_si512(b, _mm512_set1_epi16(255)); }
 inline Bytes odd_bytes(Bytes b) { return _mm512_srli_epi16(b, 8); }

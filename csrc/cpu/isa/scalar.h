@@ -231,6 +231,7 @@ inline Vec vload_s8_n(const int8_t* p, int n) {
 }
 inline Vec vload_s8(const int8_t* p) { return vload_s8_n(p, kLanes); }
 
+constexpr bool kMultipliesBytes = false;
 constexpr int kQuantizedRows = 4;  // MR
 constexpr int kQuadBytes = 4;      // one row's quad as quad_row reads it
 struct Quads {
@@ -249,6 +250,13 @@ inline Quads low_nibbles(const char* p) {
 inline Quads high_nibbles(const char* p) {
   Quads q = load_quads(p);
   for (uint8_t& byte : q.v) byte = static_cast<uint8_t>(byte >> 4);
+  return q;
+}
+// Signed bytes that lie in a Vec, as code + 128.
+inline Quads code_quads(Vec bits) {
+  Quads q;
+  __builtin_memcpy(q.v, bits.v, sizeof(q.v));
+  for (uint8_t& byte : q.v) byte ^= 128;
   return q;
 }
 inline void store_quads(char* p, const Quads& q) { __builtin_memcpy(p, q.v, sizeof(q.v)); }
