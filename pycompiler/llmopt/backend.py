@@ -16,7 +16,7 @@ from llmopt.compiled import CompiledGraph
 from llmopt.executor import build_executable
 from llmopt.graph import kind
 from llmopt.options import Options, parse_options
-from llmopt.passes import quantize
+from llmopt.passes import kv_cache, quantize
 from llmopt.passes.pipeline import passes
 from llmopt.passes.verify import check_form, check_values, run_copy
 from llmopt.plan import make_plan
@@ -52,12 +52,16 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options
     clock = _Clock()
     decision = _run_passes(gm, example_inputs, options, clock)
     plan = make_plan(gm.graph, here, tuner_for(here, options.mode))
+    if options.kv_cache == "int8":
+        plan.notes = tuple(kv_cache.float_caches(gm.graph))
     clock.lap("plan")
     if not plan.segments:
         say(1, "nothing in this graph has a native kernel")
     executable = build_executable(gm, plan, options)
     clock.lap("build")
     say(2, str(plan))
+    for note in plan.notes:
+        say(1, note)
     for fallback in plan.fallbacks:
         where = f"  [{fallback.source}]" if fallback.source else ""
         say(

@@ -13,7 +13,6 @@ MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagrap
 PRECISIONS = ("exact", *SCHEMES, "auto")
 WEIGHTS = ("keep", "packed")
 KV_CACHES = ("same", "int8")
-AVAILABLE_KV_CACHES = ("same",)
 
 
 @dataclass(frozen=True)
@@ -58,6 +57,6 @@ def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> Option
         accuracy_budget=check_budget(given.get("accuracy_budget", DEFAULT_BUDGET)),
         mode=_choose("mode", mode or "default", MODES, MODES),
         precision=_choose("precision", given.get("precision", "exact"), PRECISIONS, PRECISIONS),
-        kv_cache=_choose("kv_cache", given.get("kv_cache", "same"), KV_CACHES, AVAILABLE_KV_CACHES),
+        kv_cache=_choose("kv_cache", given.get("kv_cache", "same"), KV_CACHES, KV_CACHES),
         weights=_choose("weights", given.get("weights", "keep"), WEIGHTS, WEIGHTS),
     )

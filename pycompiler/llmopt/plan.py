@@ -56,6 +56,7 @@ class Plan:
         int, list[tuple[fx.Node, int | None]]
     ]  # per segment: where each symbol's value comes from
     fallbacks: list[Fallback] = field(default_factory=list)
+    notes: tuple[str, ...] = ()  # what was asked for and could not be done, and why
 
     def records(self) -> Iterator[StepRecord]:
         for level in sorted(self.segments):

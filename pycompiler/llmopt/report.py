@@ -67,6 +67,7 @@ class Report:
     steps: tuple[StepTime, ...]
     fallbacks: tuple[Unaccelerated, ...]
     reasons: tuple[str, ...]  # why whole graphs ran as in PyTorch
+    notes: tuple[str, ...]  # what was asked for and could not be done, and why
     decisions: tuple[Decision, ...] = ()  # of precision="auto"
 
     def summary(self) -> str:
@@ -81,6 +82,8 @@ class Report:
         ]
         lines += [f"precision='auto': {d.summary()}" for d in self.decisions]
         lines += [f"whole graph ran as in PyTorch: {r}" for r in self.reasons]
+        for note in self.notes:
+            lines += textwrap.wrap(note, _WIDTH, subsequent_indent="  ")
         lines += [_row(*group) for group in self._groups()]
         lines += self._config_sources()
         if self.fallbacks:
@@ -199,6 +202,7 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
         steps=tuple(s for r in runs for s in _steps(r, probe)),
         fallbacks=tuple(f for g in graphs for f in _fallbacks(g)),
         reasons=tuple(g.reason for g in graphs if g.reason),
+        notes=tuple(dict.fromkeys(n for g in graphs if g.plan for n in g.plan.notes)),
         decisions=tuple({id(g.decision): g.decision for g in graphs if g.decision}.values()),
     )
 

@@ -22,8 +22,7 @@ ERRORS = {
     "precision": ({"options": {"precision": "w3a3"}}, ("w3a3", "exact", "w8a8")),
     "precision-type": ({"options": {"precision": 8}}, ("8", "exact")),
     "precision-later": ({"options": {"precision": "auto"}}, ("auto", "not available", "exact")),
-    "kv-cache": ({"options": {"kv_cache": "int3"}}, ("int3", "same")),
-    "kv-cache-later": ({"options": {"kv_cache": "int8"}}, ("int8", "not available", "same")),
+    "kv-cache": ({"options": {"kv_cache": "int3"}}, ("int3", "same", "int8")),
     "target": ({"options": {"target": "tpu"}}, ("tpu", "cpu")),
     "target-later": ({"options": {"target": "cuda:90"}}, ("cuda:90", "not available", "cpu")),
 }

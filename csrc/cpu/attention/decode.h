@@ -167,13 +167,15 @@ inline void dot_codes(int64_t rows, const Stream& k, int64_t keys, const CodedQu
   alignas(64) Vec quads[kMaxQuads];
   for (int64_t j = 0; j < keys; j += kLanes) {
     const char* row[kLanes];
+    alignas(64) float scale[kLanes];
     for (int l = 0; l < kLanes; ++l) {
       row[l] = k.data + min64(j + l, keys - 1) * k.row_bytes;
+      scale[l] = code_scale(row[l], depth);
       for (int64_t d = 0; d < depth; d += 64) __builtin_prefetch(k.later + (j + l) * k.later_bytes + d, 0, 2);
     }
     transpose_rows(row, depth, quads);
     for (int64_t r = 0; r < rows; r += kRows)
-      dot_queries<kRows>(rows - r, quads, ceil_div(depth, 4), q + r, s + r * kScoreLd + j, kScoreLd);
+      dot_queries<kRows>(rows - r, quads, scale, ceil_div(depth, 4), q + r, s + r * kScoreLd + j, kScoreLd);
   }
 }
 template <DType T, int R, int N>
@@ -280,7 +282,7 @@ inline void decode_block(const Problem& p, DecodeHead& a, int64_t n, const Block
     dot_codes(a.rows, k, keys, a.coded, p.head_dim, s);
   else
     dot(a.rows, k, keys, a.q, p.head_dim, s);
-  if (p.k->dtype == DType::s8) scale_columns(k, p.head_dim, keys, a.rows, nullptr, 0, s);
+  if (p.k->dtype == DType::s8 && !p.codes_by_byte) scale_columns(k, p.head_dim, keys, a.rows, nullptr, 0, s);
   bool has_dead = false;
   for (int64_t r = 0; r < a.rows; ++r) {
     const KeyRange& range = a.row[r].range;

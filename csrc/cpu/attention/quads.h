@@ -44,9 +44,11 @@ inline void code_query(const float* q, int64_t n, CodedQuery& to) {
   }
 }
 
-// s[r][0..kLanes) = q[r] . codes for R queries and the keys in `keys` [quads], one in each lane.
+// s[r][0..kLanes) = scale * (q[r] . codes) for R queries and the keys in `keys` [quads], one in each lane. Not inlined:
+// within its caller GCC keeps the sums in memory.
 template <int R>
-void dot_keys(const Vec* keys, int64_t quads, const CodedQuery* q, float* s, int64_t s_ld) {
+__attribute__((noinline)) void dot_keys(const Vec* keys, const float* scale, int64_t quads, const CodedQuery* q,
+                                        float* s, int64_t s_ld) {
   IntVec acc[R][kPlanes];
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r)
@@ -61,16 +63,17 @@ void dot_keys(const Vec* keys, int64_t quads, const CodedQuery* q, float* s, int
   }
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r) {
-    Vec sum = vmul(vset(q[r].scale[0]), vfrom_int(acc[r][0]));
-#pragma GCC unroll 2
-    for (int p = 1; p < kPlanes; ++p) sum = vfma(vset(q[r].scale[p]), vfrom_int(acc[r][p]), sum);
-    vstore(s + r * s_ld, sum);
+    Vec sum = vmul(vset(q[r].scale[2]), vfrom_int(acc[r][2]));
+    sum = vfma(vset(q[r].scale[1]), vfrom_int(acc[r][1]), sum);
+    sum = vfma(vset(q[r].scale[0]), vfrom_int(acc[r][0]), sum);
+    vstore(s + r * s_ld, vmul(sum, vload(scale)));
   }
 }
 template <int R>
-void dot_queries(int64_t rows, const Vec* keys, int64_t quads, const CodedQuery* q, float* s, int64_t s_ld) {
-  if (rows >= R) return dot_keys<R>(keys, quads, q, s, s_ld);
-  if constexpr (R > 1) dot_queries<R - 1>(rows, keys, quads, q, s, s_ld);
+void dot_queries(int64_t rows, const Vec* keys, const float* scale, int64_t quads, const CodedQuery* q, float* s,
+                 int64_t s_ld) {
+  if (rows >= R) return dot_keys<R>(keys, scale, quads, q, s, s_ld);
+  if constexpr (R > 1) dot_queries<R - 1>(rows, keys, scale, quads, q, s, s_ld);
 }
 
 // The bytes of kLanes rows, transposed four by four.

@@ -43,6 +43,13 @@ def add(commands: Any) -> None:
         help="compile options, run through torch.compile",
     )
     parser.add_argument(
+        "--kv-cache",
+        type=options.names,
+        default=[],
+        metavar="KV",
+        help="int8: a causal model with llmopt.KVCache, in eager; what is asked for with --scheme has it on top",
+    )
+    parser.add_argument(
         "--algorithm",
         help="with --scheme: round (default), smoothquant, awq, gptq, smoothquant+gptq, awq+gptq",
     )
@@ -65,8 +72,10 @@ def run(args: argparse.Namespace) -> int:
 
     from llmopt.models import ModelError, load
 
-    if not args.scheme and not args.precision:
-        raise ValueError("say what to measure: --scheme w8a8,w8a16,w4a16 or --precision w8a8")
+    if not args.scheme and not args.precision and not args.kv_cache:
+        raise ValueError(
+            "say what to measure: --scheme w8a8,w8a16,w4a16, --precision w8a8 or --kv-cache int8"
+        )
     if args.precision and (args.group is not None or args.algorithm is not None):
         raise ValueError("--group and --algorithm are for --scheme: measure --precision apart")
     if args.threads:
@@ -75,6 +84,8 @@ def run(args: argparse.Namespace) -> int:
         loaded = load(args.model, torch.float32, args.random_weights)
     if loaded.kind == "causal":
         result = _causal(args, loaded)
+    elif args.kv_cache:
+        raise ModelError(f"{args.model}: only language models have a KV cache")
     elif loaded.kind == "encoder" and loaded.tokenizer is not None:
         result = _encoder(args, loaded)
     else:
@@ -182,11 +193,26 @@ def _models(
             models[f"{scheme} {algorithm}"] = quantize(
                 loaded.model, scheme, calibration, group=args.group, algorithm=algorithm
             )
+    for dtype in args.kv_cache:
+        for name, model in (("", loaded.model), *tuple(models.items())):
+            models[f"{name} + {dtype} KV".removeprefix(" + ")] = _with_cache(model, dtype)
     for precision in args.precision:
         models[f"compiled {precision}"] = torch.compile(
             twin_of(loaded.model), backend="llmopt", options={"precision": precision}
         )
     return models
+
+
+def _with_cache(model: Any, dtype: str) -> Callable[..., Any]:
+    """The model reading its keys and values from a cache of this dtype."""
+    from llmopt.quant.kv_cache import KVCache
+
+    KVCache(model, dtype)  # a wrong dtype is an error before anything is measured
+
+    def call(input_ids: Any, use_cache: bool) -> Any:
+        return model(input_ids=input_ids, past_key_values=KVCache(model, dtype), use_cache=True)
+
+    return call
 
 
 def _from_gguf(args: argparse.Namespace) -> Any:

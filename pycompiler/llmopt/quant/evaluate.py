@@ -58,8 +58,8 @@ def compare_causal(
 ) -> dict[str, Agreement]:
     """Each model beside the reference on windows [count, length]; "reference" is in the result too.
 
-    Models are called with input_ids [batch, length] and use_cache=False and return an object with .logits.
-    on_batch: called after each model's batch.
+    Models are called with input_ids [batch, length] and use_cache=False and return an object with .logits; one that has a cache of
+    its own takes both and does as it likes. on_batch: called after each model's batch.
     """
     sums = {name: torch.zeros(3, dtype=torch.float64) for name in ("reference", *models)}
     with torch.inference_mode():
