@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import llmopt
 import pytest
 import torch
 from llmopt import models
+from llmopt.quant.evaluate import divergence
 
 from tests.e2e.compare import assert_near_tie
 from tests.tolerance import assert_close
@@ -98,6 +100,33 @@ def test_generate_is_eagers(prompt: str, eager: models.LoadedModel, compiled: An
 def test_logits_over_512_tokens(eager: models.LoadedModel, compiled: Any) -> None:
     ids = text_of(eager.tokenizer, 512)
     assert_close(compiled(ids, use_cache=False).logits, eager.model(ids).logits)
+
+
+@torch.no_grad()
+def test_int8_kv_cache_is_near_the_exact_one(eager: models.LoadedModel, compiled: Any) -> None:
+    """A prefill, then tokens one by one: predictions stay, in little more than a quarter of the memory."""
+    ids = text_of(eager.tokenizer, 320)
+    cache = llmopt.KVCache(compiled)
+    pieces = [ids[:, :256], *ids[:, 256:].split(1, dim=1)]
+    got = torch.cat(
+        [compiled(p, past_key_values=cache, use_cache=True).logits for p in pieces], dim=1
+    )
+    want = eager.model(ids).logits
+    assert divergence(want, got) <= 0.003
+    assert (want.argmax(-1) == got.argmax(-1)).double().mean() >= 0.97
+    floats = sum(t.numel() * 4 for layer in range(30) for t in cache.dequantized(layer))
+    codes = sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values))
+    assert codes / floats == 68 / 256
+
+
+def test_generate_with_int8_kv(eager: models.LoadedModel, compiled: Any) -> None:
+    """The text of the same cache in eager."""
+    x = eager.tokenizer(PROMPTS[0], return_tensors="pt")
+    got, want = (
+        m.generate(**x, max_new_tokens=16, do_sample=False, past_key_values=llmopt.KVCache(m))
+        for m in (compiled, eager.model)
+    )
+    assert eager.tokenizer.decode(got[0]) == eager.tokenizer.decode(want[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])

@@ -1,0 +1,170 @@
+"""llmopt.KVCache through compiled models: beside the same cache in eager, and what kv_cache="int8" says of other caches."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import llmopt
+import pytest
+import torch
+from transformers.cache_utils import DynamicCache, StaticCache
+
+from tests.e2e import zoo
+from tests.e2e.test_generate import GREEDY, ONE, Counted, feed, padded
+
+BOTH = pytest.mark.parametrize("name", ["llama", "mistral-window"])
+
+
+def rms(x: torch.Tensor) -> float:
+    return x.double().pow(2).mean().sqrt().item()
+
+
+def assert_much_nearer(got: torch.Tensor, want: torch.Tensor, exact: torch.Tensor) -> None:
+    """A value near the middle between two codes may round the other way: got is near want compared with what codes cost."""
+    cost = rms(want - exact)
+    assert cost > 1e-4 * rms(exact), "codes cost something"
+    assert rms(got - want) <= 0.1 * cost
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_chunked_prefill_and_long_decode(name: str, dtype: torch.dtype, backend: str) -> None:
+    eager, compiled = zoo.pair(name, backend, dtype, **ONE)
+    ids = zoo.inputs(name, 180)["input_ids"]
+    pieces = [*ids[:, :40].split([23, 17], dim=1), *ids[:, 40:].split(1, dim=1)]
+    logits, caches = [], []
+    for model, cache in (
+        (compiled, llmopt.KVCache(compiled)),
+        (eager, llmopt.KVCache(eager)),
+        (eager, DynamicCache(config=eager.config)),
+    ):
+        logits.append(torch.cat([feed(model, cache, piece) for piece in pieces], 1))
+        caches.append(cache)
+    if dtype == torch.float32:
+        assert_much_nearer(*logits)
+    else:  # half-precision eager rounds what it reads from the cache; the kernel does not
+        assert rms(logits[0] - logits[2]) <= 1.5 * rms(logits[1] - logits[2])
+    mine, theirs = caches[0].layers[0], caches[1].layers[0]
+    for a, b in ((mine.keys, theirs.keys), (mine.values, theirs.values)):
+        assert a.shape == b.shape
+        if dtype == torch.float32:
+            assert (a[..., :-4] == b[..., :-4]).double().mean() > 0.999
+
+
+@BOTH
+def test_no_recompiles_after_warm_up(name: str, backend: str) -> None:
+    model, counted = zoo.make(name, **ONE), Counted(backend)
+    model.compile(backend=counted)
+
+    def run(length: int, new: int) -> None:
+        cache = llmopt.KVCache(model)
+        model.generate(
+            **zoo.inputs(name, length), max_new_tokens=new, past_key_values=cache, **GREEDY
+        )
+        assert cache.get_seq_length() == length + new - 1
+
+    for length, new in ((9, 5), (14, 9), (15, 6)):
+        run(length, new)
+    graphs, calls = counted.graphs, counted.calls
+    for length, new in ((11, 4), (30, 25), (8, 7)):
+        run(length, new)
+    assert counted.graphs == graphs, "new sizes recompiled"
+    assert counted.calls - calls == 4 + 25 + 7, "every forward is one whole graph"
+
+
+def test_padded_batch_and_beams(backend: str) -> None:
+    eager, compiled = zoo.pair("llama", backend, **ONE)
+    x = padded((13, 1, 7), "left")
+    for how in ({}, {"num_beams": 3, "num_return_sequences": 2}):
+        got, want = (
+            m.generate(**x, max_new_tokens=6, do_sample=False, past_key_values=llmopt.KVCache(m), **how)
+            for m in (compiled, eager)
+        )  # fmt: skip
+        assert torch.equal(got, want)
+
+
+def test_assisted_decoding_crops(backend: str) -> None:
+    eager, compiled = zoo.pair("llama", backend, **ONE)
+    x = zoo.inputs("llama", 12, batch=1)
+    x["input_ids"][:, 6:] = x["input_ids"][:, :6]  # a repetition, for the lookup to find
+    got, want = (
+        m.generate(
+            **x, do_sample=False, max_new_tokens=16, past_key_values=llmopt.KVCache(m), **how
+        )
+        for m, how in ((compiled, {"prompt_lookup_num_tokens": 3}), (eager, {}))
+    )
+    assert torch.equal(got, want)
+
+
+def test_forked_cropped_and_reordered_caches(backend: str) -> None:
+    """One prefix goes on in several ways; no branch may write into what another one still reads."""
+    eager, compiled = zoo.pair("llama", backend, **ONE)
+    ids = zoo.inputs("llama", 40, batch=2)["input_ids"]
+    prefix, left, right = ids[:, :10], ids[:, 10:16], ids[:, 20:26]
+
+    def logits(model: Any, trunk: Any) -> torch.Tensor:
+        feed(model, trunk, prefix)
+        fork = copy.deepcopy(trunk)
+        alias = copy.copy(trunk)  # shares the tensors themselves
+        alias.layers = [copy.copy(layer) for layer in trunk.layers]
+        out = []
+        for step in range(6):
+            for cache, branch in ((trunk, left), (fork, right), (alias, right)):
+                out.append(feed(model, cache, branch[:, step : step + 1]))
+        trunk.crop(-4)
+        fork.reorder_cache(torch.tensor([1, 0]))
+        alias.batch_select_indices(torch.tensor([1, 1]))
+        for cache, branch in ((trunk, right), (fork, left), (alias, left)):
+            out.extend(feed(model, cache, branch[:, step : step + 1]) for step in range(3))
+        return torch.cat(out)
+
+    exact = logits(eager, DynamicCache(config=eager.config))
+    assert_much_nearer(
+        logits(compiled, llmopt.KVCache(compiled)), logits(eager, llmopt.KVCache(eager)), exact
+    )
+
+
+def test_nan_stays_visible(backend: str) -> None:
+    """A token whose keys and values are NaN makes every later token NaN, and none before it."""
+    _, compiled = zoo.pair("llama", backend, **ONE)
+    embeds = torch.randn(1, 6, compiled.config.hidden_size)
+    embeds[0, 3, 5] = torch.nan
+    cache = llmopt.KVCache(compiled)
+    with torch.no_grad():
+        logits = compiled(inputs_embeds=embeds, past_key_values=cache, use_cache=True).logits
+    assert logits[0, :3].isfinite().all()
+    assert logits[0, 3:].isnan().all()
+    assert feed(compiled, cache, torch.tensor([[7]])).isnan().all()
+
+
+def test_explain_shows_attention_over_codes(backend: str) -> None:
+    _, compiled = zoo.pair("llama", backend, **ONE)
+    report = llmopt.explain(
+        compiled, **zoo.inputs("llama", 12), past_key_values=llmopt.KVCache(compiled)
+    )
+    details = [s.detail for s in report.steps if s.kernel == "attention.cpu"]
+    assert details == ["append+rope_half+mask+int8_kv"]
+    assert not [f for f in report.fallbacks if "kv" in f.operation]
+    assert report.notes == ()
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static", "ours"])
+def test_the_option_says_why_a_float_cache_stays(cache: str, backend: str) -> None:
+    eager, compiled = zoo.make("llama", **ONE), zoo.make("llama", **ONE)
+    compiled.compile(backend=backend, options={"kv_cache": "int8"})
+    x = zoo.inputs("llama", 12)["input_ids"]
+    make = {
+        "dynamic": lambda m: DynamicCache(config=m.config),
+        "static": lambda m: StaticCache(config=m.config, max_cache_len=32),
+        "ours": llmopt.KVCache,
+    }[cache]
+    want = feed(eager, make(eager), x)
+    torch.testing.assert_close(feed(compiled, make(compiled), x), want, rtol=1e-4, atol=1e-4)
+    notes = llmopt.explain(compiled, input_ids=x, past_key_values=make(compiled)).notes
+    if cache == "ours":
+        assert notes == ()
+        return
+    (note,) = notes
+    assert "past_key_values=llmopt.KVCache(model)" in note
+    assert {"dynamic": "leave the graph", "static": "belong to the caller"}[cache] in note
