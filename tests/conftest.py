@@ -8,6 +8,9 @@ import pytest
 
 os.environ["LLMOPT_TUNE"] = "0"  # what somebody measured on this machine is no part of a test
 
+# A process either interprets GPU kernels or compiles them: see the Makefile.
+collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["gpu/interpret"]
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(

@@ -18,13 +18,14 @@ MAX_LINES = 500
 # row do not know each other, so passes never see kernels.
 LAYERS = (
     ("_C", "types", "settings", "sizes"),
-    ("target", "graph", "memory"),
+    ("target", "graph", "memory", "registry"),
     ("ops", "writes"),
     ("quant",),
     ("passes", "native", "kernels"),
     ("kv", "weights", "offload", "options"),
     ("tune",),
     ("auto",),
+    ("gpu",),
     ("plan",),
     ("executor",),
     ("compiled",),
@@ -36,7 +37,17 @@ LAYERS = (
     ("cli",),
 )
 RANK = {group: rank for rank, groups in enumerate(LAYERS) for group in groups}
-MAY_WRITE_FILES = {"models", "benchmark", "cli", "explain", "offload", "quant", "report", "tune"}
+MAY_WRITE_FILES = {
+    "models",
+    "benchmark",
+    "cli",
+    "explain",
+    "gpu",
+    "offload",
+    "quant",
+    "report",
+    "tune",
+}
 
 
 def python_files() -> list[Path]:

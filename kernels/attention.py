@@ -1,0 +1,269 @@
+"""attention on Triton for many queries (Dao et al. 2022):  o = softmax(cap(scale · q kᵀ) + bias) v, keys in blocks, one pass.
+
+q [B,H,Sq,D], k [B,Hkv,Skv,D], v [B,Hkv,Skv,Dv], o [B,H,Sq,Dv], last dimensions dense. What counts: key j for query i when j < length[b];
+causal: j ≤ i + offset; window w: j > i + offset − w; boolean mask. Biases: float mask, ALiBi slope[h] · (j − i − offset). k and v may be
+s8 with one fp32 scale per key and head, [B,Hkv,Skv], in arrays of their own. A row without keys gives zeros.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from llmopt.kernels.gemm import tanh
+from llmopt.registry import Kernel, register
+from llmopt.types import AttentionProblem, AttentionTile, Launch, Target
+
+# Up to which head size a row is the default, and its tiles, best first.
+TILES = (
+    (64, (AttentionTile(128, 64, 8, 3), AttentionTile(64, 64, 4, 3))),
+    (128, (AttentionTile(128, 64, 8, 3), AttentionTile(64, 32, 4, 3))),
+    (256, (AttentionTile(64, 32, 4, 2), AttentionTile(32, 32, 4, 2))),
+)
+LARGEST_HEAD = 256
+
+
+def reject(p: AttentionProblem, t: Target) -> str:
+    if max(p.head_dim, p.value_dim) > LARGEST_HEAD:
+        return f"heads of {max(p.head_dim, p.value_dim)}: up to {LARGEST_HEAD} are possible"
+    if p.dtype not in ("fp16", "bf16", "fp32"):
+        return f"{p.dtype}: fp16, bf16 and fp32 are possible"
+    if p.kv_dtype not in (p.dtype, "i8"):
+        return f"keys of {p.kv_dtype} for queries of {p.dtype}: {p.dtype} and i8 are possible"
+    return ""
+
+
+def tiles(p: AttentionProblem, t: Target) -> tuple[AttentionTile, ...]:
+    head = max(p.head_dim, p.value_dim)
+    row = next(tiles for most, tiles in TILES if head <= most)
+    return tuple(dict.fromkeys(fit(tile, p, t) for tile in row))
+
+
+def fit(tile: AttentionTile, p: AttentionProblem, t: Target) -> AttentionTile:
+    """The tile in the shared memory and registers there are."""
+    block_m, block_n, stages = tile.block_m, tile.block_n, tile.num_stages
+    if p.dtype == "fp32":
+        block_m, block_n, stages = min(block_m, 32), 32, 2
+    if p.kv_dtype == "i8" and p.head_dim > 64:
+        block_n = 32  # widened codes are in registers on their way to the tensor cores
+    if t.device == "hip":
+        # 256 vector registers a lane: 128 rows of heads of 128 spill.
+        block_m, stages = (block_m // 2 if block_m * p.head_dim > 64 * 64 else block_m), 1
+    size = 4 if p.dtype == "fp32" else 2
+    q = block_m * head_block(p.head_dim) * size
+    pair = block_n * (head_block(p.head_dim) + head_block(p.value_dim)) * size
+    while q + stages * pair > t.gpu.smem_block and stages > 1:
+        stages -= 1
+    return AttentionTile(block_m, block_n, tile.num_warps, stages, tile.splits)
+
+
+def head_block(size: int) -> int:
+    return max(triton.next_power_of_2(size), 16)
+
+
+@triton.jit
+def keys_of(
+    first,
+    last,
+    kv_len,
+    offset,
+    window,
+    CAUSAL: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """[low, high): the keys that some query from first to last may see; low is a multiple of BLOCK_N."""
+    low = 0
+    high = kv_len
+    if CAUSAL:
+        high = tl.minimum(kv_len, tl.maximum(last + offset + 1, 0))
+    if WINDOWED:
+        low = tl.maximum(first + offset - window + 1, 0) // BLOCK_N * BLOCK_N
+    return low, high
+
+
+@triton.jit
+def attend(
+    q, best, total, acc, i, row_mask, mask_rows, slopes, j0, high, k_base, v_base, k_scale_base, v_scale_base,
+    stride_kn, stride_vn, stride_mn, offset, window, softcap, scale,
+    MASK: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """One block of keys for rows of queries: (largest score, Σ exp, Σ exp · v) so far → with these keys."""
+    j = j0 + tl.arange(0, BLOCK_N)
+    d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    inside = j < high
+    far = j.to(tl.int64)
+    k = tl.load(
+        k_base + far[None, :] * stride_kn + d[:, None],
+        mask=inside[None, :] & (d < D)[:, None],
+        other=0,
+    )
+    if k_scale_base is not None:
+        k = k.to(tl.float32).to(q.dtype)  # codes are exact in fp16 and bf16
+    s = tl.dot(q, k, input_precision="ieee") * scale
+    if k_scale_base is not None:
+        s *= tl.load(k_scale_base + j, mask=inside, other=0.0)[None, :]
+    if CAPPED:
+        s = softcap * tanh(s / softcap)
+    if slopes is not None:
+        s += slopes[:, None] * (j[None, :] - (i + offset)[:, None]).to(tl.float32)
+    seen = inside[None, :] & row_mask[:, None]
+    if CAUSAL:
+        seen &= j[None, :] <= (i + offset)[:, None]
+    if WINDOWED:
+        seen &= j[None, :] > (i + offset - window)[:, None]
+    if MASK != "none":
+        m = tl.load(mask_rows[:, None] + far[None, :] * stride_mn, mask=seen, other=0)
+        if MASK == "bool":
+            seen &= m != 0
+        else:
+            s += m.to(tl.float32)
+    s = tl.where(seen, s, float("-inf"))
+    higher = tl.maximum(best, tl.max(s, 1))
+    base = tl.where(higher == float("-inf"), 0.0, higher)  # no key so far: exp(-inf - 0) = 0
+    p = tl.exp2((s - base[:, None]) * 1.4426950408889634)
+    shrink = tl.exp2((best - base) * 1.4426950408889634)
+    total = total * shrink + tl.sum(p, 1)
+    v = tl.load(
+        v_base + far[:, None] * stride_vn + dv[None, :],
+        mask=inside[:, None] & (dv < DV)[None, :],
+        other=0,
+    )
+    if v_scale_base is not None:
+        p *= tl.load(v_scale_base + j, mask=inside, other=0.0)[None, :]
+        v = v.to(tl.float32).to(q.dtype)
+    acc = tl.dot(p.to(q.dtype), v, acc * shrink[:, None], input_precision="ieee")
+    return higher, total, acc
+
+
+@triton.jit
+def _kernel(
+    q_ptr, k_ptr, v_ptr, o_ptr, k_scale_ptr, v_scale_ptr, mask_ptr, slopes_ptr, lengths_ptr,
+    H, group, Sq, Skv, stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    stride_ob, stride_oh, stride_om, stride_mb, stride_mh, stride_mm, stride_mn, offset, window, softcap, scale,
+    MASK: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    # 1 which queries of which head am I
+    b, h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
+    first = tl.program_id(0) * BLOCK_M
+    i = first + tl.arange(0, BLOCK_M)
+    row_mask = i < Sq
+    # 2 pointers
+    d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    far = i.to(tl.int64)
+    q = tl.load(q_ptr + b * stride_qb + h * stride_qh + far[:, None] * stride_qm + d[None, :],
+                mask=row_mask[:, None] & (d < D)[None, :], other=0.0)  # fmt: skip
+    k_base = k_ptr + b * stride_kb + (h // group) * stride_kh
+    v_base = v_ptr + b * stride_vb + (h // group) * stride_vh
+    scales = (b * (H // group) + h // group) * Skv
+    kv_len = Skv
+    if lengths_ptr is not None:
+        kv_len = tl.minimum(Skv, tl.load(lengths_ptr + b).to(tl.int32))
+    slopes = None
+    if slopes_ptr is not None:
+        slopes = tl.load(slopes_ptr + h + tl.zeros((BLOCK_M,), tl.int32))
+    mask_rows = None
+    if MASK != "none":
+        mask_rows = mask_ptr + b * stride_mb + h * stride_mh + far * stride_mm
+    # 3 loop over the keys
+    best = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
+    low, high = keys_of(
+        first,
+        tl.minimum(first + BLOCK_M, Sq) - 1,
+        kv_len,
+        offset,
+        window,
+        CAUSAL,
+        WINDOWED,
+        BLOCK_N,
+    )
+    for j0 in range(low, high, BLOCK_N):
+        best, total, acc = attend(
+            q, best, total, acc, i, row_mask, mask_rows, slopes, j0, high, k_base, v_base,
+            k_scale_ptr + scales if k_scale_ptr is not None else None,
+            v_scale_ptr + scales if v_scale_ptr is not None else None,
+            stride_kn, stride_vn, stride_mn, offset, window, softcap, scale,
+            MASK, CAUSAL, WINDOWED, CAPPED, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
+        )  # fmt: skip
+    # 4 divide and 5 store
+    o = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    tl.store(o_ptr + b * stride_ob + h * stride_oh + far[:, None] * stride_om + dv[None, :],
+             o.to(o_ptr.dtype.element_ty), mask=row_mask[:, None] & (dv < DV)[None, :])  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What else decides about scores: mask broadcast to [B,H,Sq,Skv], slopes [H] fp32, lengths [B], scales [B,Hkv,Skv] fp32."""
+
+    scale: float = 1.0
+    causal: bool = False
+    offset: int = 0
+    window: int = 0
+    softcap: float = 0.0
+    mask: Any = None
+    slopes: Any = None
+    lengths: Any = None
+    k_scale: Any = None
+    v_scale: Any = None
+
+    def arguments(self) -> dict[str, Any]:
+        mask = self.mask
+        if mask is not None and mask.dtype == torch.bool:
+            mask = mask.view(torch.uint8)
+        strides = (0, 0, 0, 0) if mask is None else mask.stride()
+        return {
+            "mask_ptr": mask, "slopes_ptr": self.slopes, "lengths_ptr": self.lengths,
+            "k_scale_ptr": self.k_scale, "v_scale_ptr": self.v_scale,
+            **dict(zip(("stride_mb", "stride_mh", "stride_mm", "stride_mn"), strides, strict=True)),
+            "offset": self.offset, "window": self.window, "softcap": float(self.softcap), "scale": float(self.scale),
+        }  # fmt: skip
+
+    def constants(self, p: AttentionProblem) -> dict[str, Any]:
+        kind = "none" if self.mask is None else "bool" if self.mask.dtype == torch.bool else "float"
+        return {
+            "MASK": kind, "CAUSAL": self.causal, "WINDOWED": self.window > 0, "CAPPED": self.softcap > 0,
+            "D": p.head_dim, "DV": p.value_dim,
+            "BLOCK_D": head_block(p.head_dim), "BLOCK_DV": head_block(p.value_dim),
+        }  # fmt: skip
+
+
+READS = (
+    "q_ptr",
+    "k_ptr",
+    "v_ptr",
+    "k_scale_ptr",
+    "v_scale_ptr",
+    "mask_ptr",
+    "slopes_ptr",
+    "lengths_ptr",
+)
+
+
+def operands(p: AttentionProblem, q, k, v, o, scores: Scores) -> dict[str, Any]:
+    """The arguments of an attention launch on [B,·,S,·] tensors."""
+    arguments = {"q_ptr": q, "k_ptr": k, "v_ptr": v, "o_ptr": o, "H": p.heads, "group": p.heads // p.kv_heads,
+                 "Sq": p.q_len, "Skv": p.kv_len, **scores.arguments()}  # fmt: skip
+    for name, tensor, row in (("q", q, "m"), ("k", k, "n"), ("v", v, "n"), ("o", o, "m")):
+        for axis, stride in zip(("b", "h", row), tensor.stride()[:3], strict=True):
+            arguments[f"stride_{name}{axis}"] = stride
+    return arguments
+
+
+def launch(p: AttentionProblem, c: AttentionTile, t: Target, q, k, v, o, scores: Scores) -> Launch:
+    """q, k, v, o as above, of any strides with dense last dimensions."""
+    constants = {**scores.constants(p), "BLOCK_M": c.block_m, "BLOCK_N": c.block_n}
+    return Launch(
+        "attention.triton", _kernel, (triton.cdiv(p.q_len, c.block_m), p.batch * p.heads),
+        operands(p, q, k, v, o, scores), constants, c.num_warps, c.num_stages, reads=READS, writes=("o_ptr",),
+    )  # fmt: skip
+
+
+register(Kernel("attention.triton", "attention", 20, reject, tiles, launch))

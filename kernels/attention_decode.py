@@ -1,0 +1,152 @@
+"""attention on Triton for few queries: the keys of one kv head are split among blocks, and the last one to finish merges them.
+
+Same operands as attention.py. All query heads of a kv head, and all queries, are rows of one block, so that keys are read once.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from llmopt.kernels.attention import READS, Scores, attend, fit, head_block, keys_of, operands
+from llmopt.kernels.attention import reject as reject_attention
+from llmopt.kernels.gemm import arrive
+from llmopt.kernels.operands import counters
+from llmopt.registry import Kernel, register
+from llmopt.types import AttentionProblem, AttentionTile, Launch, Target
+
+MOST_ROWS = 64
+FEWEST_KEYS = 128  # of one split
+MOST_SPLITS = 64
+
+
+def reject(p: AttentionProblem, t: Target) -> str:
+    rows = p.heads // p.kv_heads * p.q_len
+    if rows > MOST_ROWS:
+        return f"{rows} rows a kv head: up to {MOST_ROWS} are possible"
+    return reject_attention(p, t)
+
+
+def tiles(p: AttentionProblem, t: Target) -> tuple[AttentionTile, ...]:
+    rows = max(triton.next_power_of_2(p.heads // p.kv_heads * p.q_len), 16)
+    wide = max(p.head_dim, p.value_dim) > 128
+    seeds = (AttentionTile(rows, 32 if wide else 64, 4, 3), AttentionTile(rows, 32, 4, 4))
+    splits = 1
+    while (
+        p.batch * p.kv_heads * splits * 2 <= 2 * t.gpu.sms
+        and p.kv_len >= FEWEST_KEYS * splits * 2
+        and splits < MOST_SPLITS
+    ):
+        splits *= 2
+    fitting = (
+        fit(AttentionTile(rows, c.block_n, c.num_warps, c.num_stages, splits), p, t) for c in seeds
+    )
+    return tuple(
+        dict.fromkeys(
+            AttentionTile(rows, c.block_n, c.num_warps, c.num_stages, splits) for c in fitting
+        )
+    )
+
+
+@triton.jit
+def _kernel(
+    q_ptr, k_ptr, v_ptr, o_ptr, k_scale_ptr, v_scale_ptr, mask_ptr, slopes_ptr, lengths_ptr, partial_ptr, counter_ptr,
+    H, group, Sq, Skv, stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    stride_ob, stride_oh, stride_om, stride_mb, stride_mh, stride_mm, stride_mn, offset, window, softcap, scale,
+    MASK: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    # 1 which keys of which kv head am I; row r is query r % Sq of the head's r // Sq
+    head, split = tl.program_id(0), tl.program_id(1)
+    kv_heads = H // group
+    b, hk = (head // kv_heads).to(tl.int64), (head % kv_heads).to(tl.int64)
+    r = tl.arange(0, BLOCK_M)
+    row_mask = r < group * Sq
+    i, h = r % Sq, hk * group + r // Sq
+    # 2 pointers
+    d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    q = tl.load(q_ptr + b * stride_qb + (h * stride_qh + i * stride_qm)[:, None] + d[None, :],
+                mask=row_mask[:, None] & (d < D)[None, :], other=0.0)  # fmt: skip
+    k_base = k_ptr + b * stride_kb + hk * stride_kh
+    v_base = v_ptr + b * stride_vb + hk * stride_vh
+    scales = (b * kv_heads + hk) * Skv
+    kv_len = Skv
+    if lengths_ptr is not None:
+        kv_len = tl.minimum(Skv, tl.load(lengths_ptr + b).to(tl.int32))
+    slopes = None
+    if slopes_ptr is not None:
+        slopes = tl.load(slopes_ptr + h, mask=row_mask, other=0.0)
+    mask_rows = None
+    if MASK != "none":
+        mask_rows = mask_ptr + b * stride_mb + h * stride_mh + i * stride_mm
+    # 3 loop over this split's keys
+    best = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
+    low, high = keys_of(0, Sq - 1, kv_len, offset, window, CAUSAL, WINDOWED, BLOCK_N)
+    share = tl.cdiv(tl.cdiv(high - low, BLOCK_N), SPLITS) * BLOCK_N
+    first = low + split * share
+    last = tl.minimum(first + share, high)
+    for j0 in range(first, last, BLOCK_N):
+        best, total, acc = attend(
+            q, best, total, acc, i, row_mask, mask_rows, slopes, j0, last, k_base, v_base,
+            k_scale_ptr + scales if k_scale_ptr is not None else None,
+            v_scale_ptr + scales if v_scale_ptr is not None else None,
+            stride_kn, stride_vn, stride_mn, offset, window, softcap, scale,
+            MASK, CAUSAL, WINDOWED, CAPPED, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
+        )  # fmt: skip
+    # 4 merge, divide and 5 store, by the last block of this head
+    o_rows = o_ptr + b * stride_ob + h * stride_oh + i * stride_om
+    o_mask = row_mask[:, None] & (dv < DV)[None, :]
+    if SPLITS == 1:
+        o = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+        tl.store(o_rows[:, None] + dv[None, :], o.to(o_ptr.dtype.element_ty), mask=o_mask)
+    else:
+        # A slot holds Σ exp · v [BLOCK_M, BLOCK_DV], then the largest scores [BLOCK_M], then Σ exp [BLOCK_M].
+        size = BLOCK_M * BLOCK_DV + 2 * BLOCK_M
+        slots = partial_ptr + head.to(tl.int64) * SPLITS * size
+        inside = r[:, None] * BLOCK_DV + dv[None, :]
+        mine = slots + split * size
+        tl.store(mine + inside, acc)
+        tl.store(mine + BLOCK_M * BLOCK_DV + r, best)
+        tl.store(mine + BLOCK_M * BLOCK_DV + BLOCK_M + r, total)
+        if arrive(counter_ptr, head) == SPLITS - 1:
+            highest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+            for s in range(SPLITS):
+                theirs = tl.load(slots + s * size + BLOCK_M * BLOCK_DV + r, cache_modifier=".cg")
+                highest = tl.maximum(highest, theirs)
+            base = tl.where(highest == float("-inf"), 0.0, highest)
+            whole = tl.zeros((BLOCK_M,), tl.float32)
+            merged = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
+            for s in range(SPLITS):
+                slot = slots + s * size
+                theirs = tl.load(slot + BLOCK_M * BLOCK_DV + r, cache_modifier=".cg")
+                weight = tl.exp2((theirs - base) * 1.4426950408889634)
+                whole += weight * tl.load(
+                    slot + BLOCK_M * BLOCK_DV + BLOCK_M + r, cache_modifier=".cg"
+                )
+                merged += weight[:, None] * tl.load(slot + inside, cache_modifier=".cg")
+            o = merged / tl.where(whole == 0.0, 1.0, whole)[:, None]
+            tl.store(o_rows[:, None] + dv[None, :], o.to(o_ptr.dtype.element_ty), mask=o_mask)
+            tl.store(counter_ptr + head, 0)  # ready for the next launch
+
+
+def launch(p: AttentionProblem, c: AttentionTile, t: Target, q, k, v, o, scores: Scores) -> Launch:
+    """As attention.launch."""
+    partial = counter = None
+    if c.splits > 1:
+        size = c.block_m * head_block(p.value_dim) + 2 * c.block_m
+        partial = torch.empty(
+            p.batch * p.kv_heads * c.splits * size, dtype=torch.float32, device=q.device
+        )
+        counter = counters(q.device)
+    arguments = {**operands(p, q, k, v, o, scores), "partial_ptr": partial, "counter_ptr": counter}
+    constants = {**scores.constants(p), **c.constexprs()}
+    return Launch(
+        "attention_decode.triton", _kernel, (p.batch * p.kv_heads, c.splits), arguments, constants,
+        c.num_warps, c.num_stages, reads=READS, writes=("o_ptr",),
+    )  # fmt: skip
+
+
+register(Kernel("attention_decode.triton", "attention", 10, reject, tiles, launch))

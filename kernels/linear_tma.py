@@ -1,0 +1,88 @@
+"""linear_f16 for NVIDIA sm_90 and newer: blocks stay for many tiles, and the copy engine reads x and W through host-made TMA descriptors.
+
+Same result as linear.py without a norm in front (a separate norm costs little beside many rows).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from llmopt.kernels.gemm import epilogue, tile_of
+from llmopt.kernels.linear import ITEMSIZE, fit
+from llmopt.kernels.linear import reject as reject_linear
+from llmopt.kernels.operands import Around
+from llmopt.registry import Kernel, register
+from llmopt.types import Descriptor, GemmTile, Launch, LinearProblem, Target
+
+_BARRIERS = 4096  # bytes of shared memory for the copy engine's barriers, and to align its blocks
+FEWEST_ROWS = 64  # below, blocks would stay for less than one tile
+TILES = (
+    GemmTile(128, 128, 64, 8, 4),
+    GemmTile(128, 128, 64, 8, 3),
+    GemmTile(128, 64, 64, 4, 4),
+    GemmTile(64, 128, 64, 4, 4),
+)
+
+
+def reject(p: LinearProblem, t: Target) -> str:
+    if not t.gpu.has_tma:
+        return f"{t} has no TMA"
+    if p.norm != "none":
+        return "has no norm in front"
+    if p.m < FEWEST_ROWS:
+        return f"{p.m} rows: {FEWEST_ROWS} or more are possible"
+    if p.dtype not in ("fp16", "bf16"):
+        return f"{p.dtype}: fp16 and bf16 are possible"
+    if p.k * ITEMSIZE[p.dtype] % 16:
+        return f"rows of {p.k} elements are not a multiple of 16 bytes"
+    return reject_linear(p, t)
+
+
+def tiles(p: LinearProblem, t: Target) -> tuple[GemmTile, ...]:
+    return tuple(dict.fromkeys(fit(c, p, t, reserved=_BARRIERS) for c in TILES))
+
+
+@triton.jit
+def _kernel(
+    x_desc, w_desc, up_desc, bias_ptr, up_bias_ptr, residual_ptr, y_ptr,
+    M, N, K, stride_rm, stride_ym, alpha, blocks,
+    ACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    for tile in range(tl.program_id(0), tiles_m * tiles_n, blocks):
+        # 1 which tile is next
+        tile_m, tile_n = tile_of(tile, tiles_m, tiles_n, GROUP_M)
+        first_m, first_n = tile_m * BLOCK_M, tile_n * BLOCK_N
+        # 2 the descriptors are the pointers; 3 K loop: what lies outside the matrices reads as zero
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k in range(0, K, BLOCK_K):
+            x = x_desc.load([first_m, k])
+            acc = tl.dot(x, w_desc.load([first_n, k]).T, acc)
+            if up_desc is not None:
+                up = tl.dot(x, up_desc.load([first_n, k]).T, up)
+        # 4 epilogue and 5 store
+        rows, cols = first_m + tl.arange(0, BLOCK_M), first_n + tl.arange(0, BLOCK_N)
+        epilogue(acc, up if up_desc is not None else None, bias_ptr, up_bias_ptr, residual_ptr, y_ptr, rows, cols, M, N,
+                 stride_rm, stride_ym, alpha, ACT)  # fmt: skip
+
+
+def launch(p: LinearProblem, c: GemmTile, t: Target, x, w, y, around: Around, up=None) -> Launch:
+    """As linear.launch; x and the weights start at multiples of 16 bytes."""
+    tile_count = triton.cdiv(p.m, c.block_m) * triton.cdiv(p.n, c.block_n)
+    blocks = min(tile_count, t.gpu.sms)
+    w_block = (c.block_n, c.block_k)
+    arguments = {
+        "x_desc": Descriptor(x, (c.block_m, c.block_k)), "w_desc": Descriptor(w, w_block),
+        "up_desc": None if up is None else Descriptor(up, w_block), "y_ptr": y,
+        "M": p.m, "N": p.n, "K": p.k, "stride_ym": y.stride(0), "blocks": blocks, **around.arguments(),
+    }  # fmt: skip
+    constants = {"ACT": p.act, **c.constexprs()}
+    del constants["SPLIT_K"]
+    return Launch(
+        "linear_f16_tma.triton", _kernel, (blocks,), arguments, constants, c.num_warps, c.num_stages,
+        reads=("x_desc", "w_desc", "up_desc", "bias_ptr", "up_bias_ptr", "residual_ptr"), writes=("y_ptr",),
+    )  # fmt: skip
+
+
+register(Kernel("linear_f16_tma.triton", "linear", 5, reject, tiles, launch))

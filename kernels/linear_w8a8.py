@@ -1,0 +1,156 @@
+"""linear_w8a8 on Triton:  y = epilogue(Σ_g x_scale[m, g] · w_scale[n, g] · Σ_{k in g} x_q[m, k] · w_q[n, k]).
+
+x_q [M, K] s8 with x_scale [M, G] fp32, w_q [N, K] s8 with w_scale [N, G]: per token and channel (G = 1), or per group of K/G inputs.
+Sums of products are exact in s32; each group is folded into fp32 once. The epilogue is linear.py's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import triton
+import triton.language as tl
+from llmopt.kernels.gemm import finish, tile_of
+from llmopt.kernels.operands import Around, splits_for, workspace
+from llmopt.registry import Kernel, register
+from llmopt.types import GemmTile, Launch, LinearProblem, Target
+
+TILES = (
+    (16, (GemmTile(16, 64, 128, 4, 4), GemmTile(16, 32, 128, 4, 5))),
+    (64, (GemmTile(64, 64, 128, 4, 4), GemmTile(32, 64, 128, 4, 4))),
+    (512, (GemmTile(64, 128, 128, 8, 3), GemmTile(64, 64, 128, 4, 4))),
+    (None, (GemmTile(128, 128, 128, 8, 3), GemmTile(128, 64, 128, 8, 3))),
+)
+
+
+def reject(p: LinearProblem, t: Target) -> str:
+    if p.scheme != "w8a8":
+        return f"weights and inputs are not w8a8 but {p.scheme}"
+    if p.norm != "none":
+        return "a norm comes before the rounding: quantize does both"
+    if p.k % 16:
+        return f"K={p.k} is not a multiple of 16"
+    if p.group not in (0, 32, 64, 128):
+        return f"groups of {p.group}: 32, 64, 128 and all of K are possible"
+    return ""
+
+
+def tiles(p: LinearProblem, t: Target) -> tuple[GemmTile, ...]:
+    row = next(tiles for most, tiles in TILES if most is None or p.m <= most)
+    fitting = dict.fromkeys(_fit(tile, p, t) for tile in row)
+    return tuple(c for c in fitting if _smem(c, p) <= t.gpu.smem_block)
+
+
+def _fit(tile: GemmTile, p: LinearProblem, t: Target) -> GemmTile:
+    if p.group:
+        # Two accumulators live at once, one of them s32: a wide tile would spill.
+        tile = replace(
+            tile,
+            block_k=p.group,
+            block_n=min(tile.block_n, 64) if tile.block_m > 64 else tile.block_n,
+        )
+    if p.gated and tile.block_m * tile.block_n > 64 * 64:
+        tile = replace(tile, block_n=tile.block_n // 2, num_warps=8)
+    if t.device == "hip":
+        tile = replace(tile, num_stages=2)
+    while _smem(tile, p) > t.gpu.smem_block and tile.num_stages > 2:
+        tile = replace(tile, num_stages=tile.num_stages - 1)
+    if p.m > 16:
+        return tile
+    return replace(tile, split_k=splits_for(triton.cdiv(p.n, tile.block_n), p.k // tile.block_k, t))
+
+
+def _smem(tile: GemmTile, p: LinearProblem) -> int:
+    return tile.smem_bytes(1, 1, 2 if p.gated else 1)
+
+
+@triton.jit
+def _fold(acc, product, x_scale, w_scale):
+    return acc + product.to(tl.float32) * x_scale[:, None] * w_scale[None, :]
+
+
+@triton.jit
+def _kernel(
+    x_ptr, x_scale_ptr, w_ptr, w_scale_ptr, up_ptr, up_scale_ptr, bias_ptr, up_bias_ptr, residual_ptr,
+    y_ptr, partial_ptr, counter_ptr,
+    M, N, K, groups, stride_xm, stride_wn, stride_un, stride_rm, stride_ym, alpha,
+    ACT: tl.constexpr, GROUPED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    SPLIT_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    # 1 which tile am I
+    tile, split = tl.program_id(0), tl.program_id(1)
+    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    tile_m, tile_n = tile_of(tile, tiles_m, tiles_n, GROUP_M)
+    rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_mask, col_mask = rows < M, cols < N
+    share = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLIT_K) * BLOCK_K
+    first = split * share
+    # 2 pointers
+    x_rows = x_ptr + rows.to(tl.int64) * stride_xm
+    w_rows = w_ptr + cols.to(tl.int64) * stride_wn
+    if up_ptr is not None:
+        u_rows = up_ptr + cols.to(tl.int64) * stride_un
+    # 3 K loop: one group, or in s32 all the way
+    sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32 if GROUPED else tl.int32)
+    up_sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32 if GROUPED else tl.int32)
+    for k in range(first, min(first + share, K), BLOCK_K):
+        ks = k + tl.arange(0, BLOCK_K)
+        k_mask = ks < K
+        x = tl.load(
+            x_rows[:, None] + ks[None, :], mask=row_mask[:, None] & k_mask[None, :], other=0
+        )
+        w = tl.load(
+            w_rows[None, :] + ks[:, None], mask=col_mask[None, :] & k_mask[:, None], other=0
+        )
+        if GROUPED:
+            group = k // BLOCK_K
+            x_scale = tl.load(x_scale_ptr + rows * groups + group, mask=row_mask, other=0.0)
+            w_scale = tl.load(w_scale_ptr + cols * groups + group, mask=col_mask, other=0.0)
+            sums = _fold(sums, tl.dot(x, w, out_dtype=tl.int32), x_scale, w_scale)
+        else:
+            sums = tl.dot(x, w, sums, out_dtype=tl.int32)
+        if up_ptr is not None:
+            u = tl.load(
+                u_rows[None, :] + ks[:, None], mask=col_mask[None, :] & k_mask[:, None], other=0
+            )
+            if GROUPED:
+                u_scale = tl.load(up_scale_ptr + cols * groups + group, mask=col_mask, other=0.0)
+                up_sums = _fold(up_sums, tl.dot(x, u, out_dtype=tl.int32), x_scale, u_scale)
+            else:
+                up_sums = tl.dot(x, u, up_sums, out_dtype=tl.int32)
+    acc, up = sums.to(tl.float32), up_sums.to(tl.float32)
+    if not GROUPED:
+        x_scale = tl.load(x_scale_ptr + rows, mask=row_mask, other=0.0)
+        acc *= x_scale[:, None] * tl.load(w_scale_ptr + cols, mask=col_mask, other=0.0)[None, :]
+        if up_ptr is not None:
+            up *= x_scale[:, None] * tl.load(up_scale_ptr + cols, mask=col_mask, other=0.0)[None, :]
+    # 4 epilogue and 5 store, by the last of the blocks that share the tile
+    finish(acc, up if up_ptr is not None else None, partial_ptr, counter_ptr, tile, split, tiles_m * tiles_n,
+           bias_ptr, up_bias_ptr, residual_ptr, y_ptr, rows, cols, M, N, stride_rm, stride_ym, alpha,
+           ACT, SPLIT_K, BLOCK_M, BLOCK_N)  # fmt: skip
+
+
+def launch(
+    p: LinearProblem, c: GemmTile, t: Target, x, x_scale, w, w_scale, y, around: Around, up=None, up_scale=None
+) -> Launch:  # fmt: skip
+    """x [M, K] s8, x_scale [M, G]; w and up [N, K] s8, their scales [N, G]; scales dense; y [M, N]."""
+    tile_count = triton.cdiv(p.m, c.block_m) * triton.cdiv(p.n, c.block_n)
+    planes = 1 if up is None else 2
+    partial, counter = workspace(x, tile_count, c.split_k, planes * c.block_m * c.block_n)
+    arguments = {
+        "x_ptr": x, "x_scale_ptr": x_scale, "w_ptr": w, "w_scale_ptr": w_scale, "up_ptr": up, "up_scale_ptr": up_scale,
+        "y_ptr": y, "partial_ptr": partial, "counter_ptr": counter, "M": p.m, "N": p.n, "K": p.k,
+        "groups": p.k // p.group if p.group else 1, "stride_xm": x.stride(0), "stride_wn": w.stride(0),
+        "stride_un": 0 if up is None else up.stride(0), "stride_ym": y.stride(0), **around.arguments(),
+    }  # fmt: skip
+    constants = {"ACT": p.act, "GROUPED": p.group != 0, **c.constexprs()}
+    return Launch(
+        "linear_w8a8.triton", _kernel, (tile_count, c.split_k), arguments, constants, c.num_warps, c.num_stages,
+        reads=("x_ptr", "x_scale_ptr", "w_ptr", "w_scale_ptr", "up_ptr", "up_scale_ptr",
+               "bias_ptr", "up_bias_ptr", "residual_ptr"),
+        writes=("y_ptr",),
+    )  # fmt: skip
+
+
+register(Kernel("linear_w8a8.triton", "linear_quantized", 10, reject, tiles, launch))

@@ -1,0 +1,115 @@
+"""norm, rope, swiglu, softmax, embedding and cross_entropy, ragged, against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from llmopt.gpu.run import run
+from llmopt.kernels import cross_entropy, embedding, norm, rope, softmax, swiglu
+from llmopt.kernels.operands import dtype_name
+from llmopt.ops.rope import rotate
+from llmopt.target import gpu_target
+from llmopt.types import RowProblem, RowTile
+
+from tests.tolerance import assert_close
+
+HOPPER = gpu_target("cuda:90")
+FLOATS = (torch.float16, torch.bfloat16)
+
+
+def problem(x, k=None):
+    return RowProblem(x.numel() // x.shape[-1], k or x.shape[-1], dtype_name(x.dtype))
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+@pytest.mark.parametrize("affine", [False, True])
+def test_norm(kind, dtype, affine):
+    x = (torch.randn(3, 5, 2, 40) + 1).to(dtype)[:, :, 1]  # rows with other rows between them
+    weight, bias = (torch.randn(40).to(dtype) for _ in range(2)) if affine else (None, None)
+    y = torch.empty(15, 40, dtype=dtype)
+    p = problem(x)
+    run(norm.launch(p, norm.tiles(p, HOPPER)[0], HOPPER, x, weight, bias, y, kind, 1e-5, 1.0))
+    h = x.double() - (x.double().mean(-1, keepdim=True) if kind == "layer" else 0)
+    h = h / (h.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    want = h * (weight.double() + 1) + bias.double() if affine else h
+    assert_close(y, want.reshape(15, 40))
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("kind", ["half", "interleaved"])
+@pytest.mark.parametrize("width", [24, 16])
+def test_rope_and_append(kind, dtype, width):
+    b, h, hkv, s, d, dv = 2, 5, 3, 4, 24, 20
+    q, k, v = (
+        torch.randn(b, s, n, w).to(dtype).transpose(1, 2) for n, w in ((h, d), (hkv, d), (hkv, dv))
+    )
+    cos, sin = (torch.randn(1, 1, s, width).to(dtype) for _ in range(2))
+    q_out = torch.empty_like(q)
+    keys, values = (
+        torch.full((9, b, hkv, w), 7.0, dtype=dtype).permute(1, 2, 0, 3) for w in (d, dv)
+    )
+    new = keys[:, :, 5:], values[:, :, 5:]
+    run(rope.launch(problem(q), RowTile(4), HOPPER, q, q_out, cos, sin, kind, k, new[0], v, new[1]))
+    wide = [t.double() for t in (q, k, cos, sin)]
+    assert_close(q_out, rotated(wide[0], *wide[2:], kind))
+    assert_close(new[0], rotated(wide[1], *wide[2:], kind))
+    assert torch.equal(new[1], v)
+    assert (keys[:, :, :5] == 7).all()
+    assert (values[:, :, :5] == 7).all()
+
+
+def rotated(x, cos, sin, kind):
+    width = cos.shape[-1]
+    turned = x[..., :width]
+    turned = turned * cos + rotate(turned, kind) * sin
+    return torch.cat((turned, x[..., width:]), -1)
+
+
+def test_rope_alone_and_append_without_rope():
+    q, cos, sin = torch.randn(2, 3, 4, 16).half(), *torch.randn(2, 2, 1, 4, 16).half()
+    out, keys, values = torch.empty_like(q), torch.empty_like(q), torch.empty_like(q)
+    run(rope.launch(problem(q), RowTile(8), HOPPER, q, out, cos, sin, "half"))
+    assert_close(out, rotated(q.double(), cos.double(), sin.double(), "half"))
+    run(
+        rope.launch(
+            problem(q), RowTile(8), HOPPER, None, None, None, None, "none", q, keys, out, values
+        )
+    )
+    assert torch.equal(keys, q)
+    assert torch.equal(values, out)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_swiglu(dtype):
+    x, y = torch.randn(3, 2 * 300).to(dtype), torch.empty(3, 300, dtype=dtype)
+    run(swiglu.launch(problem(x, 300), RowTile(128), HOPPER, x, y))
+    assert_close(y, F.silu(x[:, :300].double()) * x[:, 300:].double())
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_softmax(dtype):
+    x = (torch.randn(3, 300) * 5).to(dtype)
+    x[1, :299] = float("-inf")
+    y = torch.empty_like(x)
+    run(softmax.launch(problem(x), RowTile(128), HOPPER, x, y))
+    assert_close(y, x.double().softmax(-1))
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_embedding(dtype):
+    table, ids = torch.randn(11, 300).to(dtype), torch.tensor([3, 0, 10, -1, 11])
+    y = torch.empty(5, 300, dtype=dtype)
+    run(embedding.launch(problem(y), RowTile(128), HOPPER, ids, table, y, 2.0))
+    assert torch.equal(y[:3], table[ids[:3]] * 2)
+    assert y[3:].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_cross_entropy(dtype):
+    x, target = (torch.randn(5, 300) * 4).to(dtype), torch.tensor([3, 299, -100, 0, 300])
+    loss = torch.empty(5)
+    run(cross_entropy.launch(problem(x), RowTile(128), HOPPER, x, target, loss))
+    assert_close(loss[:4], F.cross_entropy(x[:4].double(), target[:4], reduction="none"))
+    assert loss[4].isnan()
