@@ -21,7 +21,7 @@ from llmopt.types import AttentionProblem, AttentionTile, Launch, Target
 TILES = (
     (64, (AttentionTile(128, 64, 8, 3), AttentionTile(64, 64, 4, 3))),
     (128, (AttentionTile(128, 64, 8, 3), AttentionTile(64, 32, 4, 3))),
-    (256, (AttentionTile(64, 32, 4, 2), AttentionTile(32, 32, 4, 2))),
+    (256, (AttentionTile(64, 32, 8, 2), AttentionTile(32, 32, 4, 2))),
 )
 LARGEST_HEAD = 256
 
@@ -44,7 +44,9 @@ def tiles(p: AttentionProblem, t: Target) -> tuple[AttentionTile, ...]:
 
 def fit(tile: AttentionTile, p: AttentionProblem, t: Target) -> AttentionTile:
     """The tile in the shared memory and registers there are."""
-    block_m, block_n, stages = tile.block_m, tile.block_n, tile.num_stages
+    block_m, block_n, stages, warps = tile.block_m, tile.block_n, tile.num_stages, tile.num_warps
+    if t.tier == "sm_100" and block_m <= 64:
+        warps = 4  # accumulators are in tensor memory, 64 rows of it belong to four warps
     if p.dtype == "fp32":
         block_m, block_n, stages = min(block_m, 32), 32, 2
     if p.kv_dtype == "i8" and p.head_dim > 64:
@@ -57,7 +59,7 @@ def fit(tile: AttentionTile, p: AttentionProblem, t: Target) -> AttentionTile:
     pair = block_n * (head_block(p.head_dim) + head_block(p.value_dim)) * size
     while q + stages * pair > t.gpu.smem_block and stages > 1:
         stages -= 1
-    return AttentionTile(block_m, block_n, tile.num_warps, stages, tile.splits)
+    return AttentionTile(block_m, block_n, warps, stages, tile.splits)
 
 
 def head_block(size: int) -> int:

@@ -20,7 +20,8 @@ def tiles(p: RowProblem, t: Target) -> tuple[RowTile, ...]:
 def _kernel(ids_ptr, table_ptr, y_ptr, V, K, stride_t, stride_y, scale, BLOCK_K: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     ks = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    token = tl.load(ids_ptr + row).to(tl.int64)
+    # The id as a block: the interpreter joins a scalar's comparison with a block's to something that is no mask.
+    token = tl.load(ids_ptr + row + tl.zeros((BLOCK_K,), tl.int32)).to(tl.int64)
     mask = (ks < K) & (token >= 0) & (token < V)
     x = (
         tl.load(table_ptr + token * stride_t + ks, mask=mask, other=float("nan")).to(tl.float32)

@@ -17,27 +17,31 @@ def is_interpreting() -> bool:
     return isinstance(triton.language.cdiv, InterpretedFunction)
 
 
+class GpuMissing(RuntimeError):
+    """Kernels for a GPU were to run where they cannot; the message says what is missing."""
+
+
+def check_runnable(device: torch.device) -> None:
+    """Raises GpuMissing when kernels cannot run on tensors of a device in this process."""
+    if device.type != "cpu" or is_interpreting():
+        return
+    gpu = "has no GPU" if not torch.cuda.is_available() else "got them on the CPU"
+    raise GpuMissing(
+        f"llmopt: kernels for a GPU cannot run on tensors of {device}: this process {gpu}. Without a GPU a plan can be "
+        "printed (LLMOPT_DEBUG=2), cross-compiled (llmopt build), and run in triton's interpreter, which is slow and for "
+        "tests (TRITON_INTERPRET=1 when Python starts)"
+    )
+
+
 def run(launch: Launch) -> None:
-    """Runs one launch. Raises RuntimeError that says what is missing when its tensors are not where it can run."""
-    device = next(a.device for a in map(_tensor, launch.arguments.values()) if a is not None)
-    if device.type == "cpu" and not is_interpreting():
-        raise RuntimeError(missing(device))
+    """Runs one launch. Raises GpuMissing when its tensors are not where it can run."""
+    check_runnable(next(t.device for t in map(_tensor, launch.arguments.values()) if t is not None))
     arguments = {name: _given(value) for name, value in launch.arguments.items()}
     launch.function[launch.grid](
         **arguments,
         **launch.constants,
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
-    )
-
-
-def missing(device: torch.device) -> str:
-    """What a machine lacks to run kernels on tensors of this device."""
-    gpu = "has no GPU" if not torch.cuda.is_available() else "keeps these tensors on the CPU"
-    return (
-        f"llmopt: kernels for a GPU cannot run on tensors of {device}: this process {gpu}. "
-        "Move the model and its inputs to a GPU, or set TRITON_INTERPRET=1 before Python starts to run them in "
-        "triton's interpreter (slow; for tests)"
     )
 
 

@@ -28,7 +28,18 @@ def _dot(self, a, b, d, precision, max_num_imprecise):
     return _create_dot(self, _values(a), _values(b), d, precision, max_num_imprecise)
 
 
+def _to_bfloat16(self, source, dtype, _plain=interpreter.InterpreterBuilder.create_fp_trunc):
+    """The interpreter cuts bits off; GPUs round to nearest, ties to even."""
+    if dtype.scalar != tl.bfloat16 or source.dtype.scalar != tl.float32:
+        return _plain(self, source, dtype)
+    bits = source.data.astype(np.float32).view(np.uint32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    quiet = np.where(np.isnan(source.data), 0x7FC0, rounded)
+    return interpreter.TensorHandle(quiet.astype(np.uint16), dtype.scalar)
+
+
 interpreter.InterpreterBuilder.create_dot = _dot
+interpreter.InterpreterBuilder.create_fp_trunc = _to_bfloat16
 kernels.load()
 
 
