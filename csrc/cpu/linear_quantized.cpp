@@ -14,11 +14,20 @@
 #include "cpu/family.h"
 #include "cpu/linear_quantized/gemm.h"
 #include "cpu/linear_quantized/pack.h"
+#ifdef __AMX_TILE__
+#include "cpu/linear_quantized/tiles.h"
+#endif
 
 namespace {
+#ifdef __AMX_TILE__
+constexpr Kernel kLinear{"linear_quantized", linear_phases, tier_chunks, tier_workspace, tier_run, tier_first_read};
+#else
+constexpr Kernel kLinear{"linear_quantized", linear_phases, linear_chunks,
+                         linear_workspace,   linear_run,    linear_first_read};
+#endif
 const Kernel kKernels[] = {
     {"pack_linear_quantized", one_phase, pack_chunks, nullptr, pack_run},
-    {"linear_quantized", linear_phases, linear_chunks, linear_workspace, linear_run, linear_first_read},
+    kLinear,
 };
 }  // namespace
 

@@ -14,6 +14,12 @@ struct Prepared {
   float* scale;
   int32_t* start;
   float* sum;
+  int64_t rows;                                   // of a table
+  int64_t group_stride, quad_stride, row_stride;  // of codes, in bytes
+
+  char* quad(int64_t group, int64_t i, int64_t row) const {
+    return codes + group * group_stride + i * quad_stride + row * row_stride;
+  }
 };
 
 inline size_t prepared_bytes(const QuantizedProblem& p) {
@@ -23,10 +29,16 @@ inline size_t prepared_bytes(const QuantizedProblem& p) {
 
 inline Prepared prepared_tile(const QuantizedProblem& p, char* shared, int64_t tile) {
   const int64_t rows = p.M * p.planes, row0 = p.tile_row(tile) * p.planes, groups = p.form.groups();
+  const int64_t tile_rows = p.tile_row(tile + 1) * p.planes - row0, quad_bytes = tile_rows * kQuadBytes;
   float* tables = reinterpret_cast<float*>(shared + ceil_div(rows * p.row_bytes(), 64) * 64);
-  return {shared + row0 * p.row_bytes(), tables + row0 * groups,
+  return {shared + row0 * p.row_bytes(),
+          tables + row0 * groups,
           reinterpret_cast<int32_t*>(tables + rows * groups) + row0 * groups,
-          tables + 2 * rows * groups + row0 * groups};
+          tables + 2 * rows * groups + row0 * groups,
+          tile_rows,
+          2 * p.form.steps() * quad_bytes,
+          quad_bytes,
+          kQuadBytes};
 }
 
 // Small M has one tile: its groups are shared out so that all threads prepare it.
@@ -56,7 +68,7 @@ inline float group_values(const QuantizedProblem& p, const RowNorm& norm, int64_
 // One plane of a group: codes = round(values * inverse), and what they leave over back to `values` if another plane
 // follows. Returns the sum of the codes: NaN if a value is NaN or Inf, whatever the scale.
 template <bool kLast>
-inline float round_plane(const Form& form, float scale, float inverse, float* values, char* to, int64_t rows) {
+inline float round_plane(const Form& form, float scale, float inverse, float* values, char* to, int64_t quad_stride) {
   Vec sum = vzero();
   const int64_t quads = 2 * form.steps();
   int8_t codes[kLanes];
@@ -65,26 +77,26 @@ inline float round_plane(const Form& form, float scale, float inverse, float* va
     sum = vadd(sum, q);
     if (!kLast) vstore(values + k, vfma(q, vset(-scale), x));
     vstore_s8(codes, q);
-    char* at = to + k / 4 * rows * kQuadBytes;
+    char* at = to + k / 4 * quad_stride;
     if (k + kLanes <= kStepK * form.steps()) {
 #pragma GCC unroll 4
-      for (int i = 0; i < kLanes / 4; ++i) quad_pack(at + i * rows * kQuadBytes, codes + 4 * i);
+      for (int i = 0; i < kLanes / 4; ++i) quad_pack(at + i * quad_stride, codes + 4 * i);
       continue;
     }
-    for (int64_t i = 0; i < quads - k / 4; ++i) quad_pack(at + i * rows * kQuadBytes, codes + 4 * i);
+    for (int64_t i = 0; i < quads - k / 4; ++i) quad_pack(at + i * quad_stride, codes + 4 * i);
   }
   return vreduce_add(sum);
 }
 
-void clear_quads(const Form& form, int64_t first, char* to, int64_t rows) {
+void clear_quads(const Form& form, int64_t first, char* to, int64_t quad_stride) {
   const int8_t zeros[4] = {0, 0, 0, 0};
-  for (int64_t i = first; i < 2 * form.steps(); ++i) quad_pack(to + i * rows * kQuadBytes, zeros);
+  for (int64_t i = first; i < 2 * form.steps(); ++i) quad_pack(to + i * quad_stride, zeros);
 }
 
 constexpr float kLargestInverse = 1e35f;  // of which the next plane's is still finite
 
 void quantize_groups(const QuantizedProblem& p, const Prepared& tile, const RowNorm& norm, int64_t token, int64_t row,
-                     int64_t rows, int64_t group0, int64_t count, float* values) {
+                     int64_t group0, int64_t count, float* values) {
   const Form& form = p.form;
   const int64_t stride = ceil_div(form.group, kLanes) * kLanes, written = ceil_div(form.group, kLanes) * kLanes / 4;
   float scale[kBatch], inverse[kBatch], sum[kBatch];
@@ -95,14 +107,14 @@ void quantize_groups(const QuantizedProblem& p, const Prepared& tile, const RowN
   }
   for (int plane = 0; plane < p.planes; ++plane, ++row) {
     for (int64_t i = 0; i < count; ++i) {
-      char* to = tile.codes + ((group0 + i) * 2 * form.steps() * rows + row) * kQuadBytes;
+      char* to = tile.quad(group0 + i, 0, row);
       float* from = values + i * stride;
-      sum[i] = plane + 1 == p.planes ? round_plane<true>(form, scale[i], inverse[i], from, to, rows)
-                                     : round_plane<false>(form, scale[i], inverse[i], from, to, rows);
-      clear_quads(form, sum[i] == sum[i] ? written : 0, to, rows);
+      sum[i] = plane + 1 == p.planes ? round_plane<true>(form, scale[i], inverse[i], from, to, tile.quad_stride)
+                                     : round_plane<false>(form, scale[i], inverse[i], from, to, tile.quad_stride);
+      clear_quads(form, sum[i] == sum[i] ? written : 0, to, tile.quad_stride);
     }
     for (int64_t i = 0; i < count; ++i) {
-      const int64_t at = (group0 + i) * rows + row;
+      const int64_t at = (group0 + i) * tile.rows + row;
       const bool is_number = sum[i] == sum[i];
       tile.scale[at] = !is_number ? sum[i] : inverse[i] > 0.0f ? scale[i] : 0.0f;
       tile.start[at] = -form.zero_point() * (is_number ? static_cast<int32_t>(sum[i]) : 0);
@@ -113,18 +125,23 @@ void quantize_groups(const QuantizedProblem& p, const Prepared& tile, const RowN
   }
 }
 
+// Tokens [token0, token0 + tokens) of a tile whose first token is `first`, groups [group0, group1).
+void quantize_tokens(const QuantizedProblem& p, const Prepared& out, int64_t first, int64_t token0, int64_t tokens,
+                     int64_t group0, int64_t group1, float* values) {
+  const int64_t batch = max64(1, min64(kBatch, kBatchValues / (p.form.group + kLanes)));
+  for (int64_t token = token0; token < token0 + tokens; ++token) {
+    const RowNorm norm = row_norm(p, token);
+    for (int64_t g = group0; g < group1; g += batch)
+      quantize_groups(p, out, norm, token, (token - first) * p.planes, g, min64(batch, group1 - g), values);
+  }
+}
+
 void quantize_tile(const QuantizedProblem& p, int64_t chunk, int threads, const Scratch& scratch) {
   const int64_t parts = quantize_parts(p, threads), tile = chunk / parts, part = chunk % parts;
-  const int64_t first = part * p.form.groups() / parts, end = (part + 1) * p.form.groups() / parts;
-  const int64_t token0 = p.tile_row(tile), tokens = p.tile_row(tile + 1) - token0;
-  const int64_t batch = max64(1, min64(kBatch, kBatchValues / (p.form.group + kLanes)));
-  const Prepared out = prepared_tile(p, scratch.shared, tile);
-  float* values = reinterpret_cast<float*>(scratch.local);
-  for (int64_t t = 0; t < tokens; ++t) {
-    const RowNorm norm = row_norm(p, token0 + t);
-    for (int64_t g = first; g < end; g += batch)
-      quantize_groups(p, out, norm, token0 + t, t * p.planes, tokens * p.planes, g, min64(batch, end - g), values);
-  }
+  const int64_t group0 = part * p.form.groups() / parts, group1 = (part + 1) * p.form.groups() / parts;
+  const int64_t token0 = p.tile_row(tile);
+  quantize_tokens(p, prepared_tile(p, scratch.shared, tile), token0, token0, p.tile_row(tile + 1) - token0, group0,
+                  group1, reinterpret_cast<float*>(scratch.local));
 }
 
 }  // namespace
