@@ -46,7 +46,9 @@ struct QuantizedTiles : QuantizedProblem {
 // Bytes of local memory: two buffers of integer sums, the f32 sums, and a widened panel.
 constexpr int64_t kTileBuffers = 3 * kTileFloats * 4;
 
+// A tuning that names a family means one of the kernels without tiles.
 inline bool runs_on_tiles(const QuantizedTiles& p) {
+  if (p.tuning.family != LinearFamily::automatic) return false;
   if (p.M * p.planes < kLeastTileRows || p.K == 0 || p.tile_k() < kTileBytes) return false;
   return p.form.bits == 8 || kTileBuffers + p.wide().panel_bytes() <= int64_t(kLocalBytes);
 }
