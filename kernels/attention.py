@@ -14,8 +14,9 @@ import torch
 import triton
 import triton.language as tl
 from llmopt.kernels.gemm import tanh
+from llmopt.launch import AttentionProblem, AttentionTile, Launch
 from llmopt.registry import Kernel, register
-from llmopt.types import AttentionProblem, AttentionTile, Launch, Target
+from llmopt.types import Target
 
 # Up to which head size a row is the default, and its tiles, best first.
 TILES = (

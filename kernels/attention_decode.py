@@ -12,8 +12,9 @@ from llmopt.kernels.attention import READS, Scores, attend, fit, head_block, key
 from llmopt.kernels.attention import reject as reject_attention
 from llmopt.kernels.gemm import arrive
 from llmopt.kernels.operands import counters
+from llmopt.launch import AttentionProblem, AttentionTile, Launch
 from llmopt.registry import Kernel, register
-from llmopt.types import AttentionProblem, AttentionTile, Launch, Target
+from llmopt.types import Target
 
 MOST_ROWS = 64
 FEWEST_KEYS = 128  # of one split

@@ -5,8 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from llmopt.kernels.softmax import log_sum, reject, tiles
+from llmopt.launch import Launch, RowProblem, RowTile
 from llmopt.registry import Kernel, register
-from llmopt.types import Launch, RowProblem, RowTile, Target
+from llmopt.types import Target
 
 
 @triton.jit

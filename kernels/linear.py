@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 from llmopt.kernels.gemm import finish, normalise, row_statistics, tile_of
 from llmopt.kernels.operands import Around, splits_for, workspace
+from llmopt.launch import GemmTile, Launch, LinearProblem
 from llmopt.registry import Kernel, register
-from llmopt.types import GemmTile, Launch, LinearProblem, Target
+from llmopt.types import Target
 
 # Up to which M a row of the table is the default, and its tiles, best first.
 TILES = (

@@ -10,8 +10,9 @@ import triton.language as tl
 from llmopt.kernels.gemm import epilogue, normalise, row_statistics
 from llmopt.kernels.linear import reject as reject_linear
 from llmopt.kernels.operands import Around
+from llmopt.launch import GemmTile, Launch, LinearProblem
 from llmopt.registry import Kernel, register
-from llmopt.types import GemmTile, Launch, LinearProblem, Target
+from llmopt.types import Target
 
 MOST_ROWS = 2
 TILES = (GemmTile(1, 16, 512, 4, 1), GemmTile(1, 8, 512, 4, 1), GemmTile(1, 32, 256, 4, 1))

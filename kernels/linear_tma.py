@@ -11,8 +11,9 @@ from llmopt.kernels.gemm import epilogue, tile_of
 from llmopt.kernels.linear import ITEMSIZE, fit
 from llmopt.kernels.linear import reject as reject_linear
 from llmopt.kernels.operands import Around
+from llmopt.launch import Descriptor, GemmTile, Launch, LinearProblem
 from llmopt.registry import Kernel, register
-from llmopt.types import Descriptor, GemmTile, Launch, LinearProblem, Target
+from llmopt.types import Target
 
 _BARRIERS = 4096  # bytes of shared memory for the copy engine's barriers, and to align its blocks
 FEWEST_ROWS = 64  # below, blocks would stay for less than one tile

@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 from llmopt.kernels.gemm import finish, tile_of
 from llmopt.kernels.operands import Around, splits_for, workspace
+from llmopt.launch import GemmTile, Launch, LinearProblem
 from llmopt.registry import Kernel, register
-from llmopt.types import GemmTile, Launch, LinearProblem, Target
+from llmopt.types import Target
 
 TILES = (
     (16, (GemmTile(16, 64, 128, 4, 4), GemmTile(16, 32, 128, 4, 5))),

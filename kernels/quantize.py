@@ -9,8 +9,9 @@ import triton
 import triton.language as tl
 from llmopt.kernels.gemm import activate
 from llmopt.kernels.operands import Around
+from llmopt.launch import Launch, RowProblem, RowTile
 from llmopt.registry import Kernel, register
-from llmopt.types import Launch, RowProblem, RowTile, Target
+from llmopt.types import Target
 
 WIDEST = 32768
 

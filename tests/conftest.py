@@ -7,7 +7,6 @@ import os
 import pytest
 
 os.environ["LLMOPT_TUNE"] = "0"  # what somebody measured on this machine is no part of a test
-
 # A process either interprets GPU kernels or compiles them: see the Makefile.
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["gpu/interpret"]
 

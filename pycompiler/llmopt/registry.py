@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llmopt.types import Launch, Problem, Target, Tile
+from llmopt.launch import Launch, Problem, Tile
+from llmopt.types import Target
 
 
 @dataclass(frozen=True)

@@ -17,15 +17,15 @@ MAX_LINES = 500
 # Lowest first. A file imports only its own group and the groups of lower rows: groups that share a
 # row do not know each other, so passes never see kernels.
 LAYERS = (
-    ("_C", "types", "settings", "sizes"),
+    ("_C", "types", "launch", "settings", "sizes"),
     ("target", "graph", "memory", "registry"),
     ("ops", "writes"),
     ("quant",),
     ("passes", "native", "kernels"),
     ("kv", "weights", "offload", "options"),
     ("tune",),
-    ("auto",),
     ("gpu",),
+    ("auto",),
     ("plan",),
     ("executor",),
     ("compiled",),

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from llmopt import settings
-from llmopt.types import Descriptor, Launch, Target
+from llmopt.launch import Descriptor, Launch
+from llmopt.types import Target
 
 # Instructions worth knowing about, by maker: in PTX and in AMD's assembly.
 _INSTRUCTIONS = {

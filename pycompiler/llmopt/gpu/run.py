@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from llmopt.types import Descriptor, Launch
+from llmopt.launch import Descriptor, Launch
 
 
 def is_interpreting() -> bool:

@@ -6,13 +6,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 from llmopt import kernels
-from llmopt.types import (
-    AttentionProblem,
-    Launch,
-    LinearProblem,
-    RowProblem,
-    Target,
-)
+from llmopt.launch import AttentionProblem, Launch, LinearProblem, RowProblem
+from llmopt.types import Target
 
 kernels.load()
 

@@ -8,8 +8,8 @@ from llmopt.gpu.compile import binary, compiled, report, signature
 from llmopt.gpu.run import is_interpreting, run
 from llmopt.kernels import linear, swiglu
 from llmopt.kernels.operands import Around
+from llmopt.launch import GemmTile, LinearProblem, RowProblem, RowTile
 from llmopt.target import GPUS, gpu_target
-from llmopt.types import GemmTile, LinearProblem, RowProblem, RowTile
 
 from tests.gpu.compile.cases import PRODUCTS, ROWS, cases, meta
 

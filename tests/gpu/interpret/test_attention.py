@@ -9,8 +9,8 @@ from llmopt.gpu.run import run
 from llmopt.kernels import attention, attention_decode
 from llmopt.kernels.attention import Scores
 from llmopt.kernels.operands import counters, dtype_name
+from llmopt.launch import AttentionProblem, AttentionTile
 from llmopt.target import gpu_target
-from llmopt.types import AttentionProblem, AttentionTile
 
 from tests.tolerance import assert_close
 

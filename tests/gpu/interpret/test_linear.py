@@ -8,9 +8,9 @@ from llmopt import ops
 from llmopt.gpu.run import run
 from llmopt.kernels import linear, linear_gemv, linear_tma
 from llmopt.kernels.operands import Around, counters, dtype_name
+from llmopt.launch import GemmTile, LinearProblem
 from llmopt.ops.activation import NAMES
 from llmopt.target import GPUS, gpu_target
-from llmopt.types import GemmTile, LinearProblem
 
 from tests.tolerance import assert_close
 

@@ -7,11 +7,11 @@ import torch
 from llmopt.gpu.run import run
 from llmopt.kernels import linear_w8a8, linear_weight_only, quantize
 from llmopt.kernels.operands import Around, dtype_name
+from llmopt.launch import GemmTile, LinearProblem, RowProblem
 from llmopt.ops.activation import activate
 from llmopt.ops.linear_quantized import dequantized, quantized_activations
 from llmopt.ops.norm import normalized
 from llmopt.target import gpu_target
-from llmopt.types import GemmTile, LinearProblem, RowProblem
 
 from tests.tolerance import assert_close
 

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from llmopt.gpu.run import run
 from llmopt.kernels import cross_entropy, embedding, norm, rope, softmax, swiglu
 from llmopt.kernels.operands import dtype_name
+from llmopt.launch import RowProblem, RowTile
 from llmopt.ops.rope import rotate
 from llmopt.target import gpu_target
-from llmopt.types import RowProblem, RowTile
 
 from tests.tolerance import assert_close
 
