@@ -22,8 +22,9 @@ from llmopt.passes.verify import check_form, check_values, run_copy
 from llmopt.plan import make_plan
 from llmopt.quant.budget import Decision
 from llmopt.quant.schemes import SCHEMES
-from llmopt.target import target
+from llmopt.target import gpu_target, target
 from llmopt.tune.lookup import tuner_for
+from llmopt.types import Choice, Target
 
 log = logging.getLogger("llmopt")
 
@@ -40,18 +41,21 @@ def llmopt(
     Raises ValueError for a mode or option that does not exist, naming those that do.
     """
     chosen = parse_options(mode, options)
+    machine = target() if chosen.target == "cpu" else gpu_target(chosen.target)
     reason = _why_not(gm, example_inputs)
     if reason:
         say(1, f"graph of {len(gm.graph.nodes)} nodes runs as in PyTorch: {reason}")
         return CompiledGraph(None, gm, {}, chosen, reason)
-    return _compile(gm, example_inputs, chosen)
+    return _compile(gm, example_inputs, chosen, machine)
 
 
-def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Callable:
-    here = target()
+def _compile(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, machine: Target
+) -> Callable:
     clock = _Clock()
     decision = _run_passes(gm, example_inputs, options, clock)
-    plan = make_plan(gm.graph, here, tuner_for(here, options.mode))
+    tuner = tuner_for(machine, options.mode) if machine.gpu is None else lambda _: Choice()
+    plan = make_plan(gm.graph, machine, tuner)
     if options.kv_cache == "int8":
         plan.notes = tuple(kv_cache.float_caches(gm.graph))
     clock.lap("plan")

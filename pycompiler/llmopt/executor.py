@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, fx
 
 from llmopt import _C
+from llmopt.gpu.executor import GpuSegment
+from llmopt.gpu.segment import GpuSegmentBuilder
 from llmopt.graph import fake, getitem, is_dense
 from llmopt.kv import groups_of
 from llmopt.native.segment import SegmentBuilder
@@ -280,8 +282,10 @@ def _call_segment(
     symbols = []
     for node, dimension in plan.symbol_nodes[level]:
         symbols.append((builder.argument(node), dimension))
-    segment = Segment(builder, symbols, plan.target, name, options)
-    modules[name] = segment
+    if isinstance(builder, GpuSegmentBuilder):
+        modules[name] = GpuSegment(builder, symbols, plan.target, name)
+    else:
+        modules[name] = Segment(builder, symbols, plan.target, name, options)
     call = graph.call_module(name, tuple(value(n) for n in builder.inputs))
     for i, result in enumerate((*builder.results, *builder.kv_results)):
         made[result] = graph.call_function(getitem, (call, i))

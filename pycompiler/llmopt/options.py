@@ -13,6 +13,8 @@ MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagrap
 PRECISIONS = ("exact", *SCHEMES, "auto")
 WEIGHTS = ("keep", "packed")
 KV_CACHES = ("same", "int8")
+DEVICES = ("cpu", "cuda", "hip")
+CPU_ONLY = {"precision": "auto", "kv_cache": "int8", "weights": "packed"}
 
 
 @dataclass(frozen=True)
@@ -47,10 +49,16 @@ def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> Option
                 f"llmopt: option {name!r} does not exist; possible: {', '.join(names)}"
             )
     wanted_target = given.get("target", "cpu")
-    if wanted_target != "cpu":
+    device = wanted_target.split(":")[0] if isinstance(wanted_target, str) else wanted_target
+    if device not in DEVICES:
         raise ValueError(
-            f"llmopt: target={wanted_target!r} is not available; possible: cpu, the machine this process runs on"
+            f"llmopt: target={wanted_target!r} does not exist; possible: cpu, cuda:<generation>, hip:<generation>"
         )
+    for name, value in CPU_ONLY.items():
+        if wanted_target != "cpu" and given.get(name) == value:
+            raise ValueError(
+                f"llmopt: {name}={value!r} is not available for target={wanted_target!r}; possible: for cpu"
+            )
     if "accuracy_budget" in given and given.get("precision") != "auto":
         raise ValueError("llmopt: accuracy_budget is for precision='auto'")
     return Options(
@@ -58,5 +66,6 @@ def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> Option
         mode=_choose("mode", mode or "default", MODES, MODES),
         precision=_choose("precision", given.get("precision", "exact"), PRECISIONS, PRECISIONS),
         kv_cache=_choose("kv_cache", given.get("kv_cache", "same"), KV_CACHES, KV_CACHES),
+        target=wanted_target,
         weights=_choose("weights", given.get("weights", "keep"), WEIGHTS, WEIGHTS),
     )

@@ -12,6 +12,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
+from llmopt.gpu import kernels as gpu_kernels
+from llmopt.gpu import plan as gpu_plan
+from llmopt.gpu.segment import GpuSegmentBuilder
 from llmopt.graph import (
     fake,
     is_dense,
@@ -25,7 +28,7 @@ from llmopt.graph import (
     view_base,
 )
 from llmopt.memory import Life, assign_slots
-from llmopt.native.kernels import kernel_for
+from llmopt.native import kernels as native_kernels
 from llmopt.native.operands import NativeKernel
 from llmopt.native.segment import SegmentBuilder, StepRecord, Tuner
 from llmopt.sizes import SizeTable, UnsupportedSize, expression
@@ -77,6 +80,10 @@ class Plan:
             lines.append(
                 f"   native segment: {len(segment.records)} steps, {len(segment.builder.slots)} arena slots"
             )
+            if isinstance(segment, GpuSegmentBuilder):
+                symbols = gpu_plan.hints(self.symbol_nodes[level])
+                lines += gpu_plan.lines(segment, self.target, symbols)
+                continue
             for record in segment.records:
                 arrow = f" -> {', '.join(record.outputs)}" if record.outputs else ""
                 config = f" [{record.config}]" if record.config else ""
@@ -88,7 +95,7 @@ class Plan:
 
 def make_plan(graph: fx.Graph, target: Target, tuner: Tuner) -> Plan:
     """Classifies, orders and lowers every node of a graph. tuner: says how each linear is cut."""
-    roles = _Roles(graph)
+    roles = _Roles(graph, target)
     levels = _levels(graph, roles)
     plan = Plan(target, {}, {}, {}, roles.fallbacks)
     for node in graph.nodes:
@@ -96,7 +103,7 @@ def make_plan(graph: fx.Graph, target: Target, tuner: Tuner) -> Plan:
             plan.levels.setdefault(levels[node], []).append(node)
     for level, nodes in sorted(plan.levels.items()):
         if level % 2:
-            plan.segments[level] = _lower(nodes, level, levels, roles, tuner)
+            plan.segments[level] = _lower(nodes, level, levels, roles, target, tuner)
             plan.symbol_nodes[level] = [
                 roles.symbols[s] for s in plan.segments[level].builder.sizes.symbols
             ]
@@ -106,7 +113,8 @@ def make_plan(graph: fx.Graph, target: Target, tuner: Tuner) -> Plan:
 class _Roles:
     """What each node is: native (with its kernel), a view, a part of a native result, or eager."""
 
-    def __init__(self, graph: fx.Graph) -> None:
+    def __init__(self, graph: fx.Graph, target: Target) -> None:
+        kernel_for = native_kernels.kernel_for if target.gpu is None else gpu_kernels.kernel_for
         self.symbols = _symbol_sources(graph)
         self.native: dict[fx.Node, NativeKernel] = {}
         self.fallbacks: list[Fallback] = []
@@ -287,9 +295,14 @@ def _readers(value: fx.Node) -> Iterator[fx.Node]:
 
 
 def _lower(
-    nodes: list[fx.Node], level: int, levels: dict[fx.Node, int], roles: _Roles, tuner: Tuner
+    nodes: list[fx.Node],
+    level: int,
+    levels: dict[fx.Node, int],
+    roles: _Roles,
+    target: Target,
+    tuner: Tuner,
 ) -> SegmentBuilder:
-    segment = SegmentBuilder(tuner)
+    segment = SegmentBuilder(tuner) if target.gpu is None else GpuSegmentBuilder()
     position = {node: i for i, node in enumerate(nodes)}
     lives: list[Life] = []
     for node in nodes:
@@ -311,4 +324,6 @@ def _lower(
         segment.assign(life.value, slots[life.value])
     for node in nodes:
         roles.native[node].lower(segment, node)
+    if isinstance(segment, GpuSegmentBuilder):
+        segment.number_outside()
     return segment

@@ -24,7 +24,7 @@ ERRORS = {
     "precision-later": ({"options": {"precision": "auto"}}, ("auto", "not available", "exact")),
     "kv-cache": ({"options": {"kv_cache": "int3"}}, ("int3", "same", "int8")),
     "target": ({"options": {"target": "tpu"}}, ("tpu", "cpu")),
-    "target-later": ({"options": {"target": "cuda:90"}}, ("cuda:90", "not available", "cpu")),
+    "target-old": ({"options": {"target": "cuda:70"}}, ("cuda:70", "too old", "cuda:90")),
 }
 
 

@@ -34,7 +34,7 @@ _ATTENTION = (
 )
 
 
-def _attention_settings(node: fx.Node, first: int) -> dict[str, Any]:
+def attention_settings(node: fx.Node, first: int) -> dict[str, Any]:
     return {
         name: argument(node, first + i, name, default)
         for i, (name, default) in enumerate(_ATTENTION)
@@ -58,11 +58,11 @@ def _reject_heads(q: fx.Node, keys_and_values: Sequence[fx.Node], mask: fx.Node 
     return ""
 
 
-def _reject_attention(node: fx.Node) -> str:
-    return _reject_heads(node.args[0], node.args[1:3], _attention_settings(node, 3)["mask"])
+def reject_attention(node: fx.Node) -> str:
+    return _reject_heads(node.args[0], node.args[1:3], attention_settings(node, 3)["mask"])
 
 
-def _reject_attention_append(node: fx.Node) -> str:
+def reject_attention_append(node: fx.Node) -> str:
     q, k_new, v_new, k_cache, v_cache, cos, sin = (argument(node, i, "") for i in range(7))
     if cos is not None and (reason := reject_angles(q, cos, sin)):
         return reason
@@ -71,7 +71,7 @@ def _reject_attention_append(node: fx.Node) -> str:
             return "the cache's dtype differs from the new keys' dtype"
         if fake(new).dtype not in FLOATS:
             return f"new keys of {fake(new).dtype}: f32, f16 and bf16 are possible"
-    return _reject_heads(q, (k_new, v_new), _attention_settings(node, 8)["mask"])
+    return _reject_heads(q, (k_new, v_new), attention_settings(node, 8)["mask"])
 
 
 def _dense_strides(size: Sequence[Size]) -> tuple[Size, ...]:
@@ -109,15 +109,21 @@ def _codes(keys: Tensor) -> str:
     return "+int8_kv" if keys.dtype == torch.int8 else ""
 
 
-def _attention_record(
-    node: fx.Node, q: fx.Node, kv: tuple[Tensor, Tensor], detail: str, inputs: tuple, outputs: tuple
+def attention_record(
+    node: fx.Node,
+    q: fx.Node,
+    kv: tuple[Tensor, Tensor],
+    detail: str,
+    inputs: tuple,
+    outputs: tuple,
+    impl: str = "cpu",
 ) -> StepRecord:
     b, h, sq, d = fake(q).shape
     flops = 4 * b * h * sq * kv[0].shape[2] * d
     size = num_bytes(q, q) + sum(numel(t) * t.element_size() for t in kv)
     return StepRecord(
         "attention",
-        "attention.cpu",
+        f"attention.{impl}",
         detail,
         tuple(describe(i) for i in inputs),
         tuple(describe(o) for o in outputs),
@@ -129,14 +135,14 @@ def _attention_record(
 
 def _lower_attention(s: SegmentBuilder, node: fx.Node) -> None:
     q, k, v = node.args[:3]
-    a = _attention_settings(node, 3)
+    a = attention_settings(node, 3)
     keys = fake(k).shape[2]
     mask, bounds = _mask_operands(s, node, a["mask"], (*fake(q).shape[:3], keys))
     operands = [s.view(q), s.view(k), s.view(v), s.view(node), mask, bounds, *[None] * 5]
     ints = [int(a["causal"]), a["causal_offset"], a["window"], 0, 0]
     detail = "causal" if a["causal"] else "mask" if mask is not None else "full"
     detail += _codes(fake(k))
-    record = _attention_record(node, q, (fake(k), fake(v)), detail, (q, k, v), (node,))
+    record = attention_record(node, q, (fake(k), fake(v)), detail, (q, k, v), (node,))
     s.step("attention", operands, ints, [a["scale"], a["softcap"]], record)
 
 
@@ -144,7 +150,7 @@ def _lower_attention_append(s: SegmentBuilder, node: fx.Node) -> None:
     q, k_new, v_new, k_cache, v_cache, cos, sin, rope_name = (
         argument(node, i, "") for i in range(8)
     )
-    a = _attention_settings(node, 8)
+    a = attention_settings(node, 8)
     _, keys, values = fake(node)
     views = []
     for i, (cache, new, whole) in enumerate(((k_cache, k_new, keys), (v_cache, v_new, values))):
@@ -169,13 +175,13 @@ def _lower_attention_append(s: SegmentBuilder, node: fx.Node) -> None:
     detail = "append" + (f"+rope_{rope_name}" if rope_name != "none" else "")
     detail += "+causal" if a["causal"] else "+mask" if mask is not None else ""
     detail += _codes(keys)
-    record = _attention_record(node, q, (keys, values), detail, (q, k_new, v_new), ())
+    record = attention_record(node, q, (keys, values), detail, (q, k_new, v_new), ())
     s.step("attention", operands, ints, [a["scale"], a["softcap"]], record)
 
 
 KERNELS = {
-    "llmopt.attention": NativeKernel("attention.cpu", _reject_attention, _lower_attention),
+    "llmopt.attention": NativeKernel("attention.cpu", reject_attention, _lower_attention),
     "llmopt.attention_append": NativeKernel(
-        "attention.cpu", _reject_attention_append, _lower_attention_append
+        "attention.cpu", reject_attention_append, _lower_attention_append
     ),
 }

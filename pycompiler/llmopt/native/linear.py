@@ -139,6 +139,7 @@ def step_record(
     size: Size,
     choice: Choice,
     note: str = "",
+    impl: str = "cpu",
 ) -> StepRecord:
     """The record of a linear: what it multiplies, what is fused into it, and a remark."""
     fused = [p["norm_kind"] + "_norm"] if p["norm_kind"] != "none" else []
@@ -150,7 +151,7 @@ def step_record(
     inputs = tuple(describe(v) for v in (p["x"], p["residual"]) if v is not None)
     return StepRecord(
         op,
-        f"{op}.cpu",
+        f"{op}.{impl}",
         detail,
         inputs,
         (describe(node),),

@@ -35,7 +35,7 @@ def reject(node: fx.Node) -> str:
         return "weight sizes change from call to call"
     if any(fake(t).device.type != "cpu" for t in tensors):
         return "codes are not on the CPU"
-    form, k = _form(p), _inputs(p)
+    form, k = form_of(p), inputs_of(p)
     if form.group < 1 or k % form.group:
         return f"groups of {form.group} do not divide its {k} inputs"
     if form.group > MAX_GROUP or (form.bits == 4 and form.group % 2):
@@ -60,24 +60,27 @@ def _reject_codes(p: dict[str, Any], form: CodeForm, k: int) -> str:
     return ""
 
 
-def _inputs(p: dict[str, Any]) -> int:
+def inputs_of(p: dict[str, Any]) -> int:
     width = fake(p["codes"][0]).shape[1]
     return width if p["scales"][0] is None else width * 8 // p["bits"]
 
 
-def _form(p: dict[str, Any]) -> CodeForm:
+def form_of(p: dict[str, Any]) -> CodeForm:
     if p["scales"][0] is None:
-        return CodeForm(p["bits"], p["group"] or _inputs(p), p["symmetric"])
-    return CodeForm(p["bits"], _inputs(p) // fake(p["scales"][0]).shape[1], p["offsets"][0] is None)
+        return CodeForm(p["bits"], p["group"] or inputs_of(p), p["symmetric"])
+    return CodeForm(
+        p["bits"], inputs_of(p) // fake(p["scales"][0]).shape[1], p["offsets"][0] is None
+    )
 
 
-def lower(s: SegmentBuilder, node: fx.Node) -> None:
-    p = parts(node)
-    form, k = _form(p), _inputs(p)
-    scheme = Scheme(form.bits, form.group, form.symmetric, p["activations"])
-    n = sum(fake(c).shape[0] for c in p["codes"])
+def scheme_of(p: dict[str, Any], form: CodeForm) -> Scheme:
+    return Scheme(form.bits, form.group, form.symmetric, p["activations"])
+
+
+def spec_of(s: SegmentBuilder, p: dict[str, Any], form: CodeForm) -> PackedSpec:
+    """The weight of a quantised linear, as codes or to be rounded."""
     biases = p["biases"] or (None,) * len(p["codes"])
-    spec = PackedSpec(
+    return PackedSpec(
         tuple(s.weight_view(c) for c in p["codes"]),
         tuple(None if b is None else s.weight_view(b) for b in biases),
         p["gated"],
@@ -85,9 +88,16 @@ def lower(s: SegmentBuilder, node: fx.Node) -> None:
         form,
         tuple(s.weight_view(t) for t in p["scales"] if t is not None),
         tuple(s.weight_view(t) for t in p["offsets"] if t is not None),
-        f"{', '.join(map(weight_name, p['codes']))} to {scheme}",
+        f"{', '.join(map(weight_name, p['codes']))} to {scheme_of(p, form)}",
     )
-    packed, bias = s.packed_operands(spec)
+
+
+def lower(s: SegmentBuilder, node: fx.Node) -> None:
+    p = parts(node)
+    form, k = form_of(p), inputs_of(p)
+    scheme = scheme_of(p, form)
+    n = sum(fake(c).shape[0] for c in p["codes"])
+    packed, bias = s.packed_operands(spec_of(s, p, form))
     ints = problem_ints(p, n, k, DTYPE_CODES[torch.uint8])
     ints += [form.bits, form.group, int(not form.symmetric), PLANES[p["activations"]]]
     what = f"{n}x{k} {scheme.name} groups of {form.group}"

@@ -17,11 +17,11 @@ from llmopt.sizes import Size
 
 @dataclass(frozen=True)
 class NativeKernel:
-    """One way to run an FX node in C++: `reject` gives "" or the reason it cannot, `lower` emits the steps."""
+    """One way to run an FX node in C++ or on a GPU: `reject` gives "" or the reason it cannot, `lower` emits the steps."""
 
     name: str
     reject: Callable[[fx.Node], str]
-    lower: Callable[[SegmentBuilder, fx.Node], None]
+    lower: Callable[[Any, fx.Node], None]  # a SegmentBuilder of the kernel's device
     is_glue: bool = False  # worth taking only next to other native work
 
 

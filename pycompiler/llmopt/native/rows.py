@@ -32,7 +32,7 @@ from llmopt.ops.rope import KINDS as ROPE_KINDS
 from llmopt.sizes import Size
 
 
-def _reject_norm(node: fx.Node) -> str:
+def reject_norm(node: fx.Node) -> str:
     x, weight, bias = node.args[:3]
     if not reads_as_row_groups(x):
         return "the input's last dimension is not dense"
@@ -59,7 +59,7 @@ def _lower_norm(s: SegmentBuilder, node: fx.Node) -> None:
     s.step("norm", operands, [NORM_KINDS.index(name)], [eps, offset], record)
 
 
-def _reject_rope(node: fx.Node) -> str:
+def reject_rope(node: fx.Node) -> str:
     x, cos, sin, _ = node.args
     if fake(x).dtype not in FLOATS or not same_size(fake(x).stride(-1), 1):
         return "rope needs float tensors with a dense last dimension"
@@ -82,7 +82,7 @@ def _lower_rope(s: SegmentBuilder, node: fx.Node) -> None:
     s.step("rope", operands, [ROPE_KINDS.index(name)], [], record)
 
 
-def _reject_embedding(node: fx.Node) -> str:
+def reject_embedding(node: fx.Node) -> str:
     ids, table = fake(node.args[0]), fake(node.args[1])
     if ids.dtype not in (torch.int64, torch.int32) or ids.dim() > MAX_DIMS:
         return f"ids of {ids.dtype} with {ids.dim()} dimensions: int64 and int32 are possible"
@@ -232,11 +232,11 @@ def _lower_index_copy(s: SegmentBuilder, node: fx.Node) -> None:
 
 
 KERNELS = {
-    "llmopt.norm": NativeKernel("norm.cpu", _reject_norm, _lower_norm),
+    "llmopt.norm": NativeKernel("norm.cpu", reject_norm, _lower_norm),
     "llmopt.embedding": NativeKernel(
-        "embedding.cpu", _reject_embedding, _lower_embedding, is_glue=True
+        "embedding.cpu", reject_embedding, _lower_embedding, is_glue=True
     ),
-    "llmopt.rope": NativeKernel("rope.cpu", _reject_rope, _lower_rope),
+    "llmopt.rope": NativeKernel("rope.cpu", reject_rope, _lower_rope),
     "llmopt.rotary_table": NativeKernel(
         "rotary_table.cpu", _reject_rotary_table, _lower_rotary_table
     ),

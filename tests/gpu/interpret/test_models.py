@@ -1,0 +1,142 @@
+"""Whole models through the GPU path: planned for one GPU generation, run in the interpreter, compared with PyTorch."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import transformers
+from llmopt.compiled import alive
+from transformers import DynamicCache
+
+from tests.tolerance import assert_close
+
+SMALL = {
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "vocab_size": 100,
+    "intermediate_size": 96,
+}
+GROUPED = SMALL | {"num_key_value_heads": 2, "head_dim": 16}
+MODELS = {
+    "llama": lambda n: transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**GROUPED, num_hidden_layers=n)
+    ),
+    "qwen3": lambda n: transformers.Qwen3ForCausalLM(
+        transformers.Qwen3Config(**GROUPED, num_hidden_layers=n)
+    ),
+    "bert": lambda n: transformers.BertModel(transformers.BertConfig(**SMALL, num_hidden_layers=n)),
+}
+
+
+def build(name: str, dtype: torch.dtype, layers: int = 2) -> torch.nn.Module:
+    """The model with weights wide enough that every one matters."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = MODELS[name](layers).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(
+                torch.randn(p.shape) * (1.5 / p.shape[-1] ** 0.5 if p.dim() > 1 else 0.5)
+                + (p.dim() == 1)
+            )
+    return model.to(dtype)
+
+
+def compiled(model: torch.nn.Module, **options: str):
+    return torch.compile(model, backend="llmopt", options={"target": "cuda:90", **options})
+
+
+def last_plan():
+    return [g.plan for g in alive() if g.plan is not None][-1]
+
+
+def rms_error(got: torch.Tensor, want: torch.Tensor) -> float:
+    return ((got.double() - want).square().mean() / want.square().mean()).sqrt().item()
+
+
+def assert_no_worse(got: torch.Tensor, peer: torch.Tensor, want: torch.Tensor) -> None:
+    """got is about as far from the float64 result as another implementation in the same precision."""
+    assert rms_error(got, want) <= 1.25 * rms_error(peer, want)
+
+
+def first(output) -> torch.Tensor:
+    return output.logits if "logits" in output else output.last_hidden_state
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_forward_equals_eager(name):
+    model = build(name, torch.float16)
+    ids = torch.randint(0, 100, (2, 17))
+    with torch.no_grad():
+        want = first(copy.deepcopy(model).double()(input_ids=ids))
+        eager = first(model(input_ids=ids))
+        got = first(compiled(model)(input_ids=ids))
+    assert_close(got, want)
+    assert_no_worse(got, eager, want)
+    assert last_plan().target.tier == "sm_90"
+    assert last_plan().segments
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_bfloat16_is_as_close_as_eager(name):
+    model = build(name, torch.bfloat16, layers=1)
+    ids = torch.randint(0, 100, (1, 9))
+    with torch.no_grad():
+        want = first(copy.deepcopy(model).double()(input_ids=ids))
+        assert_no_worse(first(compiled(model)(input_ids=ids)), first(model(input_ids=ids)), want)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_prefill_and_decode_with_a_growing_cache(name):
+    model = build(name, torch.float16)
+    exact = copy.deepcopy(model).double()
+    ids = torch.randint(0, 100, (1, 19))
+    run = compiled(model)
+    cache, reference = DynamicCache(), DynamicCache()
+    with torch.no_grad():
+        for piece in (ids[:, :17], ids[:, 17:18], ids[:, 18:]):
+            got = run(input_ids=piece, past_key_values=cache, use_cache=True)
+            want = exact(input_ids=piece, past_key_values=reference, use_cache=True)
+            assert_close(got.logits, want.logits)
+    for mine, theirs in zip(cache.layers, reference.layers, strict=True):
+        assert_close(mine.keys, theirs.keys)
+        assert_close(mine.values, theirs.values)
+
+
+def test_a_batch_with_padding():
+    model = build("bert", torch.float16, layers=1)
+    ids, mask = torch.randint(0, 100, (2, 13)), torch.ones(2, 13, dtype=torch.int64)
+    mask[1, 8:] = 0
+    with torch.no_grad():
+        want = copy.deepcopy(model).double()(input_ids=ids, attention_mask=mask).last_hidden_state
+        got = compiled(model)(input_ids=ids, attention_mask=mask).last_hidden_state
+    assert_close(got[mask.bool()], want[mask.bool()])
+
+
+@pytest.mark.parametrize("precision", ["w8a8", "w8a16", "w4a16"])
+def test_quantised_models_are_as_close_as_on_the_cpu(precision):
+    model = build("llama", torch.float16, layers=1)
+    ids = torch.randint(0, 100, (1, 9))
+    with torch.no_grad():
+        want = copy.deepcopy(model).double()(input_ids=ids).logits
+        got = compiled(model, precision=precision)(input_ids=ids).logits
+        assert all(r.kernel.endswith(".triton") for r in last_plan().records())
+        assert any(r.op == "linear_quantized" for r in last_plan().records())
+        torch._dynamo.reset()
+        on_cpu = torch.compile(model, backend="llmopt", options={"precision": precision})
+        assert_no_worse(got, on_cpu(input_ids=ids).logits, want)
+
+
+def test_an_edited_weight_is_seen():
+    model = build("llama", torch.float16, layers=1)
+    ids = torch.randint(0, 100, (1, 5))
+    run = compiled(model)
+    with torch.no_grad():
+        before = run(input_ids=ids).logits
+        model.model.layers[0].self_attn.k_proj.weight.mul_(-1)
+        want = copy.deepcopy(model).double()(input_ids=ids).logits
+        after = run(input_ids=ids).logits
+    assert_close(after, want)
+    assert rms_error(before, want) > 0.01
