@@ -1,4 +1,4 @@
-"""The command line: `llmopt info | demo | bench | eval | explain | tune`; a command is a file: `add`, `run`.
+"""The command line: `llmopt info | demo | bench | eval | explain | tune | build`; a command is a file: `add`, `run`.
 
 Exit codes: 0 done, 1 failed (one line says why; LLMOPT_DEBUG=1 shows the traceback), 2 wrong usage.
 """
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from llmopt.cli import bench, demo, eval, explain, info, tune
+    from llmopt.cli import bench, build, demo, eval, explain, info, tune
 
     parser = argparse.ArgumentParser(
         prog="llmopt",
@@ -45,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="exit codes: 0 done, 1 failed, 2 wrong usage; LLMOPT_DEBUG=1 shows tracebacks",
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (info, demo, bench, eval, explain, tune):
+    for command in (info, demo, bench, eval, explain, tune, build):
         command.add(commands)
     return parser
 

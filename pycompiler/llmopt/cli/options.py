@@ -7,11 +7,14 @@ import argparse
 MODEL_HELP = "smollm2, minilm, path.py:function, or a folder written by save_pretrained"
 
 
-def add_dtype(parser: argparse.ArgumentParser) -> None:
+def add_dtype(parser: argparse.ArgumentParser, default: str = "fp32") -> None:
     from llmopt.models import DTYPES
 
     parser.add_argument(
-        "--dtype", choices=tuple(DTYPES), default="fp32", help="weights' type (default: fp32)"
+        "--dtype",
+        choices=tuple(DTYPES),
+        default=default,
+        help=f"weights' type (default: {default})",
     )
 
 
