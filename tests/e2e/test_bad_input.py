@@ -21,10 +21,22 @@ ERRORS = {
     "option": ({"options": {"precison": "exact"}}, ("precison", "precision", "kv_cache", "target")),
     "precision": ({"options": {"precision": "w3a3"}}, ("w3a3", "exact", "w8a8")),
     "precision-type": ({"options": {"precision": 8}}, ("8", "exact")),
-    "precision-later": ({"options": {"precision": "auto"}}, ("auto", "not available", "exact")),
+    "budget": ({"options": {"accuracy_budget": 0.1}}, ("accuracy_budget", "precision='auto'")),
     "kv-cache": ({"options": {"kv_cache": "int3"}}, ("int3", "same", "int8")),
     "target": ({"options": {"target": "tpu"}}, ("tpu", "cpu")),
     "target-old": ({"options": {"target": "cuda:70"}}, ("cuda:70", "too old", "cuda:90")),
+    "target-auto": (
+        {"options": {"target": "cuda:90", "precision": "auto"}},
+        ("precision='auto'", "not available", "cuda:90", "cpu"),
+    ),
+    "target-kv-cache": (
+        {"options": {"target": "cuda:90", "kv_cache": "int8"}},
+        ("kv_cache='int8'", "not available", "cuda:90", "cpu"),
+    ),
+    "target-weights": (
+        {"options": {"target": "cuda:90", "weights": "packed"}},
+        ("weights='packed'", "not available", "cuda:90", "cpu"),
+    ),
 }
 
 
