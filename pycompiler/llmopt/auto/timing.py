@@ -1,4 +1,4 @@
-"""How long a linear takes on this machine under a scheme: our own kernels, timed alone over weights that no cache holds."""
+"""How long a linear takes on this machine under a scheme: our own kernels, timed alone over copies of the weight in turn."""
 
 from __future__ import annotations
 
