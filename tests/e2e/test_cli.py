@@ -94,7 +94,7 @@ def test_help_everywhere(capsys, command):
     ("argv", "message"),
     [
         ((), "required: COMMAND"),
-        (("tune",), "invalid choice: 'tune'"),
+        (("fly",), "invalid choice: 'fly'"),
         (("bench",), "required: MODEL"),
         (("bench", "minilm", "--dtype", "fp8"), "invalid choice: 'fp8' (choose from"),
         (("bench", "minilm", "--repeat", "0"), "'0' is not a whole number of at least 1"),

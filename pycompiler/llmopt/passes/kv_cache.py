@@ -156,7 +156,7 @@ def _match(graph: fx.Graph, mode: Any, node: fx.Node, written: set[int], writes:
     refresh(changed)
 
 
-_ROUND, _WIDEN = "quantize_kv.default", "dequantize_kv.default"
+_ROUND, _WIDEN = "llmopt.quantize_kv", "llmopt.dequantize_kv"
 _SETTINGS = (
     (4, "scale", 1.0),
     (5, "causal", False),
