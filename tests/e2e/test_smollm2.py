@@ -58,6 +58,12 @@ def compiled(eager: models.LoadedModel, backend: str) -> Any:
     return twin
 
 
+@pytest.fixture
+def own_graphs() -> None:
+    """Other caches and dtypes are other graphs, and Dynamo keeps eight of one function."""
+    torch._dynamo.reset()
+
+
 def text_of(tokenizer: Any, count: int) -> torch.Tensor:
     """`count` tokens of running text."""
     ids = tokenizer("\n\n".join(PROMPTS * 3), return_tensors="pt")["input_ids"]
@@ -103,6 +109,7 @@ def test_logits_over_512_tokens(eager: models.LoadedModel, compiled: Any) -> Non
 
 
 @torch.no_grad()
+@pytest.mark.usefixtures("own_graphs")
 def test_int8_kv_cache_is_near_the_exact_one(eager: models.LoadedModel, compiled: Any) -> None:
     """A prefill, then tokens one by one: predictions stay, in little more than a quarter of the memory."""
     ids = text_of(eager.tokenizer, 320)
@@ -119,6 +126,7 @@ def test_int8_kv_cache_is_near_the_exact_one(eager: models.LoadedModel, compiled
     assert codes / floats == 68 / 256
 
 
+@pytest.mark.usefixtures("own_graphs")
 def test_generate_with_int8_kv(eager: models.LoadedModel, compiled: Any) -> None:
     """The text of the same cache in eager."""
     x = eager.tokenizer(PROMPTS[0], return_tensors="pt")
@@ -129,6 +137,7 @@ def test_generate_with_int8_kv(eager: models.LoadedModel, compiled: Any) -> None
     assert eager.tokenizer.decode(got[0]) == eager.tokenizer.decode(want[0])
 
 
+@pytest.mark.usefixtures("own_graphs")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 @torch.no_grad()
 def test_half_precision_is_as_near_as_eager(

@@ -28,7 +28,12 @@ def compile_linear(tier: str, folder: Path) -> Path:
     header, features = isa_rows()[tier]
     out = folder / f"linear_{tier}.o"
     flags = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno"]
-    flags += ["-fno-trapping-math", "-ffp-contract=fast", "-fno-exceptions", *(f"-m{f}" for f in features)]
+    flags += [
+        "-fno-trapping-math",
+        "-ffp-contract=fast",
+        "-fno-exceptions",
+        *(f"-m{f}" for f in features),
+    ]
     if header == "avx512":
         flags.append("-mprefer-vector-width=512")
     defines = [f"-DLLMOPT_ISA={tier}", f'-DLLMOPT_ISA_HEADER="cpu/isa/{header}.h"']
