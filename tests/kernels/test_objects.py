@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -23,10 +24,10 @@ def isa_rows() -> dict[str, tuple[str, list[str]]]:
     return {tier: (header, features.split()) for tier, header, features in rows}
 
 
-def compile_linear(tier: str, folder: Path) -> Path:
-    """The linear family compiled with the build's flags, for installs without a build folder."""
+def compile_family(family: str, tier: str, folder: Path) -> Path:
+    """A kernel family compiled with the build's flags, for installs without a build folder."""
     header, features = isa_rows()[tier]
-    out = folder / f"linear_{tier}.o"
+    out = folder / f"{family}_{tier}.o"
     flags = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno"]
     flags += [
         "-fno-trapping-math",
@@ -34,10 +35,10 @@ def compile_linear(tier: str, folder: Path) -> Path:
         "-fno-exceptions",
         *(f"-m{f}" for f in features),
     ]
-    if header == "avx512":
+    if header in ("avx512", "amx"):
         flags.append("-mprefer-vector-width=512")
     defines = [f"-DLLMOPT_ISA={tier}", f'-DLLMOPT_ISA_HEADER="cpu/isa/{header}.h"']
-    source = ROOT / "csrc/cpu/linear.cpp"
+    source = ROOT / f"csrc/cpu/{family}.cpp"
     command = ["g++", *flags, *defines, f"-I{ROOT / 'csrc'}", "-c", source, "-o", out]
     subprocess.run(command, check=True)
     return out
@@ -54,7 +55,8 @@ def objects(tmp_path_factory) -> dict[tuple[str, str], Path]:
         found[family, tier] = path
     if not found:
         folder = tmp_path_factory.mktemp("objects")
-        found = {("linear", tier): compile_linear(tier, folder) for tier in isa_rows()}
+        pairs = product(("linear", "linear_quantized"), isa_rows())
+        found = {(family, tier): compile_family(family, tier, folder) for family, tier in pairs}
     return found
 
 
@@ -147,8 +149,6 @@ def test_hot_loops_keep_their_sums_in_registers(objects, tier):
 @pytest.mark.parametrize("tier", [t for t in isa_rows() if t != "scalar"])
 def test_integer_loops_keep_their_sums_in_registers(objects, tier):
     """The same for codes: no vector goes to the stack between the products of a group."""
-    if ("linear_quantized", tier) not in objects:
-        pytest.skip("only the linear family was compiled")
     code = disassemble(objects["linear_quantized", tier])
     functions = {n: c for n, c in code.items() if "::quantized_tile<" in n}
     assert len(functions) >= (11 if tier == "avx2" else 18)
