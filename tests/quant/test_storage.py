@@ -124,14 +124,14 @@ def test_a_save_that_breaks_leaves_the_old_model(saved: Path, monkeypatch) -> No
     want = generated(llmopt.load_quantized(saved))
     files = sorted(p.name for p in saved.iterdir())
     model = llmopt.quantize(models.llama(), "w8a8")
-    real = storage._move
+    real = storage.publish
 
     def no_space(source: Path, target: Path) -> None:
         if target.name == storage.MANIFEST:
             raise OSError(28, "No space left on device")
         real(source, target)
 
-    monkeypatch.setattr(storage, "_move", no_space)
+    monkeypatch.setattr(storage, "publish", no_space)
     with pytest.raises(OSError, match="No space left"):
         llmopt.save_quantized(model, saved)
     assert generated(llmopt.load_quantized(saved)) == want

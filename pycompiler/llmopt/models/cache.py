@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from llmopt import settings
+from llmopt.files import publish, sync
 
 log = logging.getLogger("llmopt")
 
@@ -72,23 +72,14 @@ def _write_atomically(folder: Path, write: Callable[[Path], None]) -> None:
         write(partial)
         files = {p.name: [p.stat().st_size, _checksum(p)] for p in sorted(partial.iterdir())}
         (partial / MANIFEST).write_text(json.dumps(files, indent=1))
-        for path in (*partial.iterdir(), partial):
-            _sync(path)
+        for path in partial.iterdir():
+            sync(path)
         partial.chmod(0o755)  # mkdtemp made it private
         if folder.exists():  # damaged, or just written by another process: either way ours is whole
             shutil.rmtree(folder)
-        os.replace(partial, folder)
-        _sync(folder.parent)
+        publish(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _checksum(path: Path) -> int:

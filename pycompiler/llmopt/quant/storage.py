@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmopt.files import publish
 from llmopt.quant.layers import replace_modules, twin_of, uncompiled, untie
 from llmopt.quant.module import QuantizedLinear
 from llmopt.quant.schemes import GROUPS, Scheme
@@ -64,8 +65,8 @@ def save_quantized(model: nn.Module, folder: str | os.PathLike[str]) -> None:
             "same": same,
         }
         (Path(partial) / "manifest").write_text(json.dumps(manifest, indent=1))
-        _move(written, path / name)
-        _move(Path(partial) / "manifest", path / MANIFEST)
+        publish(written, path / name)
+        publish(Path(partial) / "manifest", path / MANIFEST)
     if before is not None and before != name:
         (path / before).unlink(missing_ok=True)
 
@@ -142,18 +143,6 @@ def _configs(model: nn.Module) -> dict[str, Any]:
             values = json.loads(config.to_json_string(use_diff=False))
             found[name] = {"class": type(config).__name__, "values": values}
     return found
-
-
-def _move(source: Path, target: Path) -> None:
-    """Synced first, then renamed: the target is the old file or the whole new one."""
-    with open(source, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(source, target)
-    descriptor = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _checksum(path: Path) -> str:

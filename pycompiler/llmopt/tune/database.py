@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from llmopt.files import publish
 from llmopt.tune.environment import SCHEMA, Environment
 
 log = logging.getLogger("llmopt")
@@ -226,18 +227,10 @@ def _write_atomically(path: Path, content: bytes) -> None:
     """Under its name the file is always whole: the one before or this one."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.partial")
     try:
-        with open(partial, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        partial.write_bytes(content)
+        publish(partial, path)
     finally:
         partial.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def _remove_stale(folder: Path) -> None:
