@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from hypothesis import strategies as st
 from llmopt import _C
 from llmopt.native.program import run_op
 
@@ -197,3 +199,41 @@ def reference(c: Case, t: Tensors) -> tuple[torch.Tensor, torch.Tensor, torch.Te
         seen = torch.where(allowed[..., None], value[:, :, None], 0)
         return (weight[..., None] * seen).sum(-2), k, v
     return weight @ value, k, v
+
+
+def _any_case(
+    kv_heads: int, group: int, q_len: int, extra: int, dim: int, rope: int, **fields: Any
+) -> Case:
+    return Case(
+        heads=kv_heads * group,
+        kv_heads=kv_heads,
+        q_len=q_len,
+        kv_len=q_len + extra,
+        dim=max(dim // 2 * 2, 2) if rope else dim,
+        rope=rope,
+        **fields,
+    )
+
+
+def problems(**fields: st.SearchStrategy[Any]) -> st.SearchStrategy[Case]:
+    """Whatever is asked for in whatever combination; `fields` are drawn too."""
+    return st.builds(
+        _any_case,
+        batch=st.integers(1, 3),
+        kv_heads=st.integers(1, 3),
+        group=st.sampled_from([1, 2, 3, 4, 8]),
+        q_len=st.integers(1, 90),
+        extra=st.integers(0, 400),
+        dim=st.integers(1, 80),
+        v_dim=st.integers(1, 80),
+        is_causal=st.booleans(),
+        window=st.sampled_from([0, 0, 5, 100]),
+        softcap=st.sampled_from([0.0, 0.0, 5.0]),
+        mask=st.sampled_from(["", *(m for m in MASKS if m != "all_finfo_min")]),
+        rope=st.sampled_from([ROPE_NONE, ROPE_HALF, ROPE_INTERLEAVED]),
+        new=st.booleans(),
+        positions=st.booleans(),
+        seq_first=st.booleans(),
+        threads=st.integers(1, 4),
+        **fields,
+    )

@@ -17,12 +17,12 @@ from tests.kernels.attention_problem import (
     MASKS,
     ROPE_HALF,
     ROPE_INTERLEAVED,
-    ROPE_NONE,
     TIERS,
     Case,
     Tensors,
     allowed_keys,
     make,
+    problems,
     reference,
     run,
 )
@@ -265,36 +265,7 @@ def test_dead_tail_of_a_cache_is_not_read() -> None:
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(
-    batch=st.integers(1, 3),
-    kv_heads=st.integers(1, 3),
-    group=st.sampled_from([1, 2, 3, 4, 8]),
-    q_len=st.integers(1, 90),
-    extra=st.integers(0, 400),
-    dim=st.integers(1, 80),
-    v_dim=st.integers(1, 80),
-    dtype=st.sampled_from(FLOATS),
-    is_causal=st.booleans(),
-    window=st.sampled_from([0, 0, 5, 100]),
-    softcap=st.sampled_from([0.0, 0.0, 5.0]),
-    mask=st.sampled_from(["", *(m for m in MASKS if m not in ("all_finfo_min",))]),
-    rope=st.sampled_from([ROPE_NONE, ROPE_HALF, ROPE_INTERLEAVED]),
-    new=st.booleans(),
-    positions=st.booleans(),
-    seq_first=st.booleans(),
-    threads=st.integers(1, 4),
-    seed=st.integers(0, 1000),
-)
-def test_any_problem(kv_heads, group, q_len, extra, rope, seed, dim, **fields) -> None:
-    dim = max(dim // 2 * 2, 2) if rope else dim
-    c = Case(
-        heads=kv_heads * group,
-        kv_heads=kv_heads,
-        q_len=q_len,
-        kv_len=q_len + extra,
-        rope=rope,
-        dim=dim,
-        **fields,
-    )
+@given(c=problems(dtype=st.sampled_from(FLOATS)), seed=st.integers(0, 1000))
+def test_any_problem(c: Case, seed: int) -> None:
     for tier in TIERS:
         check(c, tier, seed)
