@@ -6,16 +6,6 @@
 
 namespace {
 
-// What a chunk works on: panels [panel0, panel1) by tiles [tile0, tile1).
-struct Chunk {
-  int64_t panel0, panel1, tile0, tile1;
-};
-
-inline Chunk chunk_at(const Problem& p, const Schedule& s, int64_t chunk) {
-  const int64_t panel0 = chunk / s.blocks * s.span, tile0 = chunk % s.blocks * s.tiles_per_block;
-  return {panel0, min64(p.panels(), panel0 + s.span), tile0, min64(p.tiles(), tile0 + s.tiles_per_block)};
-}
-
 // A stream asks for its weights this far ahead: the hardware prefetcher alone leaves bandwidth unused.
 constexpr int64_t kStreamAhead = 3 << 10;
 
@@ -98,15 +88,15 @@ int linear_phases(const Step& s, int) { return Problem(s).prepared() ? 2 : 1; }
 int64_t linear_chunks(const Step& s, int phase, int threads) {
   const Problem p(s);
   if (p.prepared() && phase == 0) return prepare_chunks(p, threads);
-  return Schedule(p, threads).chunks(p);
+  return Schedule(p, threads).chunks();
 }
 
 // A stream begins with the panels of the thread's first chunk.
 Span linear_first_read(const Step& s, int, int threads, int thread) {
   const Problem p(s);
   const Schedule schedule(p, threads);
-  if (!p.streams() || thread >= schedule.chunks(p)) return {};
-  const Chunk c = chunk_at(p, schedule, thread);
+  if (!p.streams() || thread >= schedule.chunks()) return {};
+  const Chunk c = schedule.chunk(thread);
   const int64_t bytes = panel_bytes(p.K, p.weight);
   return {p.w.data + c.panel0 * bytes, (c.panel1 - c.panel0) * bytes};
 }
@@ -121,11 +111,10 @@ void linear_run(const Step& s, int phase, int64_t chunk, int threads, const Scra
   float* prepared = reinterpret_cast<float*>(scratch.shared);
   if (p.prepared() && phase == 0) return prepare_tile(p, chunk, threads, prepared);
   const Schedule schedule(p, threads);
-  const Chunk c = chunk_at(p, schedule, chunk);
+  const Chunk c = schedule.chunk(chunk);
   const float* a = p.prepared() ? prepared : reinterpret_cast<const float*>(p.x.data);
   float* sums = reinterpret_cast<float*>(scratch.local);
-  const int64_t next_panel =
-      chunk_at(p, schedule, chunk + threads).panel0;  // of the chunk this thread likely takes next
+  const int64_t next_panel = schedule.next_panel(chunk, threads);
   if (p.streams()) return run_stream(p, c, next_panel, a, sums);
   run_blocked(p, schedule, c, next_panel, a, sums);
 }

@@ -51,13 +51,30 @@ struct Problem {
   }
 };
 
-// How the GEMM is cut. A chunk is `span` panels by `tiles_per_block` tiles. With more than one tile the panels of a
-// chunk stay in L2 while the tiles pass over them, K block after K block.
-struct Schedule {
-  int64_t span, tiles_per_block, blocks, k_block, k_blocks;
+// What a chunk works on: panels [panel0, panel1) by row tiles [tile0, tile1).
+struct Chunk {
+  int64_t panel0, panel1, tile0, tile1;
+};
+
+// How a product is cut: a chunk is `span` panels by `tiles_per_block` row tiles.
+struct Cut {
+  int64_t panels, tiles;  // of the whole product
+  int64_t span, tiles_per_block, blocks;
+
+  int64_t chunks() const { return tiles == 0 ? 0 : ceil_div(panels, span) * blocks; }
+  Chunk chunk(int64_t i) const {
+    const int64_t panel0 = i / blocks * span, tile0 = i % blocks * tiles_per_block;
+    return {panel0, min64(panels, panel0 + span), tile0, min64(tiles, tile0 + tiles_per_block)};
+  }
+  // The first panel of the chunk that a thread likely takes after this one.
+  int64_t next_panel(int64_t i, int threads) const { return chunk(i + threads < chunks() ? i + threads : i).panel0; }
+};
+
+// With more than one row tile the panels of a chunk stay in L2 while the tiles pass over them, K block after K block.
+struct Schedule : Cut {
+  int64_t k_block, k_blocks;
 
   Schedule(const Problem& p, int threads);
-  int64_t chunks(const Problem& p) const { return p.M == 0 ? 0 : ceil_div(p.panels(), span) * blocks; }
 };
 
 constexpr int64_t kL2Weights = 384 << 10;    // bytes of f32 weights that stay in L2 beside the passing rows
@@ -69,7 +86,8 @@ static_assert(kMaxKBlock * kPanel * 4 <= kL2Weights && kL2Weights <= kWideBytes)
 
 inline Schedule::Schedule(const Problem& p, int threads) {
   const LinearTuning& given = p.tuning;
-  const int64_t tiles = p.tiles(), panels = p.panels(), wanted = kChunksPerThread * threads;
+  panels = p.panels(), tiles = p.tiles();
+  const int64_t wanted = kChunksPerThread * threads;
   blocks = k_blocks = 1;
   tiles_per_block = given.tiles ? min64(given.tiles, tiles) : tiles;
   k_block = p.padded_k();

@@ -55,11 +55,12 @@ inline bool runs_on_tiles(const Problem& p) {
   return p.tuning.family == LinearFamily::automatic && p.K > 0 && p.M >= kLeastRows[terms_of(p)];
 }
 
-struct TileSchedule {
-  int64_t span, tiles_per_block, blocks, k_block, k_blocks;
+struct TileSchedule : Cut {
+  int64_t k_block, k_blocks;  // in steps
 
   TileSchedule(const TileProblem& p, int threads) {
-    const int64_t tiles = p.row_tiles(), panels = p.panels(), wanted = kChunksPerThread * threads;
+    panels = p.panels(), tiles = p.row_tiles();
+    const int64_t wanted = kChunksPerThread * threads;
     // Rows that do not stay in L2 pass by once for all panels of a chunk: then chunks are cut between rows instead.
     const bool rows_stay = tiles * p.tile_bytes() <= kTileL2;
     span = max64(1, min64(kTileSpan, panels / (rows_stay ? wanted : int64_t{2} * threads)));
@@ -70,11 +71,6 @@ struct TileSchedule {
     if (k_blocks > 1) blocks = max64(blocks, ceil_div(tiles, kSumBytes / (span * kTileHeight * kPanel * 4)));
     tiles_per_block = ceil_div(tiles, blocks);
     blocks = ceil_div(tiles, tiles_per_block);
-  }
-  int64_t chunks(const TileProblem& p) const { return ceil_div(p.panels(), span) * blocks; }
-  Chunk chunk(const TileProblem& p, int64_t i) const {
-    const int64_t panel0 = i / blocks * span, tile0 = i % blocks * tiles_per_block;
-    return {panel0, min64(p.panels(), panel0 + span), tile0, min64(p.row_tiles(), tile0 + tiles_per_block)};
   }
 };
 
@@ -271,8 +267,8 @@ void finish_pending(const TileProblem& p, const Pending& f, const char* lone, fl
 }
 
 void run_tiles(const TileProblem& p, const TileSchedule& s, int64_t chunk, int threads, char* shared, char* local) {
-  const Chunk c = s.chunk(p, chunk);
-  const int64_t next_panel = s.chunk(p, chunk + threads < s.chunks(p) ? chunk + threads : chunk).panel0;
+  const Chunk c = s.chunk(chunk);
+  const int64_t next_panel = s.next_panel(chunk, threads);
   const int64_t bytes = panel_bytes(p.K, p.weight), step_bytes = kTileK * kPanel * itemsize(p.weight);
   const int64_t panels = c.panel1 - c.panel0, tiles = c.tile1 - c.tile0;
   float *waiting = reinterpret_cast<float*>(local), *lone_x = waiting + kSumBytes / 4;
@@ -328,7 +324,7 @@ int tier_phases(const Step& s, int threads) { return runs_on_tiles(Problem(s)) ?
 int64_t tier_chunks(const Step& s, int phase, int threads) {
   const TileProblem p(s);
   if (!runs_on_tiles(p)) return linear_chunks(s, phase, threads);
-  return phase == 0 ? tile_prepare_chunks(p) : TileSchedule(p, threads).chunks(p);
+  return phase == 0 ? tile_prepare_chunks(p) : TileSchedule(p, threads).chunks();
 }
 
 size_t tier_workspace(const Step& s, int threads) {

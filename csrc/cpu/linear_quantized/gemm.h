@@ -7,11 +7,10 @@
 namespace {
 
 // A chunk is `span` panels by `tiles_per_block` tiles. A panel has all of K: it stays in L2 while the tiles pass.
-struct QuantizedSchedule {
-  int64_t span, tiles_per_block, blocks;
-
+struct QuantizedSchedule : Cut {
   QuantizedSchedule(const QuantizedProblem& p, int threads) {
-    const int64_t tiles = p.tiles(), panels = p.panels(), wanted = kChunksPerThread * threads;
+    panels = p.panels(), tiles = p.tiles();
+    const int64_t wanted = kChunksPerThread * threads;
     const LinearTuning& given = p.tuning;
     blocks = 1;
     tiles_per_block = given.tiles ? min64(given.tiles, tiles) : tiles;
@@ -23,17 +22,7 @@ struct QuantizedSchedule {
       tiles_per_block = ceil_div(tiles, min64(ceil_div(wanted, panels), max64(1, tiles / kMinBlockTiles)));
     blocks = ceil_div(tiles, tiles_per_block);
   }
-  int64_t chunks(const QuantizedProblem& p) const { return p.M == 0 ? 0 : ceil_div(p.panels(), span) * blocks; }
 };
-
-struct QuantizedChunk {
-  int64_t panel0, panel1, tile0, tile1;
-};
-
-inline QuantizedChunk quantized_chunk(const QuantizedProblem& p, const QuantizedSchedule& s, int64_t chunk) {
-  const int64_t panel0 = chunk / s.blocks * s.span, tile0 = chunk % s.blocks * s.tiles_per_block;
-  return {panel0, min64(p.panels(), panel0 + s.span), tile0, min64(p.tiles(), tile0 + s.tiles_per_block)};
-}
 
 constexpr int64_t kQuantizedAhead = 3 << 10;  // bytes a stream asks for its weights before it needs them
 
@@ -73,7 +62,7 @@ inline const char* column_factors(const Form& form, const char* panel) {
 
 // Weights are read once, straight through the panels. At the end of the chunk the start of this thread's next one is
 // asked for.
-void stream_panels(const QuantizedProblem& p, const QuantizedChunk& c, int64_t next_panel, char* shared, float* sums) {
+void stream_panels(const QuantizedProblem& p, const Chunk& c, int64_t next_panel, char* shared, float* sums) {
   const int64_t bytes = p.form.panel_bytes();
   const char* end = p.w.data + c.panel1 * bytes;
   const char* next = p.w.data + next_panel * bytes;
@@ -95,7 +84,7 @@ void stream_panels(const QuantizedProblem& p, const QuantizedChunk& c, int64_t n
 }
 
 // Panel after panel, all tiles pass over it while the next one is fetched.
-void block_panels(const QuantizedProblem& p, const QuantizedChunk& c, int64_t next_panel, char* shared, float* sums,
+void block_panels(const QuantizedProblem& p, const Chunk& c, int64_t next_panel, char* shared, float* sums,
                   char* wide) {
   const int64_t bytes = p.form.panel_bytes(), tiles = c.tile1 - c.tile0;
   const int64_t ahead_stride = ceil_div(bytes, max64(1, tiles * p.form.groups() * p.form.steps()));
@@ -130,15 +119,15 @@ int linear_phases(const Step&, int) { return 2; }
 
 int64_t linear_chunks(const Step& s, int phase, int threads) {
   const QuantizedProblem p(s);
-  return phase == 0 ? p.tiles() * quantize_parts(p, threads) : QuantizedSchedule(p, threads).chunks(p);
+  return phase == 0 ? p.tiles() * quantize_parts(p, threads) : QuantizedSchedule(p, threads).chunks();
 }
 
 // A stream begins with the panels of the thread's first chunk.
 Span linear_first_read(const Step& s, int, int threads, int thread) {
   const QuantizedProblem p(s);
   const QuantizedSchedule schedule(p, threads);
-  if (!streams(p) || thread >= schedule.chunks(p)) return {};
-  const QuantizedChunk c = quantized_chunk(p, schedule, thread);
+  if (!streams(p) || thread >= schedule.chunks()) return {};
+  const Chunk c = schedule.chunk(thread);
   return {p.w.data + c.panel0 * p.form.panel_bytes(), (c.panel1 - c.panel0) * p.form.panel_bytes()};
 }
 
@@ -148,10 +137,8 @@ void linear_run(const Step& s, int phase, int64_t chunk, int threads, const Scra
   const QuantizedProblem p(s);
   if (phase == 0) return quantize_tile(p, chunk, threads, scratch);
   const QuantizedSchedule schedule(p, threads);
-  const QuantizedChunk c = quantized_chunk(p, schedule, chunk);
-  // Of the chunk this thread likely takes next.
-  const int64_t next_panel =
-      chunk + threads < schedule.chunks(p) ? quantized_chunk(p, schedule, chunk + threads).panel0 : c.panel0;
+  const Chunk c = schedule.chunk(chunk);
+  const int64_t next_panel = schedule.next_panel(chunk, threads);
   float* sums = reinterpret_cast<float*>(scratch.local);
   if (streams(p)) return stream_panels(p, c, next_panel, scratch.shared, sums);
   block_panels(p, c, next_panel, scratch.shared, sums, scratch.local + kQuantizedSums);

@@ -53,20 +53,14 @@ inline bool runs_on_tiles(const QuantizedTiles& p) {
   return p.form.bits == 8 || kTileBuffers + p.wide().panel_bytes() <= int64_t(kLocalBytes);
 }
 
-struct QuantizedTileSchedule {
-  int64_t span, tiles_per_block, blocks;
-
+struct QuantizedTileSchedule : Cut {
   QuantizedTileSchedule(const QuantizedTiles& p, int threads) {
-    const int64_t tiles = p.row_tiles(), panels = p.panels(), wanted = kChunksPerThread * threads;
+    panels = p.panels(), tiles = p.row_tiles();
+    const int64_t wanted = kChunksPerThread * threads;
     span = max64(1, panels / wanted);
     blocks = min64(ceil_div(wanted, max64(1, panels)), max64(1, tiles / kMinBlockTiles));
     tiles_per_block = ceil_div(tiles, blocks);
     blocks = ceil_div(tiles, tiles_per_block);
-  }
-  int64_t chunks(const QuantizedTiles& p) const { return ceil_div(p.panels(), span) * blocks; }
-  QuantizedChunk chunk(const QuantizedTiles& p, int64_t i) const {
-    const int64_t panel0 = i / blocks * span, tile0 = i % blocks * tiles_per_block;
-    return {panel0, min64(p.panels(), panel0 + span), tile0, min64(p.row_tiles(), tile0 + tiles_per_block)};
   }
 };
 
@@ -157,8 +151,8 @@ void code_tile(const CodeTileArgs& args) {
 
 void run_tiles(const QuantizedTiles& p, const QuantizedTileSchedule& s, int64_t chunk, int threads,
                const Scratch& scratch) {
-  const QuantizedChunk c = s.chunk(p, chunk);
-  const int64_t next_panel = s.chunk(p, chunk + threads < s.chunks(p) ? chunk + threads : chunk).panel0;
+  const Chunk c = s.chunk(chunk);
+  const int64_t next_panel = s.next_panel(chunk, threads);
   const int64_t bytes = p.form.panel_bytes(), tiles = c.tile1 - c.tile0;
   const Form wide = p.wide();
   char* widened = scratch.local + kTileBuffers;
@@ -199,7 +193,7 @@ void run_tiles(const QuantizedTiles& p, const QuantizedTileSchedule& s, int64_t 
 int64_t tier_chunks(const Step& s, int phase, int threads) {
   const QuantizedTiles p(s);
   if (!runs_on_tiles(p)) return linear_chunks(s, phase, threads);
-  return phase == 0 ? ceil_div(p.M, kTokensPrepared) : QuantizedTileSchedule(p, threads).chunks(p);
+  return phase == 0 ? ceil_div(p.M, kTokensPrepared) : QuantizedTileSchedule(p, threads).chunks();
 }
 
 size_t tier_workspace(const Step& s, int threads) {
