@@ -49,6 +49,21 @@ def tile_of(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
+def share_of(
+    M, N, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """What this block computes: (tile, split, number of tiles, rows [BLOCK_M], cols [BLOCK_N], first k, end of k)."""
+    tile, split = tl.program_id(0), tl.program_id(1)
+    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    tile_m, tile_n = tile_of(tile, tiles_m, tiles_n, GROUP_M)
+    rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    share = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLIT_K) * BLOCK_K
+    first = split * share
+    return tile, split, tiles_m * tiles_n, rows, cols, first, min(first + share, K)
+
+
+@triton.jit
 def row_statistics(
     x_rows, row_mask, K, eps, NORM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr
 ):
@@ -143,47 +158,19 @@ def finish(
     stride_rm, stride_ym, alpha, ACT: tl.constexpr, SPLIT_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The epilogue of a tile, run by the last of the SPLIT_K blocks that share it. Nobody waits for anybody."""
-    if SPLIT_K == 1:
-        epilogue(
-            acc,
-            up,
-            bias_ptr,
-            up_bias_ptr,
-            residual_ptr,
-            y_ptr,
-            rows,
-            cols,
-            M,
-            N,
-            stride_rm,
-            stride_ym,
-            alpha,
-            ACT,
-        )
-    else:
+    is_last = True
+    if SPLIT_K > 1:
         store_partial(acc, partial_ptr, split * tiles + tile, BLOCK_M, BLOCK_N)
         if up is not None:
             store_partial(up, partial_ptr, (SPLIT_K + split) * tiles + tile, BLOCK_M, BLOCK_N)
-        if arrive(counter_ptr, tile) == SPLIT_K - 1:
+        is_last = arrive(counter_ptr, tile) == SPLIT_K - 1
+    if is_last:
+        if SPLIT_K > 1:
             acc = sum_partials(partial_ptr, tile, tiles, SPLIT_K, BLOCK_M, BLOCK_N)
             if up is not None:
                 up = sum_partials(
                     partial_ptr, SPLIT_K * tiles + tile, tiles, SPLIT_K, BLOCK_M, BLOCK_N
                 )
             tl.store(counter_ptr + tile, 0)  # ready for the next launch
-            epilogue(
-                acc,
-                up,
-                bias_ptr,
-                up_bias_ptr,
-                residual_ptr,
-                y_ptr,
-                rows,
-                cols,
-                M,
-                N,
-                stride_rm,
-                stride_ym,
-                alpha,
-                ACT,
-            )
+        epilogue(acc, up, bias_ptr, up_bias_ptr, residual_ptr, y_ptr, rows, cols, M, N,
+                 stride_rm, stride_ym, alpha, ACT)  # fmt: skip

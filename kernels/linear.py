@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import triton
 import triton.language as tl
-from llmopt.kernels.gemm import finish, normalise, row_statistics, tile_of
+from llmopt.kernels.gemm import finish, normalise, row_statistics, share_of
 from llmopt.kernels.operands import Around, splits_for, workspace
 from llmopt.launch import GemmTile, Launch, LinearProblem
 from llmopt.registry import Kernel, register
@@ -79,14 +79,8 @@ def _kernel(
     SPLIT_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     # 1 which tile am I
-    tile, split = tl.program_id(0), tl.program_id(1)
-    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
-    tile_m, tile_n = tile_of(tile, tiles_m, tiles_n, GROUP_M)
-    rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    tile, split, tiles, rows, cols, first, end = share_of(M, N, K, BLOCK_M, BLOCK_N, BLOCK_K, SPLIT_K, GROUP_M)  # fmt: skip
     row_mask, col_mask = rows < M, cols < N
-    share = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLIT_K) * BLOCK_K
-    first = split * share
     # 2 pointers
     x_rows = x_ptr + rows.to(tl.int64) * stride_xm
     w_rows = w_ptr + cols.to(tl.int64) * stride_wn
@@ -97,7 +91,7 @@ def _kernel(
     # 3 K loop
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for k in range(first, min(first + share, K), BLOCK_K):
+    for k in range(first, end, BLOCK_K):
         ks = k + tl.arange(0, BLOCK_K)
         k_mask = ks < K
         x = tl.load(
@@ -116,7 +110,7 @@ def _kernel(
             )
             up = tl.dot(x, u, up, input_precision="ieee")
     # 4 epilogue and 5 store, by the last of the blocks that share the tile
-    finish(acc, up if up_ptr is not None else None, partial_ptr, counter_ptr, tile, split, tiles_m * tiles_n,
+    finish(acc, up if up_ptr is not None else None, partial_ptr, counter_ptr, tile, split, tiles,
            bias_ptr, up_bias_ptr, residual_ptr, y_ptr, rows, cols, M, N, stride_rm, stride_ym, alpha,
            ACT, SPLIT_K, BLOCK_M, BLOCK_N)  # fmt: skip
 
@@ -129,9 +123,7 @@ def launch(p: LinearProblem, c: GemmTile, t: Target, x, w, y, around: Around, up
     arguments = {
         "x_ptr": x, "w_ptr": w, "up_ptr": up, "y_ptr": y, "partial_ptr": partial, "counter_ptr": counter,
         "M": p.m, "N": p.n, "K": p.k, "stride_xm": x.stride(0), "stride_wn": w.stride(0),
-        "stride_un": 0 if up is None else up.stride(0), "stride_ym": y.stride(0), **around.arguments(),
-        "norm_weight_ptr": around.norm_weight, "norm_bias_ptr": around.norm_bias,
-        "norm_eps": around.norm_eps, "norm_offset": around.norm_offset,
+        "stride_un": 0 if up is None else up.stride(0), "stride_ym": y.stride(0), **around.arguments(), **around.norm_arguments(),
     }  # fmt: skip
     constants = {"NORM": p.norm, "ACT": p.act, **c.constexprs()}
     return Launch(

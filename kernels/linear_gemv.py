@@ -72,22 +72,8 @@ def _kernel(
     gate = None
     if up_ptr is not None:
         gate = tl.sum(up, 1)[None, :]
-    epilogue(
-        total,
-        gate,
-        bias_ptr,
-        up_bias_ptr,
-        residual_ptr,
-        y_ptr,
-        rows,
-        cols,
-        M,
-        N,
-        stride_rm,
-        stride_ym,
-        alpha,
-        ACT,
-    )
+    epilogue(total, gate, bias_ptr, up_bias_ptr, residual_ptr, y_ptr, rows, cols, M, N,
+             stride_rm, stride_ym, alpha, ACT)  # fmt: skip
 
 
 def launch(p: LinearProblem, c: GemmTile, t: Target, x, w, y, around: Around, up=None) -> Launch:
@@ -95,9 +81,7 @@ def launch(p: LinearProblem, c: GemmTile, t: Target, x, w, y, around: Around, up
     arguments = {
         "x_ptr": x, "w_ptr": w, "up_ptr": up, "y_ptr": y, "M": p.m, "N": p.n, "K": p.k,
         "stride_xm": x.stride(0), "stride_wn": w.stride(0), "stride_un": 0 if up is None else up.stride(0),
-        "stride_ym": y.stride(0), **around.arguments(),
-        "norm_weight_ptr": around.norm_weight, "norm_bias_ptr": around.norm_bias,
-        "norm_eps": around.norm_eps, "norm_offset": around.norm_offset,
+        "stride_ym": y.stride(0), **around.arguments(), **around.norm_arguments(),
     }  # fmt: skip
     constants = {"NORM": p.norm, "ACT": p.act, "BLOCK_N": c.block_n, "BLOCK_K": c.block_k}
     return Launch(

@@ -43,6 +43,15 @@ class Around:
             "alpha": float(self.alpha),
         }
 
+    def norm_arguments(self) -> dict[str, Any]:
+        """The share of the norm in front, in kernels that have one."""
+        return {
+            "norm_weight_ptr": self.norm_weight,
+            "norm_bias_ptr": self.norm_bias,
+            "norm_eps": self.norm_eps,
+            "norm_offset": self.norm_offset,
+        }
+
 
 def splits_for(tiles: int, k_steps: int, t: Target) -> int:
     """Into how many blocks to split each tile: enough to fill the GPU once, each with at least four steps."""

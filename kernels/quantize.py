@@ -67,9 +67,8 @@ def launch(
 ) -> Launch:  # fmt: skip
     """x [M, K] (gated: [M, 2K]) with dense rows → q [M, K] s8 and scale [M, K/group] fp32, both dense. group 0: all K."""
     arguments = {
-        "x_ptr": x, "norm_weight_ptr": around.norm_weight, "norm_bias_ptr": around.norm_bias, "q_ptr": q,
-        "scale_ptr": scale, "K": p.k, "groups": p.k // group if group else 1, "stride_xm": x.stride(0),
-        "norm_eps": around.norm_eps, "norm_offset": around.norm_offset,
+        "x_ptr": x, "q_ptr": q, "scale_ptr": scale, "K": p.k, "groups": p.k // group if group else 1,
+        "stride_xm": x.stride(0), **around.norm_arguments(),
     }  # fmt: skip
     constants = {
         "NORM": norm,
