@@ -211,6 +211,14 @@ def test_norms_whose_eps_changes() -> None:
         check(function, randn(4, 16), 0.1, dynamic=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_an_rms_norm_without_eps_takes_that_of_float32(dtype: torch.dtype) -> None:
+    x = (randn(4, 64) * 1e-3).to(
+        dtype
+    )  # so small that the eps of a short dtype would be most of the sum
+    check(lambda x: F.rms_norm(x, (64,)), x, takes=["norm"])
+
+
 def test_an_attention_whose_scale_changes_says_so() -> None:
     def function(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
         return F.scaled_dot_product_attention(q, k, v, scale=scale)

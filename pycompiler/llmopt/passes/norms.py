@@ -169,7 +169,8 @@ def _match_rms_norm_call(graph: fx.Graph, mode: Any, node: fx.Node) -> None:
     weight, eps = argument(node, 2, "weight"), argument(node, 3, "eps")
     if len(shape) != 1 or fake(x).dtype not in FLOATS:
         return
-    eps = torch.finfo(fake(x).dtype).eps if eps is None else scalar(eps)
+    # Without eps PyTorch takes that of the dtype it computes in, which is never a short one.
+    eps = torch.finfo(torch.float32).eps if eps is None else scalar(eps)
     if eps is None:
         node.meta[NOTE] = _VARIABLE_EPS
         return
