@@ -115,6 +115,9 @@ class LinearConfig:
         return " ".join(words) or "default"
 
 
+EVERY_M = 1 << 40  # the largest M of a config that is for all of them
+
+
 @dataclass(frozen=True)
 class Choice:
     """The configs of a linear's step and where they come from."""
@@ -132,6 +135,8 @@ class Choice:
         """The configs in words; "" where all is left to the kernel."""
         if not self.ints():
             return ""
-        if len(self.rows) == 1:
+        if self.rows[0][0] == EVERY_M:
             return str(self.rows[0][1])
-        return "; ".join(f"M<={m}: {config}" for m, config in self.rows)
+        return "; ".join(
+            f"{'any other M' if m == EVERY_M else f'M<={m}'}: {config}" for m, config in self.rows
+        )

@@ -7,18 +7,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llmopt import _C
-from llmopt.types import LINEAR_FAMILIES, Choice, LinearConfig
+from llmopt.types import EVERY_M, LINEAR_FAMILIES, Choice, LinearConfig
 
 from tests.kernels import test_linear as floats
 from tests.kernels import test_linear_quantized as codes
 
 TIERS = _C.tiers()
-ANY_M = 1 << 40
 
 
 def check(case, op: str, tier: str, config: LinearConfig, threads: int = 2) -> str:
     """Runs the case under a config, or sees it refused; returns the reason."""
-    case.tuning = tuple(Choice(((ANY_M, config),)).ints())
+    case.tuning = tuple(Choice(((EVERY_M, config),)).ints())
     reason = _C.refuse_tuning(tier, op, [*case.ints(), *case.tuning])
     if not reason:
         case.check(tier, threads)
@@ -100,7 +99,7 @@ def test_the_largest_configs_stay_in_their_scratch_memory(tier, dtype):
             most = 0
             for tiles in (1 << n for n in range(9)):
                 config = LinearConfig("auto", 0, k_block, span, tiles)
-                case.tuning = tuple(Choice(((ANY_M, config),)).ints())
+                case.tuning = tuple(Choice(((EVERY_M, config),)).ints())
                 if not _C.refuse_tuning(tier, "linear", [*case.ints(), *case.tuning]):
                     most = tiles
             if most:

@@ -18,7 +18,7 @@ from llmopt.tune.candidates import COUNT, Machine, candidates, predict, refuse
 from llmopt.tune.database import Database
 from llmopt.tune.lookup import BUCKETS, Lookup, at, bucket, recording, tuner_for
 from llmopt.tune.tuning import Tuning
-from llmopt.types import Choice, LinearConfig, LinearProblem
+from llmopt.types import EVERY_M, Choice, LinearConfig, LinearProblem
 
 from tests.tune.problems import database, entry, local, problem
 
@@ -111,6 +111,14 @@ def test_a_height_that_changes_gets_a_row_for_each_measured_one(known):
     assert choice.rows == ((4, LinearConfig()), (16, CONFIG), (48, LinearConfig()), (64, CONFIG))
     assert choice.source.startswith("tuned for M=8, 16, 64, which changes from call to call")
     assert refuse_rows(choice) == ""
+
+
+def test_the_largest_measured_height_serves_all_above_it(known):
+    known.put(entry(problem(m=BUCKETS[-1]), CONFIG))
+    assert ask(known, problem(m=10**6)).rows == ((EVERY_M, CONFIG),)
+    choice = ask(known, problem(m=None))
+    assert choice.rows == ((3072, LinearConfig()), (EVERY_M, CONFIG))
+    assert str(choice) == "M<=3072: default; any other M: span=2"
 
 
 def refuse_rows(choice: Choice) -> str:

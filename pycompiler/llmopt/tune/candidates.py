@@ -11,11 +11,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 
+import torch
+
 from llmopt import _C
 from llmopt.native.probe import Probe
 from llmopt.native.program import DTYPE_CODES
 from llmopt.native.segment import SHORT_DTYPES
-from llmopt.types import Choice, LinearConfig, LinearProblem, Target
+from llmopt.types import EVERY_M, Choice, LinearConfig, LinearProblem, Target
 
 COUNT = 12  # likeliest configs that are measured, the default among them
 _ALIKE = (
@@ -57,15 +59,12 @@ def op_ints(problem: LinearProblem) -> list[int]:
         return [problem.n, problem.k, _CODES[problem.w], 0, int(problem.gated), 0]
     bits, offsets = (8 if problem.w == "q8" else 4), int(problem.offsets)
     form = [bits, problem.group, offsets, problem.planes]
-    return [problem.n, problem.k, _C_U8, 0, int(problem.gated), 0, *form]
-
-
-_C_U8 = 6  # DType::u8 in csrc/runtime/tensor.h; the op does not read it
+    return [problem.n, problem.k, DTYPE_CODES[torch.uint8], 0, int(problem.gated), 0, *form]
 
 
 def refuse(target: Target, problem: LinearProblem, config: LinearConfig) -> str:
     """Why a problem cannot run with a config on a target, in the words of the kernels' contracts; "" when it can."""
-    tuning = Choice(((1 << 40, config),)).ints()
+    tuning = Choice(((EVERY_M, config),)).ints()
     return _C.refuse_tuning(target.tier, problem.op, op_ints(problem) + tuning)
 
 

@@ -20,11 +20,10 @@ from llmopt.native.segment import Tuner
 from llmopt.tune.candidates import refuse
 from llmopt.tune.database import Database, Entry, key_of
 from llmopt.tune.environment import Environment, cpu_environment
-from llmopt.types import Choice, LinearConfig, LinearProblem, Target
+from llmopt.types import EVERY_M, Choice, LinearConfig, LinearProblem, Target
 
-# One measurement serves all heights up to its own and above the one before.
+# One measurement serves all heights up to its own and above the one before; the last also all above.
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 256, 512, 1024, 1536, 2048, 3072, 4096)
-_EVERY_M = 1 << 40
 _NEAR = 1.0  # factors of two, over M, N and K together, within which a shape may borrow
 _SIZES = ("m", "n", "k")
 _AROUND = ("norm", "act", "bias", "residual", "y")  # hardly change how the product is best cut
@@ -92,7 +91,7 @@ class Lookup:
         if problem.m is None:
             return self._for_every_height(problem)
         config, source = self._for_height(at(problem, bucket(problem.m)))
-        return Choice(((_EVERY_M, config),), source)
+        return Choice(((EVERY_M, config),), source)
 
     def entry(self, problem: LinearProblem) -> tuple[Entry | None, str]:
         """What was measured for a problem, if it can be used here, or the reason why not."""
@@ -141,7 +140,7 @@ class Lookup:
             tuned += [] if entry is None else [str(m)]
             if rows and rows[-1][1] == config:
                 rows.pop()
-            rows.append((m, config))
+            rows.append((m if m < BUCKETS[-1] else EVERY_M, config))
         if not tuned:
             return Choice(
                 source=f"default: {self.entry(at(problem, bucket(problem.hint or 1)))[1]}"
