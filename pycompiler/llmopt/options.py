@@ -29,13 +29,9 @@ class Options:
     weights: str = "keep"  # "packed": the module's own leave memory once packed, see llmopt.offload
 
 
-def _choose(name: str, value: Any, known: tuple[str, ...], available: tuple[str, ...]) -> str:
+def _choose(name: str, value: Any, known: tuple[str, ...]) -> str:
     if value not in known:
         raise ValueError(f"llmopt: {name}={value!r} does not exist; possible: {', '.join(known)}")
-    if value not in available:
-        raise ValueError(
-            f"llmopt: {name}={value!r} is not available in this version; available: {', '.join(available)}"
-        )
     return value
 
 
@@ -63,9 +59,9 @@ def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> Option
         raise ValueError("llmopt: accuracy_budget is for precision='auto'")
     return Options(
         accuracy_budget=check_budget(given.get("accuracy_budget", DEFAULT_BUDGET)),
-        mode=_choose("mode", mode or "default", MODES, MODES),
-        precision=_choose("precision", given.get("precision", "exact"), PRECISIONS, PRECISIONS),
-        kv_cache=_choose("kv_cache", given.get("kv_cache", "same"), KV_CACHES, KV_CACHES),
+        mode=_choose("mode", mode or "default", MODES),
+        precision=_choose("precision", given.get("precision", "exact"), PRECISIONS),
+        kv_cache=_choose("kv_cache", given.get("kv_cache", "same"), KV_CACHES),
         target=wanted_target,
-        weights=_choose("weights", given.get("weights", "keep"), WEIGHTS, WEIGHTS),
+        weights=_choose("weights", given.get("weights", "keep"), WEIGHTS),
     )
