@@ -73,7 +73,7 @@ def choose(
     weights = {name: _tensors(gm, values, nodes[0]) for name, nodes in layers.items()}
     known = _known(weights, budget)
     if known is None:
-        decision, plans = _decide(_Trial(gm, values, layers, weights), budget, seconds)
+        decision, plans = _decide(_Trial(gm, values, layers), budget, seconds)
         known = {name: (decision, plan) for name, plan in plans.items()}
         for name, tensors in weights.items():
             for tensor in tensors:
@@ -171,15 +171,8 @@ def _decide(trial: _Trial, budget: float, seconds: Seconds) -> tuple[Decision, d
 class _Trial:
     """Runs a graph with some of its linears quantised, in plain PyTorch."""
 
-    def __init__(
-        self,
-        gm: fx.GraphModule,
-        values: Sequence[Any],
-        layers: Layers,
-        weights: Mapping[str, Sequence[Tensor]],
-    ) -> None:
+    def __init__(self, gm: fx.GraphModule, values: Sequence[Any], layers: Layers) -> None:
         self.gm, self.graph, self.values, self.layers = gm, gm.graph, values, layers
-        self.own = {id(t) for tensors in weights.values() for t in tensors}
         self.names = {node: name for name, nodes in layers.items() for node in nodes}
         self.codes: dict[tuple[str, CodeForm], list[Codes]] = {}
         self.impossible: list[tuple[str, str, str]] = []  # layer, scheme, why
@@ -188,7 +181,7 @@ class _Trial:
             self.wanted = _logits(_Run(self, {}, watch=True).run(*self.copies()))
 
     def copies(self) -> list[Any]:
-        """The inputs, so that what is changed in place is a copy; weights are not changed."""
+        """The inputs, so that what is changed in place is a copy; parameters are not changed."""
         return [
             v.clone() if isinstance(v, Tensor) and not isinstance(v, torch.nn.Parameter) else v
             for v in self.values
