@@ -37,7 +37,8 @@ def llmopt(
 ) -> Callable:
     """Compiles one Dynamo graph; what `torch.compile(model, backend="llmopt")` calls.
 
-    mode: what torch.compile knows; all of them compile the same. options: see `llmopt.options`.
+    mode: what torch.compile knows; "max-autotune" also measures linears that were not tuned yet, the others compile the same.
+    options: see `llmopt.options`.
     Raises ValueError for a mode or option that does not exist, naming those that do.
     """
     chosen = parse_options(mode, options)
