@@ -15,6 +15,8 @@ _SHAPE = re.compile(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)")
 
 
 def add(commands: Any) -> None:
+    from llmopt.quant.schemes import SCHEMES
+
     parser = commands.add_parser(
         "tune",
         help="measure which config of each kernel is fastest here",
@@ -33,7 +35,7 @@ def add(commands: Any) -> None:
     options.add_threads(parser)
     parser.add_argument(
         "--precision",
-        choices=("exact", "w8a8", "w8a16", "w4a16", "w4a8"),
+        choices=("exact", *SCHEMES),
         default="exact",
         help="how the linears' weights are stored (default: exact)",
     )
@@ -144,11 +146,13 @@ def _problems(args: argparse.Namespace) -> list[Any]:
 
 
 def _of_shape(args: argparse.Namespace, m: int, n: int, k: int) -> Any:
+    from llmopt.models import DTYPES
     from llmopt.native.linear_quantized import PLANES
+    from llmopt.native.segment import SHORT_DTYPES
     from llmopt.quant.schemes import SCHEMES
     from llmopt.types import LinearProblem
 
-    dtype = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}[args.dtype]
+    dtype = SHORT_DTYPES[DTYPES[args.dtype]]
     scheme = SCHEMES.get(args.precision)
     if scheme is None:
         return LinearProblem("linear", m, n, k, dtype, dtype, dtype)
