@@ -30,7 +30,8 @@ def add(commands: Any) -> None:
         type=options.names,
         default=["eager"],
         metavar="SYSTEM,…",
-        help="eager, inductor, inductor-freezing, onnxruntime, llmopt-w8a8, llmopt-w8a16, llmopt-w4a16, llmopt-w4a8 (default: eager)",
+        help="eager, inductor, inductor-freezing, onnxruntime, "
+        "llmopt-w8a8, llmopt-w8a16, llmopt-w4a16, llmopt-w4a8, llmopt-auto (default: eager)",
     )
     parser.add_argument(
         "--phases",

@@ -40,7 +40,7 @@ def add(commands: Any) -> None:
         type=options.names,
         default=[],
         metavar="PRECISION,…",
-        help="compile options, run through torch.compile",
+        help="w8a8, w8a16, w4a16, w4a8, auto: compile options, run through torch.compile",
     )
     parser.add_argument(
         "--kv-cache",
