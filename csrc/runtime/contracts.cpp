@@ -107,7 +107,7 @@ const char* around_weight(const Step& s) {
 
 const char* linear(const Call& c) {
   const Step& s = c.step;
-  if (!has(s, 7, 6, 3)) return kWrongCount;
+  if (!has(s, 7, kLinearInts, 3)) return kWrongCount;
   if (!is_float(static_cast<DType>(s.i[2])) || absent(s.t[1])) return "there is no packed float weight";
   if (const char* reason = around_weight(s)) return reason;
   return refuse_tuning("linear", c);
@@ -157,7 +157,7 @@ const char* pack_linear_quantized(const Call& c) {
 
 const char* linear_quantized(const Call& c) {
   const Step& s = c.step;
-  if (!has(s, 7, 10, 3)) return kWrongCount;
+  if (!has(s, 7, kLinearQuantizedInts, 3)) return kWrongCount;
   if (s.i[9] < 1 || s.i[9] > 3) return "there are 1 to 3 planes";
   if (const char* reason = quantized_form(s.i[1], s.i[6], s.i[7])) return reason;
   if (const char* reason = around_weight(s)) return reason;

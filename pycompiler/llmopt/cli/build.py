@@ -11,6 +11,8 @@ from llmopt.cli.progress import working
 
 
 def add(commands: Any) -> None:
+    from llmopt.quant.schemes import SCHEMES
+
     parser = commands.add_parser(
         "build",
         help="compile a model's GPU kernels, with no GPU needed",
@@ -25,7 +27,10 @@ def add(commands: Any) -> None:
     options.add_dtype(parser, "fp16")
     options.add_random_weights(parser)
     parser.add_argument(
-        "--precision", default="exact", help="exact (default), w8a8, w8a16 or w4a16"
+        "--precision",
+        default="exact",
+        choices=("exact", *SCHEMES),
+        help="what linears are rounded to, exact by default; those of w4a8 have no GPU kernel but the head's",
     )
     parser.set_defaults(run=run)
 

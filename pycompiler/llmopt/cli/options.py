@@ -40,5 +40,5 @@ def positive(text: str) -> int:
 
 
 def names(text: str) -> list[str]:
-    """An argparse type: comma-separated names."""
-    return [name.strip() for name in text.split(",") if name.strip()]
+    """An argparse type: comma-separated names, each once."""
+    return list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
