@@ -5,6 +5,9 @@
 // probe_vnni   t: sink f32 [chunks].  i: iterations.  kChains * 128 int8 operations (a multiply or an add) per
 // iteration
 //              and chunk. Only in tiers with vpdpbusd.
+// probe_tile_bf16, probe_tile_s8
+//              t: sink f32 [chunks].  i: iterations.  kTileSums products of two tile registers of ones per iteration and
+//              chunk: 16 * 16 * 32 * 2 flops each in bf16, 16 * 16 * 64 * 2 operations in s8. Only in tiers with tiles.
 // probe_read   t: buffer u8 [bytes], sink f32 [chunks].  Reads the buffer once, each chunk as four streams. The buffer
 //              must hold floats without denormals and NaNs (zeros do), which cost time of their own.
 #include "cpu/family.h"
@@ -47,6 +50,49 @@ void vnni_run(const Step& s, int, int64_t chunk, int, const Scratch&) {
 }
 #endif
 
+#ifdef __AMX_TILE__
+constexpr int kTileSums = 4;
+
+// Four sums of two by two operands, as the GEMMs use the registers. The sink gets the first element of the first sum.
+template <class First, class Multiply>
+void tile_run(const Step& s, int64_t chunk, const Scratch& scratch, int16_t one, First first, Multiply multiply) {
+  auto* ones = reinterpret_cast<int16_t*>(scratch.local);
+  for (int i = 0; i < kTileRows * kTileBytes / 2; ++i) ones[i] = one;
+  const TileScope scope(kTileBytes);
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  _tile_loadd(4, ones, kTileBytes);
+  _tile_loadd(5, ones, kTileBytes);
+  _tile_loadd(6, ones, kTileBytes);
+  _tile_loadd(7, ones, kTileBytes);
+  for (int64_t n = s.i[0]; n > 0; --n) multiply();
+  _tile_stored(0, scratch.local, kTileBytes);
+  *sink(s, chunk) = first(scratch.local);
+}
+
+void tile_bf16_run(const Step& s, int, int64_t chunk, int, const Scratch& scratch) {
+  const auto first = [](const char* tile) { return *reinterpret_cast<const float*>(tile); };
+  tile_run(s, chunk, scratch, 0x3F80, first, [] {
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  });
+}
+
+void tile_s8_run(const Step& s, int, int64_t chunk, int, const Scratch& scratch) {
+  const auto first = [](const char* tile) { return static_cast<float>(*reinterpret_cast<const int32_t*>(tile)); };
+  tile_run(s, chunk, scratch, 0x0101, first, [] {
+    _tile_dpbssd(0, 4, 6);
+    _tile_dpbssd(1, 4, 7);
+    _tile_dpbssd(2, 5, 6);
+    _tile_dpbssd(3, 5, 7);
+  });
+}
+#endif
+
 void read_run(const Step& s, int, int64_t chunk, int, const Scratch&) {
   const int64_t chunks = sink_chunks(s, 0, 0);
   const int64_t floats = s.t[0].size[0] / 4;
@@ -72,6 +118,10 @@ const Kernel kKernels[] = {
     {"probe_read", one_phase, sink_chunks, nullptr, read_run},
 #ifdef __AVX512VNNI__
     {"probe_vnni", one_phase, sink_chunks, nullptr, vnni_run},
+#endif
+#ifdef __AMX_TILE__
+    {"probe_tile_bf16", one_phase, sink_chunks, nullptr, tile_bf16_run},
+    {"probe_tile_s8", one_phase, sink_chunks, nullptr, tile_s8_run},
 #endif
 };
 

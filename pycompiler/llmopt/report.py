@@ -34,7 +34,7 @@ class StepTime:
     microseconds: float
     flops: int
     bytes: int
-    roof: float  # share of the limit that binds: 1.0 is the FMA or read probe
+    roof: float  # share of the limit that binds: 1.0 is what the probe reaches
     bound: str  # "compute" or "memory"
     source: str
     config: str  # in words; "" where all is left to the kernel
@@ -246,8 +246,7 @@ def _step(
 ) -> StepTime:
     from llmopt.graph import source_line
 
-    is_integer = record.op == "linear_quantized" and probe.vnni_ops > 0
-    peak = probe.vnni_ops if is_integer else probe.fma_flops
+    peak = probe.linear_peak(record.multiplies) if record.multiplies else probe.fma_flops
     compute, memory = flops / peak, num_bytes / probe.read_bytes
     seconds = max(ns, 1) * 1e-9
     return StepTime(

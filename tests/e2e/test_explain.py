@@ -55,7 +55,8 @@ def test_every_step_has_its_kernel_tier_shapes_and_costs(report: Report) -> None
     assert linear.flops == 2 * 18 * 192 * 64
     assert linear.bytes == 4 * (192 * 64 + 18 * 64 + 18 * 192)
     seconds = linear.microseconds / 1e6
-    compute, memory = linear.flops / report.probe.fma_flops, linear.bytes / report.probe.read_bytes
+    compute = linear.flops / report.probe.linear_peak("f32")
+    memory = linear.bytes / report.probe.read_bytes
     assert linear.roof == pytest.approx(max(compute, memory) / seconds)
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from llmopt import _C
-from llmopt.native.probe import CHAINS, INT8_OPS, measure
+from llmopt.native.probe import CHAINS, INT8_OPS, TILE_FLOPS, TILE_OPS, Probe, measure
 from llmopt.native.program import OneOp, run_op
 
 TIERS = _C.tiers()
 VNNI_TIERS = [t for t in TIERS if "probe_vnni" in _C.tier_ops(t)]
+TILE_TIERS = [t for t in TIERS if "probe_tile_bf16" in _C.tier_ops(t)]
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -24,6 +25,11 @@ def test_rates_are_those_of_a_computer(tier, threads):
         assert 1e7 < probe.vnni_ops < threads * clock * 4 * INT8_OPS
     else:
         assert probe.vnni_ops == 0.0
+    if tier in TILE_TIERS:
+        assert 1e9 < probe.tile_flops < threads * clock * TILE_FLOPS
+        assert 1e9 < probe.tile_ops < threads * clock * TILE_OPS
+    else:
+        assert probe.tile_flops == probe.tile_ops == 0.0
 
 
 @pytest.mark.parametrize("tier", TIERS)
@@ -41,6 +47,23 @@ def test_vnni_probe_computes_its_sums(tier):
     sink = torch.zeros(4)
     run_op("probe_vnni", [sink], [7], tier=tier, threads=2)
     assert torch.equal(sink, torch.full((4,), 16.0 * sum(7 * 4 + i for i in range(CHAINS))))
+
+
+@pytest.mark.parametrize(("op", "k"), [("probe_tile_bf16", 32), ("probe_tile_s8", 64)])
+@pytest.mark.parametrize("tier", TILE_TIERS)
+def test_tile_probes_compute_their_sums(tier, op, k):
+    sink = torch.zeros(4)
+    run_op(op, [sink], [7], tier=tier, threads=2)
+    assert torch.equal(sink, torch.full((4,), 7.0 * k))
+
+
+def test_the_peak_of_a_linear_is_that_of_the_best_unit():
+    plain = Probe(fma_flops=4.0, vnni_ops=0.0, read_bytes=1.0)
+    assert [plain.linear_peak(d) for d in ("f32", "f16", "bf16", "s8")] == [4.0] * 4
+    vnni = Probe(fma_flops=4.0, vnni_ops=16.0, read_bytes=1.0)
+    assert [vnni.linear_peak(d) for d in ("f32", "s8")] == [4.0, 16.0]
+    tiles = Probe(fma_flops=4.0, vnni_ops=16.0, read_bytes=1.0, tile_flops=60.0, tile_ops=120.0)
+    assert [tiles.linear_peak(d) for d in ("f32", "f16", "bf16", "s8")] == [10.0, 20.0, 60.0, 120.0]
 
 
 @pytest.mark.parametrize("tier", TIERS)

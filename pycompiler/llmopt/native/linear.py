@@ -64,7 +64,8 @@ def lower(s: SegmentBuilder, node: fx.Node) -> None:
     weight = SHORT_DTYPES[fake(weights[0]).dtype]
     choice = s.tuner(problem("linear", node, p, n, k, weight, bias is not None))
     flops = 2 * rows_of(p) * n * k
-    record = step_record(node, p, "linear", f"{n}x{k}", bias is not None, flops, size, choice, note)
+    what, has_bias = f"{n}x{k}", bias is not None
+    record = step_record(node, p, "linear", what, has_bias, flops, size, choice, note, weight)
     ints += choice.ints()
     s.step("linear", operands(s, node, p, packed, bias), ints, problem_floats(p), record)
 
@@ -139,9 +140,10 @@ def step_record(
     size: Size,
     choice: Choice,
     note: str = "",
+    multiplies: str = "",
     impl: str = "cpu",
 ) -> StepRecord:
-    """The record of a linear: what it multiplies, what is fused into it, and a remark."""
+    """The record of a linear: what it multiplies, in which dtype, what is fused into it, and a remark."""
     fused = [p["norm_kind"] + "_norm"] if p["norm_kind"] != "none" else []
     fused += ["bias"] if has_bias else []
     fused += [p["act"]] if p["act"] != "none" else []
@@ -160,6 +162,7 @@ def step_record(
         node,
         str(choice),
         choice.source,
+        multiplies,
     )
 
 

@@ -103,7 +103,7 @@ def lower(s: SegmentBuilder, node: fx.Node) -> None:
     what = f"{n}x{k} {scheme.name} groups of {form.group}"
     factors = n * (k // form.group) * (4 if form.bits == 8 else 2) * (1 if form.symmetric else 2)
     size = n * k * form.bits // 8 + factors + num_bytes(p["x"], node, p["residual"])
-    flops = 2 * rows_of(p) * n * k
+    flops = 2 * rows_of(p) * n * k * PLANES[p["activations"]]
     choice = s.tuner(
         problem(
             "linear_quantized",
@@ -119,7 +119,10 @@ def lower(s: SegmentBuilder, node: fx.Node) -> None:
         )
     )
     ints += choice.ints()
-    record = step_record(node, p, "linear_quantized", what, bias is not None, flops, size, choice)
+    has_bias = bias is not None
+    record = step_record(
+        node, p, "linear_quantized", what, has_bias, flops, size, choice, multiplies="s8"
+    )
     s.step("linear_quantized", operands(s, node, p, packed, bias), ints, problem_floats(p), record)
 
 

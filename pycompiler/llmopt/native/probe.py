@@ -24,15 +24,30 @@ ITERATIONS = 20_000
 REPEATS = 3
 CHAINS = 12  # kChains in csrc/cpu/probe.cpp
 INT8_OPS = 128  # of one vpdpbusd: 64 multiplications and 64 additions
+TILE_SUMS = 4  # kTileSums in csrc/cpu/probe.cpp
+TILE_ITERATIONS = 5_000
+TILE_FLOPS = 16 * 16 * 32 * 2  # of one product of bf16 tiles
+TILE_OPS = 16 * 16 * 64 * 2  # of one product of byte tiles
+
+# Products of bf16 tiles that one product of this dtype is made of (docs/adr/0004).
+TILE_PRODUCTS = {"bf16": 1, "f16": 3, "f32": 6}
 
 
 @dataclass(frozen=True)
 class Probe:
-    """Attainable rates per second; vnni_ops is 0.0 where there is no vpdpbusd."""
+    """Attainable rates per second; those of instructions that the tier lacks are 0.0."""
 
     fma_flops: float
     vnni_ops: float
     read_bytes: float
+    tile_flops: float = 0.0  # products of bf16 on tile registers
+    tile_ops: float = 0.0  # products of bytes on tile registers
+
+    def linear_peak(self, dtype: str) -> float:
+        """Multiplications and additions per second of a linear whose operands are f32, f16, bf16 or s8, at best."""
+        if dtype == "s8":
+            return max(self.vnni_ops, self.tile_ops) or self.fma_flops
+        return max(self.fma_flops, self.tile_flops / TILE_PRODUCTS[dtype])
 
 
 @functools.lru_cache(maxsize=1)
@@ -58,6 +73,12 @@ def _ops(tier: str, threads: int) -> dict[str, tuple[OneOp, float]]:
     known = {
         "probe_fma": ([sink], [ITERATIONS], chunks * ITERATIONS * CHAINS * 2 * lanes),
         "probe_vnni": ([sink], [ITERATIONS], chunks * ITERATIONS * CHAINS * INT8_OPS),
+        "probe_tile_bf16": (
+            [sink],
+            [TILE_ITERATIONS],
+            chunks * TILE_ITERATIONS * TILE_SUMS * TILE_FLOPS,
+        ),
+        "probe_tile_s8": ([sink], [TILE_ITERATIONS], chunks * TILE_ITERATIONS * TILE_SUMS * TILE_OPS),
         "probe_read": ([_read_buffer(), sink], [], READ_BYTES),
     }
     return {
@@ -79,4 +100,10 @@ def measure(threads: int, tier: str | None = None) -> Probe:
         name: max(_rate(op, work) for _ in range(REPEATS))
         for name, (op, work) in _ops(tier or target().tier, threads).items()
     }
-    return Probe(rates["probe_fma"], rates.get("probe_vnni", 0.0), rates["probe_read"])
+    return Probe(
+        rates["probe_fma"],
+        rates.get("probe_vnni", 0.0),
+        rates["probe_read"],
+        rates.get("probe_tile_bf16", 0.0),
+        rates.get("probe_tile_s8", 0.0),
+    )

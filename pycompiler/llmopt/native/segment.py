@@ -83,6 +83,7 @@ class StepRecord:
     config_source: str = (
         ""  # where it comes from, or why there is none; "" where nothing can be tuned
     )
+    multiplies: str = ""  # of a linear: dtype of its multiplications, f32, f16, bf16 or s8
 
 
 @dataclass

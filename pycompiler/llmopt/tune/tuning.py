@@ -101,8 +101,7 @@ def roof(problem: LinearProblem, machine: Machine, result: Result[LinearConfig])
     """The share of the limit that binds: multiplications at the probe's rate, or weights at the read probe's."""
     assert problem.m is not None
     probe = machine.probe
-    is_integer = problem.op == "linear_quantized" and probe.vnni_ops > 0
-    peak = probe.vnni_ops if is_integer else probe.fma_flops
-    compute = 2.0 * problem.m * problem.n * problem.k / peak
+    peak = probe.linear_peak("s8" if problem.op == "linear_quantized" else problem.w)
+    compute = 2.0 * problem.m * problem.n * problem.k * max(1, problem.planes) / peak
     memory = weight_bytes(problem, machine.target.panel_width) / probe.read_bytes
     return max(compute, memory) / (result.us * 1e-6)
