@@ -19,10 +19,13 @@ FAMILIES = (
     "attention_decode",
     "norm",
     "rope",
+    "rotary_table",
+    "index_copy",
     "swiglu",
     "softmax",
     "embedding",
     "cross_entropy",
+    "pointwise",
 )
 
 

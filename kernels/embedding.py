@@ -18,11 +18,14 @@ def tiles(p: RowProblem, t: Target) -> tuple[RowTile, ...]:
 
 
 @triton.jit
-def _kernel(ids_ptr, table_ptr, y_ptr, V, K, stride_t, stride_y, scale, BLOCK_K: tl.constexpr):
+def _kernel(
+    ids_ptr, table_ptr, y_ptr, V, K, inner, stride_io, stride_ii, stride_t, stride_y, scale, BLOCK_K: tl.constexpr
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     ks = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     # The id as a block: the interpreter joins a scalar's comparison with a block's to something that is no mask.
-    token = tl.load(ids_ptr + row + tl.zeros((BLOCK_K,), tl.int32)).to(tl.int64)
+    place = (row // inner) * stride_io + (row % inner) * stride_ii
+    token = tl.load(ids_ptr + place + tl.zeros((BLOCK_K,), tl.int32)).to(tl.int64)
     mask = (ks < K) & (token >= 0) & (token < V)
     x = (
         tl.load(table_ptr + token * stride_t + ks, mask=mask, other=float("nan")).to(tl.float32)
@@ -32,8 +35,9 @@ def _kernel(ids_ptr, table_ptr, y_ptr, V, K, stride_t, stride_y, scale, BLOCK_K:
 
 
 def launch(p: RowProblem, c: RowTile, t: Target, ids, table, y, scale: float = 1.0) -> Launch:
-    """ids [M] int64 or int32 dense, table [V, K] and y [M, K] with dense rows."""
+    """ids [outer, inner] int64 or int32 of any strides, table [V, K] and y [outer · inner, K] with dense rows."""
     arguments = {"ids_ptr": ids, "table_ptr": table, "y_ptr": y, "V": table.shape[0], "K": p.k,
+                 "inner": ids.shape[1], "stride_io": ids.stride(0), "stride_ii": ids.stride(1),
                  "stride_t": table.stride(0), "stride_y": y.stride(0), "scale": float(scale)}  # fmt: skip
     return Launch(
         "embedding.triton", _kernel, (p.rows, triton.cdiv(p.k, c.block_k)), arguments, c.constexprs(),

@@ -8,10 +8,12 @@ import triton.language as tl
 
 @triton.jit
 def tanh(x):
-    # Through the smaller exponential, so that nothing overflows.
+    # Through the smaller exponential, so that nothing overflows; near 0, where 1 - e loses digits, the series.
     e = tl.exp(-2.0 * tl.abs(x))
     t = (1.0 - e) / (1.0 + e)
-    return tl.where(x < 0, -t, t)
+    squared = x * x
+    series = x * (1.0 - squared * (0.3333333333333333 - squared * 0.13333333333333333))
+    return tl.where(tl.abs(x) < 0.1, series, tl.where(x < 0, -t, t))
 
 
 @triton.jit
@@ -19,7 +21,7 @@ def activate(x, ACT: tl.constexpr):
     """An activation of ops/activation.py on fp32."""
     y = x
     if ACT == "relu":
-        y = tl.maximum(x, 0.0)
+        y = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
     elif ACT == "silu":
         y = x * tl.sigmoid(x)
     elif ACT == "gelu_erf":
@@ -33,7 +35,8 @@ def activate(x, ACT: tl.constexpr):
     elif ACT == "quick_gelu":
         y = x * tl.sigmoid(1.702 * x)
     elif ACT == "relu2":
-        y = tl.maximum(x, 0.0) * tl.maximum(x, 0.0)
+        y = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        y = y * y
     else:
         tl.static_assert(ACT == "none", "unknown activation")
     return y

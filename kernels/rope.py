@@ -23,7 +23,8 @@ def tiles(p: RowProblem, t: Target) -> tuple[RowTile, ...]:
 
 
 @triton.jit
-def _copy(x_ptr, y_ptr, h, heads, stride_xh, stride_yh, first, D, BLOCK: tl.constexpr):
+def copy_heads(x_ptr, y_ptr, h, heads, stride_xh, stride_yh, first, D, BLOCK: tl.constexpr):
+    """Dimensions from first on of heads h [BLOCK_H] of one token."""
     d = first + tl.arange(0, BLOCK)
     mask = (h < heads)[:, None] & (d < D)[None, :]
     x = tl.load(x_ptr + (h * stride_xh)[:, None] + d[None, :], mask=mask)
@@ -56,7 +57,7 @@ def _rotate(
         y_rows + second[None, :], (b * cos_b + a * sin_b).to(y_ptr.dtype.element_ty), mask=mask
     )
     if R < D:
-        _copy(x_ptr, y_ptr, h, heads, stride_xh, stride_yh, R, D, BLOCK_REST)
+        copy_heads(x_ptr, y_ptr, h, heads, stride_xh, stride_yh, R, D, BLOCK_REST)
 
 
 @triton.jit
@@ -87,14 +88,14 @@ def _kernel(
                 k_out_ptr + b * stride_kob + s * stride_kos,
             )
             if KIND == "none":
-                _copy(x, y, h, Hkv, stride_kh, stride_koh, 0, D, BLOCK_D)
+                copy_heads(x, y, h, Hkv, stride_kh, stride_koh, 0, D, BLOCK_D)
             else:
                 _rotate(x, y, cos_ptr + b * stride_cb + s * stride_cs, sin_ptr + b * stride_sb + s * stride_ss,
                         h, Hkv, stride_kh, stride_koh, KIND, D, R, BLOCK_R, BLOCK_REST)  # fmt: skip
     else:
         if v_ptr is not None:
             h = (part - q_parts - kv_parts) * BLOCK_H + lane
-            _copy(v_ptr + b * stride_vb + s * stride_vs, v_out_ptr + b * stride_vob + s * stride_vos,
+            copy_heads(v_ptr + b * stride_vb + s * stride_vs, v_out_ptr + b * stride_vob + s * stride_vos,
                   h, Hkv, stride_vh, stride_voh, 0, DV, BLOCK_DV)  # fmt: skip
 
 

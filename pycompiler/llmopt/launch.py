@@ -103,7 +103,23 @@ class RowProblem:
     dtype: str
 
 
-Problem = LinearProblem | AttentionProblem | RowProblem
+@dataclass(frozen=True)
+class ChainProblem:
+    """A chain of pointwise operations, program and results as in ops/pointwise.py, over rows of k columns."""
+
+    rows: int
+    k: int
+    dtype: str  # of the first result
+    inputs: int
+    program: tuple[tuple, ...]
+    results: tuple[int, ...]
+
+    @property
+    def reduces(self) -> bool:
+        return any(op == "reduce" for op, *_ in self.program)
+
+
+Problem = LinearProblem | AttentionProblem | RowProblem | ChainProblem
 Tile = GemmTile | AttentionTile | RowTile
 
 

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from torch import fx
 
-from llmopt.gpu import attentions, linears, rows
+from llmopt.gpu import attentions, linears, pointwise, rows
 from llmopt.graph import kind
 from llmopt.native.operands import NativeKernel
 
-KERNELS: dict[str, NativeKernel] = {**linears.KERNELS, **attentions.KERNELS, **rows.KERNELS}
+KERNELS: dict[str, NativeKernel] = {
+    **linears.KERNELS,
+    **attentions.KERNELS,
+    **rows.KERNELS,
+    **pointwise.KERNELS,
+}
 
 
 def kernel_for(node: fx.Node) -> tuple[NativeKernel | None, str]:

@@ -1,6 +1,8 @@
-"""ops.norm, ops.rope and ops.embedding on a GPU: one launch each."""
+"""ops.norm, ops.rope, ops.rotary_table, ops.embedding and index_copy_ on a GPU: one launch each."""
 
 from __future__ import annotations
+
+import math
 
 from torch import fx
 
@@ -12,6 +14,7 @@ from llmopt.native.operands import (
     NativeKernel,
     as_rows,
     batch_broadcast,
+    broadcast,
     num_bytes,
     rows,
 )
@@ -95,8 +98,19 @@ def _lower_rope(s: GpuSegmentBuilder, node: fx.Node) -> None:
     s.launch(launches, _record(node, "rope", name, (x,), 3 * numel(fake(x)), num_bytes(x, node)))
 
 
+def _matrix(view: View) -> View:
+    """ids of one or two dimensions, or dense ones, as a matrix."""
+    size, stride = view.size, view.stride
+    if len(size) > 2:
+        size, stride = (math.prod(size),), (1,)
+    missing = 2 - len(size)
+    size, stride = (1,) * missing + size, (0,) * missing + stride
+    return View(view.buffer, view.dtype, size, stride, view.offset)
+
+
 def _reject_embedding(node: fx.Node) -> str:
-    if not is_dense(fake(node.args[0])):
+    ids = fake(node.args[0])
+    if ids.dim() > 2 and not is_dense(ids):
         return "ids are not dense"
     return cpu.reject_embedding(node)
 
@@ -107,7 +121,8 @@ def _lower_embedding(s: GpuSegmentBuilder, node: fx.Node) -> None:
     ids, table = node.args[:2]
     scale = argument(node, 2, "scale", 1.0)
     operands = [
-        s.operand(v) for v in (s.view(ids), s.view(table), as_rows(s.view(node), fake(node)))
+        s.operand(v)
+        for v in (_matrix(s.view(ids)), s.view(table), as_rows(s.view(node), fake(node)))
     ]
 
     def launches(call: Call) -> list[Launch]:
@@ -122,10 +137,66 @@ def _lower_embedding(s: GpuSegmentBuilder, node: fx.Node) -> None:
     s.launch(launches, _record(node, "embedding", "", (ids, table), 0, 2 * num_bytes(node)))
 
 
+def _lower_rotary_table(s: GpuSegmentBuilder, node: fx.Node) -> None:
+    frequencies, positions, scale, _ = node.args
+    tables = [s.part(node, i) for i in range(2)]
+    *front, width = fake(tables[0]).shape
+    inputs = [
+        broadcast(s.view(n), tuple(fake(n).shape), (*front, width // 2))
+        for n in (frequencies, positions)
+    ]
+    operands = [s.operand(v) for v in (*inputs, *map(s.view, tables))]
+    record = StepRecord(
+        "rotary_table", "rotary_table.triton", "", (describe(frequencies), describe(positions)),
+        tuple(map(describe, tables)), 20 * numel(fake(tables[0])), num_bytes(*tables), node,
+    )  # fmt: skip
+
+    def launches(call: Call) -> list[Launch]:
+        from llmopt.kernels.operands import dtype_name
+
+        frequencies_, positions_, cos, sin = map(call.tensor, operands)
+        assert cos is not None
+        if cos.numel() == 0:
+            return []
+        p = RowProblem(cos.numel() // cos.shape[-1], cos.shape[-1], dtype_name(cos.dtype))
+        kernel, tile = choose("rotary_table", p, call.target)
+        return [kernel.launch(p, tile, call.target, frequencies_, positions_, cos, sin, scale)]
+
+    s.launch(launches, record)
+
+
+def _lower_index_copy(s: GpuSegmentBuilder, node: fx.Node) -> None:
+    from llmopt.kernels.operands import dtype_name
+
+    cache, _, index, new = node.args
+    operands = [s.operand(s.view(n)) for n in (cache, index, new)]
+    record = StepRecord(
+        "index_copy", "index_copy.triton", "", (describe(new),), (describe(cache),), 0, 2 * num_bytes(new), node
+    )  # fmt: skip
+
+    def launches(call: Call) -> list[Launch]:
+        cache_, index_, new_ = map(call.tensor, operands)
+        assert cache_ is not None
+        assert new_ is not None
+        if new_.numel() == 0:
+            return []
+        p = RowProblem(new_.numel() // new_.shape[3], new_.shape[3], dtype_name(new_.dtype))
+        kernel, tile = choose("index_copy", p, call.target)
+        return [kernel.launch(p, tile, call.target, cache_, index_, new_)]
+
+    s.launch(launches, record)
+
+
 KERNELS = {
     "llmopt.norm": NativeKernel("norm.triton", _reject_norm, _lower_norm),
     "llmopt.rope": NativeKernel("rope.triton", cpu.reject_rope, _lower_rope),
     "llmopt.embedding": NativeKernel(
         "embedding.triton", _reject_embedding, _lower_embedding, is_glue=True
+    ),
+    "llmopt.rotary_table": NativeKernel(
+        "rotary_table.triton", cpu.reject_rotary_table, _lower_rotary_table
+    ),
+    "index_copy_": NativeKernel(
+        "index_copy.triton", cpu.reject_index_copy, _lower_index_copy, is_glue=True
     ),
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import fx
 
 from llmopt.graph import fake, numel
@@ -30,7 +32,7 @@ def _encode(node: fx.Node) -> tuple[list[int], list[float]]:
     return vm.encode()
 
 
-def _reject(node: fx.Node) -> str:
+def reject(node: fx.Node) -> str:
     inputs = [fake(n) for n in node.args[3:]]
     shape = fake(node)[0].shape
     if any(i.dtype not in FLOATS for i in inputs):
@@ -55,20 +57,22 @@ def _lower(s: SegmentBuilder, node: fx.Node) -> None:
     operands = [broadcast(s.view(n), tuple(fake(n).shape), shape) for n in inputs]
     outputs = [s.part(node, i) for i in range(len(fake(node)))]
     operands += [s.view(o) for o in outputs]
-    names = [args[0] for op, *args in node.args[0] if op != "const"]
-    detail = "+".join(names[:4]) + ("+…" if len(names) > 4 else "")
-    cost = numel(fake(outputs[0])) * len(names)
-    record = StepRecord(
+    s.step("vm", operands, ints, floats, chain_record(node, outputs, "vm.cpu"))
+
+
+def chain_record(node: fx.Node, outputs: Sequence[fx.Node], kernel: str) -> StepRecord:
+    program, _, _, *inputs = node.args
+    names = [args[0] for op, *args in program if op != "const"]
+    return StepRecord(
         "pointwise",
-        "vm.cpu",
-        detail,
+        kernel,
+        "+".join(names[:4]) + ("+…" if len(names) > 4 else ""),
         tuple(describe(n) for n in inputs),
         tuple(describe(o) for o in outputs),
-        cost,
+        numel(fake(outputs[0])) * len(names),
         num_bytes(*inputs, *outputs),
         node,
     )
-    s.step("vm", operands, ints, floats, record)
 
 
-KERNELS = {"llmopt.pointwise": NativeKernel("vm.cpu", _reject, _lower, is_glue=True)}
+KERNELS = {"llmopt.pointwise": NativeKernel("vm.cpu", reject, _lower, is_glue=True)}

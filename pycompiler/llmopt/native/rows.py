@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import fx
 
@@ -107,7 +109,7 @@ def _lower_embedding(s: SegmentBuilder, node: fx.Node) -> None:
     s.step("embedding", operands, [], [argument(node, 2, "scale", 1.0)], record)
 
 
-def _reject_rotary_table(node: fx.Node) -> str:
+def reject_rotary_table(node: fx.Node) -> str:
     frequencies = fake(node.args[0])
     if not is_one(frequencies.shape[-1]) and not same_size(frequencies.stride(-1), 1):
         return "frequencies are not dense"
@@ -137,10 +139,10 @@ def _lower_rotary_table(s: SegmentBuilder, node: fx.Node) -> None:
     s.step("rotary_table", operands, [], [scale], record)
 
 
-_COPIES = frozenset({"contiguous", "clone", "reshape", "flatten"})
+COPIES = frozenset({"contiguous", "clone", "reshape", "flatten"})
 
 
-def _reject_copy(node: fx.Node) -> str:
+def reject_copy(node: fx.Node) -> str:
     x = node.args[0]
     if not is_tensor(x) or fake(x).dtype not in DTYPE_CODES or fake(x).dtype != fake(node).dtype:
         return "runs as in PyTorch"
@@ -156,20 +158,24 @@ def _reject_copy(node: fx.Node) -> str:
 
 def _lower_copy(s: SegmentBuilder, node: fx.Node) -> None:
     x = node.args[0]
-    strides: list[Size] = []
-    step: Size = 1
-    for size in reversed(fake(x).shape):
-        strides.insert(0, step)
-        step = step * size
-    target = s.view(node)
-    y = View(target.buffer, target.dtype, tuple(fake(x).shape), tuple(strides), target.offset)
+    y = copied(s.view(node), fake(x))
     record = StepRecord(
         "copy", "copy.cpu", "", (describe(x),), (describe(node),), 0, num_bytes(x, node), node
     )
     s.step("copy", [s.view(x), y], [], [], record)
 
 
-def _reject_cat(node: fx.Node) -> str:
+def copied(whole: View, x: torch.Tensor) -> View:
+    """A dense result seen in the shape of what it is a copy of."""
+    strides: list[Size] = []
+    step: Size = 1
+    for size in reversed(x.shape):
+        strides.insert(0, step)
+        step = step * size
+    return View(whole.buffer, whole.dtype, tuple(x.shape), tuple(strides), whole.offset)
+
+
+def reject_cat(node: fx.Node) -> str:
     pieces, dim = argument(node, 0, "tensors"), argument(node, 1, "dim", 0)
     if (
         not isinstance(dim, int)
@@ -182,14 +188,20 @@ def _reject_cat(node: fx.Node) -> str:
     return "" if fake(node).dtype in FLOATS else "runs as in PyTorch"
 
 
-def _lower_cat(s: SegmentBuilder, node: fx.Node) -> None:
+def cat_pieces(s: SegmentBuilder, node: fx.Node) -> Iterator[tuple[fx.Node, View]]:
+    """Every tensor that is joined, and its place in the result."""
     pieces, dim = argument(node, 0, "tensors"), argument(node, 1, "dim", 0) % fake(node).dim()
     whole = s.view(node)
     start: Size = 0
     for piece in pieces:
-        value = fake(piece)
+        shape = tuple(fake(piece).shape)
         offset = whole.offset + start * whole.stride[dim]
-        y = View(whole.buffer, whole.dtype, tuple(value.shape), whole.stride, offset)
+        yield piece, View(whole.buffer, whole.dtype, shape, whole.stride, offset)
+        start = start + shape[dim]
+
+
+def _lower_cat(s: SegmentBuilder, node: fx.Node) -> None:
+    for piece, y in cat_pieces(s, node):
         record = StepRecord(
             "copy",
             "copy.cpu",
@@ -201,10 +213,9 @@ def _lower_cat(s: SegmentBuilder, node: fx.Node) -> None:
             node,
         )
         s.step("copy", [s.view(piece), y], [], [], record)
-        start = start + value.shape[dim]
 
 
-def _reject_index_copy(node: fx.Node) -> str:
+def reject_index_copy(node: fx.Node) -> str:
     if len(node.args) != 4 or node.kwargs:
         return "runs as in PyTorch"
     cache, dim, index, new = node.args
@@ -238,11 +249,11 @@ KERNELS = {
     ),
     "llmopt.rope": NativeKernel("rope.cpu", reject_rope, _lower_rope),
     "llmopt.rotary_table": NativeKernel(
-        "rotary_table.cpu", _reject_rotary_table, _lower_rotary_table
+        "rotary_table.cpu", reject_rotary_table, _lower_rotary_table
     ),
     "index_copy_": NativeKernel(
-        "index_copy.cpu", _reject_index_copy, _lower_index_copy, is_glue=True
+        "index_copy.cpu", reject_index_copy, _lower_index_copy, is_glue=True
     ),
-    "cat": NativeKernel("copy.cpu", _reject_cat, _lower_cat, is_glue=True),
-    **{name: NativeKernel("copy.cpu", _reject_copy, _lower_copy, is_glue=True) for name in _COPIES},
+    "cat": NativeKernel("copy.cpu", reject_cat, _lower_cat, is_glue=True),
+    **{name: NativeKernel("copy.cpu", reject_copy, _lower_copy, is_glue=True) for name in COPIES},
 }

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from llmopt import kernels
-from llmopt.launch import AttentionProblem, Launch, LinearProblem, RowProblem
+from llmopt.launch import AttentionProblem, ChainProblem, Launch, LinearProblem, RowProblem
 from llmopt.types import Target
 
 kernels.load()
@@ -16,14 +16,17 @@ from llmopt.kernels import (  # noqa: E402
     attention_decode,
     cross_entropy,
     embedding,
+    index_copy,
     linear,
     linear_gemv,
     linear_tma,
     linear_w8a8,
     linear_weight_only,
     norm,
+    pointwise,
     quantize,
     rope,
+    rotary_table,
     softmax,
     swiglu,
 )
@@ -146,6 +149,37 @@ def _rows(module, k: int, *operands, **more) -> Case:
     return lambda t: _every_tile(module, RowProblem(512, k, "fp16"), t, *operands, **more)
 
 
+SOFTCAP = (("const", 30.0), ("binary", "div", 0, 2), ("unary", "tanh", 3), ("binary", "mul", 4, 2),
+           ("binary", "mul", 5, 1))  # fmt: skip
+MEAN_CENTRED = (("reduce", "mean", 0), ("binary", "sub", 0, 2), ("unary", "square", 3), ("reduce", "mean", 4),
+                ("unary", "rsqrt", 5), ("binary", "mul", 3, 6), ("binary", "mul", 7, 1))  # fmt: skip
+
+
+def _chain(program: tuple, k: int) -> Case:
+    """A chain over rows [512, k] and a vector [k]."""
+
+    def launches(t: Target) -> list[Launch]:
+        p = ChainProblem(512, k, "fp16", 2, program, (1 + len(program),))
+        inputs = [meta(512, k), meta(k).expand(512, k)]
+        return _every_tile(pointwise, p, t, (512, k), inputs, [meta(512, k)])
+
+    return launches
+
+
+def _rotary_table(t: Target) -> list[Launch]:
+    frequencies = meta(64, dtype=F32).expand(1, 512, 64)
+    positions = meta(1, 512, 1, dtype=torch.int64).expand(1, 512, 64)
+    p = RowProblem(512, 128, "fp16")
+    tables = (meta(1, 512, 128), meta(1, 512, 128))
+    return _every_tile(rotary_table, p, t, frequencies, positions, *tables)
+
+
+def _index_copy(t: Target) -> list[Launch]:
+    index, new = meta(512, dtype=torch.int64), meta(1, 512, 8, 128).transpose(1, 2)
+    p = RowProblem(8 * 512, 128, "fp16")
+    return _every_tile(index_copy, p, t, meta(1, 8, 4096, 128), index, new)
+
+
 # Kernels with a matrix product must use tensor cores, and stage their operands asynchronously.
 PRODUCTS: dict[str, Case] = {
     "linear 1": _linear(linear, 1),
@@ -186,12 +220,18 @@ ROWS: dict[str, Case] = {
     "swiglu": _rows(swiglu, WIDE, meta(512, 2 * WIDE), meta(512, WIDE)),
     "softmax": _rows(softmax, 32000, meta(512, 32000), meta(512, 32000)),
     "embedding": _rows(
-        embedding, HIDDEN, meta(512, dtype=torch.int64), meta(32000, HIDDEN), meta(512, HIDDEN)
+        embedding, HIDDEN, meta(1, 512, dtype=torch.int64), meta(32000, HIDDEN), meta(512, HIDDEN)
     ),
+    "index copy": _index_copy,
+    "chain": _chain(SOFTCAP, HIDDEN),
+    "chain with reductions": _chain(MEAN_CENTRED, HIDDEN),
+    "chain with the longest reduction": _chain(MEAN_CENTRED, pointwise.WIDEST),
     "cross entropy": _rows(
         cross_entropy, 32000, meta(512, 32000), meta(512, dtype=torch.int64), meta(512, dtype=F32)
     ),
 }
+# Too short to load wide: an element a lane.
+SHORT_ROWS: dict[str, Case] = {"rotary table": _rotary_table}
 
 
 def cases(

@@ -11,7 +11,7 @@ from llmopt.kernels.operands import Around
 from llmopt.launch import GemmTile, LinearProblem, RowProblem, RowTile
 from llmopt.target import GPUS, gpu_target
 
-from tests.gpu.compile.cases import PRODUCTS, ROWS, cases, meta
+from tests.gpu.compile.cases import PRODUCTS, ROWS, SHORT_ROWS, cases, meta
 
 assert not is_interpreting(), "TRITON_INTERPRET is set: this process cannot compile"
 
@@ -40,6 +40,11 @@ def test_rows_load_wide_and_fit(target, launch):
     kernel = compiled(launch, target)
     assert kernel.problems(target) == []
     assert kernel.instructions["wide load"] > 0
+
+
+@pytest.mark.parametrize(("target", "launch"), parameters(SHORT_ROWS))
+def test_short_rows_fit(target, launch):
+    assert compiled(launch, target).problems(target) == []
 
 
 def test_hopper_products_are_warp_group_products():

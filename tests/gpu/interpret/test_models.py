@@ -8,8 +8,10 @@ import pytest
 import torch
 import transformers
 from llmopt.compiled import alive
+from llmopt.graph import kind
 from transformers import DynamicCache
 
+from tests.e2e import zoo
 from tests.tolerance import assert_close
 
 SMALL = {
@@ -76,7 +78,44 @@ def test_a_forward_equals_eager(name):
     assert_close(got, want)
     assert_no_worse(got, eager, want)
     assert last_plan().target.tier == "sm_90"
-    assert last_plan().segments
+    assert len(last_plan().segments) == 1
+    assert ops_left_to_pytorch() == []
+
+
+def ops_left_to_pytorch() -> list[str]:
+    names = [kind(f.node) for f in last_plan().fallbacks]
+    return [name for name in names if name.startswith("llmopt.")]
+
+
+@pytest.mark.parametrize(("name", "layers"), [("gemma2", "num_hidden_layers"), ("gpt2", "n_layer")])
+def test_only_masks_are_left_to_pytorch(name, layers):
+    """Softcaps, scaled embeddings, sums of embeddings, tables of angles: what no family has is generated."""
+    torch._dynamo.reset()
+    model, given = zoo.make(name, torch.float16, **{layers: 1}), zoo.inputs(name, 5)
+    with torch.no_grad():
+        want = first(copy.deepcopy(model).double()(**given))
+        got = first(compiled(model)(**given))
+    assert_close(got, want)
+    plan = last_plan()
+    assert len(plan.segments) == 1
+    assert [r for r in plan.records() if r.kernel == "pointwise.triton"]
+    assert ops_left_to_pytorch() == []
+
+
+def test_a_static_cache_is_written_in_place():
+    model = build("llama", torch.float16, layers=1)
+    exact = copy.deepcopy(model).double()
+    ids = torch.randint(0, 100, (1, 8))
+    run = compiled(model)
+    cache, reference = (
+        transformers.StaticCache(config=model.config, max_cache_len=16) for _ in range(2)
+    )
+    with torch.no_grad():
+        for piece in (ids[:, :7], ids[:, 7:]):
+            got = run(input_ids=piece, past_key_values=cache).logits
+            assert_close(got, exact(input_ids=piece, past_key_values=reference).logits)
+    assert [r for r in last_plan().records() if r.kernel == "index_copy.triton"]
+    assert_close(cache.layers[0].keys, reference.layers[0].keys)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -6,7 +6,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from llmopt.gpu.run import run
-from llmopt.kernels import cross_entropy, embedding, norm, rope, softmax, swiglu
+from llmopt.kernels import (
+    cross_entropy,
+    embedding,
+    index_copy,
+    norm,
+    rope,
+    rotary_table,
+    softmax,
+    swiglu,
+)
 from llmopt.kernels.operands import dtype_name
 from llmopt.launch import RowProblem, RowTile
 from llmopt.ops.rope import rotate
@@ -99,11 +108,44 @@ def test_softmax(dtype):
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_embedding(dtype):
-    table, ids = torch.randn(11, 300).to(dtype), torch.tensor([3, 0, 10, -1, 11])
+    table, ids = torch.randn(11, 300).to(dtype), torch.tensor([[3, 0, 10, -1, 11]])
     y = torch.empty(5, 300, dtype=dtype)
     run(embedding.launch(problem(y), RowTile(128), HOPPER, ids, table, y, 2.0))
-    assert torch.equal(y[:3], table[ids[:3]] * 2)
+    assert torch.equal(y[:3], table[ids[0, :3]] * 2)
     assert y[3:].isnan().all()
+
+
+def test_embedding_of_ids_with_gaps():
+    table, ids = torch.randn(11, 40), torch.randint(0, 11, (4, 3)).T[:, ::2]
+    y = torch.empty(6, 40)
+    run(embedding.launch(problem(y), RowTile(64), HOPPER, ids, table, y))
+    assert torch.equal(y.view(3, 2, 40), table[ids])
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("positions", ["int64", "float32"])
+def test_rotary_table(dtype, positions):
+    frequencies = 10000.0 ** -(torch.arange(0, 24, 2) / 24)
+    place = torch.tensor([[0, 5, 100000], [7, 8, 9]], dtype=getattr(torch, positions))[..., None]
+    cos, sin = (torch.empty(2, 3, 24, dtype=dtype) for _ in range(2))
+    p = problem(cos)
+    shape = (2, 3, 12)
+    run(rotary_table.launch(p, rotary_table.tiles(p, HOPPER)[0], HOPPER, frequencies.expand(shape),
+                            place.expand(shape), cos, sin, 1.5))  # fmt: skip
+    angle = (frequencies * place.float()).double()  # rounded to float32, as the op says
+    whole = torch.cat((angle, angle), -1)
+    assert_close(cos, whole.cos() * 1.5)
+    assert_close(sin, whole.sin() * 1.5)
+
+
+def test_index_copy():
+    cache, new = torch.zeros(2, 3, 9, 20).half(), torch.randn(2, 4, 3, 20).half().transpose(1, 2)
+    want = cache.clone()
+    index = torch.tensor([7, 0, 20, -1])  # two that exist
+    want.index_copy_(2, index[:2], new[:, :, :2])
+    p = problem(new)
+    run(index_copy.launch(p, index_copy.tiles(p, HOPPER)[0], HOPPER, cache, index, new))
+    assert torch.equal(cache, want)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
