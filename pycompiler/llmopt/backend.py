@@ -14,15 +14,15 @@ from llmopt import settings
 from llmopt.auto import choose as auto
 from llmopt.compiled import CompiledGraph
 from llmopt.executor import build_executable
+from llmopt.gpu.device import choose_target
 from llmopt.graph import kind
-from llmopt.options import Options, parse_options
+from llmopt.options import Options, check_for_gpu, parse_options
 from llmopt.passes import kv_cache, quantize
 from llmopt.passes.pipeline import passes
 from llmopt.passes.verify import check_form, check_values, run_copy
 from llmopt.plan import make_plan
 from llmopt.quant.budget import Decision
 from llmopt.quant.schemes import SCHEMES
-from llmopt.target import gpu_target, target
 from llmopt.tune.lookup import tuner_for
 from llmopt.types import Choice, Target
 
@@ -42,11 +42,14 @@ def llmopt(
     Raises ValueError for a mode or option that does not exist, naming those that do.
     """
     chosen = parse_options(mode, options)
-    machine = target() if chosen.target == "cpu" else gpu_target(chosen.target)
-    reason = _why_not(gm, example_inputs)
+    tensors = [t for t in example_inputs if isinstance(t, torch.Tensor)]
+    machine, reason = choose_target(chosen.target, tensors)
+    reason = reason or _why_not(example_inputs, tensors)
     if reason:
         say(1, f"graph of {len(gm.graph.nodes)} nodes runs as in PyTorch: {reason}")
         return CompiledGraph(None, gm, {}, chosen, reason)
+    if machine.gpu is not None:
+        check_for_gpu(chosen, str(machine))
     return _compile(gm, example_inputs, chosen, machine)
 
 
@@ -80,15 +83,11 @@ def _compile(
     return CompiledGraph(plan, executable, clock.seconds, options, decision=decision)
 
 
-def _why_not(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> str:
+def _why_not(example_inputs: Sequence[Any], tensors: Sequence[torch.Tensor]) -> str:
     """Why a graph is left to PyTorch as a whole, or ""."""
-    tensors = [t for t in example_inputs if isinstance(t, torch.Tensor)]
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return "gradients are needed (call under torch.no_grad() or torch.inference_mode() for acceleration)"
-    devices = {t.device.type for t in tensors}
-    if devices - {"cpu"}:
-        return f"tensors on {', '.join(sorted(devices))}: kernels for cpu are possible"
-    if torch.is_autocast_enabled("cpu"):
+    if any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda")):
         return "autocast is on: its casts happen inside PyTorch's own operators"
     if any(not isinstance(t, torch.Tensor | int | float | torch.SymInt) for t in example_inputs):
         return "an input is neither tensor nor number"

@@ -17,6 +17,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from llmopt.native.segment import KvSpec
 
 _MIN_SPARE = 64  # positions
+_CPU = torch.device("cpu")
 
 
 @dataclass
@@ -24,7 +25,7 @@ class _Slab:
     """A slab and how far it is filled. Holds no reference that keeps the memory alive."""
 
     storage: StorageWeakRef
-    geometry: tuple  # (layers, B, H, D, dtype)
+    geometry: tuple  # (layers, B, H, D, dtype, device)
     capacity: int
     filled: int
 
@@ -51,13 +52,19 @@ class KvGroup:
         self.width = specs[0][1].width
 
     def grow(
-        self, arguments: Sequence, batch: int, heads: int, new_length: int
+        self,
+        arguments: Sequence,
+        batch: int,
+        heads: int,
+        new_length: int,
+        *,
+        device: torch.device = _CPU,
     ) -> Sequence[Tensor]:
         """Caches [B,H,S+n,D] whose first S positions hold the old content; the last n are for the caller to fill.
 
-        arguments: the segment's arguments, among them the old caches [B,H,S,D].
+        arguments: the segment's arguments, among them the old caches [B,H,S,D], on the device.
         """
-        geometry = (len(self.arguments), batch, heads, self.width, self.dtype)
+        geometry = (len(self.arguments), batch, heads, self.width, self.dtype, device)
         caches = [arguments[a] for a in self.arguments if a is not None]
         if not caches:  # `groups_of` never mixes empty and filled ones
             return _fresh(geometry, 0, new_length)
@@ -87,7 +94,7 @@ def _in_place(
     slab = _slabs.get(base)
     if slab is None or slab.geometry != geometry or slab.storage.expired():
         return None
-    _, batch, heads, width, _ = geometry
+    _, batch, heads, width, _, _ = geometry
     row = batch * heads * width
     length = first.shape[2]
     start, rest = divmod(first.storage_offset(), row) if row else (0, 1)
@@ -117,11 +124,11 @@ def _copied(caches: Sequence[Tensor], geometry: tuple, new_length: int) -> Seque
 
 
 def _fresh(geometry: tuple, length: int, new_length: int) -> Sequence[Tensor]:
-    layers, batch, heads, width, dtype = geometry
+    layers, batch, heads, width, dtype, device = geometry
     total = length + new_length
     capacity = total + _spare(total)
     _drop_dead_slabs()
-    memory = torch.empty(layers * capacity * batch * heads * width, dtype=dtype, device="cpu")
+    memory = torch.empty(layers * capacity * batch * heads * width, dtype=dtype, device=device)
     if memory.numel():
         storage = StorageWeakRef(memory.untyped_storage())
         _slabs[memory.data_ptr()] = _Slab(storage, geometry, capacity, total)
@@ -132,7 +139,7 @@ def _views(
     owner: Tensor, geometry: tuple, capacity: int, start: int, length: int
 ) -> Sequence[Tensor]:
     """[B,H,length,D] of every layer's part of the slab that `owner`'s storage is."""
-    layers, batch, heads, width, _ = geometry
+    layers, batch, heads, width, _, _ = geometry
     row = batch * heads * width
     size = (layers, batch, heads, length, width)
     stride = (capacity * row, heads * width, width, row, 1)

@@ -25,7 +25,7 @@ class Options:
     precision: str = "exact"
     accuracy_budget: float = DEFAULT_BUDGET  # of precision="auto": KL divergence of the logits
     kv_cache: str = "same"
-    target: str = "cpu"
+    target: str | None = None  # None: the machine or GPU the tensors are on
     weights: str = "keep"  # "packed": the module's own leave memory once packed, see llmopt.offload
 
 
@@ -44,20 +44,15 @@ def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> Option
             raise ValueError(
                 f"llmopt: option {name!r} does not exist; possible: {', '.join(names)}"
             )
-    wanted_target = given.get("target", "cpu")
+    wanted_target = given.get("target")
     device = wanted_target.split(":")[0] if isinstance(wanted_target, str) else wanted_target
-    if device not in DEVICES:
+    if wanted_target is not None and device not in DEVICES:
         raise ValueError(
             f"llmopt: target={wanted_target!r} does not exist; possible: cpu, cuda:<generation>, hip:<generation>"
         )
-    for name, value in CPU_ONLY.items():
-        if wanted_target != "cpu" and given.get(name) == value:
-            raise ValueError(
-                f"llmopt: {name}={value!r} is not available for target={wanted_target!r}; possible: for cpu"
-            )
     if "accuracy_budget" in given and given.get("precision") != "auto":
         raise ValueError("llmopt: accuracy_budget is for precision='auto'")
-    return Options(
+    chosen = Options(
         accuracy_budget=check_budget(given.get("accuracy_budget", DEFAULT_BUDGET)),
         mode=_choose("mode", mode or "default", MODES),
         precision=_choose("precision", given.get("precision", "exact"), PRECISIONS),
@@ -65,3 +60,15 @@ def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> Option
         target=wanted_target,
         weights=_choose("weights", given.get("weights", "keep"), WEIGHTS),
     )
+    if wanted_target not in (None, "cpu"):
+        check_for_gpu(chosen, str(wanted_target))
+    return chosen
+
+
+def check_for_gpu(options: Options, target: str) -> None:
+    """Raises ValueError when options that only the CPU has were asked for with a GPU target."""
+    for name, value in CPU_ONLY.items():
+        if getattr(options, name) == value:
+            raise ValueError(
+                f"llmopt: {name}={value!r} is not available for target={target!r}; possible: for cpu"
+            )

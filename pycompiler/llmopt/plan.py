@@ -116,6 +116,7 @@ class _Roles:
     def __init__(self, graph: fx.Graph, target: Target) -> None:
         kernel_for = native_kernels.kernel_for if target.gpu is None else gpu_kernels.kernel_for
         self.symbols = _symbol_sources(graph)
+        self._device = _device_of(graph)
         self.native: dict[fx.Node, NativeKernel] = {}
         self.fallbacks: list[Fallback] = []
         self._sizes = SizeTable()
@@ -183,7 +184,7 @@ class _Roles:
             base = view_base(value)
             if is_tensor(base) and self.is_eager(base) and not is_dense(fake(base)):
                 return f"memory order of {base.name} is not certain"
-            if is_tensor(base) and fake(base).device.type != "cpu":
+            if is_tensor(base) and fake(base).device != self._device:
                 return f"{base.name} is on {fake(base).device}"
         return ""
 
@@ -194,6 +195,12 @@ def _tensors(values: Iterable) -> Iterator[torch.Tensor]:
             yield value
         elif isinstance(value, (tuple, list)):
             yield from _tensors(value)
+
+
+def _device_of(graph: fx.Graph) -> torch.device:
+    """Where the graph's inputs are, numbers apart: they may stay on the CPU."""
+    values = [fake(n) for n in graph.nodes if n.op == "placeholder" and is_tensor(n)]
+    return next((v.device for v in values if v.dim()), torch.device("cpu"))
 
 
 def _symbol_sources(graph: fx.Graph) -> dict:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from llmopt.gpu import device as gpu_device
 from llmopt.gpu.plan import planned_steps
 from llmopt.gpu.run import check_runnable, run
 from llmopt.gpu.segment import Call, GpuSegmentBuilder, evaluate, memory
@@ -16,7 +17,14 @@ from llmopt.gpu.weights import WeightCache
 from llmopt.graph import fake
 from llmopt.kv import groups_of
 from llmopt.launch import Launch
+from llmopt.sizes import Size
 from llmopt.types import Target
+
+_Spec = tuple[torch.dtype, list[int], list[int]]  # a tensor's sizes and strides by their numbers
+
+
+def _spec_of(value: Tensor, ids: Callable[[Size], int]) -> _Spec:
+    return value.dtype, [ids(s) for s in value.shape], [ids(s) for s in value.stride()]
 
 
 class GpuSegment(torch.nn.Module):
@@ -36,10 +44,10 @@ class GpuSegment(torch.nn.Module):
         self._symbols = symbols
         self._target = target
         ids = builder.builder.sizes.id
-        self._results = [
-            (fake(n).dtype, [ids(s) for s in fake(n).shape], [ids(s) for s in fake(n).stride()])
-            for n in builder.results
-        ]
+        self._results, self._caches = (
+            [_spec_of(fake(n), ids) for n in nodes]
+            for nodes in (builder.results, builder.kv_results)
+        )
         self._groups = [
             (group, [ids(s) for s in (spec.batch, spec.heads, spec.new_length)])
             for group in groups_of(builder.kv)
@@ -51,31 +59,54 @@ class GpuSegment(torch.nn.Module):
         """Raises GpuMissing that says what is missing where the kernels cannot run."""
         device = next(a.device for a in arguments if isinstance(a, Tensor))
         symbols = [arguments[a] if d is None else arguments[a].shape[d] for a, d in self._symbols]
-        if _recording.launches is None:
-            check_runnable(device)
         values = evaluate(self._builder.builder.sizes.codes, symbols)
-        results = [
-            torch.empty_strided(
-                [values[i] for i in size], [values[i] for i in stride], dtype=dtype, device=device
-            )
-            for dtype, size, stride in self._results
-        ]
-        caches: list[Any] = [None] * len(self._builder.kv)
-        for group, numbers in self._groups:
-            grown = group.grow(arguments, *(values[i] for i in numbers))
-            for number, cache in zip(group.numbers, grown, strict=True):
-                caches[number] = cache
         if _recording.launches is not None:
             for launches in planned_steps(self._builder, self._target, symbols):
                 _recording.launches += launches
-            return (*(r.zero_() for r in results), *(c.zero_() for c in caches))
+            made = _allocate((*self._results, *self._caches), values, device)
+            return tuple(t.zero_() for t in made)
+        check_runnable(device)
+        with gpu_device.on(device):
+            results = _allocate(self._results, values, device)
+            caches = self._grow(arguments, values, device)
+            self._launch(arguments, results, caches, values)
+        return (*results, *caches)
+
+    def _grow(
+        self, arguments: Sequence[Any], values: Sequence[int], device: torch.device
+    ) -> list[Tensor]:
+        """The caches with room for this call's keys and values."""
+        caches: list[Any] = [None] * len(self._builder.kv)
+        for group, numbers in self._groups:
+            grown = group.grow(arguments, *(values[i] for i in numbers), device=device)
+            for number, cache in zip(group.numbers, grown, strict=True):
+                caches[number] = cache
+        return caches
+
+    def _launch(
+        self,
+        arguments: Sequence[Any],
+        results: Sequence[Tensor],
+        caches: Sequence[Tensor],
+        values: Sequence[int],
+    ) -> None:
+        """Launches every step on the current stream."""
         sources = {"argument": arguments, "result": results, "kv": caches}
+        device = next(a.device for a in arguments if isinstance(a, Tensor))
         buffers = memory(self._builder, sources, values, device)
         call = Call(self._target, values, buffers, self._weights.get(arguments))
         for step in self._builder.steps:
             for launch in step(call):
                 run(launch)
-        return (*results, *caches)
+
+
+def _allocate(specs: Sequence[_Spec], values: Sequence[int], device: torch.device) -> list[Tensor]:
+    return [
+        torch.empty_strided(
+            [values[i] for i in size], [values[i] for i in stride], dtype=dtype, device=device
+        )
+        for dtype, size, stride in specs
+    ]
 
 
 class _Recording(threading.local):

@@ -25,11 +25,12 @@ def check_runnable(device: torch.device) -> None:
     """Raises GpuMissing when kernels cannot run on tensors of a device in this process."""
     if device.type != "cpu" or is_interpreting():
         return
-    gpu = "has no GPU" if not torch.cuda.is_available() else "got them on the CPU"
+    what = f"llmopt: kernels for a GPU cannot run on tensors of {device}"
+    if torch.cuda.is_available():
+        raise GpuMissing(f'{what}: move the model and its inputs to the GPU, model.to("cuda")')
     raise GpuMissing(
-        f"llmopt: kernels for a GPU cannot run on tensors of {device}: this process {gpu}. Without a GPU a plan can be "
-        "printed (LLMOPT_DEBUG=2), cross-compiled (llmopt build), and run in triton's interpreter, which is slow and for "
-        "tests (TRITON_INTERPRET=1 when Python starts)"
+        f"{what}: this process has no GPU. Without a GPU a plan can be printed (LLMOPT_DEBUG=2), cross-compiled "
+        "(llmopt build), and run in triton's interpreter, which is slow and for tests (TRITON_INTERPRET=1 when Python starts)"
     )
 
 

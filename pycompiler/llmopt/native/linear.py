@@ -31,7 +31,7 @@ def reject(node: fx.Node) -> str:
     p = parts(node)
     if not all(are_static(*fake(w).shape) for w in p["weights"]):
         return "weight sizes change from call to call"
-    if any(w.dtype not in FLOATS or w.device.type != "cpu" for w in map(fake, p["weights"])):
+    if any(w.dtype not in FLOATS for w in map(fake, p["weights"])):
         return f"weights of {fake(p['weights'][0]).dtype}: f32, f16 and bf16 are possible"
     if any(kind(w) == "llmopt.dequantize" for w in p["weights"]):
         return "its weights are quantised in different ways"

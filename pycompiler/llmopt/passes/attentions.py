@@ -77,7 +77,7 @@ def _shapes_fit(q: Any, k: Any, v: Any, mask: Any) -> bool:
         return False
     k, v = _ungrouped(k), _ungrouped(v)
     fq, fk, fv = fake(q), fake(k), fake(v)
-    if len({fq.dtype, fk.dtype, fv.dtype}) != 1 or fq.device.type != "cpu":
+    if len({(t.dtype, t.device) for t in (fq, fk, fv)}) != 1:
         return False
     heads = [expression(t.shape[1]) for t in (fq, fk, fv)]
     if (

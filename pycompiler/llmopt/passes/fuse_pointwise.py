@@ -58,12 +58,7 @@ def _takes(node: fx.Node, written: set[int]) -> bool:
     if node.op not in ("call_function", "call_method") or not is_tensor(node) or is_in_place(node):
         return False
     value = fake(node)
-    if (
-        value.dtype not in FLOATS
-        or value.device.type != "cpu"
-        or value.dim() == 0
-        or value.dim() > 5
-    ):
+    if value.dtype not in FLOATS or value.dim() == 0 or value.dim() > 5:
         return False
     if storage(node) in written:
         return False
