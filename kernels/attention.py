@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from llmopt.kernels.gemm import tanh
+from llmopt.kernels.tiles import reject_attention
 from llmopt.launch import AttentionProblem, AttentionTile, Launch
 from llmopt.registry import Kernel, register
 from llmopt.types import Target
@@ -41,6 +42,12 @@ def tiles(p: AttentionProblem, t: Target) -> tuple[AttentionTile, ...]:
     head = max(p.head_dim, p.value_dim)
     row = next(tiles for most, tiles in TILES if head <= most)
     return tuple(dict.fromkeys(fit(tile, p, t) for tile in row))
+
+
+def reject_tile(c: AttentionTile, p: AttentionProblem, t: Target) -> str:
+    if c.splits != 1:
+        return f"splits={c.splits}: keys of a block of queries are not split"
+    return reject_attention(c, p, t, head_block(p.head_dim), head_block(p.value_dim))
 
 
 def fit(tile: AttentionTile, p: AttentionProblem, t: Target) -> AttentionTile:
@@ -269,4 +276,4 @@ def launch(p: AttentionProblem, c: AttentionTile, t: Target, q, k, v, o, scores:
     )  # fmt: skip
 
 
-register(Kernel("attention.triton", "attention", 20, reject, tiles, launch))
+register(Kernel("attention.triton", "attention", 20, reject, tiles, launch, _kernel, reject_tile))

@@ -9,9 +9,10 @@ import torch
 import triton
 import triton.language as tl
 from llmopt.kernels.attention import READS, Scores, attend, fit, head_block, keys_of, operands
-from llmopt.kernels.attention import reject as reject_attention
+from llmopt.kernels.attention import reject as reject_operands
 from llmopt.kernels.gemm import arrive
 from llmopt.kernels.operands import counters
+from llmopt.kernels.tiles import reject_attention
 from llmopt.launch import AttentionProblem, AttentionTile, Launch
 from llmopt.registry import Kernel, register
 from llmopt.types import Target
@@ -25,11 +26,11 @@ def reject(p: AttentionProblem, t: Target) -> str:
     rows = p.heads // p.kv_heads * p.q_len
     if rows > MOST_ROWS:
         return f"{rows} rows a kv head: up to {MOST_ROWS} are possible"
-    return reject_attention(p, t)
+    return reject_operands(p, t)
 
 
 def tiles(p: AttentionProblem, t: Target) -> tuple[AttentionTile, ...]:
-    rows = max(triton.next_power_of_2(p.heads // p.kv_heads * p.q_len), 16)
+    rows = rows_of(p)
     wide = max(p.head_dim, p.value_dim) > 128
     seeds = (AttentionTile(rows, 32 if wide else 64, 4, 3), AttentionTile(rows, 32, 4, 4))
     splits = 1
@@ -47,6 +48,19 @@ def tiles(p: AttentionProblem, t: Target) -> tuple[AttentionTile, ...]:
             AttentionTile(rows, c.block_n, c.num_warps, c.num_stages, splits) for c in fitting
         )
     )
+
+
+def reject_tile(c: AttentionTile, p: AttentionProblem, t: Target) -> str:
+    if c.block_m != rows_of(p):
+        return f"block_m={c.block_m}: all {rows_of(p)} rows of a kv head are one block"
+    if not 1 <= c.splits <= MOST_SPLITS:
+        return f"splits={c.splits}: up to {MOST_SPLITS} are possible"
+    return reject_attention(c, p, t, head_block(p.head_dim), head_block(p.value_dim))
+
+
+def rows_of(p: AttentionProblem) -> int:
+    """Rows of one block: every query of every head that shares keys."""
+    return max(triton.next_power_of_2(p.heads // p.kv_heads * p.q_len), 16)
 
 
 @triton.jit
@@ -150,4 +164,6 @@ def launch(p: AttentionProblem, c: AttentionTile, t: Target, q, k, v, o, scores:
     )  # fmt: skip
 
 
-register(Kernel("attention_decode.triton", "attention", 10, reject, tiles, launch))
+register(
+    Kernel("attention_decode.triton", "attention", 10, reject, tiles, launch, _kernel, reject_tile)
+)

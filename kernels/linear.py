@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from llmopt.kernels.gemm import finish, normalise, row_statistics, share_of
 from llmopt.kernels.operands import Around, splits_for, workspace
+from llmopt.kernels.tiles import reject_product
 from llmopt.launch import GemmTile, Launch, LinearProblem
 from llmopt.registry import Kernel, register
 from llmopt.types import Target
@@ -41,6 +42,11 @@ def tiles(p: LinearProblem, t: Target) -> tuple[GemmTile, ...]:
     row = next(tiles for most, tiles in TILES if most is None or p.m <= most)
     fitting = [fit(tile, p, t) for tile in row]
     return tuple(tile for tile in fitting if _smem(tile, p) <= t.gpu.smem_block)
+
+
+def reject_tile(c: GemmTile, p: LinearProblem, t: Target) -> str:
+    size = ITEMSIZE[p.dtype]
+    return reject_product(c, p, t, size, size)
 
 
 def fit(tile: GemmTile, p: LinearProblem, t: Target, reserved: int = 0) -> GemmTile:
@@ -133,4 +139,4 @@ def launch(p: LinearProblem, c: GemmTile, t: Target, x, w, y, around: Around, up
     )  # fmt: skip
 
 
-register(Kernel("linear_f16.triton", "linear", 20, reject, tiles, launch))
+register(Kernel("linear_f16.triton", "linear", 20, reject, tiles, launch, _kernel, reject_tile))

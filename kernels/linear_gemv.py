@@ -10,6 +10,7 @@ import triton.language as tl
 from llmopt.kernels.gemm import epilogue, normalise, row_statistics
 from llmopt.kernels.linear import reject as reject_linear
 from llmopt.kernels.operands import Around
+from llmopt.kernels.tiles import reject_accumulators
 from llmopt.launch import GemmTile, Launch, LinearProblem
 from llmopt.registry import Kernel, register
 from llmopt.types import Target
@@ -27,6 +28,15 @@ def reject(p: LinearProblem, t: Target) -> str:
 def tiles(p: LinearProblem, t: Target) -> tuple[GemmTile, ...]:
     fewest = [c for c in TILES if triton.cdiv(p.n, c.block_n) * p.m >= t.gpu.sms]
     return (*fewest, *(c for c in TILES if c not in fewest))
+
+
+def reject_tile(c: GemmTile, p: LinearProblem, t: Target) -> str:
+    if c.block_m != 1 or c.split_k != 1:
+        return f"block_m={c.block_m} split_k={c.split_k}: 1 and 1 are possible"
+    sizes = (c.block_n, c.block_k)
+    if any(size < 1 or size & (size - 1) for size in sizes):
+        return f"blocks of {c.block_n}x{c.block_k}: powers of two are possible"
+    return reject_accumulators(c.block_n * c.block_k * (2 if p.gated else 1), c.num_warps, t)
 
 
 @triton.jit
@@ -91,4 +101,6 @@ def launch(p: LinearProblem, c: GemmTile, t: Target, x, w, y, around: Around, up
     )  # fmt: skip
 
 
-register(Kernel("linear_f16_gemv.triton", "linear", 10, reject, tiles, launch))
+register(
+    Kernel("linear_f16_gemv.triton", "linear", 10, reject, tiles, launch, _kernel, reject_tile)
+)

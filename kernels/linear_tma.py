@@ -11,11 +11,13 @@ from llmopt.kernels.gemm import epilogue, tile_of
 from llmopt.kernels.linear import ITEMSIZE, fit
 from llmopt.kernels.linear import reject as reject_linear
 from llmopt.kernels.operands import Around
+from llmopt.kernels.tiles import reject_product
 from llmopt.launch import Descriptor, GemmTile, Launch, LinearProblem
 from llmopt.registry import Kernel, register
 from llmopt.types import Target
 
 _BARRIERS = 4096  # bytes of shared memory for the copy engine's barriers, and to align its blocks
+_WIDEST_BOX = 256  # elements of one side of what the copy engine reads at once
 FEWEST_ROWS = 64  # below, blocks would stay for less than one tile
 TILES = (
     GemmTile(128, 128, 64, 8, 4),
@@ -43,6 +45,16 @@ def tiles(p: LinearProblem, t: Target) -> tuple[GemmTile, ...]:
     # On sm_100, 64 rows fill half of tensor memory's lanes, and two such accumulators spill.
     seeds = [c for c in TILES if not (p.gated and t.tier == "sm_100" and c.block_m < 128)]
     return tuple(dict.fromkeys(fit(c, p, t, reserved=_BARRIERS) for c in seeds))
+
+
+def reject_tile(c: GemmTile, p: LinearProblem, t: Target) -> str:
+    if c.split_k != 1:
+        return f"split_k={c.split_k}: blocks stay for whole tiles"
+    if max(c.block_m, c.block_n, c.block_k) > _WIDEST_BOX:
+        return f"blocks of {c.block_m}x{c.block_n}x{c.block_k}: up to {_WIDEST_BOX} can be copied at once"
+    if p.gated and t.tier == "sm_100" and c.block_m < 128:
+        return "64 rows of two weights spill on sm_100"
+    return reject_product(c, p, t, 2, 2, _BARRIERS)
 
 
 @triton.jit
@@ -88,4 +100,4 @@ def launch(p: LinearProblem, c: GemmTile, t: Target, x, w, y, around: Around, up
     )  # fmt: skip
 
 
-register(Kernel("linear_f16_tma.triton", "linear", 5, reject, tiles, launch))
+register(Kernel("linear_f16_tma.triton", "linear", 5, reject, tiles, launch, _kernel, reject_tile))

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from llmopt.kernels.gemm import finish, share_of
 from llmopt.kernels.operands import Around, splits_for, workspace
+from llmopt.kernels.tiles import reject_product
 from llmopt.launch import GemmTile, Launch, LinearProblem
 from llmopt.registry import Kernel, register
 from llmopt.types import Target
@@ -22,6 +23,7 @@ TILES = (
     (512, (GemmTile(64, 128, 128, 8, 3), GemmTile(64, 64, 128, 4, 4))),
     (None, (GemmTile(128, 128, 128, 8, 3), GemmTile(128, 64, 128, 8, 3))),
 )
+_LEAST_K = 32  # bytes of K in one instruction
 
 
 def reject(p: LinearProblem, t: Target) -> str:
@@ -40,6 +42,14 @@ def tiles(p: LinearProblem, t: Target) -> tuple[GemmTile, ...]:
     row = next(tiles for most, tiles in TILES if most is None or p.m <= most)
     fitting = dict.fromkeys(_fit(tile, p, t) for tile in row)
     return tuple(c for c in fitting if _smem(c, p) <= t.gpu.smem_block)
+
+
+def reject_tile(c: GemmTile, p: LinearProblem, t: Target) -> str:
+    if c.block_k < _LEAST_K or c.block_k != (p.group or c.block_k):
+        return f"block_k={c.block_k}: {p.group or f'{_LEAST_K} or more'} is possible"
+    # Of a group's product two sums live at once, one of them s32.
+    doubled = replace(c, block_m=2 * c.block_m, num_stages=1) if p.group else c
+    return reject_product(c, p, t, 1, 1) or reject_product(doubled, p, t, 0, 0)
 
 
 def _fit(tile: GemmTile, p: LinearProblem, t: Target) -> GemmTile:
@@ -148,4 +158,8 @@ def launch(
     )  # fmt: skip
 
 
-register(Kernel("linear_w8a8.triton", "linear_quantized", 10, reject, tiles, launch))
+register(
+    Kernel(
+        "linear_w8a8.triton", "linear_quantized", 10, reject, tiles, launch, _kernel, reject_tile
+    )
+)

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from llmopt.kernels.gemm import finish, normalise, row_statistics, share_of
 from llmopt.kernels.operands import Around, splits_for, workspace
+from llmopt.kernels.tiles import reject_product
 from llmopt.launch import GemmTile, Launch, LinearProblem
 from llmopt.registry import Kernel, register
 from llmopt.types import Target
@@ -40,6 +41,12 @@ def reject(p: LinearProblem, t: Target) -> str:
 def tiles(p: LinearProblem, t: Target) -> tuple[GemmTile, ...]:
     row = next(tiles for most, tiles in TILES if most is None or p.m <= most)
     return tuple(_fit(tile, p, t) for tile in row)
+
+
+def reject_tile(c: GemmTile, p: LinearProblem, t: Target) -> str:
+    if c.block_k != (p.group or c.block_k):
+        return f"block_k={c.block_k}: a K step is one group of {p.group}"
+    return reject_product(c, p, t, 2, BITS[p.scheme] / 8)
 
 
 def _fit(tile: GemmTile, p: LinearProblem, t: Target) -> GemmTile:
@@ -155,4 +162,15 @@ def launch(
     )  # fmt: skip
 
 
-register(Kernel("linear_weight_only.triton", "linear_quantized", 20, reject, tiles, launch))
+register(
+    Kernel(
+        "linear_weight_only.triton",
+        "linear_quantized",
+        20,
+        reject,
+        tiles,
+        launch,
+        _kernel,
+        reject_tile,
+    )
+)

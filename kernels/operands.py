@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from llmopt.kernels.tiles import MOST_TILES
 from llmopt.types import Target
 
 _COUNTERS: dict[torch.device, torch.Tensor] = {}
-_MOST_TILES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,8 @@ def workspace(
     """(partial results [tiles · splits, size] fp32, counters [tiles] of zeros); (None, None) where nothing is split."""
     if splits == 1:
         return None, None
-    if tiles > _MOST_TILES:
-        raise ValueError(f"{tiles} tiles are split, at most {_MOST_TILES} can be")
+    if tiles > MOST_TILES:
+        raise ValueError(f"{tiles} tiles are split, at most {MOST_TILES} can be")
     partial = torch.empty(tiles * splits * size, dtype=torch.float32, device=like.device)
     return partial, counters(like.device)
 
@@ -76,7 +76,7 @@ def workspace(
 def counters(device: torch.device) -> torch.Tensor:
     """Zeros that every launch leaves as zeros; one stream at a time may use them."""
     if device not in _COUNTERS:
-        _COUNTERS[device] = torch.zeros(_MOST_TILES, dtype=torch.int32, device=device)
+        _COUNTERS[device] = torch.zeros(MOST_TILES, dtype=torch.int32, device=device)
     return _COUNTERS[device]
 
 

@@ -144,3 +144,4 @@ class Launch:
     num_stages: int = 1
     reads: tuple[str, ...] = ()  # the arguments it reads
     writes: tuple[str, ...] = ()  # the arguments it writes
+    config_source: str = ""  # where its tile comes from; "" where nobody chose between tiles

@@ -31,6 +31,7 @@ from llmopt.memory import Life, assign_slots
 from llmopt.native import kernels as native_kernels
 from llmopt.native.operands import NativeKernel
 from llmopt.native.segment import SegmentBuilder, StepRecord, Tuner
+from llmopt.registry import Chooser, by_default
 from llmopt.sizes import SizeTable, UnsupportedSize, expression
 from llmopt.types import Target
 from llmopt.writes import mutated_storages
@@ -93,8 +94,11 @@ class Plan:
         return "\n".join(lines)
 
 
-def make_plan(graph: fx.Graph, target: Target, tuner: Tuner) -> Plan:
-    """Classifies, orders and lowers every node of a graph. tuner: says how each linear is cut."""
+def make_plan(graph: fx.Graph, target: Target, tuner: Tuner, chooser: Chooser = by_default) -> Plan:
+    """Classifies, orders and lowers every node of a graph.
+
+    tuner: says how each linear is cut on a CPU; chooser: which kernel and tile each launch on a GPU runs with.
+    """
     roles = _Roles(graph, target)
     levels = _levels(graph, roles)
     plan = Plan(target, {}, {}, {}, roles.fallbacks)
@@ -103,7 +107,11 @@ def make_plan(graph: fx.Graph, target: Target, tuner: Tuner) -> Plan:
             plan.levels.setdefault(levels[node], []).append(node)
     for level, nodes in sorted(plan.levels.items()):
         if level % 2:
-            plan.segments[level] = _lower(nodes, level, levels, roles, target, tuner)
+            segment = (
+                SegmentBuilder(tuner) if target.gpu is None else GpuSegmentBuilder(choose=chooser)
+            )
+            _lower(segment, nodes, level, levels, roles)
+            plan.segments[level] = segment
             plan.symbol_nodes[level] = [
                 roles.symbols[s] for s in plan.segments[level].builder.sizes.symbols
             ]
@@ -302,14 +310,13 @@ def _readers(value: fx.Node) -> Iterator[fx.Node]:
 
 
 def _lower(
+    segment: SegmentBuilder,
     nodes: list[fx.Node],
     level: int,
     levels: dict[fx.Node, int],
     roles: _Roles,
-    target: Target,
-    tuner: Tuner,
-) -> SegmentBuilder:
-    segment = SegmentBuilder(tuner) if target.gpu is None else GpuSegmentBuilder()
+) -> None:
+    """Gives values their memory and writes the nodes' steps."""
     position = {node: i for i, node in enumerate(nodes)}
     lives: list[Life] = []
     for node in nodes:
@@ -333,4 +340,3 @@ def _lower(
         roles.native[node].lower(segment, node)
     if isinstance(segment, GpuSegmentBuilder):
         segment.number_outside()
-    return segment

@@ -6,11 +6,14 @@ A kernel is named `<op>_<scheme>.<impl>`. The C++ kernels take FX nodes and are 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from llmopt.launch import Launch, Problem, Tile
 from llmopt.types import Target
+
+MOST_THREADS = 1024  # of one block, on all GPUs
+MOST_STAGES = 8
 
 
 @dataclass(frozen=True)
@@ -26,8 +29,21 @@ class Kernel:
     reject: Callable[[Any, Target], str]  # each takes the kind of Problem its op has
     configs: Callable[[Any, Target], Sequence[Tile]]
     launch: Callable[..., Launch]
+    function: Any = None  # the @triton.jit function; None where tiles are not tuned
+    # Why a tile cannot compute a problem here, or ""; None: only warps and stages may differ from those of `configs`.
+    reject_tile: Callable[[Any, Any, Target], str] | None = None
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """What one launch runs with, and where that comes from."""
+
+    kernel: Kernel
+    config: Tile
+    source: str  # "tuned: ...", "borrowed ...", "predicted: ..." or "default: <reason>"
+
+
+Chooser = Callable[[str, Problem, Target], Chosen]  # raises ValueError where no kernel is possible
 KERNELS: dict[str, Kernel] = {}
 
 
@@ -46,12 +62,41 @@ def candidates(op: str, problem: Problem, target: Target) -> list[tuple[Kernel, 
 
 def choose(op: str, problem: Problem, target: Target) -> tuple[Kernel, Tile]:
     """The best kernel with its default configuration; raises ValueError with every refusal when there is none."""
+    kernel = possible(op, problem, target)[0]
+    return kernel, kernel.configs(problem, target)[0]
+
+
+def by_default(op: str, problem: Problem, target: Target) -> Chosen:
+    """A Chooser that asks nobody."""
+    return Chosen(*choose(op, problem, target), "default: nobody was asked")
+
+
+def possible(op: str, problem: Problem, target: Target) -> list[Kernel]:
+    """The kernels that can do a problem, best first; raises ValueError with every refusal when there is none."""
     found = candidates(op, problem, target)
-    for kernel, reason in found:
-        if not reason:
-            return kernel, kernel.configs(problem, target)[0]
+    able = [kernel for kernel, reason in found if not reason]
+    if able:
+        return able
     why = "; ".join(f"{k.name}: {r}" for k, r in found) or "no kernel is registered"
     raise ValueError(f"llmopt: no kernel for {op} {problem} on {target}: {why}")
+
+
+def refuse(kernel: Kernel, config: Tile, problem: Problem, target: Target) -> str:
+    """Why a tile from elsewhere cannot be used for a problem, or "". The kernel itself must be possible."""
+    assert target.gpu is not None
+    default = kernel.configs(problem, target)[0]
+    if type(config) is not type(default):
+        return f"{kernel.name} takes a {type(default).__name__}, not a {type(config).__name__}"
+    threads = config.num_warps * target.gpu.warp_size
+    if threads > MOST_THREADS or config.num_warps & (config.num_warps - 1):
+        return f"{config.num_warps} warps: powers of two up to {MOST_THREADS // target.gpu.warp_size} are possible"
+    if config.num_stages > MOST_STAGES:
+        return f"{config.num_stages} stages: up to {MOST_STAGES} are possible"
+    if kernel.reject_tile is not None:
+        return kernel.reject_tile(config, problem, target)
+    given = {replace(c, num_warps=config.num_warps, num_stages=config.num_stages)
+             for c in kernel.configs(problem, target)}  # fmt: skip
+    return "" if config in given else f"{config} is no tile of {kernel.name} for this problem"
 
 
 def _reason(kernel: Kernel, problem: Problem, target: Target) -> str:

@@ -19,6 +19,7 @@ MAX_LINES = 500
 LAYERS = (
     ("_C", "types", "launch", "settings", "sizes", "files"),
     ("target", "graph", "memory", "registry"),
+    ("gpus",),
     ("ops", "writes"),
     ("quant",),
     ("passes", "native", "kernels"),

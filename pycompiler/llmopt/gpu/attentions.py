@@ -14,7 +14,6 @@ from llmopt.native import attention as cpu
 from llmopt.native.operands import NativeKernel, batch_broadcast, broadcast
 from llmopt.native.program import View
 from llmopt.native.segment import KvSpec
-from llmopt.registry import choose
 from llmopt.sizes import Size
 
 
@@ -53,12 +52,11 @@ class _Attention:
             q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3], v.shape[3],
             dtype_name(q.dtype), dtype_name(k.dtype), self.causal, window,
         )  # fmt: skip
-        kernel, tile = choose("attention", p, call.target)
         scores = Scores(
             scale=self.scale, causal=self.causal, offset=call.values[self.offset.id], window=window,
             softcap=self.softcap, mask=mask,
         )  # fmt: skip
-        return [kernel.launch(p, tile, call.target, q, k, v, o, scores)]
+        return [call.launch("attention", p, q, k, v, o, scores)]
 
 
 @dataclass(frozen=True)
@@ -88,13 +86,12 @@ class _Append:
         new = k_new.shape[2]
         k_out, v_out = keys[:, :, keys.shape[2] - new :], values[:, :, values.shape[2] - new :]
         rows = RowProblem(k_new.shape[0] * new, k_new.shape[3], dtype_name(q.dtype))
-        kernel, tile = choose("rope", rows, call.target)
         q_in = turned = None
         if self.rope_kind != "none":
             b, h, s, d = q.shape
             q_in, turned = q, call.scratch((b, s, h, d), q.dtype).transpose(1, 2)
-        before = kernel.launch(
-            rows, tile, call.target, q_in, turned, cos, sin, self.rope_kind, k_new, k_out, v_new, v_out
+        before = call.launch(
+            "rope", rows, q_in, turned, cos, sin, self.rope_kind, k_new, k_out, v_new, v_out
         )  # fmt: skip
         return [before, *self.attention.attend(call, q if turned is None else turned)]
 

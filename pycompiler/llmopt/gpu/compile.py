@@ -36,6 +36,7 @@ _INSTRUCTIONS = {
         "async copy": r"\bbuffer_load\w+.*\blds\b",
     },
 }
+FP_FUSION = True  # multiply-adds in one instruction; triton's own default is about to change
 _POINTERS = {
     torch.float32: "*fp32",
     torch.float16: "*fp16",
@@ -146,7 +147,7 @@ def binary(launch: Launch, target: Target) -> Any:
     options = {
         "num_warps": launch.num_warps,
         "num_stages": launch.num_stages,
-        "enable_fp_fusion": True,
+        "enable_fp_fusion": FP_FUSION,
     }
     return triton.compile(
         source, GPUTarget(target.device, arch, target.gpu.warp_size), options=options

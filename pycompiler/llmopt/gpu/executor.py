@@ -94,7 +94,8 @@ class GpuSegment(torch.nn.Module):
         sources = {"argument": arguments, "result": results, "kv": caches}
         device = next(a.device for a in arguments if isinstance(a, Tensor))
         buffers = memory(self._builder, sources, values, device)
-        call = Call(self._target, values, buffers, self._weights.get(arguments))
+        weights = self._weights.get(arguments)
+        call = Call(self._target, values, buffers, weights, self._builder.choose)
         for step in self._builder.steps:
             for launch in step(call):
                 run(launch)

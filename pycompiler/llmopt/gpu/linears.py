@@ -18,7 +18,6 @@ from llmopt.native.operands import NativeKernel, as_rows, num_bytes
 from llmopt.native.segment import PackedSpec
 from llmopt.ops.linear import parts as linear_parts
 from llmopt.ops.linear_quantized import parts as quantized_parts
-from llmopt.registry import choose
 from llmopt.types import Choice
 
 FUSED_NORM_ROWS = (
@@ -62,15 +61,13 @@ class _Linear:
             before, x, norm = [self._norm(call, x, normed)], normed, "none"
         p = self._problem(x, y, norm)
         if self.scheme == "f16":
-            kernel, tile = choose("linear", p, call.target)
-            more: dict[str, Any] = {"up": weight.up.weight if weight.up else None}
-            launch = kernel.launch(
-                p, tile, call.target, x, weight.weight, y, self._around(call, weight, norm), **more
-            )
+            launch = call.launch(
+                "linear", p, x, weight.weight, y, self._around(call, weight, norm),
+                up=weight.up.weight if weight.up else None,
+            )  # fmt: skip
         else:
-            kernel, tile = choose("linear_quantized", p, call.target)
-            launch = kernel.launch(
-                p, tile, call.target, x, weight.weight, weight.scales, weight.offsets, y,
+            launch = call.launch(
+                "linear_quantized", p, x, weight.weight, weight.scales, weight.offsets, y,
                 self._around(call, weight, norm), **_up(weight, "up", "up_scale", "up_offset"),
             )  # fmt: skip
         return [*before, launch]
@@ -80,15 +77,13 @@ class _Linear:
         codes = call.scratch((m, k), torch.int8)
         scales = call.scratch((m, k // self.group if self.group else 1), torch.float32)
         rows = RowProblem(m, k, _name(x))
-        kernel, tile = choose("quantize_rows", rows, call.target)
-        before = kernel.launch(
-            rows, tile, call.target, x, codes, scales, self._around(call, weight, self.norm),
+        before = call.launch(
+            "quantize_rows", rows, x, codes, scales, self._around(call, weight, self.norm),
             norm=self.norm, group=self.group,
         )  # fmt: skip
         p = self._problem(x, y, "none")
-        kernel, tile = choose("linear_quantized", p, call.target)
-        launch = kernel.launch(
-            p, tile, call.target, codes, scales, weight.weight, weight.scales, y,
+        launch = call.launch(
+            "linear_quantized", p, codes, scales, weight.weight, weight.scales, y,
             self._around(call, weight, "none"), **_up(weight, "up", "up_scale"),
         )  # fmt: skip
         return [before, launch]
@@ -99,10 +94,9 @@ class _Linear:
 
     def _norm(self, call: Call, x: Tensor, y: Tensor) -> Launch:
         rows = RowProblem(x.shape[0], x.shape[1], _name(x))
-        kernel, tile = choose("norm", rows, call.target)
         weight, bias = call.tensor(self.norm_weight), call.tensor(self.norm_bias)
-        return kernel.launch(
-            rows, tile, call.target, x[:, None], weight, bias, y, self.norm, self.norm_eps, self.norm_offset
+        return call.launch(
+            "norm", rows, x[:, None], weight, bias, y, self.norm, self.norm_eps, self.norm_offset
         )  # fmt: skip
 
     def _around(self, call: Call, weight: Prepared, norm: str) -> Any:

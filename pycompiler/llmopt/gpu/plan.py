@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -49,7 +50,8 @@ def planned_steps(
         "kv": [meta(n) for n in segment.kv_results],
     }
     weights = [prepare(spec, arguments) for spec in segment.specs()]
-    call = Call(target, values, memory(segment, sources, values, device), weights)
+    buffers = memory(segment, sources, values, device)
+    call = Call(target, values, buffers, weights, segment.choose)
     return [step(call) for step in segment.steps]
 
 
@@ -68,7 +70,14 @@ def lines(segment: GpuSegmentBuilder, target: Target, symbols: Sequence[int]) ->
     text = [
         f"   {len(launches)} launches, arena {arena:,} bytes, {moved:,} bytes moved (predicted)"
     ]
-    return text + [f"{number:3d}  {describe(launch)}" for number, launch in enumerate(launches)]
+    text += [f"{number:3d}  {describe(launch)}" for number, launch in enumerate(launches)]
+    return text + [f"   tiles: {count} {source}" for source, count in sources(launches).items()]
+
+
+def sources(launches: Iterable[Launch]) -> dict[str, int]:
+    """Where tiles come from → of how many launches; the most frequent first, launches that have no choice left out."""
+    found = Counter(launch.config_source for launch in launches if launch.config_source)
+    return dict(sorted(found.items(), key=lambda pair: (-pair[1], pair[0])))
 
 
 def tensors(launch: Launch, names: Iterable[str]) -> list[Tensor]:

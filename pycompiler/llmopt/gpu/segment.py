@@ -6,16 +6,18 @@ Inputs, results, arena slots and caches are those of native/segment.py; a step i
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from llmopt.gpu.weights import Prepared
 from llmopt.graph import fake
-from llmopt.launch import Launch
+from llmopt.launch import Launch, Problem
 from llmopt.native.program import View
 from llmopt.native.segment import PackedSpec, SegmentBuilder, StepRecord
+from llmopt.registry import Chooser, by_default
 from llmopt.sizes import ADD, CONST, FLOOR_DIV, MAX, MIN, MOD, MUL, SYMBOL, Size
 from llmopt.types import Target
 
@@ -46,6 +48,13 @@ class Call:
     values: Sequence[int]
     buffers: Sequence[Tensor]
     weights: Sequence[Prepared]
+    choose: Chooser = by_default
+
+    def launch(self, op: str, problem: Problem, *operands: Any, **more: Any) -> Launch:
+        """The launch of the kernel and tile that are chosen for a problem, on these operands."""
+        chosen = self.choose(op, problem, self.target)
+        launch = chosen.kernel.launch(problem, chosen.config, self.target, *operands, **more)
+        return replace(launch, config_source=chosen.source)
 
     def tensor(self, operand: Operand | None) -> Tensor | None:
         """The tensor an operand is in this call; arena buffers are bytes."""
@@ -71,6 +80,7 @@ Launches = Callable[[Call], list[Launch]]
 class GpuSegmentBuilder(SegmentBuilder):
     """Collects the steps of one segment."""
 
+    choose: Chooser = by_default
     steps: list[Launches] = field(default_factory=list)
 
     def operand(self, view: View | None) -> Operand | None:
