@@ -15,6 +15,7 @@ from llmopt.auto import choose as auto
 from llmopt.compiled import CompiledGraph
 from llmopt.executor import build_executable
 from llmopt.gpu.device import choose_target
+from llmopt.gpu.tune.lookup import chooser_for
 from llmopt.graph import kind
 from llmopt.options import Options, check_for_gpu, parse_options
 from llmopt.passes import kv_cache, quantize
@@ -58,8 +59,11 @@ def _compile(
 ) -> Callable:
     clock = _Clock()
     decision = _run_passes(gm, example_inputs, options, clock)
-    tuner = tuner_for(machine, options.mode) if machine.gpu is None else lambda _: Choice()
-    plan = make_plan(gm.graph, machine, tuner)
+    if machine.gpu is None:
+        plan = make_plan(gm.graph, machine, tuner_for(machine, options.mode))
+    else:
+        chooser = chooser_for(machine, options.mode)
+        plan = make_plan(gm.graph, machine, lambda _: Choice(), chooser)
     if options.kv_cache == "int8":
         plan.notes = tuple(kv_cache.float_caches(gm.graph))
     clock.lap("plan")

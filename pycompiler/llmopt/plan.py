@@ -27,6 +27,7 @@ from llmopt.graph import (
     storage,
     view_base,
 )
+from llmopt.launch import Launch
 from llmopt.memory import Life, assign_slots
 from llmopt.native import kernels as native_kernels
 from llmopt.native.operands import NativeKernel
@@ -65,6 +66,16 @@ class Plan:
     def records(self) -> Iterator[StepRecord]:
         for level in sorted(self.segments):
             yield from self.segments[level].records
+
+    def tiles(self) -> dict[str, int]:
+        """Where the tiles of launches on a GPU come from → of how many launches; empty for a CPU."""
+        found: list[Launch] = []
+        for level, segment in self.segments.items():
+            if isinstance(segment, GpuSegmentBuilder):
+                symbols = gpu_plan.hints(self.symbol_nodes[level])
+                steps = gpu_plan.planned_steps(segment, self.target, symbols)
+                found += [launch for step in steps for launch in step]
+        return gpu_plan.sources(found)
 
     def __str__(self) -> str:
         lines = [f"plan  target={self.target}"]

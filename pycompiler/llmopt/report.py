@@ -69,6 +69,7 @@ class Report:
     reasons: tuple[str, ...]  # why whole graphs ran as in PyTorch
     notes: tuple[str, ...]  # what was asked for and could not be done, and why
     decisions: tuple[Decision, ...] = ()  # of precision="auto"
+    tiles: tuple[str, ...] = ()  # of launches on a GPU: how many come from where
 
     def summary(self) -> str:
         """The short form: where the time went, by kind of step."""
@@ -86,6 +87,8 @@ class Report:
             lines += textwrap.wrap(note, _WIDTH, subsequent_indent="  ")
         lines += [_row(*group) for group in self._groups()]
         lines += self._config_sources()
+        for tiles in self.tiles:
+            lines += textwrap.wrap(f"tiles: {tiles}", _WIDTH, subsequent_indent="  ")
         if self.fallbacks:
             names: dict[str, int] = {}
             for f in self.fallbacks:
@@ -203,6 +206,7 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
         fallbacks=tuple(f for g in graphs for f in _fallbacks(g)),
         reasons=tuple(g.reason for g in graphs if g.reason),
         notes=tuple(dict.fromkeys(n for g in graphs if g.plan for n in g.plan.notes)),
+        tiles=tuple(f"{n} {s}" for g in graphs if g.plan for s, n in g.plan.tiles().items()),
         decisions=tuple({id(g.decision): g.decision for g in graphs if g.decision}.values()),
     )
 

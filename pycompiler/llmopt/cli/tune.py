@@ -1,4 +1,4 @@
-"""`llmopt tune MODEL|SHAPE…`: measures how linears are best cut on this machine, and keeps it."""
+"""`llmopt tune MODEL|SHAPE…`: measures how linears are best cut on this machine, and keeps it; tune_gpu.py for GPUs."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ _SHAPE = re.compile(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)")
 
 
 def add(commands: Any) -> None:
+    from llmopt.models import DTYPES
     from llmopt.quant.schemes import SCHEMES
 
     parser = commands.add_parser(
@@ -30,7 +31,11 @@ def add(commands: Any) -> None:
         metavar="MODEL|SHAPE",
         help=f"{options.MODEL_HELP}; or shapes MxNxK such as 512x576x1536: x [M,K] times a weight [N,K]",
     )
-    options.add_dtype(parser)
+    parser.add_argument(
+        "--dtype",
+        choices=tuple(DTYPES),
+        help="weights' type (default: fp32; fp16 for a GPU)",
+    )
     options.add_random_weights(parser)
     options.add_threads(parser)
     parser.add_argument(
@@ -49,9 +54,8 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--budget",
         type=options.positive,
-        default=60,
         metavar="MS",
-        help="milliseconds a shape may take: more for long calls or a noisy machine (default: 60)",
+        help="milliseconds a shape may take: more for long calls or a noisy machine (default: 60; 6000 on a GPU)",
     )
     parser.add_argument(
         "--again", action="store_true", help="measure what was measured already, too"
@@ -70,7 +74,23 @@ def add(commands: Any) -> None:
         dest="import_",
         help="add what another machine exported",
     )
+    _add_gpu_options(parser)
     parser.set_defaults(run=run)
+
+
+def _add_gpu_options(parser: argparse.ArgumentParser) -> None:
+    gpus = parser.add_argument_group("GPUs")
+    gpus.add_argument("--target", default="cpu", help="cpu, or a GPU such as cuda:90 or hip:gfx942")
+    gpus.add_argument("--gpu", metavar="NAME", help="which GPU of the target, such as H200")
+    gpus.add_argument(
+        "--predict",
+        action="store_true",
+        help="keep what the model says about tiles on a GPU that is not here, marked as predicted; "
+        "without MODEL or SHAPE, about what Llama-like and BERT-like models ask for",
+    )
+    gpus.add_argument(
+        "-o", "--output", type=Path, metavar="FILE", help="write the predictions to a file instead"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -82,10 +102,22 @@ def run(args: argparse.Namespace) -> int:
 
     if args.plot and args.plot.suffix != ".png":
         raise ValueError(f"--plot {args.plot}: the picture is a .png")
-    if not (args.what or args.show or args.export or args.import_):
+    if not (args.what or args.show or args.export or args.import_ or args.predict):
         raise ValueError("nothing to do: give a model, shapes, --show, --export or --import")
     if not settings.tuning():
         raise ValueError("LLMOPT_TUNE=0: nothing that is measured would be used")
+    is_gpu = args.target != "cpu"
+    if not is_gpu and (args.gpu or args.predict or args.output):
+        raise ValueError("--gpu, --predict and -o are for a GPU: add --target, such as cuda:90")
+    if is_gpu and (args.plot or args.threads):
+        raise ValueError("--plot and --threads are for the CPU")
+    args.dtype = args.dtype or ("fp16" if is_gpu else "fp32")
+    if is_gpu:
+        from llmopt.cli import tune_gpu
+
+        if args.import_:
+            _import(database(target(), torch.get_num_threads()), args.import_)
+        return tune_gpu.run(args)
     torch.set_num_threads(args.threads or torch.get_num_threads())
     known = database(target(), torch.get_num_threads())
     if args.import_:
@@ -106,11 +138,13 @@ def _tune(args: argparse.Namespace, known: Any) -> None:
     from llmopt.target import target
     from llmopt.tune.heatmap import heatmap
     from llmopt.tune.lookup import Lookup
+    from llmopt.tune.search import BUDGET_SECONDS
     from llmopt.tune.tuning import Tuning
 
     problems = _problems(args)
     lookup = Lookup(target(), known)
-    tuning = Tuning(target(), known.environment, args.budget / 1e3)
+    budget = args.budget / 1e3 if args.budget else BUDGET_SECONDS
+    tuning = Tuning(target(), known.environment, budget)
     rows = []
     with working(f"measuring {len(problems)} shapes", total=len(problems)) as task:
         for problem in problems:
@@ -132,17 +166,22 @@ def _problems(args: argparse.Namespace) -> list[Any]:
     """The shapes asked for, or those of the model's linears, at the heights that are measured."""
     from llmopt.tune.lookup import at, bucket
 
-    shapes = [_SHAPE.fullmatch(text) for text in args.what]
+    shapes = parse_shapes(args.what)
+    problems = [_of_shape(args, *shape) for shape in shapes] if shapes else _of_model(args)
+    sized = [at(p, bucket(p.m or p.hint)) for p in problems if p.n and p.k and (p.m or p.hint)]
+    return list(dict.fromkeys(sized))
+
+
+def parse_shapes(what: list[str]) -> list[tuple[int, int, int]]:
+    """The shapes MxNxK among the arguments; none where they are one model. Raises ValueError for anything else."""
+    shapes = [_SHAPE.fullmatch(text) for text in what]
     if any(shapes):
         if not all(shapes):
             raise ValueError("give either shapes MxNxK or one model")
-        problems = [_of_shape(args, *map(int, shape.groups())) for shape in shapes if shape]
-    elif len(args.what) == 1:
-        problems = _of_model(args)
-    else:
-        raise ValueError(f"one model at a time, not {len(args.what)}: {', '.join(args.what)}")
-    sized = [at(p, bucket(p.m or p.hint)) for p in problems if p.n and p.k and (p.m or p.hint)]
-    return list(dict.fromkeys(sized))
+        return [(int(s[1]), int(s[2]), int(s[3])) for s in shapes if s]
+    if len(what) != 1:
+        raise ValueError(f"one model at a time, not {len(what)}: {', '.join(what)}")
+    return []
 
 
 def _of_shape(args: argparse.Namespace, m: int, n: int, k: int) -> Any:

@@ -7,6 +7,7 @@ same in every fact.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,18 +28,34 @@ FORMAT = "llmopt tuning"
 
 def export_file(root: Path, path: Path) -> int:
     """Writes all usable entries under a root to one file; returns how many."""
-    written, count = [], 0
+    found = {}
     for environment, _ in environments(root):
-        found = Database(root, environment).files()
-        entries = [
-            json.loads(encode(e, environment.digest)) for _, e in found if isinstance(e, Entry)
-        ]
-        written.append({"facts": dict(environment.facts), "entries": entries})
-        count += len(entries)
-    path.write_text(
-        json.dumps({"format": FORMAT, "schema": SCHEMA, "environments": written}, indent=1)
-    )
-    return count
+        files = Database(root, environment).files()
+        found[environment] = [entry for _, entry in files if isinstance(entry, Entry)]
+    write_file(path, found)
+    return sum(map(len, found.values()))
+
+
+def write_file(path: Path, found: Mapping[Environment, Sequence[Entry]]) -> None:
+    """Writes entries by their environments as `import_file` and `entries_of` read them: an entry a line."""
+    blocks = []
+    for environment, entries in found.items():
+        lines = [json.dumps(json.loads(encode(e, environment.digest))) for e in entries]
+        facts = json.dumps(dict(environment.facts))
+        blocks.append('{"facts": ' + facts + ', "entries": [\n' + ",\n".join(lines) + "]}")
+    head = json.dumps({"format": FORMAT, "schema": SCHEMA})[:-1]
+    path.write_text(head + ', "environments": [' + ",\n".join(blocks) + "]}\n")
+
+
+def entries_of(
+    given: Any, wanted: Callable[[Environment], bool] = lambda _: True
+) -> list[tuple[Environment, list[Entry]]]:
+    """The entries in a file's content of the wanted environments; raises Unusable when one of them is damaged."""
+    return [
+        (environment, [decode(json.dumps(e).encode(), environment.digest) for e in entries])
+        for environment, entries in _environments_in(given)
+        if wanted(environment)
+    ]
 
 
 @dataclass(frozen=True)
@@ -63,13 +80,19 @@ def import_file(root: Path, path: Path) -> list[Imported]:
     if not isinstance(given, dict) or given.get("format") != FORMAT:
         raise ValueError(f"{path} is not a file that llmopt tune --export wrote")
     try:
-        check_schema(int(given["schema"]))
-        found = [(Environment.of(e["facts"]), list(e["entries"])) for e in given["environments"]]
+        found = _environments_in(given)
     except Unusable as error:
         raise ValueError(f"{path} cannot be imported: {error}") from error
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged: {error!r}") from error
     return [_import(Database(root, environment), entries) for environment, entries in found]
+
+
+def _environments_in(given: Any) -> list[tuple[Environment, list[Any]]]:
+    """Every environment of a file's content with its entries as they are; raises Unusable."""
+    try:
+        check_schema(int(given["schema"]))
+        return [(Environment.of(e["facts"]), list(e["entries"])) for e in given["environments"]]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise Unusable(f"it is damaged: {error!r}") from error
 
 
 def _import(known: Database, entries: list[Any]) -> Imported:

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -172,14 +172,22 @@ class Lookup:
         return None
 
 
-def distance(a: dict[str, str | int], b: object) -> float:
-    """How far apart two problems are: factors of two between their sizes; infinite where they differ otherwise."""
+def distance(
+    a: dict[str, str | int],
+    b: object,
+    sizes: Sequence[str] = _SIZES,
+    around: Sequence[str] = _AROUND,
+) -> float:
+    """How far apart two problems are: factors of two between their sizes; infinite where they differ otherwise.
+
+    sizes: the names of sizes; around: of what may differ and counts for nothing.
+    """
     if not isinstance(b, dict) or set(a) != set(b):
         return math.inf
-    if any(a[name] != b[name] for name in a if name not in (*_SIZES, *_AROUND)):
+    if any(a[name] != b[name] for name in a if name not in (*sizes, *around)):
         return math.inf
     total = 0.0
-    for name in _SIZES:
+    for name in (n for n in sizes if n in a):
         one, other = a[name], b[name]
         if not isinstance(one, int) or not isinstance(other, int) or one < 1 or other < 1:
             return math.inf

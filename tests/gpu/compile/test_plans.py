@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 import transformers
@@ -81,6 +83,7 @@ def test_the_plan_says_what_it_launches():
     assert "target=cuda:sm_90" in text
     assert "linear_f16_tma.triton" in text
     assert "(predicted)" in text
+    assert re.search(r"tiles: \d+ default: LLMOPT_TUNE=0", text)
 
 
 def test_traffic_counts_what_a_launch_touches():
