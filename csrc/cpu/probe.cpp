@@ -6,8 +6,9 @@
 // iteration
 //              and chunk. Only in tiers with vpdpbusd.
 // probe_tile_bf16, probe_tile_s8
-//              t: sink f32 [chunks].  i: iterations.  kTileSums products of two tile registers of ones per iteration and
-//              chunk: 16 * 16 * 32 * 2 flops each in bf16, 16 * 16 * 64 * 2 operations in s8. Only in tiers with tiles.
+//              t: sink f32 [chunks].  i: iterations.  kTileSums products of two tile registers of ones per iteration
+//              and chunk: 16 * 16 * 32 * 2 flops each in bf16, 16 * 16 * 64 * 2 operations in s8. Only in tiers with
+//              tiles.
 // probe_read   t: buffer u8 [bytes], sink f32 [chunks].  Reads the buffer once, each chunk as four streams. The buffer
 //              must hold floats without denormals and NaNs (zeros do), which cost time of their own.
 #include "cpu/family.h"

@@ -78,7 +78,11 @@ def _ops(tier: str, threads: int) -> dict[str, tuple[OneOp, float]]:
             [TILE_ITERATIONS],
             chunks * TILE_ITERATIONS * TILE_SUMS * TILE_FLOPS,
         ),
-        "probe_tile_s8": ([sink], [TILE_ITERATIONS], chunks * TILE_ITERATIONS * TILE_SUMS * TILE_OPS),
+        "probe_tile_s8": (
+            [sink],
+            [TILE_ITERATIONS],
+            chunks * TILE_ITERATIONS * TILE_SUMS * TILE_OPS,
+        ),
         "probe_read": ([_read_buffer(), sink], [], READ_BYTES),
     }
     return {
