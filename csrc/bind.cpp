@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "cpu/dispatch.h"
+#include "runtime/prefetch.h"
 #include "runtime/program.h"
 #include "runtime/samples.h"
 
@@ -87,6 +88,9 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<std::vector<int64_t>, std::vector<int64_t>>(), py::arg("addresses"), py::arg("bytes"))
       .def("fetch", &Samples::fetch)
       .def("unchanged", &Samples::unchanged);
+  py::class_<Prefetch>(m, "Prefetch", "Asks for several memory ranges without waiting for them.")
+      .def(py::init<std::vector<int64_t>, std::vector<int64_t>>(), py::arg("addresses"), py::arg("bytes"))
+      .def("fetch", &Prefetch::fetch);
   py::class_<Program>(m, "Program", "A native segment of a plan.")
       .def(py::init(&make_program), py::arg("tier"), py::arg("num_symbols"), py::arg("num_externals"), py::arg("exprs"),
            py::arg("slots"), py::arg("buffers"), py::arg("steps"))

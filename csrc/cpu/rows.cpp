@@ -1,6 +1,7 @@
-// Row kernels: norm, softmax, embedding, index_copy, copy, rope, rotary_table. Each op's contract heads its file in
+// Row kernels: norm, softmax, embedding, index_copy, copy, rope, rotary_table, arange. Each op's contract heads its file in
 // rows/.
 #include "cpu/family.h"
+#include "cpu/rows/arange.h"
 #include "cpu/rows/copy.h"
 #include "cpu/rows/gather.h"
 #include "cpu/rows/norm.h"
@@ -18,6 +19,7 @@ const Kernel kKernels[] = {
     {"copy", one_phase, copy_chunks, nullptr, copy_run},
     {"rope", one_phase, rope_chunks, nullptr, rope_run},
     {"rotary_table", one_phase, rotary_table_chunks, nullptr, rotary_table_run},
+    {"arange", one_phase, arange_chunks, nullptr, arange_run},
 };
 
 }  // namespace

@@ -309,6 +309,14 @@ const char* rotary_table(const Call& c) {
   const bool fits = cos.size[0] == positions.size[0] && cos.size[1] == positions.size[1];
   return fits && cos.size[2] == 2 * positions.size[2] ? nullptr : "cos does not fit the positions";
 }
+
+const char* arange(const Call& c) {
+  const Step& s = c.step;
+  if (!has(s, 1, 2, 0)) return kWrongCount;
+  const Tensor& y = s.t[0];
+  return given(y, 1) && y.dtype == DType::i64 && (y.size[0] < 2 || y.stride[0] == 1) ? nullptr : "y is not int64 [N]";
+}
+
 const char* rope(const Call& c) {
   const Step& s = c.step;
   if (!has(s, 4, 1, 0)) return kWrongCount;
@@ -383,6 +391,7 @@ const struct {
     {"copy", copy},
     {"rope", rope},
     {"rotary_table", rotary_table},
+    {"arange", arange},
     {"vm", vm},
 };
 

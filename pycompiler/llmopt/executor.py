@@ -10,57 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from llmopt import _C
 from llmopt.gpu.executor import GpuSegment
 from llmopt.gpu.segment import GpuSegmentBuilder
-from llmopt.graph import fake, getitem, is_dense
+from llmopt.graph import fake, getitem, is_dense, kind
 from llmopt.kv import groups_of
-from llmopt.native.segment import SegmentBuilder
+from llmopt.native.segment import SegmentBuilder, picker
 from llmopt.offload import offload
 from llmopt.options import Options
 from llmopt.plan import Plan
 from llmopt.sizes import Size, SizeTable, expression
 from llmopt.types import Target
-from llmopt.weights import STORE, PackedWeight, version_of
+from llmopt.watch import Watch
+from llmopt.weights import STORE, PackedWeight
 
 _ADDRESS = Tensor.data_ptr
-
-
-class _Watch:
-    """Notices when the packed copies of a segment's weights are out of date.
-
-    Compares identity, address and version of every source tensor, and a digest of sampled content: an edit through `.data` changes
-    neither version nor address. Each call samples one cache line of every weight, another one than the call before. An edit of a few
-    elements through `.data` can escape for a while; `llmopt.refresh` is for that.
-    """
-
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self.epoch = STORE.epoch
-        self._ids = list(map(id, tensors))
-        self._addresses = list(map(_ADDRESS, tensors))
-        self._version = version_of(tensors)
-        self._versions = list(map(self._version, tensors))
-        self._samples = _C.Samples(
-            self._addresses, [t.untyped_storage().nbytes() - _start(t) for t in tensors]
-        )
-
-    def same_tensors(self, tensors: Sequence[Tensor]) -> bool:
-        """The same objects at the same addresses with the same edit counts."""
-        self._samples.fetch()  # arrives while the tensors are asked
-        return (
-            self.epoch == STORE.epoch
-            and self._ids == list(map(id, tensors))
-            and self._addresses == list(map(_ADDRESS, tensors))
-            and self._versions == list(map(self._version, tensors))
-        )
-
-    def same_content(self) -> bool:
-        """The sampled lines hold what they held; meaningful only while `same_tensors` is true."""
-        return self._samples.unchanged()
-
-
-def _start(tensor: Tensor) -> int:
-    return int(tensor.storage_offset()) * tensor.element_size()
 
 
 class Segment(torch.nn.Module):
@@ -88,24 +51,19 @@ class Segment(torch.nn.Module):
         ]
         self._num_kv = len(builder.kv)
         self._costs = [(sizes.id(r.flops), sizes.id(r.bytes)) for r in builder.records]
+        builder.sort_externals()
         self.program = builder.builder.build(target.tier)
         self._symbols = symbols
         self._packed = [spec for _, spec in sorted(builder.packed.values(), key=lambda p: p[0])]
         views = [v for p in self._packed for v in p.views()]
-        self._weight_arguments = list(dict.fromkeys(v.argument for v in views))
+        self._weight_arguments = picker(list(dict.fromkeys(v.argument for v in views)))
         self._matrices = sorted({v.argument for p in self._packed for v in p.sources})
         self._offload = options.weights == "packed"
-        self._positions = {
-            kind: [
-                (slot, number)
-                for slot, (source, number) in enumerate(builder.externals)
-                if source == kind
-            ]
-            for kind in ("argument", "packed", "bias", "result", "kv")
-        }
+        self._arguments = picker([n for source, n in builder.externals if source == "argument"])
+        self._packed_externals = [e for e in builder.externals if e[0] in ("packed", "bias")]
         self._check_dense = [builder.inputs[n] for n in builder.inputs if _made_by_python(n)]
-        self._template: list[int] = [0] * len(builder.externals)
-        self._watch: _Watch | None = None
+        self._packed_addresses: list[int] = []
+        self._watch: Watch | None = None
         self._held: list[weakref.ref] = []  # the store owns them, for as long as their tensors live
         self._lock = threading.Lock()
         self.profile_ns: list[int] | None = None
@@ -120,29 +78,30 @@ class Segment(torch.nn.Module):
     def _call(self, arguments: tuple, profile: bool) -> tuple[Tensor, ...]:
         if self._check_dense:
             arguments = self._with_dense(arguments)
-        addresses = self._weights_ready(arguments).copy()
-        for slot, number in self._positions["argument"]:
-            addresses[slot] = _ADDRESS(arguments[number])
+        packed = self._weights_ready(arguments)
         symbols = self.symbol_values(arguments)
         values = self.program.sizes(symbols, self._wanted) if self._wanted else ()
         results = [spec.allocate(values) for spec in self._outputs]
-        for slot, number in self._positions["result"]:
-            addresses[slot] = results[number].data_ptr()
         if self._num_kv:
-            caches: list[Any] = [None] * self._num_kv
-            for group, ids in self._kv_groups:
-                grown = group.grow(arguments, *(values[i] for i in ids))
-                for number, cache in zip(group.numbers, grown, strict=True):
-                    caches[number] = cache
-            for slot, number in self._positions["kv"]:
-                addresses[slot] = caches[number].data_ptr()
-            results += caches
+            results += self._grown(arguments, values)
+        given = map(_ADDRESS, self._arguments(arguments))
+        addresses = [*packed, *given, *map(_ADDRESS, results)]  # in the order of SOURCES
         threads = torch.get_num_threads()
         if profile:
             self.profile_ns = self.program.profile(addresses, symbols, threads)
         else:
             self.program.run(addresses, symbols, threads)
+        if self._watch is not None:
+            self._watch.fetch()
         return tuple(results)
+
+    def _grown(self, arguments: tuple, values: Sequence[int]) -> list[Tensor]:
+        caches: list[Any] = [None] * self._num_kv
+        for group, ids in self._kv_groups:
+            grown = group.grow(arguments, *(values[i] for i in ids))
+            for number, cache in zip(group.numbers, grown, strict=True):
+                caches[number] = cache
+        return caches
 
     def costs(self, symbols: Sequence[int]) -> list[tuple[int, int]]:
         """(flops, bytes) of every step for these symbol values."""
@@ -178,34 +137,36 @@ class Segment(torch.nn.Module):
     def _weights_ready(self, arguments: tuple) -> list[int]:
         """The addresses of packed weights and biases, made again first where a source changed."""
         if not self._packed:
-            return self._template
-        tensors = [arguments[a] for a in self._weight_arguments]
+            return self._packed_addresses
+        tensors = self._weight_arguments(arguments)
         watch = self._watch
         same = False
         if watch is not None and watch.same_tensors(tensors):
             if watch.same_content():
-                return self._template
+                return self._packed_addresses
             same = True
         with self._lock:
             held = [STORE.get(spec, arguments, self.target_, changed=same) for spec in self._packed]
             if self._offload and offload(arguments[a] for a in self._matrices):
                 STORE.follow(self._packed, arguments, self.target_)
-            template = list(self._template)
-            for slot, number in self._positions["packed"]:
-                template[slot] = held[number].address
-            for slot, number in self._positions["bias"]:
-                bias = held[number].bias
-                assert bias is not None, (
-                    "a program names a bias vector only where its linear has one"
-                )
-                template[slot] = bias.data_ptr()
+            addresses = [
+                _address(held[number], source) for source, number in self._packed_externals
+            ]
             self._held = [weakref.ref(entry) for entry in held]
-            self._template, self._watch = template, _Watch(tensors)
-            return template
+            self._packed_addresses, self._watch = addresses, Watch(tensors)
+            return addresses
 
     def forget_weights(self) -> None:
         """Makes the next call compare and pack every weight anew."""
         self._watch = None
+
+
+def _address(weight: PackedWeight, source: str) -> int:
+    """Of a packed weight ("packed") or of its bias vector ("bias")."""
+    if source == "packed":
+        return weight.address
+    assert weight.bias is not None, "a program names a bias vector only where its linear has one"
+    return weight.bias.data_ptr()
 
 
 class _OutputSpec:
@@ -265,7 +226,35 @@ def build_executable(gm: fx.GraphModule, plan: Plan, options: Options) -> fx.Gra
     graph.lint()
     executable = fx.GraphModule(gm, graph)
     executable.recompile()
+    direct = _direct_call(executable)
+    if direct is not None:
+        executable.forward = direct  # type: ignore[method-assign]
     return executable
+
+
+def _direct_call(executable: fx.GraphModule) -> Callable[..., tuple] | None:
+    """What the graph computes, where it is one segment and nothing else; None for other graphs.
+
+    The graph's own Python names each of some hundred inputs and results.
+    """
+    placeholders = [n for n in executable.graph.nodes if n.op == "placeholder"]
+    calls = [n for n in executable.graph.nodes if n.op == "call_module"]
+    output = next(n for n in executable.graph.nodes if n.op == "output").args[0]
+    if len(calls) != 1 or not isinstance(output, (tuple, list)):
+        return None
+    results = {n: n.args[1] for n in calls[0].users if kind(n) == "getitem"}
+    if len(placeholders) + 1 + len(results) + 1 != len(executable.graph.nodes):
+        return None
+    if any(n not in results for n in output):
+        return None
+    segment = executable.get_submodule(calls[0].target)
+    inputs = picker([placeholders.index(n) for n in calls[0].args])
+    outputs = picker([results[n] for n in output])
+
+    def forward(*arguments: Any) -> tuple:
+        return outputs(segment.forward(*inputs(arguments)))
+
+    return forward
 
 
 def _call_segment(

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from llmopt.native.segment import KvSpec
+from llmopt.native.segment import KvSpec, picker
 
 _MIN_SPARE = 64  # positions
 _CPU = torch.device("cpu")
+_ADDRESS = Tensor.data_ptr
 
 
 @dataclass
@@ -47,9 +48,14 @@ class KvGroup:
 
     def __init__(self, specs: Sequence[tuple[int, KvSpec]]) -> None:
         self.numbers = [number for number, _ in specs]  # which of the segment's caches
-        self.arguments = [spec.argument for _, spec in specs]
         self.dtype = specs[0][1].dtype
         self.width = specs[0][1].width
+        given = [spec.argument for _, spec in specs if spec.argument is not None]
+        self._caches = picker(given)
+        self._empty = not given  # `groups_of` never mixes empty and filled ones
+        layouts = {spec.layout for _, spec in specs}
+        # Sizes and strides of all are those of the first: the graph is called only where that is so.
+        self._alike = len(layouts) == 1 and "" not in layouts
 
     def grow(
         self,
@@ -64,11 +70,11 @@ class KvGroup:
 
         arguments: the segment's arguments, among them the old caches [B,H,S,D], on the device.
         """
-        geometry = (len(self.arguments), batch, heads, self.width, self.dtype, device)
-        caches = [arguments[a] for a in self.arguments if a is not None]
-        if not caches:  # `groups_of` never mixes empty and filled ones
+        geometry = (len(self.numbers), batch, heads, self.width, self.dtype, device)
+        caches = self._caches(arguments)
+        if self._empty:
             return _fresh(geometry, 0, new_length)
-        grown = _in_place(caches, geometry, new_length)
+        grown = _in_place(caches, geometry, new_length, self._alike)
         if grown is not None:
             return grown
         length = caches[0].shape[2]
@@ -86,31 +92,29 @@ class KvGroup:
 
 
 def _in_place(
-    caches: Sequence[Tensor], geometry: tuple, new_length: int
+    caches: Sequence[Tensor], geometry: tuple, new_length: int, alike: bool = False
 ) -> Sequence[Tensor] | None:
+    """The caches behind which there is room, grown; None where they have to be copied. alike: all are laid out as the first."""
     first = caches[0]
     itemsize = first.element_size()
-    base = first.data_ptr() - int(first.storage_offset()) * itemsize
-    slab = _slabs.get(base)
+    address, offset = first.data_ptr(), first.storage_offset()
+    slab = _slabs.get(address - offset * itemsize)
     if slab is None or slab.geometry != geometry or slab.storage.expired():
         return None
     _, batch, heads, width, _, _ = geometry
     row = batch * heads * width
-    length = first.shape[2]
-    start, rest = divmod(first.storage_offset(), row) if row else (0, 1)
+    length = first.size(2)
+    start, rest = divmod(offset, row) if row else (0, 1)
     end = start + length
     if rest or slab.filled != end or end + new_length > slab.capacity:
         return None
     step = slab.capacity * row * itemsize
-    address = first.data_ptr()
+    if list(map(_ADDRESS, caches)) != list(range(address, address + len(caches) * step, step)):
+        return None
     shape, strides = (batch, heads, length, width), (heads * width, width, row, 1)
-    for i, cache in enumerate(caches):
-        if (
-            cache.data_ptr() != address + i * step
-            or cache.size() != shape
-            or cache.stride() != strides
-        ):
-            return None
+    asked = (first,) if alike else caches
+    if any(c.size() != shape or c.stride() != strides for c in asked):
+        return None
     slab.filled = end + new_length
     return _views(first, geometry, slab.capacity, start, length + new_length)
 

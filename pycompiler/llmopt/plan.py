@@ -32,6 +32,7 @@ from llmopt.memory import Life, assign_slots
 from llmopt.native import kernels as native_kernels
 from llmopt.native.operands import NativeKernel
 from llmopt.native.segment import SegmentBuilder, StepRecord, Tuner
+from llmopt.passes.simplify import PURE
 from llmopt.registry import Chooser, by_default
 from llmopt.sizes import SizeTable, UnsupportedSize, expression
 from llmopt.types import Target
@@ -138,6 +139,7 @@ class _Roles:
         self._device = _device_of(graph)
         self.native: dict[fx.Node, NativeKernel] = {}
         self.fallbacks: list[Fallback] = []
+        self._unread: set[fx.Node] = set()
         self._sizes = SizeTable()
         for node in graph.nodes:
             if (
@@ -153,6 +155,17 @@ class _Roles:
             else:
                 self.fallbacks.append(Fallback(node, reason))
         self._leave_glue(graph)
+        self._unread = self._unread_numbers(graph)
+        self.fallbacks = [f for f in self.fallbacks if f.node not in self._unread]
+
+    def _unread_numbers(self, graph: fx.Graph) -> set[fx.Node]:
+        """Size arithmetic that only native nodes read: segments evaluate their sizes themselves."""
+        unread: set[fx.Node] = set()
+        for node in reversed(list(graph.nodes)):
+            number = isinstance(fake(node), (int, torch.SymInt)) and kind(node) in PURE
+            if number and all(u in self.native or u in unread for u in node.users):
+                unread.add(node)
+        return unread
 
     def _leave_glue(self, graph: fx.Graph) -> None:
         """Copies and small arithmetic that no native value feeds stay with PyTorch when PyTorch reads them next:
@@ -179,6 +192,8 @@ class _Roles:
 
     def is_eager(self, node: fx.Node) -> bool:
         called = node.op in ("call_function", "call_method", "call_module")
+        if node in self._unread:
+            return False
         return called and node not in self.native and not self.is_part(node) and not is_view(node)
 
     def _unknown_sizes(self, node: fx.Node) -> str:

@@ -24,7 +24,7 @@ LAYERS = (
     ("quant",),
     ("passes", "native", "kernels"),
     ("kv", "weights", "offload", "options"),
-    ("tune",),
+    ("tune", "watch"),
     ("gpu",),
     ("auto",),
     ("plan",),

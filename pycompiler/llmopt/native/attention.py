@@ -22,7 +22,7 @@ from llmopt.native.program import View
 from llmopt.native.segment import KvSpec, SegmentBuilder, StepRecord, describe
 from llmopt.ops.kv_codes import SCALE_BYTES
 from llmopt.ops.rope import KINDS as ROPE_KINDS
-from llmopt.sizes import Size
+from llmopt.sizes import Size, expression
 
 _ATTENTION = (
     ("mask", None),
@@ -146,6 +146,14 @@ def _lower_attention(s: SegmentBuilder, node: fx.Node) -> None:
     s.step("attention", operands, ints, [a["scale"], a["softcap"]], record)
 
 
+def _layout(cache: fx.Node | None) -> str:
+    """Sizes and strides as expressions."""
+    if cache is None:
+        return "none"
+    value = fake(cache)
+    return ", ".join(str(expression(s)) for s in (*value.shape, *value.stride()))
+
+
 def _lower_attention_append(s: SegmentBuilder, node: fx.Node) -> None:
     q, k_new, v_new, k_cache, v_cache, cos, sin, rope_name = (
         argument(node, i, "") for i in range(8)
@@ -156,8 +164,9 @@ def _lower_attention_append(s: SegmentBuilder, node: fx.Node) -> None:
     for i, (cache, new, whole) in enumerate(((k_cache, k_new, keys), (v_cache, v_new, values))):
         b, h, n, _ = fake(new).shape
         d = int(whole.shape[3])
-        cache_argument = None if cache is None else s.argument(cache)
-        buffer = s.grow(KvSpec(cache_argument, b, h, n, d, whole.dtype), s.part(node, 1 + i))
+        number = None if cache is None else s.argument(cache)
+        spec = KvSpec(number, b, h, n, d, whole.dtype, _layout(cache))
+        buffer = s.grow(spec, s.part(node, 1 + i))
         views.append(View(buffer, whole.dtype, tuple(whole.shape), tuple(whole.stride())))
     total = keys.shape[2]
     mask, bounds = _mask_operands(s, node, a["mask"], (*fake(q).shape[:3], total))

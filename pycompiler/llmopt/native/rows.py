@@ -1,4 +1,4 @@
-"""Row and copy kernels: norm.cpu, rope.cpu, embedding.cpu, copy.cpu, index_copy.cpu."""
+"""Row and copy kernels: norm.cpu, rope.cpu, embedding.cpu, copy.cpu, index_copy.cpu, arange.cpu."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from llmopt.graph import (
     is_dense,
     is_one,
     is_tensor,
+    is_view,
+    kind,
     numel,
     same_size,
 )
@@ -242,7 +244,45 @@ def _lower_index_copy(s: SegmentBuilder, node: fx.Node) -> None:
     s.step("index_copy", [s.view(cache), s.view(index), s.view(new)], [], [], record)
 
 
+def arange_bounds(node: fx.Node) -> tuple[Size, Size] | None:
+    """Start and step of a torch.arange that counts in int64 on the CPU, else None."""
+    value = fake(node)
+    if value.dtype != torch.int64 or value.device.type != "cpu":
+        return None
+    if node.kwargs.keys() - {"device", "dtype", "layout", "pin_memory", "requires_grad"}:
+        return None
+    given = [fake(a) if isinstance(a, fx.Node) else a for a in node.args]
+    if not all(isinstance(a, (int, torch.SymInt)) for a in given):
+        return None
+    start = given[0] if len(given) > 1 else 0
+    return start, given[2] if len(given) > 2 else 1
+
+
+def _reject_arange(node: fx.Node) -> str:
+    if arange_bounds(node) is None:
+        return "runs as in PyTorch"
+    if any(kind(u) in ("llmopt.embedding", "index_copy_") for u in _readers(node)):
+        return "indices are checked before a segment runs"
+    return ""
+
+
+def _readers(node: fx.Node) -> Iterator[fx.Node]:
+    """Who reads a value, through views."""
+    for user in node.users:
+        yield user
+        if is_view(user):
+            yield from _readers(user)
+
+
+def _lower_arange(s: SegmentBuilder, node: fx.Node) -> None:
+    bounds = arange_bounds(node)
+    assert bounds is not None
+    record = StepRecord("arange", "arange.cpu", "", (), (describe(node),), 0, num_bytes(node), node)
+    s.step("arange", [s.view(node)], list(bounds), [], record)
+
+
 KERNELS = {
+    "arange": NativeKernel("arange.cpu", _reject_arange, _lower_arange, is_glue=True),
     "llmopt.norm": NativeKernel("norm.cpu", reject_norm, _lower_norm),
     "llmopt.embedding": NativeKernel(
         "embedding.cpu", reject_embedding, _lower_embedding, is_glue=True

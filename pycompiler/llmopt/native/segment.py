@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any, overload
 
 import torch
@@ -18,8 +19,18 @@ from llmopt.quant.schemes import CodeForm
 from llmopt.sizes import Size
 from llmopt.types import Choice, LinearProblem
 
+# Where externals come from, in the order in which a run gets their addresses.
+SOURCES = ("packed", "bias", "argument", "result", "kv")
+
 # Which configs a linear runs with: what was measured, or nothing and why.
 Tuner = Callable[[LinearProblem], Choice]
+
+
+def picker(numbers: Sequence[int]) -> Callable[[Sequence], tuple]:
+    """Takes some of a call's values, in this order."""
+    if len(numbers) > 1:
+        return itemgetter(*numbers)
+    return lambda values: tuple(values[n] for n in numbers)
 
 
 @dataclass(frozen=True)
@@ -57,7 +68,10 @@ class PackedSpec:
 
 @dataclass(frozen=True)
 class KvSpec:
-    """One growing cache [B,H,S,D]: the segment input that holds it so far (None: empty), and what is appended."""
+    """One growing cache [B,H,S,D]: the segment input that holds it so far (None: empty), and what is appended.
+
+    layout: sizes and strides of that input as expressions: equal ones are equal at every call.
+    """
 
     argument: int | None
     batch: Size
@@ -65,6 +79,7 @@ class KvSpec:
     new_length: Size
     width: int
     dtype: torch.dtype
+    layout: str = ""
 
 
 @dataclass(frozen=True)
@@ -111,6 +126,16 @@ class SegmentBuilder:
             self._buffers[key] = self.builder.external()
             self.externals.append(key)
         return self._buffers[key]
+
+    def sort_externals(self) -> None:
+        """Numbers externals by source and number, so that a run puts their addresses together from one list a source."""
+        order = sorted(self.externals, key=lambda e: (SOURCES.index(e[0]), e[1]))
+        place = {key: i for i, key in enumerate(order)}
+        renumbered = [place[key] for key in self.externals]
+        self.builder.buffers = [
+            (outside, renumbered[n] if outside else n) for outside, n in self.builder.buffers
+        ]
+        self.externals = order
 
     def argument(self, node: fx.Node) -> int:
         """The argument number of a value from outside the segment."""

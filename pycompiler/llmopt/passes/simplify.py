@@ -1,7 +1,9 @@
 """simplify: removes what computes nothing — no-op casts and copies, dropout outside training, factors of one — and turns in-place
-arithmetic on fresh intermediates into plain arithmetic, so that later passes see one form."""
+arithmetic on fresh intermediates into plain arithmetic, and a shifted arange into one arange, so that later passes see one form."""
 
 from __future__ import annotations
+
+import operator
 
 import torch
 from torch import fx
@@ -9,6 +11,7 @@ from torch import fx
 from llmopt.graph import (
     FLOAT_CASTS,
     argument,
+    binary_operands,
     emit,
     fake,
     getitem,
@@ -143,7 +146,7 @@ def run(graph: fx.Graph) -> None:
             continue
         if kind(node) in _FUNCTIONAL:
             _functionalize(node, sharers)
-        if _slice_for_list(graph, node, written):
+        if _slice_for_list(graph, node, written) or _shift_arange(graph, node):
             continue
         target = _identity_of(node, written)
         if target is not None:
@@ -228,6 +231,27 @@ def _slice_for_list(graph: fx.Graph, node: fx.Node, written: set[int]) -> bool:
     with graph.inserting_before(node):
         place = tuple(window if isinstance(k, list) else k for k in index)
         new = emit(graph, fake(source).fake_mode, getitem, (source, place), like=node)
+    replace(node, new)
+    return True
+
+
+def _shift_arange(graph: fx.Graph, node: fx.Node) -> bool:
+    """arange(n) + s, as positions behind a cache are counted, becomes arange(s, s + n)."""
+    operands = binary_operands(node) if kind(node) == "add" and is_tensor(node) else None
+    counter, shift = operands or (None, None)
+    if not isinstance(counter, fx.Node) or kind(counter) != "arange" or len(counter.args) != 1:
+        return False
+    size = fake(shift) if isinstance(shift, fx.Node) else shift
+    if not isinstance(size, (int, torch.SymInt)) or isinstance(size, bool):
+        return False
+    value = fake(node)
+    if value.dtype != torch.int64 or fake(counter).dtype != torch.int64:
+        return False
+    with graph.inserting_before(node):
+        end = emit(graph, value.fake_mode, operator.add, (shift, counter.args[0]), like=node)
+        new = emit(
+            graph, value.fake_mode, torch.arange, (shift, end), dict(counter.kwargs), like=node
+        )
     replace(node, new)
     return True
 
