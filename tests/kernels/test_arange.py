@@ -9,7 +9,9 @@ from llmopt.native.program import run_op
 
 
 @pytest.mark.parametrize("tier", _C.tiers())
-@pytest.mark.parametrize(("n", "start", "step"), [(0, 3, 1), (1, 0, 1), (17, 2**40, 1), (129, 5, -3)])
+@pytest.mark.parametrize(
+    ("n", "start", "step"), [(0, 3, 1), (1, 0, 1), (17, 2**40, 1), (129, 5, -3)]
+)
 def test_it_counts(tier: str, n: int, start: int, step: int) -> None:
     y = torch.full((n + 1,), -7)
     run_op("arange", [y[:n]], [start, step], tier=tier, threads=2)
