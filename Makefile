@@ -2,6 +2,7 @@
 #   make demo    a real model through eager and llmopt, with times
 #   make test    the whole test suite          (ARGS="-k linear" to choose)
 #   make bench   the tables of the README: end to end, then kernel by kernel
+#   make peers   the tables of quantised systems, after building llama.cpp: an hour
 #   make lint    what pre-commit checks
 #   make clean   removes the environment and everything built
 PYTHON ?= python3
@@ -11,7 +12,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 NATIVE := CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 ARGS ?=
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test bench peers lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/llmopt demo $(ARGS)
@@ -28,6 +29,16 @@ bench: $(VENV)/installed
 	$(BIN)/llmopt bench smollm2 --dtype fp16 --against eager --markdown README.md
 	$(BIN)/llmopt bench minilm --against eager,inductor,onnxruntime --markdown README.md
 	$(BIN)/python -m pytest bench $(ARGS)
+
+QUANTISED := llmopt-w8a8,llmopt-w8a16,llmopt-w4a16,eager,torchao,torchao-w8a16,onnxruntime-int8,openvino,openvino-int8
+ENCODERS := llmopt-w8a8,llmopt-w4a16,eager,onnxruntime,onnxruntime-int8,openvino,openvino-int8,torchao
+
+peers: $(VENV)/installed
+	$(PIP) onnx onnxruntime onnxscript openvino nncf torchao llama-cpp-python
+	$(BIN)/llmopt bench smollm2 --markdown README.md --plot docs/smollm2-quantised.png \
+	  --against $(QUANTISED),llama.cpp,llama.cpp-q4_0,llama.cpp-f16
+	$(BIN)/llmopt bench minilm --markdown README.md --against $(ENCODERS)
+	$(BIN)/llmopt bench bench/models.py:bert_base --markdown README.md --against $(ENCODERS)
 
 lint: $(VENV)/installed
 	$(PIP) ruff mypy clang-format

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from llmopt.native.probe import measure
+from llmopt.native.probe import Probe, measure
 
 CACHE_BYTES = 96 << 20  # more than the last-level cache of the machines we know
 MAX_COPIES = 64
@@ -40,7 +40,8 @@ def copies_beyond_cache(num_bytes: int) -> int:
 def timed(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None]:
     """timed(system, what, dtype, calls, flops, num_bytes): times the calls in turn.
 
-    is_integer: the roof of the arithmetic is the VNNI probe, where there is one.
+    system: "llmopt", or who stands beside it in the table. multiplies: the dtype of a linear's products, as
+    `Probe.linear_peak` takes it; None: the roof of the arithmetic is the FMA probe.
     """
 
     def run(
@@ -50,7 +51,7 @@ def timed(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None]
         calls: Sequence[Callable[[], Any]],
         flops: float,
         num_bytes: float,
-        is_integer: bool = False,
+        multiplies: str | None = None,
     ) -> None:
         endless = itertools.cycle(calls)
         threads = torch.get_num_threads()
@@ -62,12 +63,10 @@ def timed(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None]
             after = measure(threads)
         if benchmark.stats is None:  # --benchmark-disable
             return
-        fma = statistics.mean((before.fma_flops, after.fma_flops))
-        if is_integer and before.vnni_ops:
-            fma = statistics.mean((before.vnni_ops, after.vnni_ops))
+        peak = statistics.mean(_peak(probe, multiplies) for probe in (before, after))
         read = statistics.mean((before.read_bytes, after.read_bytes))
         seconds = benchmark.stats.stats.median
-        roof = max(flops / fma, num_bytes / read) / seconds
+        roof = max(flops / peak, num_bytes / read) / seconds
         benchmark.extra_info.update(
             op=what,
             dtype=name,
@@ -75,7 +74,7 @@ def timed(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None]
             threads=threads,
             gflops=flops / seconds / 1e9,
             gbytes=num_bytes / seconds / 1e9,
-            probe_gflops=fma / 1e9,
+            probe_gflops=peak / 1e9,
             probe_gbytes=read / 1e9,
             of_bound=roof,
         )
@@ -84,20 +83,26 @@ def timed(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None]
     return run
 
 
+def _peak(probe: Probe, multiplies: str | None) -> float:
+    return probe.fma_flops if multiplies is None else probe.linear_peak(multiplies)
+
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     if not _rows:
         return
     by_case: dict[tuple[str, str], dict[str, tuple[float, float]]] = {}
     for what, dtype, system, seconds, roof in _rows:
         by_case.setdefault((what, dtype), {})[system] = (seconds, roof)
-    terminalreporter.section("against PyTorch, and percent of the roof measured around each")
-    heading = f"{'op and shape':<44}{'dtype':<10}{'llmopt us':>11}{'torch us':>11}{'ratio':>8}"
-    terminalreporter.write_line(heading + f"{'% of roof':>11}")
+    terminalreporter.section("beside others, and percent of the roof measured around each")
+    heading = f"{'op and shape':<52}{'dtype':<10}{'llmopt us':>11}{'% of roof':>11}"
+    terminalreporter.write_line(f"{heading}{'beside us':>11}{'ratio':>8}  beside it")
     for (what, dtype), systems in by_case.items():
-        ours, theirs = systems.get("llmopt"), systems.get("torch")
-        line = f"{what:<44}{dtype:<10}{_micros(ours):>11}{_micros(theirs):>11}"
-        line += f"{theirs[0] / ours[0]:>7.2f}x" if ours and theirs else f"{'–':>8}"
-        terminalreporter.write_line(line + (f"{ours[1]:>11.0%}" if ours else f"{'–':>11}"))
+        ours = systems.pop("llmopt", None)
+        line = f"{what:<52}{dtype:<10}{_micros(ours):>11}"
+        line += f"{ours[1]:>11.0%}" if ours else f"{'–':>11}"
+        for name, theirs in (systems or {"": None}).items():
+            ratio = f"{theirs[0] / ours[0]:>7.2f}x" if ours and theirs else f"{'–':>8}"
+            terminalreporter.write_line(f"{line}{_micros(theirs):>11}{ratio}  {name}")
 
 
 def _micros(found: tuple[float, float] | None) -> str:

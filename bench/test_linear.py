@@ -1,4 +1,4 @@
-"""linear and pack_linear: decode rows against the read probe, prefill against the FMA probe."""
+"""linear and pack_linear: decode rows against the read probe, prefill against the FMA or the tile probe."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bench.conftest import copies_beyond_cache
 from bench.shapes import DECODE_LINEARS, PREFILL_LINEARS, Linear
 
 SILU = 2  # Activation::silu in csrc/cpu/vec_math.h
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+PROBED = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 
 
 def pack(weights: list[torch.Tensor], interleave: bool = False) -> tuple[_C.Memory, torch.Tensor]:
@@ -52,7 +52,7 @@ def theirs(shape: Linear, w: torch.Tensor, x: torch.Tensor):
 
 
 @pytest.mark.parametrize("system", ["llmopt", "torch"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", PROBED, ids=str)
 @pytest.mark.parametrize("shape", [*DECODE_LINEARS, *PREFILL_LINEARS], ids=str)
 def test_linear(timed, shape, dtype, system):
     num_bytes = shape.num_bytes(dtype.itemsize)
@@ -67,7 +67,8 @@ def test_linear(timed, shape, dtype, system):
             run(built[0][0]), theirs(shape, weights[0], x)().float(), atol=5e-2, rtol=5e-2
         )
         calls = [op for op, _ in built]
-    timed(system, f"linear {shape}", dtype, calls, shape.flops, num_bytes)
+    multiplies = PROBED[dtype]
+    timed(system, f"linear {shape}", dtype, calls, shape.flops, num_bytes, multiplies)
 
 
 def run(op: OneOp) -> torch.Tensor:

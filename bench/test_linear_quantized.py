@@ -1,4 +1,8 @@
-"""linear_quantized: decode rows against the read probe, prefill against the VNNI probe, beside PyTorch in float32."""
+"""linear_quantized: decode rows against the read probe, prefill against the int8 probe (VNNI or tiles).
+
+Rounding the inputs and the epilogue are in our times. Beside 8-bit products stands `torch._int_mm` alone, on codes that are there
+already and without scales; beside the others PyTorch's linear in float32.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,8 @@ from llmopt.weights import pack_codes, packed_code_bytes
 from bench.conftest import copies_beyond_cache
 from bench.shapes import DECODE_LINEARS, PREFILL_LINEARS, SMALL_BATCH_LINEARS, Linear
 from bench.test_linear import SILU, tensor_over, theirs
+
+GEMM_ROWS = 16  # below, a product with 8-bit inputs is bound by reading
 
 FORMS = [
     scheme_of("w8a8", group="channel"),
@@ -60,5 +66,34 @@ def test_linear_quantized(timed, shape, scheme):
     calls[0]()
     got, want = calls[0].tensors[4], theirs(shape, w, x)()
     assert (got - want).norm() < 0.2 * want.norm()  # never the time of a wrong result
-    what = f"linear {shape} {scheme.name} g{scheme.group}"
-    timed("llmopt", what, torch.int8, calls, shape.flops, size, is_integer=True)
+    flops = shape.flops * PLANES[scheme.activations]
+    timed("llmopt", name_of(shape, scheme), torch.int8, calls, flops, size, "s8")
+
+
+@pytest.mark.parametrize("scheme", FORMS, ids=lambda s: f"{s.name}-g{s.group}")
+@pytest.mark.parametrize(
+    "shape", [*DECODE_LINEARS, *SMALL_BATCH_LINEARS, *PREFILL_LINEARS], ids=str
+)
+def test_torch_beside_it(timed, shape, scheme):
+    if scheme.reject(shape.k):
+        pytest.skip(scheme.reject(shape.k))
+    what = name_of(shape, scheme)
+    if scheme.activations == "int8" and scheme.bits == 8 and shape.m >= GEMM_ROWS:
+        copies = copies_beyond_cache(shape.n * shape.k)
+        calls = [int_mm(shape) for _ in range(copies)]
+        timed("_int_mm", what, torch.int8, calls, shape.flops, shape.num_bytes(1), "s8")
+        return
+    x, w = torch.randn(shape.m, shape.k), torch.randn(shape.n, shape.k)
+    copies = copies_beyond_cache(shape.num_bytes(4))
+    calls = [theirs(shape, w.clone(), x) for _ in range(copies)]
+    timed("torch fp32", what, torch.int8, calls, shape.flops, shape.num_bytes(4), "f32")
+
+
+def name_of(shape: Linear, scheme: Scheme) -> str:
+    return f"linear {shape} {scheme.name} g{scheme.group or shape.k}"
+
+
+def int_mm(shape: Linear):
+    x = torch.randint(-127, 128, (shape.m, shape.k), dtype=torch.int8)
+    w = torch.randint(-127, 128, (shape.n, shape.k), dtype=torch.int8)
+    return lambda: torch._int_mm(x, w.T)

@@ -1,7 +1,8 @@
 """ONNX Runtime as a peer: the model exported once through torch.onnx, run on its CPU provider.
 
 A causal model is exported with its KV cache as inputs and outputs (two tensors a layer), the usual
-form of such graphs; the cache lives in ONNX Runtime's own arrays between steps.
+form of such graphs; the cache lives in ONNX Runtime's own arrays between steps. In 8 bits the exported file goes through
+`quantize_dynamic`: weights per channel, activations per tensor.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from typing import Any
 
 import torch
 
-from llmopt.benchmark.phases import Phase, inputs_of, token_ids
+from llmopt.benchmark.flat_cache import FlatCache, empty_cache, encoder_example, example
+from llmopt.benchmark.phases import Phase, inputs_of
 from llmopt.models import LoadedModel, ModelError
 
 
@@ -22,9 +24,14 @@ def build(loaded: LoadedModel, phases: Sequence[Phase]) -> CausalRunner | CallRu
     dtype = next(loaded.model.parameters()).dtype
     if dtype == torch.bfloat16:
         raise ModelError("ONNX Runtime's CPU kernels do not cover bf16: use fp32 or fp16")
-    if loaded.kind == "causal":
-        return _build_causal(loaded, dtype)
-    return _build_call(loaded, phases)
+    return _build(loaded, phases, in_8_bits=False)
+
+
+def build_int8(loaded: LoadedModel, phases: Sequence[Phase]) -> CausalRunner | CallRunner:
+    """The same with quantised matrix products; they are quantised from fp32."""
+    if next(loaded.model.parameters()).dtype != torch.float32:
+        raise ModelError("ONNX Runtime quantises models in fp32: use --dtype fp32")
+    return _build(loaded, phases, in_8_bits=True)
 
 
 class CallRunner:
@@ -59,55 +66,18 @@ class CausalRunner:
         raise ModelError("a causal model is run by step")
 
 
-class _FlatCache(torch.nn.Module):
-    """The model with its cache as a flat list of tensors, key and value of each layer in turn."""
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(
-        self, input_ids: torch.Tensor, past: list[torch.Tensor]
-    ) -> tuple[torch.Tensor, ...]:
-        from transformers import DynamicCache
-
-        cache = DynamicCache()
-        for layer in range(len(past) // 2):
-            cache.update(past[2 * layer], past[2 * layer + 1], layer)
-        out = self.model(
-            input_ids=input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1
-        )
-        flat = [t for layer in out.past_key_values.layers for t in (layer.keys, layer.values)]
-        return (out.logits[:, -1], *flat)
-
-
-def _build_causal(loaded: LoadedModel, dtype: torch.dtype) -> CausalRunner:
-    config: Any = loaded.model.config
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    shape = (1, config.num_key_value_heads, 7, head_dim)
-    past = [torch.zeros(shape, dtype=dtype) for _ in range(2 * config.num_hidden_layers)]
-    length, seen = torch.export.Dim("length", min=1), torch.export.Dim("seen", min=0)
-    session = _export(
-        _FlatCache(loaded.model).eval(),
-        {"input_ids": token_ids(loaded, 1, 5), "past": past},
-        {"input_ids": {1: length}, "past": [{2: seen} for _ in past]},
-    )
-    return CausalRunner(session, torch.zeros((1, shape[1], 0, head_dim), dtype=dtype))
-
-
-def _build_call(loaded: LoadedModel, phases: Sequence[Phase]) -> CallRunner:
-    inputs = inputs_of(loaded, phases[0])
-    dynamic = None
+def _build(
+    loaded: LoadedModel, phases: Sequence[Phase], in_8_bits: bool
+) -> CausalRunner | CallRunner:
+    if loaded.kind == "causal":
+        session = _session(FlatCache(loaded.model).eval(), *example(loaded), in_8_bits)
+        return CausalRunner(session, empty_cache(loaded.model, 0)[0])
     if loaded.kind == "encoder":
-        batch, length = torch.export.Dim("batch", min=1), torch.export.Dim("length", min=1)
-        # sizes that differ from 1 and from each other, so that the exporter keeps them apart
-        ids = token_ids(loaded, 2, 24)
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        dynamic = {name: {0: batch, 1: length} for name in inputs}
-    return CallRunner(_export(loaded.model, inputs, dynamic))
+        return CallRunner(_session(loaded.model, *encoder_example(loaded), in_8_bits))
+    return CallRunner(_session(loaded.model, inputs_of(loaded, phases[0]), None, in_8_bits))
 
 
-def _export(model: torch.nn.Module, inputs: dict[str, Any], dynamic: Any) -> Any:
+def _session(model: torch.nn.Module, inputs: dict[str, Any], dynamic: Any, in_8_bits: bool) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -117,4 +87,14 @@ def _export(model: torch.nn.Module, inputs: dict[str, Any], dynamic: Any) -> Any
         torch.onnx.export(
             model, (), path, kwargs=inputs, dynamic_shapes=dynamic, dynamo=True, verbose=False
         )
+        if in_8_bits:
+            path = _quantized(path)
         return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def _quantized(path: str) -> str:
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    quantized = path.replace(".onnx", ".int8.onnx")
+    quantize_dynamic(path, quantized, per_channel=True, weight_type=QuantType.QInt8)
+    return quantized

@@ -1,4 +1,4 @@
-"""The rows of a benchmark as one PNG: a panel per phase, a bar per system, a line at the roof."""
+"""The rows of a benchmark as one PNG: a panel per phase, a bar per system, a mark at its roof."""
 
 from __future__ import annotations
 
@@ -20,10 +20,12 @@ def plot(path: Path, rows: Sequence[Row], setting: Setting) -> None:
     panels = list(dict.fromkeys((row.phase, row.title, row.unit) for row in rows))
     systems = list(dict.fromkeys(row.system for row in rows))
     height = 1.0 + len(panels) * (0.55 + 0.28 * len(systems))
-    figure, axes = plt.subplots(len(panels), 1, figsize=(8, height), squeeze=False)
+    figure, axes = plt.subplots(
+        len(panels), 1, figsize=(8, height), squeeze=False, layout="constrained"
+    )
     for axis, (phase, title, unit) in zip(axes[:, 0], panels, strict=True):
         shown = [row for row in rows if row.phase == phase]
-        colours = [OURS if row.system == "llmopt" else THEIRS for row in shown]
+        colours = [OURS if row.system.startswith("llmopt") else THEIRS for row in shown]
         bars = axis.barh([r.system for r in shown], [r.value for r in shown], color=colours)
         axis.bar_label(bars, labels=[number(row.value) for row in shown], padding=3, fontsize=9)
         axis.invert_yaxis()
@@ -32,22 +34,15 @@ def plot(path: Path, rows: Sequence[Row], setting: Setting) -> None:
         axis.tick_params(labelsize=9)
         better = "more is better" if unit == "tokens/s" else "less is better"
         axis.set_title(f"{title}, {unit} ({better})", loc="left", fontsize=10)
-        roof = _roof(shown)
-        if roof is not None:
-            axis.axvline(roof, color=ROOF, linestyle="--", linewidth=1)
-    heading = f"{setting.model} {setting.dtype} — {setting.machine()}"
-    figure.suptitle(f"{heading}\ndashed: the roofline of the probes around it", fontsize=9)
-    figure.tight_layout(rect=(0, 0, 1, 0.98))
+        roofs = {row.system: _roof(row) for row in shown if row.of_bound}
+        axis.plot(roofs.values(), roofs.keys(), "|", color=ROOF, markersize=12, clip_on=False)
+    heading = f"{setting.title} — {setting.machine()}"
+    figure.suptitle(f"{heading}\nred: each system's roofline on the probes around it", fontsize=9)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
-def _roof(rows: Sequence[Row]) -> float | None:
-    """The bound in the panel's unit, from the row nearest to it."""
-    bounded = [row for row in rows if row.of_bound]
-    if not bounded:
-        return None
-    row = max(bounded, key=lambda r: r.of_bound or 0.0)
-    assert row.of_bound is not None
-    faster_is_more = row.unit == "tokens/s"
-    return row.value / row.of_bound if faster_is_more else row.value * row.of_bound
+def _roof(row: Row) -> float:
+    """The bound in the row's unit."""
+    assert row.of_bound
+    return row.value / row.of_bound if row.unit == "tokens/s" else row.value * row.of_bound

@@ -1,20 +1,24 @@
-"""Measurements → one row per system and phase, as a table, JSON lines or Markdown."""
+"""Measurements → one row per system and phase, as JSON lines or a Markdown table with a row per system."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from llmopt.benchmark.accuracy import Accuracy
 from llmopt.benchmark.phases import Phase
 from llmopt.benchmark.rounds import Measurement, Run
+from llmopt.benchmark.systems import SYSTEMS
 from llmopt.models import ModelError
+from llmopt.native.probe import Probe
 from llmopt.target import target
 
 
@@ -26,6 +30,12 @@ class Setting:
     dtype: str
     threads: int
     command: str  # the command line that makes the numbers again
+    quantised: bool = False  # some of the systems are
+
+    @property
+    def title(self) -> str:
+        """What distinguishes its table from others."""
+        return f"{self.model} {'quantised' if self.quantised else self.dtype}"
 
     def machine(self) -> str:
         here = target()
@@ -42,11 +52,13 @@ class Row:
     value: float
     unit: str
     ratio: float | None = None  # to eager; above 1 is better than eager
-    of_bound: float | None = None  # 1.0 is the roofline of the probes around the measurements
-    fma_flops: float | None = None  # per second
-    read_bytes: float | None = None
+    of_bound: float | None = (
+        None  # 1.0 is the system's own roofline on the probes around the measurements
+    )
+    probe: Probe | None = None  # the median of each rate
     rounds: int = 0
     steady: int = 0
+    accuracy: Accuracy | None = None  # of the system, the same in every phase
 
 
 def rows_of(run: Run, phases: Sequence[Phase]) -> list[Row]:
@@ -61,7 +73,7 @@ def rows_of(run: Run, phases: Sequence[Phase]) -> list[Row]:
         if system in run.systems:
             rows.append(Row(system, "compile", "compile, cold", seconds, "s"))
     for system, mib in run.peak_mib.items():
-        rows.append(Row(system, "peak-memory", "peak memory of the process", mib, "MiB"))
+        rows.append(Row(system, "peak-memory", "peak memory", mib, "MiB"))
     return rows
 
 
@@ -69,10 +81,9 @@ def _row(
     system: str, phase: Phase, found: list[Measurement], eager: list[Measurement] | None, run: Run
 ) -> Row:
     seconds = _median_seconds(found)
-    used = _used(found)
-    fma_flops = statistics.median(m.fma_flops for m in used)
-    read_bytes = statistics.median(m.read_bytes for m in used)
-    work = run.work[phase.name]
+    probe = _median_probe(found)
+    work, form = run.work[phase.name], SYSTEMS[system].form
+    has_bound = work is not None and form is not None
     return Row(
         system,
         phase.name,
@@ -80,12 +91,17 @@ def _row(
         phase.value(seconds),
         phase.unit,
         ratio=_median_seconds(eager) / seconds if eager else None,
-        of_bound=work.seconds(fma_flops, read_bytes) / seconds if work else None,
-        fma_flops=fma_flops,
-        read_bytes=read_bytes,
+        of_bound=work.least_seconds(form, probe) / seconds if has_bound else None,
+        probe=probe,
         rounds=len(found),
         steady=sum(m.steady for m in found),
+        accuracy=run.accuracy.get(system),
     )
+
+
+def _median_probe(found: list[Measurement]) -> Probe:
+    rates = (dataclasses.astuple(m.probe) for m in _used(found))
+    return Probe(*(statistics.median(rate) for rate in zip(*rates, strict=True)))
 
 
 def _used(found: list[Measurement]) -> list[Measurement]:
@@ -114,11 +130,12 @@ def json_lines(rows: Sequence[Row], setting: Setting) -> str:
             "phase": row.phase,
             "value": row.value,
             "unit": row.unit,
-            "probe": {"fma_flops": row.fma_flops, "read_bytes": row.read_bytes},
+            "probe": row.probe and dataclasses.asdict(row.probe),
             "ratio_to_eager": row.ratio,
             "of_bound": row.of_bound,
             "rounds": row.rounds,
             "steady_rounds": row.steady,
+            "accuracy": row.accuracy and dataclasses.asdict(row.accuracy),
             "machine": setting.machine(),
         }
         lines.append(json.dumps(line))
@@ -126,23 +143,57 @@ def json_lines(rows: Sequence[Row], setting: Setting) -> str:
 
 
 def markdown(rows: Sequence[Row], setting: Setting) -> str:
-    """A table with a row per phase and a column per system, headed by what was measured where."""
+    """A table with a row per system, headed by what was measured where."""
     systems = list(dict.fromkeys(row.system for row in rows))
     by_place = {(row.phase, row.system): row for row in rows}
+    phases = list(dict.fromkeys((r.phase, r.title, r.unit) for r in rows))
+    headings = [f"{title}, {unit}" for _, title, unit in phases]
+    found = {row.system: row.accuracy for row in rows if row.accuracy is not None}
+    columns = accuracy_columns(found.values())
     lines = [
         f"`{setting.command}` on {setting.machine()}:",
         "",
-        "| " + " | ".join([f"{setting.model} {setting.dtype}", *systems]) + " |",
-        "| --- |" + " ---: |" * len(systems),
+        f"| {' | '.join([setting.title, *headings, *(title for title, _ in columns)])} |",
+        "| --- |" + " ---: |" * (len(headings) + len(columns)),
     ]
-    for phase, title, unit in dict.fromkeys((r.phase, r.title, r.unit) for r in rows):
-        cells = [_cell(by_place.get((phase, system))) for system in systems]
-        lines.append(f"| {title}, {unit} | " + " | ".join(cells) + " |")
-    lines += [
-        "",
-        "In brackets: times eager's speed, percent of the roofline measured around it.",
-    ]
+    for system in systems:
+        cells = [_cell(by_place.get((phase, system))) for phase, _, _ in phases]
+        cells += [text(found.get(system)) for _, text in columns]
+        lines.append(f"| {' | '.join([system, *cells])} |")
+    lines += ["", LEGEND + samples_of(found.values())]
     return "\n".join(lines) + "\n"
+
+
+LEGEND = (
+    "In brackets: times eager's speed, percent of the roofline measured around it, which counts the bytes and the products "
+    "that the system's own form of the weights needs."
+)
+
+
+def samples_of(found: Iterable[Accuracy]) -> str:
+    """What the accuracy was measured on, as a sentence; "" when it was not."""
+    for accuracy in found:
+        what = "positions" if accuracy.top1 is not None else "texts"
+        return f" Accuracy is beside eager in fp32, on {accuracy.samples:,} {what} of Python's documentation."
+    return ""
+
+
+def accuracy_columns(
+    found: Iterable[Accuracy],
+) -> list[tuple[str, Callable[[Accuracy | None], str]]]:
+    """Headings and how an accuracy is written under them; none when none was measured."""
+    first = next(iter(found), None)
+    if first is None:
+        return []
+    if first.top1 is not None:
+        return [
+            ("KL", lambda a: "–" if a is None else f"{a.divergence:.4f}"),
+            ("top-1", lambda a: "–" if a is None else f"{a.top1:.1%}"),
+        ]
+    return [
+        ("cosine, mean", lambda a: "–" if a is None else f"{a.mean_cosine:.4f}"),
+        ("lowest", lambda a: "–" if a is None else f"{a.lowest_cosine:.4f}"),
+    ]
 
 
 def _cell(row: Row | None) -> str:
@@ -156,9 +207,10 @@ def _cell(row: Row | None) -> str:
 def write_markdown(path: Path, table: str, setting: Setting) -> None:
     """Puts the table between this model's marks in a Markdown file; a new file gets both.
 
-    The marks are `<!-- bench MODEL DTYPE -->` and `<!-- end bench MODEL DTYPE -->`.
+    The marks are `<!-- bench MODEL DTYPE -->` and `<!-- end bench MODEL DTYPE -->`, with "quantised" instead of the dtype where
+    systems are.
     """
-    name = f"bench {setting.model} {setting.dtype}"
+    name = f"bench {setting.title}"
     begin, end = f"<!-- {name} -->", f"<!-- end {name} -->"
     block = f"{begin}\n{table}{end}"
     if not path.exists():

@@ -2,16 +2,19 @@
 
 A measurement whose probes before and after differ by more than 10 % met a disturbance and is
 repeated, up to three times; if it never gets calm it is kept and marked. Interleaving spreads slow
-drifts over all systems.
+drifts over all systems. Before the rounds every system's outputs are compared with those of the model in fp32.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
+from llmopt.benchmark.accuracy import Accuracy, compare
 from llmopt.benchmark.phases import Phase
 from llmopt.benchmark.systems import System
 from llmopt.benchmark.work import Work
@@ -27,8 +30,7 @@ class Measurement:
     """One measurement of one system in one phase."""
 
     seconds: float
-    fma_flops: float  # per second, the mean of the probes around it
-    read_bytes: float
+    probe: Probe  # the mean of those around it
     steady: bool
 
 
@@ -41,6 +43,7 @@ class Run:
     compile_seconds: dict[str, float] = field(default_factory=dict)  # by system
     peak_mib: dict[str, float] = field(default_factory=dict)  # by system
     difference: dict[str, float] = field(default_factory=dict)  # from eager, by system
+    accuracy: dict[str, Accuracy] = field(default_factory=dict)  # beside fp32, by system
     failures: dict[str, str] = field(default_factory=dict)  # by system, why it has no numbers
     measurements: dict[tuple[str, str], list[Measurement]] = field(default_factory=dict)
 
@@ -52,13 +55,14 @@ def run(
     rounds: int,
     say: Callable[[str], None],
 ) -> Run:
-    """Starts one worker per system, then measures. say: told what happens next."""
+    """Starts one worker per system, then compares and measures. say: told what happens next."""
     result = Run()
     workers: dict[str, Worker] = {}
     try:
         for system in systems:
             _start(system, phases, job(system.name), result, workers, say)
         _compare(workers, phases, result)
+        _compare_with_fp32(workers, phases, job("eager"), result, say)
         for number in range(rounds):
             for phase in phases:
                 for name in list(workers):
@@ -106,6 +110,40 @@ def _compare(workers: dict[str, Worker], phases: Sequence[Phase], result: Run) -
         result.difference[name] = float((got - want).abs().max() / want.abs().max())
 
 
+def _compare_with_fp32(
+    workers: dict[str, Worker],
+    phases: Sequence[Phase],
+    eager: Job,
+    result: Run,
+    say: Callable[[str], None],
+) -> None:
+    """Each system beside the model in fp32: the worker of eager where that is it, else one for this alone."""
+    job = dataclasses.replace(eager, dtype="fp32")
+    ours = workers.get("eager") if eager == job else None
+    worker = ours or Worker(job, phases)
+    try:
+        say("eager in fp32: what the others are compared with")
+        worker.ask("build")
+        kind, wanted = worker.ask("outputs")
+    except WorkerError as error:
+        result.failures["eager in fp32"] = str(error)
+        return
+    finally:
+        if worker is not ours:
+            worker.stop()
+    if wanted is None:
+        return
+    for name in list(workers):
+        say(f"{name}: comparing with fp32")
+        try:
+            got = wanted if workers[name] is ours else workers[name].ask("outputs")[1]
+        except WorkerError as error:
+            result.failures[name] = f"comparing with fp32: {error}"
+            workers.pop(name).stop()
+            continue
+        result.accuracy[name] = compare(kind, wanted, got)
+
+
 def _measure(name: str, phase: Phase, workers: dict[str, Worker], result: Run) -> None:
     worker = workers[name]
     for _ in range(TRIES):
@@ -122,11 +160,15 @@ def _measure(name: str, phase: Phase, workers: dict[str, Worker], result: Run) -
     result.measurements.setdefault((name, phase.name), []).append(
         Measurement(
             seconds,
-            (before.fma_flops + after.fma_flops) / 2,
-            (before.read_bytes + after.read_bytes) / 2,
+            _mean([before, after]),
             _alike(before, after),
         )
     )
+
+
+def _mean(probes: Sequence[Probe]) -> Probe:
+    rates = [dataclasses.astuple(probe) for probe in probes]
+    return Probe(*(statistics.mean(rate) for rate in zip(*rates, strict=True)))
 
 
 def _alike(before: Probe, after: Probe) -> bool:

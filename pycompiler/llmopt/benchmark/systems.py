@@ -1,10 +1,12 @@
-"""Who is measured: llmopt and its peers. A system is one row: how to build it, and what it needs.
+"""Who is measured: llmopt and its peers. A system is one row: how to build it, what it needs, what it reads and multiplies.
 
-A builder turns a loaded model into a `Runner`. Adding a peer is one row and one builder.
+A builder turns a loaded model into a `Runner`. Adding a peer is one row and one builder. A plain name is a peer's usual
+form; what follows a hyphen is another one.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import shutil
 from collections.abc import Callable, Sequence
@@ -14,8 +16,11 @@ from typing import Any
 import torch
 
 from llmopt.benchmark.phases import Phase, Runner, last_logits_only
+from llmopt.benchmark.work import EXACT, Form, form_of
 from llmopt.models import LoadedModel, ModelError
-from llmopt.options import PRECISIONS
+from llmopt.quant.schemes import SCHEMES
+
+Builder = Callable[[LoadedModel, Sequence[Phase]], Runner]
 
 
 @dataclass(frozen=True)
@@ -25,7 +30,12 @@ class System:
     name: str
     compiles: bool  # has a compile or export time worth a row
     missing: Callable[[], str]  # "" or what is missing and how to install it
-    build: Callable[[LoadedModel, Sequence[Phase]], Runner]
+    build: Builder
+    form: Form | None = EXACT  # of its roof; None: it differs from layer to layer
+
+    @property
+    def quantised(self) -> bool:
+        return self.form != EXACT
 
 
 @dataclass
@@ -62,7 +72,7 @@ def _eager(loaded: LoadedModel, phases: Sequence[Phase]) -> Runner:
     return _module_runner(loaded, loaded.model)
 
 
-def _llmopt(precision: str) -> Callable[[LoadedModel, Sequence[Phase]], Runner]:
+def _llmopt(precision: str) -> Builder:
     def build(loaded: LoadedModel, phases: Sequence[Phase]) -> Runner:
         chosen: dict[str, Any] = {"precision": precision}
         return _module_runner(loaded, torch.compile(loaded.model, backend="llmopt", options=chosen))
@@ -84,10 +94,15 @@ def _inductor_freezing(loaded: LoadedModel, phases: Sequence[Phase]) -> Runner:
     return _inductor(loaded, phases)
 
 
-def _onnxruntime(loaded: LoadedModel, phases: Sequence[Phase]) -> Runner:
-    from llmopt.benchmark import onnx_runner
+def _in_file(module: str, function: str, *arguments: Any) -> Builder:
+    """A builder of a file of its own, imported when it is wanted: it imports the peer."""
 
-    return onnx_runner.build(loaded, phases)
+    def build(loaded: LoadedModel, phases: Sequence[Phase]) -> Runner:
+        found: Any = getattr(importlib.import_module(f"llmopt.benchmark.{module}"), function)
+        made = found(loaded, phases, *arguments)
+        return made if hasattr(made, "step") else _module_runner(loaded, made)
+
+    return build
 
 
 def _nothing() -> str:
@@ -100,24 +115,85 @@ def _no_compiler() -> str:
     return "Inductor compiles C++ at run time: install g++ or clang++"
 
 
-def _no_onnx() -> str:
-    needed = [m for m in ("onnx", "onnxruntime", "onnxscript") if not importlib.util.find_spec(m)]
-    return f"pip install {' '.join(needed)}" if needed else ""
+def _packages(**modules: str) -> Callable[[], str]:
+    """module=package: "", or how to install the packages of the modules that are not there."""
 
+    def missing() -> str:
+        needed = [p for m, p in modules.items() if not importlib.util.find_spec(m)]
+        return f"pip install {' '.join(needed)}" if needed else ""
+
+    return missing
+
+
+_no_onnx = _packages(onnx="onnx", onnxruntime="onnxruntime", onnxscript="onnxscript")
+_no_openvino = _packages(openvino="openvino")
+_no_nncf = _packages(openvino="openvino", nncf="nncf")
+_no_torchao = _packages(torchao="torchao")
+
+
+def _no_llama_cpp() -> str:
+    missing = _packages(llama_cpp="llama-cpp-python", gguf="gguf")()
+    return f"{missing} (it builds llama.cpp, some ten minutes)" if missing else ""
+
+
+def _no_torchao_or_compiler() -> str:
+    return _no_torchao() or _no_compiler()
+
+
+INT8 = Form("s8", weight_bytes=1.0)  # a scale per channel is nothing beside it
 
 SYSTEMS = {
     row.name: row
     for row in (
         System("llmopt", True, _nothing, _llmopt("exact")),
         *(
-            System(f"llmopt-{precision}", True, _nothing, _llmopt(precision))
-            for precision in PRECISIONS
-            if precision != "exact"
+            System(f"llmopt-{name}", True, _nothing, _llmopt(name), form_of(scheme))
+            for name, scheme in SCHEMES.items()
         ),
+        System("llmopt-auto", True, _nothing, _llmopt("auto"), None),
         System("eager", False, _nothing, _eager),
         System("inductor", True, _no_compiler, _inductor),
         System("inductor-freezing", True, _no_compiler, _inductor_freezing),
-        System("onnxruntime", True, _no_onnx, _onnxruntime),
+        System("torchao", True, _no_torchao_or_compiler, _in_file("torchao_runner", "w8a8"), INT8),
+        System(
+            "torchao-w8a16",
+            True,
+            _no_torchao_or_compiler,
+            _in_file("torchao_runner", "w8a16"),
+            Form(weight_bytes=1.0),
+        ),
+        System("onnxruntime", True, _no_onnx, _in_file("onnx_runner", "build")),
+        System("onnxruntime-int8", True, _no_onnx, _in_file("onnx_runner", "build_int8"), INT8),
+        System("openvino", True, _no_openvino, _in_file("openvino_runner", "build")),
+        System(
+            "openvino-int8",
+            True,
+            _no_nncf,
+            _in_file("openvino_runner", "build_int8"),
+            Form("s8", weight_bytes=1.0, kv_bytes=1.0),
+        ),
+        # blocks of 32 codes and a scale in fp16; 576 inputs do not fill its larger blocks, so the head has 8 bits at least
+        System(
+            "llama.cpp",
+            True,
+            _no_llama_cpp,
+            _in_file("llama_cpp_runner", "build", "Q8_0"),
+            Form("s8", weight_bytes=34 / 32, kv_bytes=2.0),
+        ),
+        System(
+            "llama.cpp-q4_0",
+            True,
+            _no_llama_cpp,
+            _in_file("llama_cpp_runner", "build", "Q4_0"),
+            Form("s8", weight_bytes=18 / 32, head_bytes=34 / 32, kv_bytes=2.0),
+        ),
+        System(
+            "llama.cpp-f16",
+            True,
+            _no_llama_cpp,
+            _in_file("llama_cpp_runner", "build", "F16"),
+            Form("f16", weight_bytes=2.0, kv_bytes=2.0),
+        ),
     )
 }
 

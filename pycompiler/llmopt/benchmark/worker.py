@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import multiprocessing
+import os
 import resource
 import time
 import traceback
@@ -18,8 +19,10 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
+import numpy as np
 import torch
 
+from llmopt.benchmark.accuracy import outputs
 from llmopt.benchmark.phases import Phase, Runner, run_once, sample
 from llmopt.benchmark.systems import SYSTEMS
 from llmopt.benchmark.work import work_of
@@ -83,6 +86,7 @@ def serve(pipe: Connection, job: Job, phases: Sequence[Phase]) -> None:
     if not job.debug:  # exporters and compilers chat; what fails is sent back as the answer
         warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # some do it with progress bars
     with contextlib.suppress(EOFError, BrokenPipeError, KeyboardInterrupt):  # the parent is gone
         while True:
             command, phase = pipe.recv()
@@ -109,6 +113,12 @@ class _State:
         """Counted on the eager model, before anything is compiled."""
         return work_of(self.loaded, phase)
 
+    def build(self, _: None) -> None:
+        """Builds the system, without running it; once."""
+        with torch.inference_mode():
+            system = SYSTEMS[self.job.system]
+            self.runner = self.runner or system.build(self.loaded, self.phases)
+
     def start(self, _: None) -> float:
         """Builds the system and warms it up; returns the seconds beyond those of a warm pass.
 
@@ -116,7 +126,7 @@ class _State:
         """
         with torch.inference_mode():
             start = time.perf_counter()
-            self.runner = SYSTEMS[self.job.system].build(self.loaded, self.phases)
+            self.build(None)
             for _round in range(2):
                 for phase in self.phases:
                     run_once(self.runner, self.loaded, phase)
@@ -135,6 +145,12 @@ class _State:
                 total += run_once(self.runner, self.loaded, phase)
                 passes += 1
         return total / passes
+
+    def outputs(self, _: None) -> tuple[str, np.ndarray | None]:
+        """The kind of model, and what `accuracy.compare` compares; as an array, which needs no shared memory."""
+        assert self.runner is not None, "build comes first"
+        with torch.inference_mode():
+            return self.loaded.kind, outputs(self.runner, self.loaded, self.phases)
 
     def sample(self, phase: Phase) -> torch.Tensor:
         assert self.runner is not None, "start comes first"

