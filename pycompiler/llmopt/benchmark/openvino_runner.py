@@ -92,7 +92,8 @@ def _converted(loaded: LoadedModel, phases: Sequence[Phase]) -> Any:
     if loaded.kind == "causal":
         inputs, dynamic = example(loaded)
         model = _convert(FlatCache(loaded.model).eval(), inputs, dynamic)
-        _make_stateful(model)
+        _, heads, _, dim = inputs["past"][0].shape
+        _make_stateful(model, heads, dim)
         return model
     if loaded.kind == "encoder":
         return _convert(loaded.model, *encoder_example(loaded))
@@ -107,7 +108,7 @@ def _convert(module: torch.nn.Module, inputs: dict[str, Any], dynamic: Any) -> A
         return openvino.convert_model(exported)
 
 
-def _make_stateful(model: Any) -> None:
+def _make_stateful(model: Any, heads: int, dim: int) -> None:
     """Turns the cache's inputs and outputs into state. The gather by beam is what the plugin's fused attention looks for."""
     from openvino import PartialShape, Type, opset13
     from openvino._offline_transformations import apply_make_stateful_transformation
@@ -119,7 +120,6 @@ def _make_stateful(model: Any) -> None:
         names = f"past.{i}", f"present.{i}"
         past.get_tensor().set_names({names[0]})
         present.get_tensor().set_names({names[1]})
-        _, heads, _, dim = present.get_partial_shape()
         past.get_node().set_partial_shape(PartialShape([-1, heads, -1, dim]))
         consumers = past.get_target_inputs()
         chosen = opset13.gather(past.get_node(), beam, opset13.constant(0))
@@ -129,10 +129,10 @@ def _make_stateful(model: Any) -> None:
     model.add_parameters([beam])
     model.validate_nodes_and_infer_types()
     apply_make_stateful_transformation(model, pairs)
-    _begin_empty(model)
+    _begin_empty(model, heads, dim)
 
 
-def _begin_empty(model: Any) -> None:
+def _begin_empty(model: Any, heads: int, dim: int) -> None:
     """The state before the first step: no positions, for as many sequences as come in."""
     from openvino import opset13
 
@@ -142,8 +142,7 @@ def _begin_empty(model: Any) -> None:
     for node in model.get_ops():
         if node.get_type_name() != "ReadValue":
             continue
-        _, heads, _, dim = node.get_output_partial_shape(0)
-        rest = opset13.constant(np.array([heads.get_length(), 0, dim.get_length()]))
+        rest = opset13.constant(np.array([heads, 0, dim]))
         zero = opset13.constant(0.0, dtype=node.get_output_element_type(0))
         node.set_arguments([opset13.broadcast(zero, opset13.concat([batch, rest], 0))])
     model.validate_nodes_and_infer_types()
