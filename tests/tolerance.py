@@ -37,3 +37,7 @@ def assert_close(got: torch.Tensor, want: torch.Tensor, dtype: torch.dtype | Non
     assert error.max() <= worst, f"largest relative error {error.max():.3g} > {worst:.3g}"
     got_rms = error.pow(2).mean().sqrt()
     assert got_rms <= rms, f"RMS relative error {got_rms:.3g} > {rms:.3g}"
+
+
+# Peers of the benchmark beside eager: relative error of the outputs' norm, and KL divergence of 4- and 8-bit llama.cpp.
+PEER_ERROR = {"float": 1e-3, "int8": 0.1, "divergence": 0.2}

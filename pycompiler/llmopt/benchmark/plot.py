@@ -19,7 +19,7 @@ def plot(path: Path, rows: Sequence[Row], setting: Setting) -> None:
 
     panels = list(dict.fromkeys((row.phase, row.title, row.unit) for row in rows))
     systems = list(dict.fromkeys(row.system for row in rows))
-    height = 1.0 + len(panels) * (0.55 + 0.28 * len(systems))
+    height = 1.4 + len(panels) * (0.7 + 0.28 * len(systems))
     figure, axes = plt.subplots(
         len(panels), 1, figsize=(8, height), squeeze=False, layout="constrained"
     )
