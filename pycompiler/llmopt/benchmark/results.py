@@ -83,7 +83,7 @@ def _row(
     seconds = _median_seconds(found)
     probe = _median_probe(found)
     work, form = run.work[phase.name], SYSTEMS[system].form
-    has_bound = work is not None and form is not None
+    least = None if work is None or form is None else work.least_seconds(form, probe)
     return Row(
         system,
         phase.name,
@@ -91,7 +91,7 @@ def _row(
         phase.value(seconds),
         phase.unit,
         ratio=_median_seconds(eager) / seconds if eager else None,
-        of_bound=work.least_seconds(form, probe) / seconds if has_bound else None,
+        of_bound=None if least is None else least / seconds,
         probe=probe,
         rounds=len(found),
         steady=sum(m.steady for m in found),

@@ -114,10 +114,14 @@ class _State:
         return work_of(self.loaded, phase)
 
     def build(self, _: None) -> None:
-        """Builds the system, without running it; once."""
+        """Builds the system, once, without running it."""
+        self._built()
+
+    def _built(self) -> Runner:
         with torch.inference_mode():
-            system = SYSTEMS[self.job.system]
-            self.runner = self.runner or system.build(self.loaded, self.phases)
+            if self.runner is None:
+                self.runner = SYSTEMS[self.job.system].build(self.loaded, self.phases)
+        return self.runner
 
     def start(self, _: None) -> float:
         """Builds the system and warms it up; returns the seconds beyond those of a warm pass.
@@ -126,14 +130,14 @@ class _State:
         """
         with torch.inference_mode():
             start = time.perf_counter()
-            self.build(None)
+            runner = self._built()
             for _round in range(2):
                 for phase in self.phases:
-                    run_once(self.runner, self.loaded, phase)
+                    run_once(runner, self.loaded, phase)
             cold = time.perf_counter() - start
             start = time.perf_counter()
             for phase in self.phases:
-                run_once(self.runner, self.loaded, phase)
+                run_once(runner, self.loaded, phase)
             return cold - 2 * (time.perf_counter() - start)
 
     def measure(self, phase: Phase) -> float:
