@@ -35,7 +35,8 @@ def plot(path: Path, rows: Sequence[Row], setting: Setting) -> None:
         better = "more is better" if unit == "tokens/s" else "less is better"
         axis.set_title(f"{title}, {unit} ({better})", loc="left", fontsize=10)
         roofs = {row.system: _roof(row) for row in shown if row.of_bound}
-        axis.plot(roofs.values(), roofs.keys(), "|", color=ROOF, markersize=12, clip_on=False)
+        if roofs:
+            axis.plot(list(roofs.values()), list(roofs), "|", color=ROOF, markersize=12)
     heading = f"{setting.title} — {setting.machine()}"
     figure.suptitle(f"{heading}\nred: each system's roofline on the probes around it", fontsize=9)
     figure.savefig(path, dpi=120)
