@@ -11,7 +11,7 @@ import pytest
 import torch
 from llmopt import cli
 from llmopt.benchmark import accuracy, plot, rounds, systems
-from llmopt.benchmark.phases import CAUSAL, Phase, phases_of, run_once, sample
+from llmopt.benchmark.phases import Phase, phases_of
 from llmopt.benchmark.results import (
     Setting,
     json_lines,
@@ -28,80 +28,12 @@ from llmopt.models.text import documentation
 from llmopt.native.probe import Probe
 from llmopt.quant.schemes import SCHEMES, CodeForm
 from llmopt.weights import packed_code_bytes
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertModel
 
-HIDDEN, LAYERS, VOCAB = 32, 2, 128
+from tests.compiler.toy import HIDDEN, LAYERS, VOCAB, llama
+
 SETTING = Setting("toy", "fp32", 2, "llmopt bench toy")
 DECODE = Phase("decode", "tokens/s", tokens=4, new=2)
-
-
-def llama(tied: bool) -> LoadedModel:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=HIDDEN,
-        intermediate_size=64,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=tied,
-    )
-    return LoadedModel("toy", LlamaForCausalLM(config).eval(), "causal")
-
-
-# phases
-
-
-def test_phases_are_chosen_by_kind_and_name():
-    assert phases_of("causal") == CAUSAL
-    assert [p.name for p in phases_of("causal", ["decode", "prefill"])] == ["decode", "prefill"]
-    assert phases_of("encoder", ["3x17"]) == (Phase("3x17", "ms", batch=3, tokens=17),)
-    assert [p.name for p in phases_of("encoder")] == ["8x128", "1x128"]
-    assert phases_of("call")[0].name == "call"
-
-
-@pytest.mark.parametrize(
-    ("kind", "name"),
-    [("causal", "prefil"), ("encoder", "8"), ("encoder", "0x4"), ("encoder", "8x"), ("call", "x")],
-)
-def test_unknown_phases_are_errors(kind, name):
-    with pytest.raises(ModelError, match="unknown phase"):
-        phases_of(kind, [name])
-
-
-def test_units():
-    assert Phase("prefill", "tokens/s", tokens=100).value(0.5) == 200
-    assert Phase("decode", "tokens/s", tokens=100, new=10).value(0.5) == 20
-    assert Phase("first-token", "ms", tokens=100).value(0.5) == 500
-
-
-def test_decode_is_greedy_generation():
-    """The loop feeds each token it chose back, with a cache: the same tokens generate() gives."""
-    loaded = llama(tied=False)
-    fed = []
-
-    class Recorder:
-        def __init__(self, runner):
-            self.runner = runner
-
-        def step(self, ids, cache):
-            fed.append(ids)
-            return self.runner.step(ids, cache)
-
-    with torch.inference_mode():
-        run_once(Recorder(systems.SYSTEMS["eager"].build(loaded, [])), loaded, DECODE)
-        model = loaded.model
-        want = model.generate(fed[0], max_new_tokens=2, do_sample=False, pad_token_id=0)
-    assert torch.equal(torch.cat(fed[1:], 1), want[:, 4:])
-
-
-def test_samples_of_equal_systems_are_equal():
-    loaded = llama(tied=True)
-    runner = systems.SYSTEMS["eager"].build(loaded, [])
-    with torch.inference_mode():
-        first = sample(runner, loaded, DECODE)
-        assert first.shape == (2, 1, VOCAB)
-        assert torch.equal(first, sample(runner, loaded, DECODE))
 
 
 # work

@@ -21,6 +21,8 @@ from llmopt.models import LoadedModel, ModelError
 PREFILL_TOKENS = 512
 PROMPT_TOKENS = 128
 NEW_TOKENS = 64
+STATIC_TOKENS = 300  # live in a static cache
+STATIC_SLOTS = (512, 8192)
 ENCODER_SIZES = ("8x128", "1x128")
 
 
@@ -43,6 +45,7 @@ class Phase:
     batch: int = 1
     tokens: int = 0  # prompt length, or tokens per sequence of an encoder
     new: int = 0  # tokens generated in the timed part
+    slots: int = 0  # of a static cache; 0: the cache that the system makes itself
 
     @property
     def higher_is_better(self) -> bool:
@@ -60,8 +63,9 @@ class Phase:
             return f"prefill of {self.tokens} tokens"
         if self.name == "first-token":
             return f"first token after {self.tokens}"
-        if self.name == "decode":
-            return f"decode of {self.new} after {self.tokens}"
+        if self.new:
+            place = f" in a static cache of {self.slots:,}" if self.slots else ""
+            return f"decode of {self.new} after {self.tokens}{place}"
         if self.name == "call":
             return "one call"
         return f"batch {self.batch} of {self.tokens} tokens"
@@ -72,16 +76,21 @@ CAUSAL = (
     Phase("first-token", "ms", tokens=PROMPT_TOKENS),
     Phase("decode", "tokens/s", tokens=PROMPT_TOKENS, new=NEW_TOKENS),
 )
+# Only on request: systems that bring their own cache have none of these.
+STATIC = tuple(
+    Phase(f"static-{slots}", "tokens/s", tokens=STATIC_TOKENS, new=NEW_TOKENS, slots=slots)
+    for slots in STATIC_SLOTS
+)
 
 
 def phases_of(kind: str, names: Sequence[str] = ()) -> tuple[Phase, ...]:
     """A kind of model's phases: the usual ones, or those named; ModelError names what exists."""
     if kind == "causal":
-        rows = {phase.name: phase for phase in CAUSAL}
+        rows = {phase.name: phase for phase in (*CAUSAL, *STATIC)}
         unknown = [name for name in names if name not in rows]
         if unknown:
             raise ModelError(f"unknown phase {unknown[0]!r}: a causal model has {', '.join(rows)}")
-        return tuple(rows[name] for name in names or rows)
+        return tuple(rows[name] for name in names) or CAUSAL
     if kind == "encoder":
         return tuple(_encode(name) for name in names or ENCODER_SIZES)
     if list(names) not in ([], ["call"]):
@@ -139,8 +148,9 @@ def run_once(runner: Runner, loaded: LoadedModel, phase: Phase) -> float:
         runner.call(inputs)
         return time.perf_counter() - start
     ids = inputs_of(loaded, phase)["input_ids"]
+    given = _static_cache(runner, loaded, phase) if phase.slots else None
     start = time.perf_counter()
-    logits, cache = runner.step(ids, None)
+    logits, cache = runner.step(ids, given)
     token = logits.argmax(-1, keepdim=True)
     if not phase.new:
         return time.perf_counter() - start
@@ -149,6 +159,15 @@ def run_once(runner: Runner, loaded: LoadedModel, phase: Phase) -> float:
         logits, cache = runner.step(token, cache)
         token = logits.argmax(-1, keepdim=True)
     return time.perf_counter() - start
+
+
+def _static_cache(runner: Runner, loaded: LoadedModel, phase: Phase) -> Any:
+    """An empty cache of the phase's slots; ModelError for a system that keeps keys and values in its own way."""
+    from transformers.cache_utils import StaticCache
+
+    if not getattr(runner, "takes_caches", False):
+        raise ModelError(f"{phase.name} needs a system that takes the model's own caches")
+    return StaticCache(config=loaded.model.config, max_cache_len=phase.slots)
 
 
 def sample(runner: Runner, loaded: LoadedModel, phase: Phase) -> torch.Tensor:

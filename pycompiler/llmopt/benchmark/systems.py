@@ -44,6 +44,7 @@ class ModuleRunner:
 
     module: Callable[..., Any]
     keep: dict[str, int]
+    takes_caches = True  # of transformers, made by the caller
 
     def step(self, ids: torch.Tensor, cache: Any) -> tuple[torch.Tensor, Any]:
         out = self.module(input_ids=ids, past_key_values=cache, use_cache=True, **self.keep)

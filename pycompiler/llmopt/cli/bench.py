@@ -40,7 +40,8 @@ def add(commands: Any) -> None:
         type=options.names,
         default=[],
         metavar="PHASE,…",
-        help="prefill, first-token, decode; for encoders BATCHxTOKENS (default: all, 8x128,1x128)",
+        help="prefill, first-token, decode (default: these); static-512, static-8192: decode in a static cache; for encoders "
+        "BATCHxTOKENS (default: 8x128,1x128)",
     )
     parser.add_argument(
         "--repeat", type=options.positive, default=5, metavar="N", help="rounds (default: 5)"
