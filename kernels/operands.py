@@ -9,7 +9,7 @@ import torch
 from llmopt.kernels.tiles import MOST_TILES
 from llmopt.types import Target
 
-_COUNTERS: dict[torch.device, torch.Tensor] = {}
+_COUNTERS: dict[tuple[torch.device, int], torch.Tensor] = {}
 
 
 @dataclass(frozen=True)
@@ -74,10 +74,12 @@ def workspace(
 
 
 def counters(device: torch.device) -> torch.Tensor:
-    """Zeros that every launch leaves as zeros; one stream at a time may use them."""
-    if device not in _COUNTERS:
-        _COUNTERS[device] = torch.zeros(MOST_TILES, dtype=torch.int32, device=device)
-    return _COUNTERS[device]
+    """Zeros that every launch leaves as zeros, for the device's current stream: launches of other streams have their own."""
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    key = device, stream
+    if key not in _COUNTERS:
+        _COUNTERS[key] = torch.zeros(MOST_TILES, dtype=torch.int32, device=device)
+    return _COUNTERS[key]
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -17,6 +17,7 @@ from llmopt.executor import build_executable
 from llmopt.gpu.device import choose_target
 from llmopt.gpu.tune.lookup import chooser_for
 from llmopt.graph import kind
+from llmopt.messages import say
 from llmopt.options import Options, check_for_gpu, parse_options
 from llmopt.passes import kv_cache, quantize
 from llmopt.passes.pipeline import passes
@@ -136,13 +137,6 @@ def _say_exact(options: Options, layers: Sequence[str]) -> None:
         log.warning("precision=%r leaves exact: %s%s", options.precision, layers[0], more)
     for layer in layers:
         say(1, f"stays exact: {layer}")
-
-
-def say(level: int, text: str) -> None:
-    """One message of LLMOPT_DEBUG level `level`."""
-    if settings.debug_level() >= level:
-        print(f"llmopt: {text}", flush=True)
-    log.debug(text)
 
 
 class _Clock:

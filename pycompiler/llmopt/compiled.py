@@ -12,6 +12,7 @@ from typing import Any
 from torch import fx
 
 from llmopt.executor import Segment, segments_of
+from llmopt.gpu.executor import GpuSegment
 from llmopt.options import Options
 from llmopt.plan import Plan
 from llmopt.quant.budget import Decision
@@ -53,6 +54,11 @@ class CompiledGraph:
 
     def segments(self) -> list[Segment]:
         return segments_of(self.executable)
+
+    def cuda_graphs(self) -> list[str]:
+        """What is to be said about CUDA graphs, where they were asked for."""
+        segments = [m for m in self.executable.children() if isinstance(m, GpuSegment)]
+        return [s.graphs.summary() for s in segments if s.graphs is not None]
 
     def packed(self) -> list[PackedWeight]:
         """The packed weights it reads, some of which other graphs may share."""

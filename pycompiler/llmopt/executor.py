@@ -272,7 +272,7 @@ def _call_segment(
     for node, dimension in plan.symbol_nodes[level]:
         symbols.append((builder.argument(node), dimension))
     if isinstance(builder, GpuSegmentBuilder):
-        modules[name] = GpuSegment(builder, symbols, plan.target, name)
+        modules[name] = GpuSegment(builder, symbols, plan.target, name, options.mode)
     else:
         modules[name] = Segment(builder, symbols, plan.target, name, options)
     call = graph.call_module(name, tuple(value(n) for n in builder.inputs))

@@ -205,7 +205,9 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
         steps=tuple(s for r in runs for s in _steps(r, probe)),
         fallbacks=tuple(f for g in graphs for f in _fallbacks(g)),
         reasons=tuple(g.reason for g in graphs if g.reason),
-        notes=tuple(dict.fromkeys(n for g in graphs if g.plan for n in g.plan.notes)),
+        notes=tuple(
+            dict.fromkeys(n for g in graphs if g.plan for n in (*g.plan.notes, *g.cuda_graphs()))
+        ),
         tiles=tuple(f"{n} {s}" for g in graphs if g.plan for s, n in g.plan.tiles().items()),
         decisions=tuple({id(g.decision): g.decision for g in graphs if g.decision}.values()),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -90,6 +91,8 @@ def choose_target(asked: str | None, tensors: Sequence[Tensor]) -> tuple[Target,
     if asked == "cpu":
         return wanted, f"tensors on {devices[0]}, and target='cpu' was asked for"
     here, reason = target_of(gpu)
+    if asked is None and not reason and importlib.util.find_spec("triton") is None:
+        reason = f"{gpu} needs triton: pip install 'llmopt[triton]'"
     if asked is None:
         return (wanted if here is None else here), reason
     if here is None or here.tier != wanted.tier:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from llmopt.gpu import device as gpu_device
+from llmopt.gpu.graphs import SegmentGraphs
 from llmopt.gpu.plan import planned_steps
 from llmopt.gpu.run import check_runnable, run
 from llmopt.gpu.segment import Call, GpuSegmentBuilder, evaluate, memory
@@ -36,8 +37,15 @@ class GpuSegment(torch.nn.Module):
         symbols: Sequence[tuple[int, int | None]],
         target: Target,
         name: str,
+        mode: str,
     ) -> None:
-        """symbols: which argument, and which of its dimensions, gives each symbol's value."""
+        """symbols: which argument, and which of its dimensions, gives each symbol's value. mode: see options.MODES.
+
+        Raises ImportError that says how to get triton where it is missing.
+        """
+        from llmopt import kernels
+
+        kernels.load()
         super().__init__()
         self.name = name
         self._builder = builder
@@ -54,6 +62,7 @@ class GpuSegment(torch.nn.Module):
             for spec in [builder.kv[group.numbers[0]]]
         ]
         self._weights = WeightCache(builder.specs())
+        self.graphs = SegmentGraphs(builder, name) if mode == "reduce-overhead" else None
 
     def forward(self, *arguments: Any) -> tuple[Tensor, ...]:
         """Raises GpuMissing that says what is missing where the kernels cannot run."""
@@ -69,7 +78,17 @@ class GpuSegment(torch.nn.Module):
         with gpu_device.on(device):
             results = _allocate(self._results, values, device)
             caches = self._grow(arguments, values, device)
-            self._launch(arguments, results, caches, values)
+            weights = self._weights.get(arguments)
+
+            def launch(given: Sequence[Any], made: Sequence[Tensor]) -> None:
+                sources = {"argument": given, "result": made, "kv": caches}
+                buffers = memory(self._builder, sources, values, device)
+                self._launch(Call(self._target, values, buffers, weights, self._builder.choose))
+
+            if self.graphs is None or not self.graphs.run(
+                arguments, symbols, weights, results, launch
+            ):
+                launch(arguments, results)
         return (*results, *caches)
 
     def _grow(
@@ -83,19 +102,8 @@ class GpuSegment(torch.nn.Module):
                 caches[number] = cache
         return caches
 
-    def _launch(
-        self,
-        arguments: Sequence[Any],
-        results: Sequence[Tensor],
-        caches: Sequence[Tensor],
-        values: Sequence[int],
-    ) -> None:
+    def _launch(self, call: Call) -> None:
         """Launches every step on the current stream."""
-        sources = {"argument": arguments, "result": results, "kv": caches}
-        device = next(a.device for a in arguments if isinstance(a, Tensor))
-        buffers = memory(self._builder, sources, values, device)
-        weights = self._weights.get(arguments)
-        call = Call(self._target, values, buffers, weights, self._builder.choose)
         for step in self._builder.steps:
             for launch in step(call):
                 run(launch)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import re
+import sys
 
 import pytest
 import torch
+from llmopt import kernels
 from llmopt.gpu import device, run
 from llmopt.gpu.device import Gpu, choose_target, target_of
 from llmopt.gpu.run import GpuMissing, check_runnable
+from llmopt.launch import LinearProblem
+from llmopt.registry import choose
 from llmopt.target import gpu_target, target
 
 KIB = 1024
@@ -65,6 +69,13 @@ def test_other_gpus_run_as_in_pytorch_and_say_why(gpu, words, monkeypatch):
     assert choose_target(None, TENSORS)[1] == reason
 
 
+def test_shared_memory_that_no_tile_fits_is_an_error_with_the_limit():
+    kernels.load()
+    tiny, _ = target_of(Gpu("cuda", "80", "tiny", 8, 4 * KIB))
+    with pytest.raises(ValueError, match="no tile fits the 4096 bytes of shared memory"):
+        choose("linear", LinearProblem(512, 64, 64, "fp16"), tiny)
+
+
 def test_the_target_is_where_the_tensors_are(gpu):
     assert choose_target(None, TENSORS) == (target(), "")
     assert choose_target("cuda:90", TENSORS) == (gpu_target("cuda:90"), "")
@@ -73,6 +84,20 @@ def test_the_target_is_where_the_tensors_are(gpu):
     assert (found.tier, found.name, reason) == ("sm_90", H100.name, "")
     assert choose_target("cuda:90", TENSORS) == (found, "")
     assert "target='cpu'" in choose_target("cpu", TENSORS)[1]
+
+
+def test_without_triton_a_model_runs_as_in_pytorch_and_says_why(gpu, monkeypatch):
+    gpu(H100)
+    monkeypatch.setattr(device.importlib.util, "find_spec", lambda _: None)
+    assert "pip install 'llmopt[triton]'" in choose_target(None, TENSORS)[1]
+
+
+def test_a_target_without_triton_is_an_error_that_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    torch._dynamo.reset()
+    linear, options = torch.nn.Linear(16, 16), {"target": "cuda:90"}
+    with torch.no_grad(), pytest.raises(Exception, match=r"pip install 'llmopt\[triton\]'"):
+        torch.compile(linear, backend="llmopt", options=options)(torch.randn(2, 16))
 
 
 def test_another_target_than_the_gpu_is_an_error(gpu):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -48,6 +50,17 @@ def build(name: str, dtype: torch.dtype, layers: int = 2) -> torch.nn.Module:
 
 def compiled(model: torch.nn.Module, **options: str):
     return torch.compile(model, backend="llmopt", options={"target": "cuda:90", **options})
+
+
+def test_a_process_that_imports_nothing_else_finds_the_kernels():
+    code = """
+import torch
+linear, x = torch.nn.Linear(32, 16).half(), torch.randn(2, 32).half()
+with torch.no_grad():
+    got = torch.compile(linear, backend="llmopt", options={"target": "cuda:90"})(x)
+    assert (got - linear(x)).abs().max() < 1e-2
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def last_plan():
