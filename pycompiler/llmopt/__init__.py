@@ -16,7 +16,7 @@ from llmopt.target import target
 from llmopt.types import Target
 
 if TYPE_CHECKING:
-    from llmopt.quant.convert import quantize
+    from llmopt.auto.module import quantize
     from llmopt.quant.kv_cache import KVCache
     from llmopt.quant.storage import load_quantized, save_quantized
     from llmopt.report import Report, explain, refresh
@@ -41,7 +41,7 @@ _AT_FIRST_USE = {
     "Report": ("llmopt.report", "Report"),
     "explain": ("llmopt.report", "explain"),
     "load_quantized": ("llmopt.quant.storage", "load_quantized"),
-    "quantize": ("llmopt.quant.convert", "quantize"),
+    "quantize": ("llmopt.auto.module", "quantize"),
     "refresh": ("llmopt.report", "refresh"),
     "save_quantized": ("llmopt.quant.storage", "save_quantized"),
 }

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from llmopt.auto.module import DECISION
 from llmopt.compiled import CompiledGraph, Run, alive, profiling
 from llmopt.native.probe import Probe, measure
 from llmopt.native.segment import StepRecord
@@ -209,8 +210,15 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
             dict.fromkeys(n for g in graphs if g.plan for n in (*g.plan.notes, *g.cuda_graphs()))
         ),
         tiles=tuple(f"{n} {s}" for g in graphs if g.plan for s, n in g.plan.tiles().items()),
-        decisions=tuple({id(g.decision): g.decision for g in graphs if g.decision}.values()),
+        decisions=_decisions(model, graphs),
     )
+
+
+def _decisions(model: Callable[..., Any], graphs: list[CompiledGraph]) -> tuple[Decision, ...]:
+    """Of precision="auto", and of quantize(…, "auto") that made the model."""
+    made = getattr(getattr(model, "_orig_mod", model), DECISION, None)
+    found = [*([made] if made else []), *(g.decision for g in graphs if g.decision)]
+    return tuple({id(d): d for d in found}.values())
 
 
 def refresh() -> None:

@@ -8,11 +8,14 @@ import llmopt
 import pytest
 import torch
 from llmopt.auto import choose as auto
-from llmopt.auto import timing
-from llmopt.auto.plans import DECODE, PREFILL, LayerShape, candidates
+from llmopt.auto import module, timing
+from llmopt.auto.plans import DECODE, PREFILL, LayerShape, timed_plans, worth_trying
 from llmopt.compiled import alive
 from llmopt.quant.evaluate import divergence
-from llmopt.quant.schemes import SCHEMES
+from llmopt.quant.module import QuantizedLinear
+from llmopt.quant.schemes import SCHEMES, W4A8, W8A8
+from llmopt.tune.measure import LinearBench
+from llmopt.types import LinearConfig, LinearProblem
 from torch import nn
 
 from tests.quant.models import llama, mlp, tokens
@@ -154,41 +157,133 @@ def test_bad_options(options: dict, words: str) -> None:
 
 def test_plans_have_one_form_each() -> None:
     shapes = [(b, LayerShape(b.m, 64, 64, torch.float32)) for b in (DECODE, PREFILL)]
-    found = list(candidates(shapes, lambda s: s.bits == 8, lambda s: 0.001, fake_seconds))
-    assert [plan.name for plan, _ in found] == [
+    found = timed_plans(shapes, [W8A8], fake_seconds)
+    assert [timed.plan.name for timed in found] == [
         "exact",
         "w8a16",
         "w8a16 at decode, w8a8 at prefill",
     ]
-    assert found[2][0].coarsest.name == "w8a8"
-    assert found[2][1].seconds < found[1][1].seconds < found[0][1].seconds
+    assert found[2].plan.coarsest.name == "w8a8"
+    assert found[2].seconds < found[1].seconds < found[0].seconds
     assert [
-        len({(s.bits, s.group, s.symmetric) for _, s in plan.schemes if s}) for plan, _ in found
+        len({(s.bits, s.group, s.symmetric) for _, s in timed.plan.schemes if s}) for timed in found
     ] == [0, 1, 1]
+    alike = timed_plans(shapes, [W8A8], fake_seconds, mixed=False)
+    assert [timed.plan.name for timed in alike] == ["exact", "w8a16", "w8a8"]
+
+
+def test_slow_plans_are_not_tried() -> None:
+    """Their weights are not even rounded; the table has their times."""
+    shapes = [(PREFILL, LayerShape(PREFILL.m, 64, 64, torch.float32))]
+    slow = {"exact": 4.0, "w8a16": 5.0, "w8a8": 2.0, "w4a16": 4.5, "w4a8": 2.1}
+    plans = timed_plans(
+        shapes, [W8A8, W4A8], lambda shape, s: 1e-6 * slow["exact" if s is None else s.name]
+    )
+    kept, refused = worth_trying(plans)
+    assert [timed.plan.name for timed in kept] == ["exact", "w8a8"]
+    reasons = {timed.plan.name: why for timed, why in refused}
+    assert "prefill 5.0 µs is not faster than exact with prefill 4.0 µs" in reasons["w8a16"]
+    assert "not faster than w8a8 with prefill 2.0 µs; it was not tried" in reasons["w4a8"]
 
 
 @pytest.mark.parametrize("scheme", [None, *SCHEMES.values()], ids=str)
 @pytest.mark.parametrize("gated", [False, True])
-def test_kernels_are_timed_once(scheme, gated: bool) -> None:
-    """The calls that are timed run, over weights of their own, and their results are numbers."""
+def test_shapes_are_timed_once(scheme, gated: bool) -> None:
     asked = []
 
-    def bench(calls) -> float:
-        asked.append(len(calls))
-        for call in calls[:2]:
-            call()
-            assert call.tensors[4].isfinite().all()
-        assert len({call.tensors[1].data_ptr() for call in calls}) == len(calls)
-        return 1.5
+    def bench_of(problem: LinearProblem) -> timing.Bench:
+        asked.append(problem)
+        return lambda: 1.5
 
+    clock = timing.LayerClock(bench_of, known={})
     shape = LayerShape(3, 256, 128, torch.float32, gated)
-    assert timing.layer_seconds(shape, scheme, bench) == 1.5
-    assert timing.layer_seconds(shape, scheme, bench) == 1.5
-    assert asked == [timing.MOST_COPIES]
+    assert clock(shape, scheme) == clock(shape, scheme) == 1.5e-6
+    assert clock(shape, None) == 1.5e-6
+    assert len(asked) == len(set(asked))
+    (problem,) = (p for p in asked if p == timing.problem_of(shape, scheme))
+    assert (problem.m, problem.n, problem.k, problem.gated) == (3, 256, 128, gated)
+    assert problem.w == ("f32" if scheme is None else f"q{scheme.bits}")
 
 
-def test_the_clock_gives_the_fastest_call() -> None:
+def test_schemes_are_timed_in_turns() -> None:
     calls = []
-    seconds = timing.fastest_of([lambda: calls.append(1)])
-    assert 0 < seconds < timing.SECONDS
-    assert len(calls) >= 2
+    times = iter([3.0, 30.0, 1.0, 10.0, 2.0, 20.0, *[5.0] * 20])
+
+    def bench(name: str) -> timing.Bench:
+        return lambda: (calls.append(name), next(times))[1]
+
+    assert timing.fastest_in_turns([bench("a"), bench("b")]) == pytest.approx([1e-6, 5e-6])
+    assert calls == ["a", "b"] * timing.ROUNDS
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize("scheme", [None, W8A8, W4A8], ids=str)
+def test_the_clock_runs_the_kernels(scheme, gated: bool, monkeypatch) -> None:
+    """Their results are numbers, and the fastest call counts."""
+    taken = []
+
+    class Watched(LinearBench):
+        def __call__(self, config: LinearConfig) -> float:
+            us = super().__call__(config)
+            assert self._y.isfinite().all()
+            assert self._y.any()
+            taken.append((self._problem, us * 1e-6))
+            return us
+
+    monkeypatch.setattr(timing, "LinearBench", Watched)
+    shape = LayerShape(3, 256, 128, torch.float32, gated)
+    seconds = timing.LayerClock(known={})(shape, scheme)
+    own = [us for problem, us in taken if problem == timing.problem_of(shape, scheme)]
+    assert 0 < seconds == min(own)
+
+
+SAMPLES = [{"input_ids": tokens(2, 24, seed), "use_cache": False} for seed in range(3)]
+
+
+@pytest.fixture
+def made_up_module_times(monkeypatch) -> None:
+    monkeypatch.setattr(module, "LayerClock", lambda: fake_seconds)
+
+
+@pytest.mark.parametrize("budget", [1e-3, 10.0])
+@torch.no_grad()
+def test_a_module_inside_the_budget(budget: float, made_up_module_times, tmp_path) -> None:
+    """quantize(…, "auto"): measured on every sample, saved and loaded, run by our kernels, explained."""
+    model = llama()
+    small = llmopt.quantize(model, "auto", SAMPLES, accuracy_budget=budget)
+    pairs = [(model(**s).logits, small(**s).logits) for s in SAMPLES]
+    measured = sum(divergence(a, b) for a, b in pairs) / len(SAMPLES)
+    assert measured <= budget
+    schemes = {m.scheme.name for m in small.modules() if isinstance(m, QuantizedLinear)}
+    assert schemes == {"w4a8"} if budget == 10.0 else schemes and "w4a8" not in schemes
+    llmopt.save_quantized(small, tmp_path)
+    again = llmopt.load_quantized(tmp_path)
+    assert torch.equal(again(**SAMPLES[0]).logits, small(**SAMPLES[0]).logits)
+    report = llmopt.explain(torch.compile(small, backend="llmopt"), **SAMPLES[0])
+    (decision,) = report.decisions
+    assert decision.divergence == pytest.approx(measured, rel=1e-3)
+    assert "refused: " in str(decision)
+
+
+@torch.no_grad()
+def test_a_module_whose_budget_nothing_meets(made_up_module_times, caplog) -> None:
+    model = llama()
+    small = llmopt.quantize(model, "auto", SAMPLES, accuracy_budget=0.0)
+    assert "every layer stays exact: no faster scheme stays inside" in caplog.text
+    assert torch.equal(small(**SAMPLES[0]).logits, model(**SAMPLES[0]).logits)
+    assert not any(isinstance(m, QuantizedLinear) for m in small.modules())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({}, "give calibration="),
+        ({"calibration": []}, "calibration holds no samples"),
+        ({"calibration": SAMPLES, "group": 32}, "scheme 'auto' chooses group itself"),
+        ({"calibration": SAMPLES, "accuracy_budget": -1}, "accuracy_budget=-1 is not a number"),
+        ({"scheme": "w8a8", "accuracy_budget": 0.1}, "accuracy_budget is for scheme 'auto'"),
+    ],
+)
+def test_bad_module_requests(arguments: dict, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        llmopt.quantize(llama(), **{"scheme": "auto", **arguments})

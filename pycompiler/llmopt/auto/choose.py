@@ -1,46 +1,42 @@
 """The decision for one graph: what each scheme costs at each linear, and the fastest choice inside the budget.
 
-All schemes are tried on the inputs that the graph is compiled for. A layer's share of what a scheme costs the whole model is its
-share of the relative errors that the scheme makes at the layers' outputs, squared: divergences are quadratic in small errors and
-add up. The chosen mix is then measured as a whole.
+Kernels are timed first, so that only schemes whose time could win are tried for accuracy; the chosen mix is measured as a whole.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from llmopt.auto.plans import (
     DECODE,
+    FORMS,
     PREFILL,
     Bucket,
     LayerShape,
     Plan,
     Seconds,
+    TimedPlan,
     bucket_of,
-    candidates,
-    schemes_tried,
+    timed_plans,
+    worth_trying,
 )
-from llmopt.auto.timing import layer_seconds
+from llmopt.auto.timing import LayerClock
+from llmopt.auto.trial import Layers, Trial
 from llmopt.graph import FLOATS, fake, is_weight, kind, view_base, weight_name
 from llmopt.ops.linear import parts
-from llmopt.ops.linear_quantized import linear_quantized
 from llmopt.quant.budget import DEFAULT_BUDGET, Choice, Decision, decide
-from llmopt.quant.evaluate import divergence
-from llmopt.quant.rounding import Codes, round_weight, why_not
+from llmopt.quant.rounding import why_not
 from llmopt.quant.schemes import CodeForm, Scheme
 
-WORST = 1e6  # stands for a divergence that is infinite or NaN
-
-Layers = Mapping[str, Sequence[fx.Node]]  # by name; several where a linear runs more than once
+Check = Callable[[Mapping[str, Scheme | None]], float]  # schemes of layers → divergence
 
 
 @dataclass(frozen=True)
@@ -51,6 +47,26 @@ class Chosen:
     schemes: Mapping[fx.Node, Scheme]
 
 
+@dataclass(frozen=True)
+class GraphProblem:
+    """A graph to decide upon: what it is called with, its linears, and the module's own tensors behind their weights."""
+
+    gm: fx.GraphModule
+    values: Sequence[Any]
+    layers: Layers
+    weights: Mapping[str, Sequence[Tensor]]
+
+
+def problem_of(gm: fx.GraphModule, inputs: Sequence[Any]) -> GraphProblem | None:
+    """None for a graph without a linear that has a float weight."""
+    layers = _layers(gm.graph)
+    if not layers:
+        return None
+    values = [_number(i) if isinstance(i, torch.SymInt) else i for i in inputs]
+    weights = {name: _tensors(gm, values, nodes[0]) for name, nodes in layers.items()}
+    return GraphProblem(gm, values, layers, weights)
+
+
 # By weight, so that every graph of a model reads the same packed weights.
 _decided: Any = WeakTensorKeyDictionary()
 
@@ -59,21 +75,20 @@ def choose(
     gm: fx.GraphModule,
     inputs: Sequence[Any],
     budget: float = DEFAULT_BUDGET,
-    seconds: Seconds = layer_seconds,
+    seconds: Seconds | None = None,
 ) -> Chosen | None:
     """Which of a graph's linears get which scheme; None when it has no linear with a float weight.
 
-    inputs: what the graph is called with; the graph runs on copies, some ten times. Weights that were decided upon in another
-    graph of their model, with the same budget, keep their plan.
+    inputs: what the graph is called with; the graph runs on copies, a few times. Weights that were decided upon in another graph of
+    their model, with the same budget, keep their plan. seconds: how long layers take; measured by default.
     """
-    layers = _layers(gm.graph)
-    if not layers:
+    problem = problem_of(gm, inputs)
+    if problem is None:
         return None
-    values = [_number(i) if isinstance(i, torch.SymInt) else i for i in inputs]
-    weights = {name: _tensors(gm, values, nodes[0]) for name, nodes in layers.items()}
+    layers, weights = problem.layers, problem.weights
     known = _known(weights, budget)
     if known is None:
-        decision, plans = _decide(_Trial(gm, values, layers), budget, seconds)
+        decision, plans = decide_for(problem, budget, seconds or LayerClock())
         known = {name: (decision, plan) for name, plan in plans.items()}
         for name, tensors in weights.items():
             for tensor in tensors:
@@ -144,128 +159,57 @@ def _buckets(graph: fx.Graph, layers: Layers) -> list[Bucket]:
     return [bucket_of(max(_rows(nodes[0]) for nodes in layers.values()))]
 
 
-def _decide(trial: _Trial, budget: float, seconds: Seconds) -> tuple[Decision, dict[str, Plan]]:
-    buckets = _buckets(trial.graph, trial.layers)
-    divergences = trial.divergences()
-    plans: dict[str, dict[str, Plan]] = {}
-    measured = {}
-    for name, nodes in trial.layers.items():
-        found = list(
-            candidates(
-                [(bucket, _shape(nodes[0], bucket.m)) for bucket in buckets],
-                lambda scheme, name=name: (name, scheme) in divergences,  # type: ignore[misc]
-                lambda scheme, name=name: divergences[name, scheme],  # type: ignore[misc]
-                seconds,
-            )
-        )
-        plans[name] = {candidate.plan: plan for plan, candidate in found}
-        measured[name] = [candidate for _, candidate in found]
+def decide_for(
+    problem: GraphProblem,
+    budget: float,
+    seconds: Seconds,
+    mixed: bool = True,
+    check: Check | None = None,
+) -> tuple[Decision, dict[str, Plan]]:
+    """The decision for a graph, and each layer's plan.
 
-    def check(choice: Choice) -> float:
-        return trial.divergence({name: plans[name][plan].coarsest for name, plan in choice.items()})
+    mixed: whether a layer may treat activations in one way at decode and in another at prefill. check: measures a whole choice;
+    by default the graph runs with it.
+    """
+    buckets = _buckets(problem.gm.graph, problem.layers)
+    plans: dict[str, list[TimedPlan]] = {}
+    refused: list[tuple[str, str, str]] = []
+    for name, nodes in problem.layers.items():
+        forms, impossible = _forms(problem.weights[name], _shape(nodes[0], 1).k)
+        shapes = [(bucket, _shape(nodes[0], bucket.m)) for bucket in buckets]
+        plans[name], slow = worth_trying(timed_plans(shapes, forms, seconds, mixed))
+        refused += [(name, scheme, why) for scheme, why in impossible]
+        refused += [(name, timed.plan.name, why) for timed, why in slow]
+    tried = {n: {s for p in own if (s := p.plan.coarsest)} for n, own in plans.items()}
+    trial = Trial(problem.gm, problem.values, problem.layers, tried)
+    shares = trial.divergences()
+    by_name = {n: {p.plan.name: p.plan for p in own} for n, own in plans.items()}
+    measured = {
+        n: [p.costing(shares[n, s] if (s := p.plan.coarsest) else 0.0) for p in own]
+        for n, own in plans.items()
+    }
 
-    decision = replace(decide(measured, budget, check), impossible=tuple(trial.impossible))
-    return decision, {name: plans[name][plan] for name, plan in decision.choice.items()}
+    def check_choice(choice: Choice) -> float:
+        schemes = {name: by_name[name][plan].coarsest for name, plan in choice.items()}
+        return (check or trial.divergence)(schemes)
 
-
-class _Trial:
-    """Runs a graph with some of its linears quantised, in plain PyTorch."""
-
-    def __init__(self, gm: fx.GraphModule, values: Sequence[Any], layers: Layers) -> None:
-        self.gm, self.graph, self.values, self.layers = gm, gm.graph, values, layers
-        self.names = {node: name for name, nodes in layers.items() for node in nodes}
-        self.codes: dict[tuple[str, CodeForm], list[Codes]] = {}
-        self.impossible: list[tuple[str, str, str]] = []  # layer, scheme, why
-        self.errors: defaultdict[tuple[str, Scheme], float] = defaultdict(float)
-        with torch.no_grad():
-            self.wanted = _logits(_Run(self, {}, watch=True).run(*self.copies()))
-
-    def copies(self) -> list[Any]:
-        """The inputs, so that what is changed in place is a copy; parameters are not changed."""
-        return [
-            v.clone() if isinstance(v, Tensor) and not isinstance(v, torch.nn.Parameter) else v
-            for v in self.values
-        ]
-
-    def divergence(self, schemes: Mapping[str, Scheme | None]) -> float:
-        """Of the logits, when these layers have these schemes."""
-        with torch.no_grad():
-            got = _logits(_Run(self, schemes, watch=False).run(*self.copies()))
-        found = divergence(self.wanted, got)
-        return found if math.isfinite(found) else WORST
-
-    def divergences(self) -> dict[tuple[str, Scheme], float]:
-        """Each layer's share of what each scheme costs the whole model, for those that it can have."""
-        shares = {}
-        for scheme in schemes_tried():
-            errors = {name: e for (name, s), e in self.errors.items() if s == scheme}
-            total = sum(errors.values())
-            if not errors:
-                continue
-            whole = self.divergence(dict.fromkeys(errors, scheme))
-            for name, error in errors.items():
-                share = error / total if 0 < total < math.inf else 1 / len(errors)
-                shares[name, scheme] = whole * share
-        return shares
-
-    def codes_of(self, name: str, weights: Sequence[Tensor], scheme: Scheme) -> list[Codes] | None:
-        """A layer's weights as codes; None, noted with its reason, when they cannot have them."""
-        form = CodeForm(scheme.bits, scheme.group, scheme.symmetric)
-        if (name, form) not in self.codes:
-            reason = next((r for w in weights if (r := why_not(w, form))), "")
-            if reason:
-                if (name, scheme.name, reason) not in self.impossible:
-                    self.impossible.append((name, scheme.name, reason))
-                return None
-            self.codes[name, form] = [round_weight(w, form) for w in weights]
-        return self.codes[name, form]
+    decision = replace(decide(measured, budget, check_choice), impossible=tuple(refused))
+    return decision, {name: by_name[name][plan] for name, plan in decision.choice.items()}
 
 
-class _Run(fx.Interpreter):
-    """One run of the graph; with `watch` every scheme's relative error at every linear is added up, with exact inputs."""
-
-    def __init__(self, trial: _Trial, schemes: Mapping[str, Scheme | None], watch: bool) -> None:
-        super().__init__(trial.gm)
-        self.trial, self.schemes, self.watch = trial, schemes, watch
-
-    def run_node(self, n: fx.Node) -> Any:
-        name = self.trial.names.get(n)
-        if name is None:
-            return super().run_node(n)
-        scheme = self.schemes.get(name)
-        if scheme is not None:
-            return self._quantized(n, name, scheme)
-        y = super().run_node(n)
-        if self.watch:
-            for tried in schemes_tried():
-                got = self._quantized(n, name, tried)
-                if got is not None:
-                    error = (got.double() - y.double()).square().sum()
-                    self.trial.errors[name, tried] += float(error / y.double().square().sum())
-        return y
-
-    def _quantized(self, node: fx.Node, name: str, scheme: Scheme) -> Tensor | None:
-        around: Any = dict(self.map_nodes_to_values(parts(node), node))
-        x, weights = around.pop("x"), around.pop("weights")
-        codes = self.trial.codes_of(name, weights, scheme)
-        if codes is None:
-            return None
-        values, scales, offsets = zip(*codes, strict=True)
-        return linear_quantized(
-            x, values, scales, offsets, scheme.bits, scheme.activations, **around
-        )
+def _forms(weights: Sequence[Tensor], k: int) -> tuple[list[CodeForm], list[tuple[str, str]]]:
+    """The forms of codes that weights can have; for the others their schemes and why not."""
+    possible: list[CodeForm] = []
+    refused = []
+    for form in FORMS:
+        reason = form.reject(k) or next((r for w in weights if (r := _not_finite(w))), "")
+        if reason:
+            refused += [(f"w{form.bits}a{bits}", reason) for bits in (16, 8)]
+        else:
+            possible.append(form)
+    return possible, refused
 
 
-def _logits(results: Any) -> Tensor:
-    """Of a graph's results the one with most features: logits, where there are any. Raises ValueError without a float result."""
-    floats = [
-        t
-        for t in pytree.tree_leaves(results)
-        if isinstance(t, Tensor) and t.is_floating_point() and t.dim() > 0
-    ]
-    if not floats:
-        raise ValueError(
-            "llmopt: precision='auto' compares results, and this graph returns no float"
-        )
-    best = max(floats, key=lambda t: t.shape[-1])
-    return best if best.dim() > 1 else best[None]
+def _not_finite(weight: Tensor) -> str:
+    flat = weight.detach().reshape(1, -1)
+    return why_not(flat, CodeForm(8, 0, symmetric=True))

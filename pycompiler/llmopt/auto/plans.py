@@ -6,7 +6,7 @@ are at another. Ranges of M count as often as a text of PROMPT tokens and as man
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -66,6 +66,16 @@ class Plan:
         return dict(self.schemes).get(bucket, self.schemes[0][1])
 
     @property
+    def bits(self) -> int:
+        """Of its codes; 0 for "exact"."""
+        return next((s.bits for _, s in self.schemes if s is not None), 0)
+
+    @property
+    def rounds(self) -> bool:
+        """Whether activations are rounded anywhere."""
+        return self.coarsest is not None and self.coarsest.activations == "int8"
+
+    @property
     def coarsest(self) -> Scheme | None:
         """The scheme that costs most accuracy: whose activations are rounded, where any are."""
         schemes = [s for _, s in self.schemes]
@@ -75,36 +85,71 @@ class Plan:
 Seconds = Callable[[LayerShape, Scheme | None], float]
 
 
+@dataclass(frozen=True)
+class TimedPlan:
+    """A plan of one layer and what it takes."""
+
+    plan: Plan
+    seconds: float  # in the mix of calls that buckets are expected in
+    words: str  # the times of the buckets
+
+    def costing(self, divergence: float) -> Candidate:
+        return Candidate(self.plan.name, self.seconds, divergence, self.words)
+
+
 def schemes_tried() -> list[Scheme]:
     """Every scheme that a plan may hold."""
     return [scheme for form in FORMS for scheme in _readings(form)]
 
 
-def candidates(
+def timed_plans(
     shapes: Sequence[tuple[Bucket, LayerShape]],
-    possible: Callable[[Scheme], bool],
-    divergence: Callable[[Scheme], float],
+    forms: Sequence[CodeForm],
     seconds: Seconds,
-) -> Iterator[tuple[Plan, Candidate]]:
-    """The plans of one layer with their times and divergences; "exact" first.
+    mixed: bool = True,
+) -> list[TimedPlan]:
+    """The plans of one layer with their times; "exact" first.
 
-    shapes: the layer at each bucket. possible: whether the layer can have a scheme.
+    shapes: the layer at each bucket. forms: those of FORMS that the layer can have. mixed: whether activations may be rounded at
+    one bucket and stay as they are at another.
     """
-    yield _timed(Plan(tuple((bucket, None) for bucket, _ in shapes)), shapes, 0.0, seconds)
-    for form in FORMS:
+    plans = [Plan(tuple((bucket, None) for bucket, _ in shapes))]
+    for form in forms:
         same, rounded = _readings(form)
-        if not possible(same):
-            continue
-        as_they_are = Plan(tuple((bucket, same) for bucket, _ in shapes))
-        yield _timed(as_they_are, shapes, divergence(same), seconds)
-        fastest = Plan(
-            tuple(
-                (bucket, rounded if seconds(shape, rounded) <= seconds(shape, same) else same)
-                for bucket, shape in shapes
-            )
-        )
-        if fastest != as_they_are:
-            yield _timed(fastest, shapes, divergence(rounded), seconds)
+        plans.append(Plan(tuple((bucket, same) for bucket, _ in shapes)))
+        faster = [rounded if seconds(x, rounded) <= seconds(x, same) else same for _, x in shapes]
+        if not mixed:
+            faster = [rounded] * len(shapes)
+        chosen = ((bucket, scheme) for (bucket, _), scheme in zip(shapes, faster, strict=True))
+        plans.append(Plan(tuple(chosen)))
+    return [_timed(plan, shapes, seconds) for plan in dict.fromkeys(plans)]
+
+
+def worth_trying(plans: Sequence[TimedPlan]) -> tuple[list[TimedPlan], list[tuple[TimedPlan, str]]]:
+    """The plans whose accuracy matters, "exact" first, and the others with the reason of their time.
+
+    Four bits that are nowhere faster than eight are not rounded to: only weights on a 4-bit grid could gain by them.
+    """
+    exact, *others = plans
+    kept, refused = [exact], []
+    for timed in others:
+        same = [p for p in others if p.plan.bits == 8 and p.plan.rounds == timed.plan.rounds]
+        if timed.seconds >= exact.seconds:
+            refused.append((timed, _slower(timed, exact)))
+        elif timed.plan.bits == 4 and same and timed.seconds >= min(p.seconds for p in same):
+            refused.append((timed, _slower(timed, min(same, key=lambda p: p.seconds))))
+        else:
+            kept.append(timed)
+    return kept, refused
+
+
+def readings_of(form: CodeForm, schemes: Collection[Scheme]) -> list[Scheme]:
+    """Those of the schemes that read codes of this form."""
+    return [s for s in _readings(form) if s in schemes]
+
+
+def _slower(timed: TimedPlan, than: TimedPlan) -> str:
+    return f"{timed.words} is not faster than {than.plan.name} with {than.words}; it was not tried"
 
 
 def _readings(form: CodeForm) -> tuple[Scheme, Scheme]:
@@ -115,10 +160,7 @@ def _readings(form: CodeForm) -> tuple[Scheme, Scheme]:
     return same, rounded
 
 
-def _timed(
-    plan: Plan, shapes: Sequence[tuple[Bucket, LayerShape]], divergence: float, seconds: Seconds
-) -> tuple[Plan, Candidate]:
+def _timed(plan: Plan, shapes: Sequence[tuple[Bucket, LayerShape]], seconds: Seconds) -> TimedPlan:
     times = [(bucket, seconds(shape, plan.at(bucket))) for bucket, shape in shapes]
     words = ", ".join(f"{bucket.name} {time * 1e6:.1f} µs" for bucket, time in times)
-    total = sum(bucket.calls * time for bucket, time in times)
-    return plan, Candidate(plan.name, total, divergence, words)
+    return TimedPlan(plan, sum(bucket.calls * time for bucket, time in times), words)

@@ -1,80 +1,99 @@
-"""How long a linear takes on this machine under a scheme: our own kernels, timed alone over copies of the weight in turn."""
+"""How long a linear takes on this machine under a scheme: our own kernel alone, timed as the tuner does."""
 
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
 
-from llmopt.auto.plans import LayerShape
+from llmopt.auto.plans import LayerShape, schemes_tried
+from llmopt.native import probe
 from llmopt.native.linear_quantized import PLANES
-from llmopt.native.program import DTYPE_CODES, OneOp
-from llmopt.ops import activation
+from llmopt.native.segment import SHORT_DTYPES
 from llmopt.quant.schemes import Scheme
 from llmopt.target import target
-from llmopt.weights import packed_bytes, packed_code_bytes
+from llmopt.tune.candidates import Machine
+from llmopt.tune.measure import LinearBench, WeightMemory
+from llmopt.types import LinearConfig, LinearProblem
 
-SECONDS = 0.01  # of calls for one number
-WEIGHT_BYTES = 2**27  # that the calls go through
-MOST_COPIES = 32
-FILL = 0x3C  # as f32, f16 and bf16 an ordinary number, as a code 60
+ROUNDS = 6  # in which all schemes of a shape run in turn
+SECONDS = 0.05  # after which the rounds of a shape end, when two were made
 
-Bench = Callable[[Sequence[Callable[[], None]]], float]  # calls → seconds of one
+Bench = Callable[[], float]  # → microseconds of one call
+
+# By problem, tier and threads: a shape is timed once per process.
+_known: dict[tuple[LinearProblem, str, int], float] = {}
 
 
-def fastest_of(calls: Sequence[Callable[[], None]]) -> float:
-    """Seconds of the fastest call, of as many as SECONDS take, each two times at least."""
-    best, end = float("inf"), time.perf_counter() + SECONDS
-    rounds = 0
-    while rounds < 2 or time.perf_counter() < end:
-        for call in calls:
-            start = time.perf_counter()
-            call()
-            best = min(best, time.perf_counter() - start)
-            if rounds >= 2 and time.perf_counter() >= end:
-                break
-        rounds += 1
+class LayerClock:
+    """Seconds of one linear of a shape under a scheme (None: exact).
+
+    The schemes of a shape are timed in turns and the fastest call of each counts, so that a busy moment of the machine favours none.
+    bench_of: makes the function that times a problem; tests give their own, together with what is known already.
+    """
+
+    def __init__(
+        self,
+        bench_of: Callable[[LinearProblem], Bench] | None = None,
+        known: dict[tuple[LinearProblem, str, int], float] | None = None,
+    ) -> None:
+        self._memory = WeightMemory()
+        self._bench_of = bench_of or self._linear_bench
+        self._known = _known if known is None else known
+
+    def __call__(self, shape: LayerShape, scheme: Scheme | None) -> float:
+        here = target().tier, torch.get_num_threads()
+        wanted = problem_of(shape, scheme)
+        if (wanted, *here) not in self._known:
+            others = [None, *(s for s in schemes_tried() if not s.reject(shape.k))]
+            problems = dict.fromkeys((wanted, *(problem_of(shape, s) for s in others)))
+            missing = [p for p in problems if (p, *here) not in self._known]
+            times = fastest_in_turns([self._bench_of(p) for p in missing])
+            self._known.update({(p, *here): t for p, t in zip(missing, times, strict=True)})
+        return self._known[(wanted, *here)]
+
+    def _linear_bench(self, problem: LinearProblem) -> Bench:
+        machine = _machine(target().tier, torch.get_num_threads())
+        bench = LinearBench(problem, machine, self._memory)
+        return lambda: bench(LinearConfig())
+
+
+def fastest_in_turns(benches: Sequence[Bench], seconds: float = SECONDS) -> list[float]:
+    """The seconds of each one's fastest call, of up to ROUNDS in which all run in turn; at least of two."""
+    best = [float("inf")] * len(benches)
+    spent = 0.0
+    for turn in range(ROUNDS):
+        if turn >= 2 and spent > seconds:
+            break
+        for i, bench in enumerate(benches):
+            best[i] = min(best[i], took := bench() * 1e-6)
+            spent += took
     return best
 
 
-@functools.lru_cache(maxsize=1024)
-def _measured(
-    shape: LayerShape, scheme: Scheme | None, bench: Bench, tier: str, threads: int
-) -> float:
-    return bench(_calls(shape, scheme))
+@functools.lru_cache(maxsize=8)
+def _machine(tier: str, threads: int) -> Machine:
+    return Machine(target(), threads, probe.measure(threads, tier))
 
 
-def layer_seconds(shape: LayerShape, scheme: Scheme | None, bench: Bench = fastest_of) -> float:
-    """Seconds of one linear of this shape under a scheme (None: exact), measured once per process, tier and threads.
-
-    bench: times calls of the same work over different weights.
-    """
-    return _measured(shape, scheme, bench, target().tier, torch.get_num_threads())
-
-
-def _calls(shape: LayerShape, scheme: Scheme | None) -> list[OneOp]:
-    """The same linear over copies of its packed weight, which hold ordinary numbers."""
-    width = target().panel_width
-    ints = [shape.n, shape.k]
-    act = [activation.CODES["silu" if shape.gated else "none"], int(shape.gated)]
+def problem_of(shape: LayerShape, scheme: Scheme | None) -> LinearProblem:
+    """The linear of a shape as the tuner knows it."""
+    dtype, act = SHORT_DTYPES[shape.dtype], "silu" if shape.gated else "none"
+    m, n, k = shape.m, shape.n, shape.k
     if scheme is None:
-        op, size = "linear", packed_bytes(shape.n, shape.k, shape.dtype.itemsize, width)
-        ints += [DTYPE_CODES[shape.dtype], *act, 0]
-    else:
-        group = scheme.group_of(shape.k)
-        op, size = "linear_quantized", packed_code_bytes(shape.n, shape.k // group, scheme, width)
-        ints += [DTYPE_CODES[torch.uint8], *act, 0]
-        ints += [scheme.bits, group, int(not scheme.symmetric), PLANES[scheme.activations]]
-    size = -(-size // 4096) * 4096
-    copies = max(1, min(MOST_COPIES, WEIGHT_BYTES // size))
-    memory = torch.full((copies, size), FILL, dtype=torch.uint8)
-    x = torch.full((shape.m, shape.k), 0.5, dtype=shape.dtype)
-    y = torch.empty(shape.m, shape.n // 2 if shape.gated else shape.n, dtype=shape.dtype)
-
-    def call(packed: Tensor) -> OneOp:
-        return OneOp(op, [x, packed, None, None, y, None, None], ints, [0.0, 1.0, 0.0])
-
-    return [call(packed) for packed in memory]
+        return LinearProblem("linear", m, n, k, dtype, dtype, dtype, shape.gated, act=act)
+    return LinearProblem(
+        "linear_quantized",
+        m,
+        n,
+        k,
+        dtype,
+        f"q{scheme.bits}",
+        dtype,
+        shape.gated,
+        act=act,
+        group=scheme.group_of(k),
+        offsets=not scheme.symmetric,
+        planes=PLANES[scheme.activations],
+    )

@@ -33,7 +33,7 @@ def add(commands: Any) -> None:
         type=options.names,
         default=[],
         metavar="SCHEME,…",
-        help="w8a8, w8a16, w4a16, w4a8, run in eager from their reference; gguf: smollm2's own 4-bit codes",
+        help="w8a8, w8a16, w4a16, w4a8, auto, run in eager from their reference; gguf: smollm2's own 4-bit codes",
     )
     parser.add_argument(
         "--precision",
@@ -179,7 +179,7 @@ def _models(
 ) -> Mapping[str, Callable[..., Any]]:
     import torch
 
-    from llmopt.quant.convert import quantize
+    from llmopt import quantize
     from llmopt.quant.layers import twin_of
 
     models: dict[str, Callable[..., Any]] = {}
@@ -187,6 +187,9 @@ def _models(
         with working(f"{args.model}: {scheme}"):
             if scheme == "gguf":
                 models[scheme] = _from_gguf(args)
+                continue
+            if scheme == "auto":
+                models[scheme] = quantize(loaded.model, scheme, samples)
                 continue
             algorithm = args.algorithm or "round"
             calibration = None if algorithm == "round" else samples

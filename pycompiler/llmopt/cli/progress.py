@@ -6,6 +6,7 @@ All of it goes to stderr, so that stdout holds results only.
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -48,4 +49,30 @@ def working(text: str, total: int | None = None) -> Iterator[Task]:
         task = Task(progress, progress.add_task(text, total=total), console)
         if quiet:
             console.print(text, highlight=False)
-        yield task
+        with _saying_what_is_logged(task):
+            yield task
+
+
+class _Sayer(logging.Handler):
+    """What the library says about long work becomes the text of the running step."""
+
+    def __init__(self, task: Task) -> None:
+        super().__init__(logging.INFO)
+        self._task = task
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno == logging.INFO:  # warnings go where they always go
+            self._task.say(record.getMessage())
+
+
+@contextlib.contextmanager
+def _saying_what_is_logged(task: Task) -> Iterator[None]:
+    log = logging.getLogger("llmopt")
+    sayer, level = _Sayer(task), log.level
+    log.addHandler(sayer)
+    log.setLevel(min(logging.INFO, log.getEffectiveLevel()))
+    try:
+        yield
+    finally:
+        log.removeHandler(sayer)
+        log.setLevel(level)

@@ -126,7 +126,7 @@ def _choose(
     useful = {name: _useful(own) for name, own in candidates.items()}
     allowance = budget
     for attempt in range(MOST_CHECKS):
-        chosen = _spend(useful, allowance)
+        chosen = _fastest(useful, allowance)
         predicted = sum(c.divergence for c in chosen.values())
         is_exact = all(c.plan == EXACT for c in chosen.values())
         if check is None or is_exact:
@@ -149,6 +149,18 @@ def _useful(candidates: Iterable[Candidate]) -> list[Candidate]:
         if not useful or c.seconds < useful[-1].seconds:
             useful.append(c)
     return useful
+
+
+def _fastest(useful: Mapping[Layer, list[Candidate]], budget: float) -> dict[Layer, Candidate]:
+    """The faster of what spending step by step finds and of one plan for every layer that has it, where that fits."""
+    choices = [_spend(useful, budget)]
+    for plan in sorted({c.plan for own in useful.values() for c in own}):
+        same = {
+            name: next((c for c in own if c.plan == plan), own[0]) for name, own in useful.items()
+        }
+        if sum(c.divergence for c in same.values()) <= budget:
+            choices.append(same)
+    return min(choices, key=lambda choice: sum(c.seconds for c in choice.values()))
 
 
 def _gain(a: Candidate, b: Candidate) -> float:

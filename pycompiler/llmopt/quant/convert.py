@@ -59,7 +59,7 @@ def quantize(
     weights (naming the layer), and a model without linears.
     """
     wanted = scheme_of(scheme, group, symmetric)
-    samples = _samples(model, calibration)
+    samples = samples_for(model, calibration)
     scaler, rounder = _algorithm(algorithm, samples, wanted)
     if not 0 <= alpha <= 1:
         raise ValueError(f"llmopt: alpha={alpha} is not between 0 and 1")
@@ -79,9 +79,10 @@ def quantize(
     return twin
 
 
-def _samples(
+def samples_for(
     model: nn.Module, calibration: Iterable[Sample] | Sample | str | None
 ) -> list[Sample] | None:
+    """The samples that calibration stands for; None without calibration."""
     if calibration is None:
         return None
     if isinstance(calibration, str):

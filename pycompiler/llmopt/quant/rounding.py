@@ -18,7 +18,7 @@ from llmopt.quant.schemes import CodeForm
 # For 4 bits: the shares of a group's range that are tried, and the rounds of fitting.
 SHARES = (0.95, 0.9, 0.85, 0.8)
 FITS = 3
-ROWS_AT_ONCE = 4096  # bounds the memory of the search
+WEIGHTS_AT_ONCE = 2**18  # so that the many passes of the search find them in L2
 
 
 class Codes(NamedTuple):
@@ -60,7 +60,8 @@ def round_weight(weight: Tensor, form: CodeForm) -> Codes:
     Raises ValueError when a weight is NaN or infinite, or the group does not divide K.
     """
     check(weight, form)
-    parts = [_round_rows(w.detach().float(), form) for w in weight.split(ROWS_AT_ONCE)]
+    rows = max(1, WEIGHTS_AT_ONCE // max(1, weight.shape[1]))
+    parts = [_round_rows(w.detach().float(), form) for w in weight.split(rows)]
     offsets = None if form.symmetric else torch.cat([p.offsets for p in parts])  # type: ignore[misc]
     return Codes(torch.cat([p.codes for p in parts]), torch.cat([p.scales for p in parts]), offsets)
 

@@ -1,0 +1,177 @@
+"""llmopt.quantize: a model → its quantised twin, with a scheme by name or with "auto", which decides per layer.
+
+"auto" captures the model as one graph and decides as precision="auto" does; the choice is then measured on the twin itself, with
+every calibration sample. A module's layer reads its activations in one way, so here decode and prefill share one scheme.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, fx, nn
+
+from llmopt import settings
+from llmopt.auto.choose import GraphProblem, decide_for, problem_of
+from llmopt.auto.plans import Plan, Seconds
+from llmopt.auto.timing import LayerClock
+from llmopt.auto.trial import WORST, logits_of
+from llmopt.passes.pipeline import passes
+from llmopt.quant import convert
+from llmopt.quant.budget import DEFAULT_BUDGET, Decision, check_budget
+from llmopt.quant.calibration import Sample, call, evaluating
+from llmopt.quant.evaluate import divergence
+from llmopt.quant.layers import linears_of, twin_of, uncompiled
+from llmopt.quant.schemes import Scheme
+
+log = logging.getLogger("llmopt")
+Model = TypeVar("Model", bound=nn.Module)
+
+AUTO = "auto"
+DECISION = "llmopt_decision"  # the attribute of a twin that holds it
+
+
+def quantize(
+    model: Model,
+    scheme: str | Scheme = "w8a8",
+    calibration: Iterable[Sample] | Sample | str | None = None,
+    *,
+    group: int | str | None = None,
+    symmetric: bool | None = None,
+    algorithm: str | None = None,
+    alpha: float = 0.5,
+    layers: Mapping[str, str | Scheme | None] | None = None,
+    accuracy_budget: float | None = None,
+) -> Model:
+    """A quantised twin of the model; the model stays as it is, and what is not quantised is shared.
+
+    scheme: "w8a8", "w8a16", "w4a16", "w4a8", a Scheme, or "auto": for each layer the fastest of them such that the KL divergence of
+        the twin's logits to the model's stays at most accuracy_budget (0.01 by default) on the calibration samples. All other
+        arguments are those of llmopt.quant.convert.quantize; "auto" chooses groups and symmetry, and rounds plainly.
+
+    Raises ValueError as that does, and with "auto" for a missing calibration, arguments that it chooses itself, a budget that is no
+    number ≥ 0, and a model that is not one graph.
+    """
+    if scheme != AUTO:
+        if accuracy_budget is not None:
+            raise ValueError(f"llmopt: accuracy_budget is for scheme 'auto', not for {scheme!r}")
+        return convert.quantize(
+            model,
+            scheme,
+            calibration,
+            group=group,
+            symmetric=symmetric,
+            algorithm=algorithm,
+            alpha=alpha,
+            layers=layers,
+        )
+    own = {"group": group, "symmetric": symmetric, "algorithm": algorithm, "layers": layers}
+    given = [name for name, value in own.items() if value is not None]
+    if given:
+        raise ValueError(f"llmopt: scheme 'auto' chooses {', '.join(given)} itself")
+    samples = convert.samples_for(model, calibration)
+    if samples is None:
+        raise ValueError(
+            "llmopt: scheme 'auto' measures accuracy on samples: give calibration=…, "
+            "or calibration='random' for a language model"
+        )
+    budget = check_budget(DEFAULT_BUDGET if accuracy_budget is None else accuracy_budget)
+    return _with_decision(uncompiled(model), samples, budget, LayerClock())
+
+
+def _with_decision(
+    model: Model, samples: Sequence[Sample], budget: float, seconds: Seconds
+) -> Model:
+    with evaluating(model):
+        wanted = [logits_of(call(model, sample)) for sample in samples]
+        decided = _decided(model, samples, wanted, budget, seconds)
+    if decided is None:
+        raise ValueError(f"llmopt: {type(model).__name__} holds no linear layer to quantise")
+    decision, schemes = decided
+    log.info("scheme 'auto': %s", decision.summary())
+    if decision.note:
+        log.warning("scheme 'auto': %s", decision.note)
+    twin = _converted(model, schemes)
+    setattr(twin, DECISION, decision)
+    return twin
+
+
+def _decided(
+    model: nn.Module,
+    samples: Sequence[Sample],
+    wanted: Sequence[Tensor],
+    budget: float,
+    seconds: Seconds,
+) -> tuple[Decision, dict[str, Scheme | None]] | None:
+    """The decision and the schemes of linears by their names in the model."""
+    found: list[tuple[Decision, dict[str, Scheme | None]]] = []
+
+    def decide(problem: GraphProblem) -> None:
+        linears = _linears_behind(model, problem)
+
+        def schemes_of(chosen: Mapping[str, Scheme | None]) -> dict[str, Scheme | None]:
+            return {n: scheme for layer, scheme in chosen.items() for n in linears[layer]}
+
+        def check(chosen: Mapping[str, Scheme | None]) -> float:
+            twin = _converted(model, schemes_of(chosen))
+            return _mean_divergence(wanted, [logits_of(call(twin, s)) for s in samples])
+
+        decision, plans = decide_for(problem, budget, seconds, mixed=False, check=check)
+        found.append((decision, schemes_of(_one_scheme_each(plans))))
+
+    _capture(model, samples[0], decide)
+    return found[0] if found else None
+
+
+def _one_scheme_each(plans: Mapping[str, Plan]) -> dict[str, Scheme | None]:
+    return {layer: plan.coarsest for layer, plan in plans.items()}
+
+
+def _capture(model: nn.Module, sample: Sample, decide: Callable[[GraphProblem], None]) -> None:
+    """Gives `decide` the model's graph, with what surrounds linears joined to them."""
+
+    def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        def before_rounding(_: fx.Graph) -> None:
+            if (problem := problem_of(gm, inputs)) is not None:
+                decide(problem)
+
+        for _, run in passes(before_rounding, settings.disabled_passes()):
+            run(gm.graph)
+        gm.recompile()
+        return gm
+
+    compiled = torch.compile(twin_of(model), backend=backend, fullgraph=True)
+    try:
+        call(compiled, sample)  # type: ignore[arg-type]
+    except torch._dynamo.exc.Unsupported as error:
+        raise ValueError(
+            f"llmopt: scheme 'auto' needs a model that Dynamo captures as one graph: {error}"
+        ) from error
+
+
+def _linears_behind(model: nn.Module, problem: GraphProblem) -> dict[str, list[str]]:
+    """The model's linears behind each of the graph's layers."""
+    by_weight = {lin.weight.data_ptr(): name for name, lin in linears_of(model).items()}  # type: ignore[operator]
+    return {
+        layer: [by_weight[t.data_ptr()] for t in tensors if t.data_ptr() in by_weight]
+        for layer, tensors in problem.weights.items()
+    }
+
+
+def _converted(model: Model, schemes: Mapping[str, Scheme | None]) -> Model:
+    chosen = {name: scheme for name, scheme in schemes.items() if scheme is not None}
+    if not chosen:
+        return twin_of(model)
+    layers: dict[str, str | Scheme | None] = dict(chosen)
+    return convert.quantize(model, layers={**layers, "*": None})
+
+
+def _mean_divergence(wanted: Sequence[Tensor], got: Sequence[Tensor]) -> float:
+    """Over all positions of all samples."""
+    positions = [t.shape[:-1].numel() for t in wanted]
+    found = sum(n * divergence(a, b) for n, a, b in zip(positions, wanted, got, strict=True))
+    mean = found / sum(positions)
+    return mean if math.isfinite(mean) else WORST
