@@ -278,6 +278,7 @@ def test_a_module_whose_budget_nothing_meets(made_up_module_times, caplog) -> No
     ("arguments", "words"),
     [
         ({}, "give calibration="),
+        ({"scheme": "w2a2"}, "'w2a2' does not exist; possible: w8a8, w8a16, w4a16, w4a8, auto"),
         ({"calibration": []}, "calibration holds no samples"),
         ({"calibration": SAMPLES, "group": 32}, "scheme 'auto' chooses group itself"),
         ({"calibration": SAMPLES, "accuracy_budget": -1}, "accuracy_budget=-1 is not a number"),

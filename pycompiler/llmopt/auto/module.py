@@ -25,7 +25,7 @@ from llmopt.quant.budget import DEFAULT_BUDGET, Decision, check_budget
 from llmopt.quant.calibration import Sample, call, evaluating
 from llmopt.quant.evaluate import divergence
 from llmopt.quant.layers import linears_of, twin_of, uncompiled
-from llmopt.quant.schemes import Scheme
+from llmopt.quant.schemes import SCHEMES, Scheme
 
 log = logging.getLogger("llmopt")
 Model = TypeVar("Model", bound=nn.Module)
@@ -55,6 +55,10 @@ def quantize(
     Raises ValueError as that does, and with "auto" for a missing calibration, arguments that it chooses itself, a budget that is no
     number ≥ 0, and a model that is not one graph.
     """
+    if isinstance(scheme, str) and scheme not in (AUTO, *SCHEMES):
+        raise ValueError(
+            f"llmopt: scheme {scheme!r} does not exist; possible: {', '.join((*SCHEMES, AUTO))}"
+        )
     if scheme != AUTO:
         if accuracy_budget is not None:
             raise ValueError(f"llmopt: accuracy_budget is for scheme 'auto', not for {scheme!r}")
