@@ -189,6 +189,12 @@ def test_tuning_that_is_off_says_so(monkeypatch):
     )
 
 
+def test_what_is_as_usual_is_no_part_of_a_key():
+    """So that a problem's new field, whose default is what all problems had, leaves what was measured true."""
+    assert set(facts(LINEAR, problem())) == {"kernel", "m", "n", "k", "dtype"}
+    assert facts(LINEAR, problem(gated=True))["gated"] == 1
+
+
 def test_rows_are_not_tuned(known):
     assert ask(known, RowProblem(4, 4096, "fp16"), op="norm").source == ""
 

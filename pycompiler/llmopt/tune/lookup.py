@@ -182,7 +182,7 @@ def distance(
 
     sizes: the names of sizes; around: of what may differ and counts for nothing.
     """
-    if not isinstance(b, dict) or set(a) != set(b):
+    if not isinstance(b, dict) or set(a) - set(around) != set(b) - set(around):
         return math.inf
     if any(a[name] != b[name] for name in a if name not in (*sizes, *around)):
         return math.inf

@@ -44,7 +44,13 @@ from llmopt.types import Target
 FOLDER = "tuned"  # of llmopt.kernels, with a file per GPU
 _NEAR = 1.0  # factors of two, over all sizes together, within which a shape may borrow
 _SIZES = ("m", "n", "k", "batch", "q_len", "kv_len")
-_AROUND = ("dtype", "act", "norm")  # hardly change which tile is best: 16-bit types are alike
+_AROUND = (
+    "dtype",
+    "act",
+    "norm",
+    "offsets",
+    "plain",
+)  # hardly change which tile is best: 16-bit types are alike
 _OFF = "default: LLMOPT_TUNE=0"
 Measure = Callable[[Kernel, Any], tuple[Entry, bool]]  # the bool: worth keeping
 
@@ -156,6 +162,15 @@ class Lookup:
             lambda environment: environment == self._predicts or self._lends(environment)
         )
 
+    @functools.cached_property
+    def _predictions(self) -> tuple[dict[str, Entry], str]:
+        """What is predicted for this GPU by key, and what is wrong with the package's files, or ""."""
+        found, wrong = self._package
+        if self._part is None or self._predicts is None:
+            return {}, wrong
+        entries = [*found.get(self._predicts, ()), *predictions(self._part).entries()]
+        return {entry.key: entry for entry in entries}, wrong  # the user's own last
+
     def _lends(self, other: Environment) -> bool:
         """True for environments of this GPU and of GPUs like it."""
         ours = None if self._known is None else self._known.environment
@@ -259,12 +274,10 @@ class Lookup:
                 yield from ((other, entry) for entry in entries if entry.key == key)
 
     def _predicted(self, kernel: Kernel, at: Any) -> tuple[_Answer | None, str]:
-        if self._part is None or self._predicts is None:
+        if self._part is None:
             return None, f"nothing is predicted for {self._target.name}"
         wanted = facts(kernel, at)
-        found, wrong = self._package
-        entries = [*found.get(self._predicts, ()), *predictions(self._part).entries()]
-        known = {entry.key: entry for entry in entries}  # the user's own last
+        known, wrong = self._predictions
         exact = known.get(key_of(wanted))
         if exact is not None:
             wrong = self._refuse(kernel, exact, at)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from llmopt.gpu.linears import FUSED_NORM_ROWS
 from llmopt.gpu.tune.candidates import Candidate, inspect, seeds
 from llmopt.gpu.tune.cost import roof
 from llmopt.gpu.tune.environment import predicted_environment
@@ -39,20 +40,12 @@ _BERT = (
 )
 _HEAD = (128256, 4096)  # of a Llama's vocabulary, for the last token
 # scheme, group, heights: weights of four bits are for few rows, where their bytes are the limit
-_SCHEMES = (("f16", 0, BUCKETS), ("w8a8", 64, BUCKETS), ("w4a16", 32, BUCKETS[:5]))
-FUSED_NORM_ROWS = 16  # up to which a linear normalises its rows itself, see gpu/linears.py
+_SCHEMES = (("f16", 0, BUCKETS), ("w4a16", 32, BUCKETS[:5]), ("w8a8", 64, BUCKETS))
 Inspect = Callable[..., tuple[Candidate | None, str]]
 
 
 def standard_problems() -> Iterator[Asked]:
     """What Llama-like and BERT-like models ask for, at every height that is measured."""
-    for scheme, group, heights in _SCHEMES:
-        op = "linear" if scheme == "f16" else "linear_quantized"
-        for n, k, gated, has_norm, act in (*_LLAMA, *_BERT):
-            for m in heights:
-                fused = has_norm and m <= FUSED_NORM_ROWS and scheme != "w8a8"
-                norm = "rms" if fused else "none"
-                yield Asked(op, LinearProblem(m, n, k, "fp16", scheme, group, act, gated, norm))
     yield Asked("linear", LinearProblem(1, *_HEAD, "fp16"))
     for kv_len in (128, 512, 1024, 4096, 16384):
         yield Asked(
@@ -66,23 +59,27 @@ def standard_problems() -> Iterator[Asked]:
         yield Asked(
             "attention", AttentionProblem(batch, 12, 12, length, length, 64, 64, "fp16", "fp16")
         )
+    for scheme, group, heights in _SCHEMES:
+        op = "linear" if scheme == "f16" else "linear_quantized"
+        for n, k, gated, has_norm, act in (*_LLAMA, *_BERT):
+            for m in heights:
+                fused = has_norm and m <= FUSED_NORM_ROWS and scheme != "w8a8"
+                norm = "rms" if fused else "none"
+                yield Asked(op, LinearProblem(m, n, k, "fp16", scheme, group, act, gated, norm))
 
 
 def predict_all(
     asked: Sequence[Asked], part: Part, said: Callable[[str], None] = lambda _: None
 ) -> tuple[list[Entry], list[str]]:
-    """(what the model says about the first possible kernel of every problem, why it says nothing about others)."""
+    """(what the model says about the first tuned kernel of every problem, why it says nothing about others)."""
     entries, left_out = [], []
     for a in asked:
         if is_empty(a.problem):
             continue
         try:
-            kernel = possible(a.op, a.problem, part.target)[0]
+            kernel = first_tuned(a, part)
         except ValueError as error:
             left_out.append(str(error))
-            continue
-        if kernel.function is None:
-            left_out.append(f"{kernel.name}: its tiles are not tuned")
             continue
         said(f"{kernel.name} {a.problem}")
         entry, reason = predicted(kernel, a.problem, part)
@@ -91,6 +88,15 @@ def predict_all(
         else:
             entries.append(entry)
     return entries, left_out
+
+
+def first_tuned(asked: Asked, part: Part) -> Kernel:
+    """The first kernel of a problem that has tiles to choose from; raises ValueError when none can do it."""
+    able = possible(asked.op, asked.problem, part.target)
+    found = next((kernel for kernel in able if kernel.function is not None), None)
+    if found is None:
+        raise ValueError(f"the tiles of {able[0].name} are not tuned")
+    return found
 
 
 def predicted(

@@ -69,11 +69,15 @@ def is_empty(problem: Problem) -> bool:
 
 
 def facts(kernel: Kernel, problem: Problem, source: str = "") -> dict[str, str | int]:
-    """A problem of a kernel as plain values: what an entry of the database is found by. source: of the kernel as it was measured."""
-    given = {
-        name: int(value) if isinstance(value, bool) else value
-        for name, value in dataclasses.asdict(problem).items()
-    }
+    """A problem of a kernel as plain values: what an entry of the database is found by. source: of the kernel as it was measured.
+
+    What is as usual is left out: a new field of problems leaves what is known true.
+    """
+    given: dict[str, str | int] = {}
+    for field in dataclasses.fields(problem):
+        value = getattr(problem, field.name)
+        if value != field.default:
+            given[field.name] = int(value) if isinstance(value, bool) else value
     return {"kernel": kernel.name, **({"source": source} if source else {}), **given}
 
 
