@@ -50,6 +50,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     assert any(name.startswith("llmopt/_C.") and name.endswith(".so") for name in names)
     assert "llmopt/backend.py" in names
     assert "llmopt/kernels/linear.py" in names
+    assert "llmopt/kernels/tuned/h100.json" in names
     assert not [name for name in names if name.endswith((".cpp", ".h", ".o"))]
     assert any(name.endswith("licenses/LICENSE") for name in names)
 

@@ -108,20 +108,21 @@ def predicted(
     """
     tiles = seeds(kernel, problem, part.target)
     found = [look(kernel, problem, tile, part, part.target) for tile in tiles]
-    default, reason = found[0]
-    if default is None:
-        return None, f"the default cannot be used: {reason}"
     usable = sorted((c for c, _ in found if c is not None), key=_order)
+    if not usable:
+        return None, f"no seed can be used: {found[0][1]}"
     best = usable[0]
+    default = found[0][0] or best
+    spoilt = f"; the default {words(tiles[0])} cannot be used: {found[0][1]}" if found[0][1] else ""
     gain = default.prediction.seconds / best.prediction.seconds
     chosen = best if gain >= _doubt(problem) else default
     entry = Entry(
         facts(kernel, problem),
-        {} if chosen is default else dataclasses.asdict(chosen.tile),
+        {} if chosen.tile == tiles[0] else dataclasses.asdict(chosen.tile),
         _us(chosen),
         _us(default),
         round(roof(kernel, problem, chosen.tile, part, chosen.prediction.seconds), 3),
-        _reason(chosen, default, best, len(tiles) - len(usable)),
+        _reason(chosen, default, best, len(tiles) - len(usable)) + spoilt,
         {words(c.tile): _us(c) for c in usable[:_SHOWN]},
     )
     return entry, ""
