@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from llmopt.cli import main
-from llmopt.gpu.tune import lookup, tuning
+from llmopt.gpu.tune import lookup, predict, tuning
 from llmopt.gpu.tune.environment import predicted_environment
 from llmopt.gpus import part_named
 from llmopt.tune.database import Database
@@ -89,3 +89,31 @@ def test_with_a_gpu_it_measures_once_what_can_run(capsys, cache_dir, monkeypatch
     assert len(calls) == 3
     run(capsys, "100x4096x4096", "--target", "cuda:89", "--again")
     assert len(calls) == 4
+
+
+MODEL = """
+import torch
+
+def tiny():
+    layers = torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.GELU(), torch.nn.Linear(96, 64))
+    return layers.half(), {"input": torch.zeros(20, 64, dtype=torch.float16)}
+"""
+
+
+def test_a_models_launches_are_found_without_a_gpu(capsys, monkeypatch, tmp_path):
+    """What its plan asks for, at the sizes that are measured; nothing runs."""
+    (tmp_path / "model.py").write_text(MODEL)
+    asked = []
+
+    def predict_all(given, part, said):
+        asked.extend(given)
+        return [], ["one reason"]
+
+    monkeypatch.setattr(predict, "predict_all", predict_all)
+    code, out, _ = run(
+        capsys, f"{tmp_path}/model.py:tiny", "--target", "cuda:90", "--gpu", "H200", "--predict"
+    )
+    assert code == 0
+    assert "left out: one reason" in out
+    shapes = [(a.op, a.problem.m, a.problem.n, a.problem.k, a.problem.act) for a in asked]
+    assert shapes == [("linear", 24, 96, 64, "gelu_erf"), ("linear", 24, 64, 96, "none")]

@@ -86,6 +86,15 @@ def test_the_plan_says_what_it_launches():
     assert re.search(r"tiles: \d+ default: LLMOPT_TUNE=0", text)
 
 
+def test_a_plan_uses_predictions_and_says_so(monkeypatch, tmp_path):
+    monkeypatch.setenv("LLMOPT_TUNE", "1")
+    monkeypatch.setenv("LLMOPT_CACHE_DIR", str(tmp_path))
+    launches(1, 1, 256)
+    text = str([g.plan for g in alive() if g.plan is not None][-1])
+    assert re.search(r"tiles: \d+ predicted: memory-bound, [\d.]+ waves", text)
+    assert "default: LLMOPT_TUNE=0" not in text
+
+
 def test_traffic_counts_what_a_launch_touches():
     (attention,) = [x for x in launches(1, 1, 1023) if x.kernel == "attention_decode.triton"]
     q, k, v = tensors(attention, ("q_ptr", "k_ptr", "v_ptr"))
