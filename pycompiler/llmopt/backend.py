@@ -13,6 +13,7 @@ from torch import fx
 from llmopt import settings
 from llmopt.auto import choose as auto
 from llmopt.compiled import CompiledGraph
+from llmopt.contexts import enclose
 from llmopt.executor import build_executable
 from llmopt.gpu.device import choose_target
 from llmopt.gpu.tune.lookup import chooser_for
@@ -46,7 +47,7 @@ def llmopt(
     chosen = parse_options(mode, options)
     tensors = [t for t in example_inputs if isinstance(t, torch.Tensor)]
     machine, reason = choose_target(chosen.target, tensors)
-    reason = reason or _why_not(example_inputs, tensors)
+    reason = reason or _why_not(example_inputs, tensors) or enclose(gm)
     if reason:
         say(1, f"graph of {len(gm.graph.nodes)} nodes runs as in PyTorch: {reason}")
         return CompiledGraph(None, gm, {}, chosen, reason)

@@ -288,7 +288,7 @@ def refresh(nodes: list[fx.Node]) -> None:
         if is_in_place(node):
             new = _written_value(node)
         else:
-            _allow_a_copy(node)
+            allow_a_copy(node)
             new = compute_fake(first.fake_mode, node.target, node.args, node.kwargs)
         stale = list(node.users) if isinstance(new, (tuple, list)) else _stale_users(node, new)
         node.meta["example_value"] = new
@@ -307,7 +307,7 @@ def _written_value(node: fx.Node) -> Any:
 _COPYING = {"view": "reshape", "view_as": "reshape_as"}
 
 
-def _allow_a_copy(node: fx.Node) -> None:
+def allow_a_copy(node: fx.Node) -> None:
     """A view of the traced layout may need a copy in ours. A view as another dtype (`view(dtype)`) stays what it is."""
     size = argument(node, 1, "size")
     if kind(node) in _COPYING and not isinstance(argument(node, 1, "dtype", size), torch.dtype):

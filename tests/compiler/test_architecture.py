@@ -21,7 +21,7 @@ LAYERS = (
     ("target", "graph", "memory", "registry", "messages"),
     ("gpus",),
     ("ops", "writes"),
-    ("quant",),
+    ("quant", "contexts"),
     ("passes", "native", "kernels"),
     ("kv", "weights", "offload", "options"),
     ("tune", "watch"),
