@@ -12,7 +12,6 @@ from itertools import product
 from pathlib import Path
 
 import pytest
-from llmopt import _C
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -46,14 +45,16 @@ def compile_family(family: str, tier: str, folder: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def objects(tmp_path_factory) -> dict[tuple[str, str], Path]:
-    """(family, tier) → object file: those the module was linked from, or freshly compiled ones."""
-    build = Path(_C.__file__).resolve().parent
+    """(family, tier) → object file: the build's where none is older than a source, or freshly compiled ones."""
+    sources = [f for f in (ROOT / "csrc").rglob("*") if f.is_file()]
+    newest = max(f.stat().st_mtime for f in sources)
     found = {}
-    for path in build.glob("CMakeFiles/llmopt_*.dir/csrc/cpu/*.cpp.o"):
+    for path in (ROOT / "build").glob("*/CMakeFiles/llmopt_*.dir/csrc/cpu/*.cpp.o"):
         family = path.name.split(".")[0]
         tier = path.parents[2].name.removesuffix(".dir").removeprefix(f"llmopt_{family}_")
-        found[family, tier] = path
-    if not found:
+        if path.stat().st_mtime >= newest:
+            found[family, tier] = path
+    if not {"linear", "linear_quantized"} <= {family for family, _ in found}:
         folder = tmp_path_factory.mktemp("objects")
         pairs = product(("linear", "linear_quantized"), isa_rows())
         found = {(family, tier): compile_family(family, tier, folder) for family, tier in pairs}
