@@ -139,7 +139,7 @@ def test_calibration_beats_plain_4_bit_rounding(algorithm: str) -> None:
     # inputs that are not all alike: some tokens' embeddings are much larger in some channels
     with torch.no_grad():
         model.model.embed_tokens.weight[:, :8] *= 6
-    samples = [{"input_ids": models.tokens(8, 48, seed=i)} for i in range(4)]
+    samples = [{"input_ids": models.tokens(4, 32, seed=i)} for i in range(3)]
     want = logits(model)
     plain = divergence(want, logits(llmopt.quantize(model, "w4a16")))
     better = divergence(want, logits(llmopt.quantize(model, "w4a16", samples, algorithm=algorithm)))
@@ -270,7 +270,7 @@ def test_samples_run_once_per_purpose(algorithm: str, passes: int) -> None:
     """One pass to learn the inputs, and one of the first sample to learn which layer feeds which."""
     model, calls = models.llama(), []
     model.model.layers[0].register_forward_hook(lambda *_: calls.append(1))
-    llmopt.quantize(model, "w4a16", SAMPLES[:1], algorithm=algorithm)
+    llmopt.quantize(model, "w4a16", models.tokens(1, 16), algorithm=algorithm)
     assert len(calls) == passes
 
 
