@@ -19,8 +19,8 @@ demo: $(VENV)/installed
 
 # GPU kernels are interpreted in a run of their own: triton decides when it is imported. 5: ARGS chose no test there.
 test: $(VENV)/installed
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 tests/gpu/interpret $(ARGS) || [ $$? -eq 5 ]
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/gpu/interpret $(ARGS) || [ $$? -eq 5 ]
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 bench: $(VENV)/installed
 	$(PIP) onnx onnxruntime onnxscript
