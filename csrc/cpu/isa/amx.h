@@ -21,7 +21,8 @@ struct TileScope {
       config.row_bytes[t] = static_cast<uint16_t>(t == 4 || t == 5 ? k_bytes : kTileBytes);
       config.rows[t] = static_cast<uint8_t>(t >= 6 ? k_bytes / 4 : kTileRows);
     }
-    _tile_loadconfig(&config);
+    // Not _tile_loadconfig: GCC 12 declares that it reads eight of the 64 bytes, so that stores to the others may go.
+    asm volatile("ldtilecfg %0" : : "m"(config));
   }
   ~TileScope() { _tile_release(); }
   TileScope(const TileScope&) = delete;
