@@ -1,0 +1,227 @@
+"""The phases of a session, in order: is every kernel right, do the CUDA kernels hold, tune, then times of kernels and of a model."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from llmopt.gpu.run import run
+from llmopt.registry import KERNELS
+
+from bench.gpu import model as llama
+from bench.gpu.forms import ELSEWHERE, FORMS, FULL, SMALL, Work
+from bench.gpu.session import ROOT, Session
+from tests.tolerance import assert_close
+
+
+def correctness(session: Session) -> None:
+    """Every kernel that takes a form, with every config, against float64."""
+    reached = set(ELSEWHERE)
+    for name in session.forms:
+        made = _work(session, "correctness", name)
+        if made is None:
+            continue
+        reached.add(made.op)
+        want = made.reference()
+        for kernel, config, launch in _kernels(session, made):
+
+            def check(launch: Any = launch, want: torch.Tensor = want, made: Work = made) -> None:
+                made.output.zero_()
+                run(launch)
+                _compare(made, want)
+                session.record.add("correctness", name, kernel, detail=str(config))  # noqa: B023
+
+            session.attempt("correctness", f"{name} {config}", kernel, check)
+    if tuple(session.forms) == tuple(FORMS):
+        for op in sorted({k.op for k in KERNELS.values()} - reached):
+            session.record.add("correctness", op, "every kernel", "skipped", detail="no form: see bench/gpu/forms.py")  # fmt: skip
+
+
+def cuda_kernels(session: Session) -> None:
+    """The CUDA C++ kernels against PyTorch, bare and under compute-sanitizer, each in a process of its own."""
+    from llmopt.native import cuda
+
+    phase, what = "CUDA C++ kernels", "all of csrc/cuda"
+    if session.full:
+        torch.zeros(1, device=session.device)  # a context for the driver to find
+    if reason := cuda.missing():
+        session.record.add(phase, what, "bare", "skipped", detail=reason)
+        return
+    command = [sys.executable, "-m", "bench.gpu.cuda_kernels"]
+    tool = shutil.which("compute-sanitizer")
+    lines: dict[str, list[str]] = {"bare": command}
+    for check in ("memcheck", "racecheck"):
+        if tool is None:
+            session.record.add(phase, what, check, "skipped", detail="compute-sanitizer is not installed")  # fmt: skip
+            continue
+        lines[check] = [tool, "--tool", check, "--error-exitcode", "9", *command]
+    for system, line in lines.items():
+
+        def passes(system: str = system, line: list[str] = line) -> None:
+            done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False, timeout=180)  # fmt: skip
+            if done.returncode:
+                raise RuntimeError(f"exit code {done.returncode}: {(done.stderr or done.stdout)[-300:]}")  # fmt: skip
+            session.record.add(phase, what, system, detail=Path(line[0]).name)
+
+        session.attempt(phase, what, system, passes)
+
+
+def tuning(session: Session) -> None:
+    """`llmopt tune` on a layer that has every shape; what it keeps goes to kernels/tuned/."""
+    from llmopt.cli import main
+
+    generation = session.target.gpu
+    assert generation is not None
+    name = f"{session.target.device}:{generation.arch}"
+    place = f"{ROOT}/bench/gpu/model.py"
+    kept = ROOT / "kernels" / "tuned" / f"{session.record.folder.name}.measured.json"
+    commands = [
+        ["tune", f"{place}:to_tune", "--target", name],
+        ["tune", "--target", name, "--export", str(kept)],
+    ]
+    kept.parent.mkdir(exist_ok=True)
+    if not session.full:
+        session.record.add("tuning", "llmopt tune", "llmopt", "skipped", detail="tuning needs times")  # fmt: skip
+        commands = [["tune", "--help"]]
+    for command in commands:
+
+        def tune(command: list[str] = command) -> None:
+            text = io.StringIO()
+            with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
+                try:
+                    code = main(command)
+                except SystemExit as left:  # argparse: 0 after --help
+                    code = int(left.code or 0)
+            if code:
+                raise RuntimeError(f"exit code {code}: {' '.join(text.getvalue().split())[-200:]}")
+            session.record.add("tuning", " ".join(["llmopt", *command]), "llmopt")
+
+        session.attempt("tuning", " ".join(["llmopt", *command]), "llmopt", tune)
+
+
+def microbenchmarks(session: Session) -> None:
+    """Default configs of every kernel beside PyTorch's own and Inductor's, L2 cold."""
+    for name in session.forms:
+        made = _work(session, "kernels", name)
+        if made is None:
+            continue
+        calls: dict[str, tuple[Callable[[], Any], str]] = {}
+        for kernel, config, launch in _kernels(session, made):
+            calls.setdefault(kernel, (lambda launch=launch: run(launch), str(config)))  # type: ignore[misc]
+        calls |= {peer: (call, "") for peer, call in made.peers.items()}
+        if made.compiled is not None:
+            torch._dynamo.reset()
+            inductor = torch.compile(made.compiled, backend=_inductor(session))
+            calls["Inductor"] = (lambda f=inductor, m=made: f(*m.inputs), "")  # type: ignore[misc]
+        for system, (call, config) in calls.items():
+
+            def time(system: str = system, call: Any = call, detail: str = config, made: Work = made) -> None:  # fmt: skip
+                call()  # compiles
+                seconds = session.clock.seconds(call)
+                session.record.add(
+                    "kernels", name, system, "ok", seconds, detail, made.flops, made.bytes  # noqa: B023
+                )  # fmt: skip
+
+            session.attempt("kernels", name, system, time)
+
+
+def end_to_end(session: Session) -> None:
+    """Prefill and one decoding step of a Llama: eager, llmopt in two modes, Inductor; each against eager's logits."""
+    sizes, layers = (FULL, 4) if session.full else (SMALL, 1)
+    model = llama.llama(sizes, layers, session.device)
+    given = llama.prompt(sizes, session.device)
+    token = {"ids": given["ids"][:, :1], "positions": given["positions"][-1:] + 1}
+    systems: dict[str, dict[str, Any]] = {
+        "eager": {},
+        "llmopt": {"backend": "llmopt"},
+        "llmopt reduce-overhead": {"backend": "llmopt", "mode": "reduce-overhead"},
+        "Inductor": {"backend": _inductor(session)},
+    }
+    with torch.no_grad():
+        want, cache = model(**given)
+        next_want, _ = model(**token, cache=cache)
+        for system, how in systems.items():
+            torch._dynamo.reset()
+            steps = _Steps(torch.compile(model, **how) if how else model, given, token)
+            session.attempt("model", "prefill", system, lambda s=steps, n=system: _timed(session, "prefill", n, s.prefill, want))  # type: ignore[misc]  # fmt: skip
+            session.attempt("model", "decode", system, lambda s=steps, n=system: _timed(session, "decode", n, s.decode, next_want))  # type: ignore[misc]  # fmt: skip
+
+
+class _Steps:
+    """A model's two kinds of calls; each decoding step appends to the cache of the one before."""
+
+    def __init__(
+        self, run: Callable[..., Any], given: dict[str, Any], token: dict[str, Any]
+    ) -> None:
+        self._run, self._given, self._token = run, given, token
+        self._cache: llama.Cache = []
+
+    def prefill(self) -> torch.Tensor:
+        logits, self._cache = self._run(**self._given)
+        return logits
+
+    def decode(self) -> torch.Tensor:
+        logits, self._cache = self._run(**self._token, cache=self._cache)
+        return logits
+
+
+def _timed(
+    session: Session, what: str, system: str, call: Callable[[], torch.Tensor], truth: torch.Tensor
+) -> None:
+    _close(call(), truth)
+    call()  # lengths become symbols, graphs are captured
+    last = call()
+    if what == "prefill":
+        _close(last, truth)
+    session.record.add("model", what, system, "ok", session.clock.seconds(call))
+
+
+PHASES = (correctness, cuda_kernels, tuning, microbenchmarks, end_to_end)
+
+
+def _work(session: Session, phase: str, name: str) -> Work | None:
+    """The operands of a form; None where the deadline has passed or they cannot be made, which is a result."""
+    made: list[Work] = []
+    sizes = FULL if session.full else SMALL
+
+    def make() -> None:
+        torch.manual_seed(0)
+        made.append(FORMS[name](sizes, session.device))
+
+    session.attempt(phase, name, "operands", make)
+    return made[0] if made else None
+
+
+def _kernels(session: Session, made: Work) -> list[tuple[str, Any, Any]]:
+    """Every config of every kernel; in a rehearsal each kernel's default, since the interpreter runs all tiles alike."""
+    found = list(made.kernels(session.target))
+    if session.full:
+        return found
+    return list({kernel: (kernel, c, launch) for kernel, c, launch in reversed(found)}.values())
+
+
+def _compare(made: Work, want: torch.Tensor) -> None:
+    got = made.output
+    if made.may_differ:
+        far = (got.double() - want).abs().max().item()
+        assert far <= made.may_differ, f"whole numbers differ by {far:g}"
+        return
+    assert_close(got.cpu(), want.cpu())
+
+
+def _close(got: torch.Tensor, want: torch.Tensor) -> None:
+    """Logits of a model: as far apart as roundings on the way add up to, far from another model's."""
+    error = ((got.double() - want.double()).square().mean() / want.double().square().mean()).sqrt()
+    assert error < 2e-2, f"logits differ from eager's by {error:.3g} of their RMS"
+
+
+def _inductor(session: Session) -> str:
+    """Inductor, whose compiler a rehearsal does not wait for."""
+    return "inductor" if session.full else "eager"

@@ -1,0 +1,84 @@
+"""bench/gpu_session.sh --rehearse, in its small form: the same phases over a few kernels, and what they say when something is wrong."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from llmopt.gpu import device, graphs
+from llmopt.registry import KERNELS
+
+from bench.gpu import clock, forms, phases, session, stand_in
+from bench.gpu.record import Record
+
+FEW = ["linear, 1 row", "w8a8, 1 row", "SwiGLU"]
+
+
+@pytest.fixture(autouse=True)
+def _afterwards(monkeypatch):
+    """What a rehearsal replaces is put back."""
+    monkeypatch.setattr(device, "gpu_of", device.gpu_of)
+    monkeypatch.setattr(graphs, "recorder_of", graphs.recorder_of)
+
+
+def rehearse(folder, *only: str) -> int:
+    chosen = [word for name in only for word in ("--only", name)]
+    return session.main(["--rehearse", "--output", str(folder), *chosen])
+
+
+def results(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+
+
+def test_a_rehearsal_runs_every_phase_and_measures_nothing(tmp_path):
+    assert rehearse(tmp_path, *FEW) == 0
+    found = results(tmp_path)
+    assert {r["source"] for r in found} == {"rehearsed"}
+    assert {r["phase"] for r in found} >= {"correctness", "CUDA C++ kernels", "tuning", "kernels", "model"}  # fmt: skip
+    checked = {(r["what"], r["system"]) for r in found if r["phase"] == "correctness"}
+    assert ("linear, 1 row", "linear_f16_gemv.triton") in checked
+    assert ("linear, 1 row", "linear_f16.triton") in checked
+    systems = {r["system"] for r in found if r["phase"] == "model" and r["outcome"] == "ok"}
+    assert systems == {"eager", "llmopt", "llmopt reduce-overhead", "Inductor"}
+    table = (tmp_path / "table.md").read_text()
+    assert table.startswith("Rehearsed on")
+    assert "cuBLAS" in table
+    assert {p.name for p in tmp_path.glob("*.png")} == {"kernels.png", "model.png"}
+
+
+def test_a_wrong_kernel_is_a_failure_and_the_session_goes_on(tmp_path, monkeypatch):
+    right = phases.run
+
+    def wrong(launch):
+        right(launch)
+        if launch.kernel == "swiglu.triton":
+            launch.arguments["y_ptr"].neg_()
+
+    monkeypatch.setattr(phases, "run", wrong)
+    monkeypatch.setattr(phases, "PHASES", (phases.correctness,))
+    assert rehearse(tmp_path, "SwiGLU", "softmax") == 1
+    outcomes = {r["system"]: r["outcome"] for r in results(tmp_path)}
+    assert "AssertionError" in outcomes["swiglu.triton"]
+    assert outcomes["softmax.triton"] == "ok"
+    assert "swiglu.triton: AssertionError" in (tmp_path / "table.md").read_text()
+
+
+def test_a_session_without_a_gpu_and_a_form_that_does_not_exist_are_errors(tmp_path, capsys):
+    assert session.main(["--output", str(tmp_path)]) == 2
+    assert "--rehearse" in capsys.readouterr().err
+    assert rehearse(tmp_path, "convolution") == 2
+    assert "possible: linear, 1 row" in capsys.readouterr().err
+
+
+def test_out_of_time_is_said(tmp_path):
+    target = stand_in.install()
+    record = Record(tmp_path, {}, "rehearsed")
+    late = session.Session(torch.device("cpu"), target, clock.REHEARSED, record, FEW, 0.0, False)
+    phases.correctness(late)
+    assert {(r.outcome, r.detail) for r in record.results} == {("skipped", "out of time")}
+
+
+def test_every_op_has_a_form_or_is_named_as_having_none():
+    reached = {make(forms.SMALL, torch.device("cpu")).op for make in forms.FORMS.values()}
+    assert {k.op for k in KERNELS.values()} == reached | forms.ELSEWHERE
