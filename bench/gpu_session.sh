@@ -9,10 +9,11 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 
 if ! "$python" -c 'import llmopt, triton' 2>/dev/null; then
-  echo "gpu_session: llmopt or triton is missing in $("$python" -c 'import sys; print(sys.prefix)'); installing llmopt" >&2
   cuda=$(command -v nvcc >/dev/null && echo ON || echo OFF)
-  [ "$cuda" = ON ] || echo "gpu_session: nvcc is missing: the CUDA C++ kernels are left out" >&2
-  "$python" -m pip install --quiet ".[triton]" -C "cmake.define.LLMOPT_CUDA=$cuda"
+  echo "gpu_session: $python has no llmopt or no triton. Choose another with PYTHON=…, or install them:" >&2
+  echo "  $python -m pip install '.[triton]' -C cmake.define.LLMOPT_CUDA=$cuda" >&2
+  [ "$cuda" = ON ] || echo "nvcc is missing: that leaves the CUDA C++ kernels out" >&2
+  exit 2
 fi
 for argument in "$@"; do
   [ "$argument" = --rehearse ] && export TRITON_INTERPRET=1

@@ -299,5 +299,3 @@ FORMS: dict[str, Form] = {
     "embedding": _embedding,
     "cross entropy": _cross_entropy,
 }
-# Ops with kernels that no form above reaches: the interpreter's tests have them, a session has not.
-ELSEWHERE = frozenset({"pointwise", "rotary_table", "index_copy"})

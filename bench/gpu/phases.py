@@ -1,9 +1,7 @@
-"""The phases of a session, in order: is every kernel right, do the CUDA kernels hold, tune, then times of kernels and of a model."""
+"""The phases of a session, in order: is every kernel right, do the CUDA kernels hold, times of kernels and of a model, tuning."""
 
 from __future__ import annotations
 
-import contextlib
-import io
 import shutil
 import subprocess
 import sys
@@ -16,14 +14,14 @@ from llmopt.gpu.run import run
 from llmopt.registry import KERNELS
 
 from bench.gpu import model as llama
-from bench.gpu.forms import ELSEWHERE, FORMS, FULL, SMALL, Work
+from bench.gpu.forms import FORMS, FULL, SMALL, Work
 from bench.gpu.session import ROOT, Session
 from tests.tolerance import assert_close
 
 
 def correctness(session: Session) -> None:
     """Every kernel that takes a form, with every config, against float64."""
-    reached = set(ELSEWHERE)
+    reached = set()
     for name in session.forms:
         made = _work(session, "correctness", name)
         if made is None:
@@ -41,7 +39,7 @@ def correctness(session: Session) -> None:
             session.attempt("correctness", f"{name} {config}", kernel, check)
     if tuple(session.forms) == tuple(FORMS):
         for op in sorted({k.op for k in KERNELS.values()} - reached):
-            session.record.add("correctness", op, "every kernel", "skipped", detail="no form: see bench/gpu/forms.py")  # fmt: skip
+            session.record.add("correctness", op, "every kernel", "skipped", detail="no form in bench/gpu/forms.py")  # fmt: skip
 
 
 def cuda_kernels(session: Session) -> None:
@@ -71,39 +69,6 @@ def cuda_kernels(session: Session) -> None:
             session.record.add(phase, what, system, detail=Path(line[0]).name)
 
         session.attempt(phase, what, system, passes)
-
-
-def tuning(session: Session) -> None:
-    """`llmopt tune` on a layer that has every shape; what it keeps goes to kernels/tuned/."""
-    from llmopt.cli import main
-
-    generation = session.target.gpu
-    assert generation is not None
-    name = f"{session.target.device}:{generation.arch}"
-    place = f"{ROOT}/bench/gpu/model.py"
-    kept = ROOT / "kernels" / "tuned" / f"{session.record.folder.name}.measured.json"
-    commands = [
-        ["tune", f"{place}:to_tune", "--target", name],
-        ["tune", "--target", name, "--export", str(kept)],
-    ]
-    kept.parent.mkdir(exist_ok=True)
-    if not session.full:
-        session.record.add("tuning", "llmopt tune", "llmopt", "skipped", detail="tuning needs times")  # fmt: skip
-        commands = [["tune", "--help"]]
-    for command in commands:
-
-        def tune(command: list[str] = command) -> None:
-            text = io.StringIO()
-            with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
-                try:
-                    code = main(command)
-                except SystemExit as left:  # argparse: 0 after --help
-                    code = int(left.code or 0)
-            if code:
-                raise RuntimeError(f"exit code {code}: {' '.join(text.getvalue().split())[-200:]}")
-            session.record.add("tuning", " ".join(["llmopt", *command]), "llmopt")
-
-        session.attempt("tuning", " ".join(["llmopt", *command]), "llmopt", tune)
 
 
 def microbenchmarks(session: Session) -> None:
@@ -144,6 +109,8 @@ def end_to_end(session: Session) -> None:
         "llmopt reduce-overhead": {"backend": "llmopt", "mode": "reduce-overhead"},
         "Inductor": {"backend": _inductor(session)},
     }
+    if not session.full:  # a rehearsal does not wait for every compiler
+        systems = {name: systems[name] for name in ("eager", "llmopt reduce-overhead")}
     with torch.no_grad():
         want, cache = model(**given)
         next_want, _ = model(**token, cache=cache)
@@ -183,7 +150,41 @@ def _timed(
     session.record.add("model", what, system, "ok", session.clock.seconds(call))
 
 
-PHASES = (correctness, cuda_kernels, tuning, microbenchmarks, end_to_end)
+def tuning(session: Session) -> None:
+    """`llmopt tune` on a layer that has every shape, for the time that is left; what it keeps goes to kernels/tuned/."""
+    generation = session.target.gpu
+    assert generation is not None
+    target = ["--target", f"{session.target.device}:{generation.arch}"]
+    model = "to_tune" if session.full else "to_rehearse"
+    kept = ROOT / "kernels" / "tuned" / f"{session.record.folder.name}.measured.json"
+    measure = ["tune", f"bench/gpu/model.py:{model}", *target]
+    export = ["tune", *target, "--export", str(kept)]
+
+    def tune(arguments: list[str], seconds: float) -> None:
+        what = " ".join(["llmopt", *arguments])
+        command = [sys.executable, "-m", "llmopt.cli", *arguments]
+        try:
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=seconds)  # fmt: skip
+        except subprocess.TimeoutExpired:
+            session.record.add("tuning", what, "llmopt", detail="stopped at the deadline: what was measured is kept")  # fmt: skip
+            return
+        if not session.full and "is here to measure on" in done.stderr:
+            session.record.add(
+                "tuning", what, "llmopt", "skipped", detail="a rehearsal has no times"
+            )
+            return
+        if done.returncode:
+            raise RuntimeError(f"exit code {done.returncode}: {done.stderr[-300:]}")
+        session.record.add("tuning", what, "llmopt")
+
+    session.attempt("tuning", "measure", "llmopt", lambda: tune(measure, max(session.left - _EXPORT_SECONDS, 5.0)))  # fmt: skip
+    if session.full:
+        kept.parent.mkdir(exist_ok=True)
+        session.attempt("tuning", "export", "llmopt", lambda: tune(export, 60.0))
+
+
+PHASES = (correctness, cuda_kernels, microbenchmarks, end_to_end, tuning)
+_EXPORT_SECONDS = 20.0  # left for writing what tuning found
 
 
 def _work(session: Session, phase: str, name: str) -> Work | None:

@@ -42,12 +42,13 @@ class Session:
     full: bool  # full sizes and every config
 
     @property
-    def late(self) -> bool:
-        return time.monotonic() > self.deadline
+    def left(self) -> float:
+        """Seconds until the deadline."""
+        return self.deadline - time.monotonic()
 
     def attempt(self, phase: str, what: str, system: str, work: Callable[[], None]) -> None:
         """Runs one piece; what it raises is a result, and the session goes on."""
-        if self.late:
+        if self.left < 0:
             self.record.add(phase, what, system, "skipped", detail="out of time")
             return
         try:
