@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from llmopt import settings
+from llmopt.gpu.run import COMPILER_OPTIONS
 from llmopt.launch import Descriptor, Launch
 from llmopt.types import Target
 
@@ -36,7 +37,6 @@ _INSTRUCTIONS = {
         "async copy": r"\bbuffer_load\w+.*\blds\b",
     },
 }
-FP_FUSION = True  # multiply-adds in one instruction; triton's own default is about to change
 _POINTERS = {
     torch.float32: "*fp32",
     torch.float16: "*fp16",
@@ -84,10 +84,12 @@ def signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tupl
         if name in launch.constants or value is None or (_is_int(value) and value == 1):
             types[name] = "constexpr"
             constants.setdefault(name, value)
+            attributes[(position,)] = []
             continue
         types[name] = _type(value)
-        if _divides_16(value):
-            attributes[(position,)] = [["tt.divisibility", 16]]
+        # Empty entries as triton's launcher has them: its cache key includes them.
+        if isinstance(value, torch.Tensor) or _is_int(value):
+            attributes[(position,)] = [["tt.divisibility", 16]] if _divides_16(value) else []
     return types, constants, attributes
 
 
@@ -123,7 +125,7 @@ def specialisation(launch: Launch, target: Target) -> str:
         "triton": triton.__version__,
         "types": types,
         "constants": {k: str(v) for k, v in constants.items()},
-        "attributes": {str(k[0]): v for k, v in attributes.items()},
+        "attributes": {str(k[0]): v for k, v in attributes.items() if v},
         "options": [launch.num_warps, launch.num_stages],
     }
     return json.dumps(parts, sort_keys=True)
@@ -147,7 +149,7 @@ def binary(launch: Launch, target: Target) -> Any:
     options = {
         "num_warps": launch.num_warps,
         "num_stages": launch.num_stages,
-        "enable_fp_fusion": FP_FUSION,
+        **COMPILER_OPTIONS,
     }
     return triton.compile(
         source, GPUTarget(target.device, arch, target.gpu.warp_size), options=options

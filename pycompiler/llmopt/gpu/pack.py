@@ -1,7 +1,7 @@
 """Packs: all kernels of a model's plans as binaries for some GPU generations, made and checked where there is no GPU.
 
-pack/manifest.json        versions, and per kernel: what it is a binary of, checksum, resources, instructions
-pack/<target>/<key>.cubin or .hsaco
+pack/manifest.json        versions, and per kernel: what it is a binary of, checksums, resources, instructions
+pack/<target>/<key>.cubin or .hsaco, and <key>.json: what triton keeps beside a binary
 """
 
 from __future__ import annotations
@@ -9,15 +9,18 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from llmopt.gpu import device as gpu_device
 from llmopt.gpu.compile import Compiled, binary, report, unique
 from llmopt.launch import Launch
 from llmopt.types import Target
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 _BINARY = {"cuda": "cubin", "hip": "hsaco"}
 
@@ -32,6 +35,9 @@ class Entry:
 
     file: str
     sha256: str
+    metadata: str  # file beside it
+    metadata_sha256: str
+    key: str  # under which triton asks its cache for it
     specialisation: str  # what it is a binary of, see compile.specialisation
     launches: int  # of the plans, that use it
     symbol: str  # the function's name in the binary
@@ -42,9 +48,11 @@ class Entry:
 class Pack:
     """The kernels of one target, by specialisation, with their bytes."""
 
+    folder: Path
     target: str
     entries: Mapping[str, Entry]
     binaries: Mapping[str, bytes]
+    used: set[str] = field(default_factory=set)  # keys of entries that were launched from it
 
 
 def build(folder: Path, plans: Mapping[Target, Sequence[Launch]], model: str) -> dict[str, Any]:
@@ -90,12 +98,30 @@ def _compile(folder: Path, target: Target, launches: list[Launch]) -> list[dict[
         kind = _BINARY[target.device]
         path = place / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.{kind}"
         path.write_bytes(kernel.asm[kind])
-        digest = hashlib.sha256(kernel.asm[kind]).hexdigest()
-        relative = str(path.relative_to(folder))
-        entries.append(
-            asdict(Entry(relative, digest, text, uses[text], kernel.metadata.name, found))
+        beside = path.with_suffix(".json")
+        beside.write_bytes(_metadata(kernel))
+        entry = Entry(
+            file=str(path.relative_to(folder)),
+            sha256=_sha256(path),
+            metadata=str(beside.relative_to(folder)),
+            metadata_sha256=_sha256(beside),
+            key=kernel.hash,
+            specialisation=text,
+            launches=uses[text],
+            symbol=kernel.metadata.name,
+            report=found,
         )
+        entries.append(asdict(entry))
     return entries
+
+
+def _metadata(kernel: Any) -> bytes:
+    name = next(n for n in kernel.metadata_group if n.endswith(".json"))
+    return Path(kernel.metadata_group[name]).read_bytes()
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def load(folder: Path, target: Target) -> Pack:
@@ -119,8 +145,60 @@ def load(folder: Path, target: Target) -> Pack:
     for row in manifest["targets"][str(target)]:
         entry = Entry(**{**row, "report": Compiled(**row["report"])})
         entries[entry.specialisation] = entry
-        binaries[entry.specialisation] = _read_binary(folder, entry)
-    return Pack(str(target), entries, binaries)
+        binaries[entry.specialisation] = _read(folder / entry.file, entry.sha256)
+        _read(folder / entry.metadata, entry.metadata_sha256)
+    return Pack(folder, str(target), entries, binaries)
+
+
+def use(folder: str | Path) -> Pack:
+    """Makes triton take a pack's kernels, for as long as this process lives, before it compiles any; all others it compiles as ever.
+
+    Raises PackError where the pack does not fit the current GPU, for the reasons of `load`, or where there is no GPU.
+    """
+    if not torch.cuda.is_available():
+        raise PackError(
+            f"{folder} cannot be used: this process has no GPU; `load` checks a pack without one"
+        )
+    gpu = gpu_device.gpu_of(torch.device("cuda", torch.cuda.current_device()))
+    assert gpu is not None
+    target, reason = gpu_device.target_of(gpu)
+    if target is None:
+        raise PackError(f"{folder} cannot be used: {reason}")
+    assert target.gpu is not None
+    if target.gpu.arch != gpu.arch:
+        raise PackError(
+            f"{folder} cannot be used: triton compiles for {gpu} itself, and packs hold {target.tier}"
+        )
+    pack = load(Path(folder), target)
+    _install(pack)
+    return pack
+
+
+def _install(pack: Pack) -> None:
+    """Puts a pack in front of triton's cache on disk, which triton asks by key before it compiles."""
+    from triton import knobs
+    from triton.runtime.cache import FileCacheManager, _base32
+
+    behind: Any = knobs.cache.manager_class or FileCacheManager
+    entries = {_base32(entry.key): entry for entry in pack.entries.values()}
+
+    class CacheManager(behind):
+        def __init__(self, key: str, *given: Any, **more: Any) -> None:
+            super().__init__(key, *given, **more)
+            self._entry = entries.get(key)
+
+        def get_group(self, filename: str) -> dict[str, str] | None:
+            entry = self._entry
+            if entry is None:
+                return super().get_group(filename)
+            files = {filename: (entry.metadata, entry.metadata_sha256)}
+            files[entry.file] = (entry.file, entry.sha256)
+            for file, digest in files.values():
+                _read(pack.folder / file, digest)
+            pack.used.add(entry.key)
+            return {name: str(pack.folder / file) for name, (file, _) in files.items()}
+
+    knobs.cache.manager_class = CacheManager
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
@@ -137,13 +215,12 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _read_binary(folder: Path, entry: Entry) -> bytes:
-    path = folder / entry.file
+def _read(path: Path, digest: str) -> bytes:
     try:
         content = path.read_bytes()
     except OSError as error:
         raise PackError(f"{path} cannot be read: {error}") from error
-    if hashlib.sha256(content).hexdigest() != entry.sha256:
+    if hashlib.sha256(content).hexdigest() != digest:
         raise PackError(f"{path} is corrupt: its checksum is not the manifest's")
     return content
 

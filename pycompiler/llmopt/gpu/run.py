@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 
 from llmopt.launch import Descriptor, Launch
 
+# What every kernel is compiled with, here and by compile.py: a pack's kernels are found only by equal options.
+FP_FUSION = True  # multiply-adds in one instruction; triton's own default is about to change
+COMPILER_OPTIONS = {"enable_fp_fusion": FP_FUSION}
 
+
+@functools.cache
 def is_interpreting() -> bool:
     """True when kernels run in triton's interpreter: decided by TRITON_INTERPRET when triton was imported."""
     import triton
@@ -19,6 +25,10 @@ def is_interpreting() -> bool:
 
 class GpuMissing(RuntimeError):
     """Kernels for a GPU were to run where they cannot; the message says what is missing."""
+
+
+class DoesNotFit(RuntimeError):
+    """A kernel needs more of the GPU than there is; the message says what, and how much there is."""
 
 
 def check_runnable(device: torch.device) -> None:
@@ -35,15 +45,33 @@ def check_runnable(device: torch.device) -> None:
 
 
 def run(launch: Launch) -> None:
-    """Runs one launch. Raises GpuMissing when its tensors are not where it can run."""
+    """Runs one launch. Raises GpuMissing when its tensors are not where it can run, DoesNotFit when the GPU is too small for it."""
     check_runnable(next(t.device for t in map(_tensor, launch.arguments.values()) if t is not None))
     arguments = {name: _given(value) for name, value in launch.arguments.items()}
-    launch.function[launch.grid](
-        **arguments,
-        **launch.constants,
-        num_warps=launch.num_warps,
-        num_stages=launch.num_stages,
-    )
+    # Only what triton compiles takes them: neither interpreted functions nor those of other compilers do.
+    options = COMPILER_OPTIONS if hasattr(launch.function, "device_caches") else {}
+    try:
+        launch.function[launch.grid](
+            **arguments,
+            **launch.constants,
+            num_warps=launch.num_warps,
+            num_stages=launch.num_stages,
+            **options,
+        )
+    except Exception as error:
+        if not _is_out_of_resources(error):
+            raise
+        raise DoesNotFit(
+            f"llmopt: {launch.kernel} with {launch.constants}, {launch.num_warps} warps and {launch.num_stages} stages "
+            f"does not fit this GPU: {error}. A smaller tile or another kernel is possible; if it was tuned or imported, "
+            "LLMOPT_TUNE=0 leaves it out"
+        ) from error
+
+
+def _is_out_of_resources(error: Exception) -> bool:
+    from triton.runtime.errors import OutOfResources
+
+    return isinstance(error, OutOfResources)
 
 
 def _tensor(value: Any) -> torch.Tensor | None:

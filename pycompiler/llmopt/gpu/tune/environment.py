@@ -66,7 +66,8 @@ def versions() -> Facts:
     """What compiles and launches the kernels, and how they are timed."""
     import triton
 
-    from llmopt.gpu.compile import FP_FUSION, assembler_version
+    from llmopt.gpu.compile import assembler_version
+    from llmopt.gpu.run import FP_FUSION
 
     is_amd = torch.version.hip is not None
     return {
