@@ -17,6 +17,7 @@ FAMILIES = (
     "quantize",
     "attention",
     "attention_decode",
+    "round_keys",
     "norm",
     "rope",
     "rotary_table",

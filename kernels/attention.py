@@ -2,7 +2,8 @@
 
 q [B,H,Sq,D], k [B,Hkv,Skv,D], v [B,Hkv,Skv,Dv], o [B,H,Sq,Dv], last dimensions dense. What counts: key j for query i when j < length[b];
 causal: j ≤ i + offset; window w: j > i + offset − w; boolean mask. Biases: float mask, ALiBi slope[h] · (j − i − offset). k and v may be
-s8 with one fp32 scale per key and head, [B,Hkv,Skv], in arrays of their own. A row without keys gives zeros.
+s8 with one fp32 scale per key and head, [B,Hkv,Skv] of any strides. A row without keys gives zeros. With products of s8 (SageAttention,
+Zhang et al. 2024) queries are rounded as well, a scale a query; keys are s8 then, less their mean over all keys, which no softmax sees.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from llmopt.kernels.gemm import tanh
+from llmopt.kernels.gemm import round_rows, tanh
 from llmopt.kernels.tiles import reject_attention
 from llmopt.launch import AttentionProblem, AttentionTile, Launch
 from llmopt.registry import Kernel, register
@@ -34,7 +35,9 @@ def reject(p: AttentionProblem, t: Target) -> str:
     if p.dtype not in ("fp16", "bf16", "fp32"):
         return f"{p.dtype}: fp16, bf16 and fp32 are possible"
     if p.kv_dtype not in (p.dtype, "i8"):
-        return f"keys of {p.kv_dtype} for queries of {p.dtype}: {p.dtype} and i8 are possible"
+        return f"values of {p.kv_dtype} for queries of {p.dtype}: {p.dtype} and i8 are possible"
+    if p.qk not in ("same", "i8"):
+        return f"products of {p.qk}: same and i8 are possible"
     return ""
 
 
@@ -97,8 +100,8 @@ def keys_of(
 
 @triton.jit
 def attend(
-    q, best, total, acc, i, row_mask, mask_rows, slopes, j0, high, k_base, v_base, k_scale_base, v_scale_base,
-    stride_kn, stride_vn, stride_mn, offset, window, softcap, scale,
+    q, q_scale, shift, o_ptr, best, total, acc, i, row_mask, mask_rows, slopes, j0, high, k_base, v_base, k_scale_base, v_scale_base,
+    stride_kn, stride_vn, stride_ksn, stride_vsn, stride_mn, offset, window, softcap, scale,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
@@ -112,12 +115,17 @@ def attend(
         mask=inside[None, :] & (d < D)[:, None],
         other=0,
     )
+    if q_scale is not None:
+        s = tl.dot(q, k, out_dtype=tl.int32).to(tl.float32) * (q_scale * scale)[:, None]
+    else:
+        if k_scale_base is not None:
+            k = k.to(tl.float32).to(q.dtype)  # codes are exact in fp16 and bf16
+        s = tl.dot(q, k, input_precision="ieee") * scale
     if k_scale_base is not None:
-        k = k.to(tl.float32).to(q.dtype)  # codes are exact in fp16 and bf16
-    s = tl.dot(q, k, input_precision="ieee") * scale
-    if k_scale_base is not None:
-        s *= tl.load(k_scale_base + j, mask=inside, other=0.0)[None, :]
+        s *= tl.load(k_scale_base + far * stride_ksn, mask=inside, other=0.0)[None, :]
     if CAPPED:
+        if shift is not None:
+            s += shift[:, None]
         s = softcap * tanh(s / softcap)
     if slopes is not None:
         s += slopes[:, None] * (j[None, :] - (i + offset)[:, None]).to(tl.float32)
@@ -144,18 +152,19 @@ def attend(
         other=0,
     )
     if v_scale_base is not None:
-        p *= tl.load(v_scale_base + j, mask=inside, other=0.0)[None, :]
-        v = v.to(tl.float32).to(q.dtype)
-    acc = tl.dot(p.to(q.dtype), v, acc * shrink[:, None], input_precision="ieee")
+        p *= tl.load(v_scale_base + far * stride_vsn, mask=inside, other=0.0)[None, :]
+        v = v.to(tl.float32).to(o_ptr.dtype.element_ty)
+    acc = tl.dot(p.to(o_ptr.dtype.element_ty), v, acc * shrink[:, None], input_precision="ieee")
     return higher, total, acc
 
 
 @triton.jit
 def _kernel(
-    q_ptr, k_ptr, v_ptr, o_ptr, k_scale_ptr, v_scale_ptr, mask_ptr, slopes_ptr, lengths_ptr,
+    q_ptr, k_ptr, v_ptr, o_ptr, k_scale_ptr, v_scale_ptr, mean_ptr, mask_ptr, slopes_ptr, lengths_ptr,
     H, group, Sq, Skv, stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    stride_ksb, stride_ksh, stride_ksn, stride_vsb, stride_vsh, stride_vsn,
     stride_ob, stride_oh, stride_om, stride_mb, stride_mh, stride_mm, stride_mn, offset, window, softcap, scale,
-    MASK: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
+    QK: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -169,9 +178,17 @@ def _kernel(
     far = i.to(tl.int64)
     q = tl.load(q_ptr + b * stride_qb + h * stride_qh + far[:, None] * stride_qm + d[None, :],
                 mask=row_mask[:, None] & (d < D)[None, :], other=0.0)  # fmt: skip
-    k_base = k_ptr + b * stride_kb + (h // group) * stride_kh
-    v_base = v_ptr + b * stride_vb + (h // group) * stride_vh
-    scales = (b * (H // group) + h // group) * Skv
+    hk = h // group
+    q_scale = None
+    shift = None
+    if QK == "i8":
+        wide = q.to(tl.float32)
+        if mean_ptr is not None:  # what the mean of the keys would have added to a row's scores
+            mean = tl.load(mean_ptr + (b * (H // group) + hk) * D + d, mask=d < D, other=0.0)
+            shift = tl.sum(wide * mean[None, :], 1) * scale
+        q, q_scale = round_rows(wide)
+    k_base = k_ptr + b * stride_kb + hk * stride_kh
+    v_base = v_ptr + b * stride_vb + hk * stride_vh
     kv_len = Skv
     if lengths_ptr is not None:
         kv_len = tl.minimum(Skv, tl.load(lengths_ptr + b).to(tl.int32))
@@ -197,10 +214,10 @@ def _kernel(
     )
     for j0 in range(low, high, BLOCK_N):
         best, total, acc = attend(
-            q, best, total, acc, i, row_mask, mask_rows, slopes, j0, high, k_base, v_base,
-            k_scale_ptr + scales if k_scale_ptr is not None else None,
-            v_scale_ptr + scales if v_scale_ptr is not None else None,
-            stride_kn, stride_vn, stride_mn, offset, window, softcap, scale,
+            q, q_scale, shift, o_ptr, best, total, acc, i, row_mask, mask_rows, slopes, j0, high, k_base, v_base,
+            k_scale_ptr + b * stride_ksb + hk * stride_ksh if k_scale_ptr is not None else None,
+            v_scale_ptr + b * stride_vsb + hk * stride_vsh if v_scale_ptr is not None else None,
+            stride_kn, stride_vn, stride_ksn, stride_vsn, stride_mn, offset, window, softcap, scale,
             MASK, CAUSAL, WINDOWED, CAPPED, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
     # 4 divide and 5 store
@@ -211,7 +228,10 @@ def _kernel(
 
 @dataclass(frozen=True)
 class Scores:
-    """What else decides about scores: mask broadcast to [B,H,Sq,Skv], slopes [H] fp32, lengths [B], scales [B,Hkv,Skv] fp32."""
+    """What else decides about scores: mask broadcast to [B,H,Sq,Skv], slopes [H] fp32, lengths [B], scales [B,Hkv,Skv] fp32.
+
+    mean [B,Hkv,D] fp32, dense: what was subtracted from keys before they were rounded; a softcap needs it, a softmax does not.
+    """
 
     scale: float = 1.0
     causal: bool = False
@@ -223,6 +243,7 @@ class Scores:
     lengths: Any = None
     k_scale: Any = None
     v_scale: Any = None
+    mean: Any = None
 
     def arguments(self) -> dict[str, Any]:
         mask = self.mask
@@ -231,7 +252,7 @@ class Scores:
         strides = (0, 0, 0, 0) if mask is None else mask.stride()
         return {
             "mask_ptr": mask, "slopes_ptr": self.slopes, "lengths_ptr": self.lengths,
-            "k_scale_ptr": self.k_scale, "v_scale_ptr": self.v_scale,
+            "k_scale_ptr": self.k_scale, "v_scale_ptr": self.v_scale, **_strides("ks", self.k_scale), **_strides("vs", self.v_scale),
             **dict(zip(("stride_mb", "stride_mh", "stride_mm", "stride_mn"), strides, strict=True)),
             "offset": self.offset, "window": self.window, "softcap": float(self.softcap), "scale": float(self.scale),
         }  # fmt: skip
@@ -245,12 +266,19 @@ class Scores:
         }  # fmt: skip
 
 
+def _strides(name: str, tensor: Any) -> dict[str, int]:
+    """Of the first three dimensions; zeros where there is no tensor."""
+    strides = (0, 0, 0) if tensor is None else tensor.stride()[:3]
+    return dict(zip((f"stride_{name}{axis}" for axis in "bhn"), strides, strict=True))
+
+
 READS = (
     "q_ptr",
     "k_ptr",
     "v_ptr",
     "k_scale_ptr",
     "v_scale_ptr",
+    "mean_ptr",
     "mask_ptr",
     "slopes_ptr",
     "lengths_ptr",
@@ -269,10 +297,15 @@ def operands(p: AttentionProblem, q, k, v, o, scores: Scores) -> dict[str, Any]:
 
 def launch(p: AttentionProblem, c: AttentionTile, t: Target, q, k, v, o, scores: Scores) -> Launch:
     """q, k, v, o as above, of any strides with dense last dimensions."""
-    constants = {**scores.constants(p), "BLOCK_M": c.block_m, "BLOCK_N": c.block_n}
+    constants = {**scores.constants(p), "QK": p.qk, "BLOCK_M": c.block_m, "BLOCK_N": c.block_n}
+    if p.qk == "i8":
+        constants["BLOCK_D"] = max(
+            constants["BLOCK_D"], 32
+        )  # fewer products of s8 no instruction has
+    mean = scores.mean if scores.softcap > 0 else None
     return Launch(
         "attention.triton", _kernel, (triton.cdiv(p.q_len, c.block_m), p.batch * p.heads),
-        operands(p, q, k, v, o, scores), constants, c.num_warps, c.num_stages, reads=READS, writes=("o_ptr",),
+        {**operands(p, q, k, v, o, scores), "mean_ptr": mean}, constants, c.num_warps, c.num_stages, reads=READS, writes=("o_ptr",),
     )  # fmt: skip
 
 

@@ -26,6 +26,8 @@ def reject(p: AttentionProblem, t: Target) -> str:
     rows = p.heads // p.kv_heads * p.q_len
     if rows > MOST_ROWS:
         return f"{rows} rows a kv head: up to {MOST_ROWS} are possible"
+    if p.qk != "same":
+        return "few queries are not worth rounding every key"
     return reject_operands(p, t)
 
 
@@ -67,6 +69,7 @@ def rows_of(p: AttentionProblem) -> int:
 def _kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, k_scale_ptr, v_scale_ptr, mask_ptr, slopes_ptr, lengths_ptr, partial_ptr, counter_ptr,
     H, group, Sq, Skv, stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    stride_ksb, stride_ksh, stride_ksn, stride_vsb, stride_vsh, stride_vsn,
     stride_ob, stride_oh, stride_om, stride_mb, stride_mh, stride_mm, stride_mn, offset, window, softcap, scale,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -85,7 +88,6 @@ def _kernel(
                 mask=row_mask[:, None] & (d < D)[None, :], other=0.0)  # fmt: skip
     k_base = k_ptr + b * stride_kb + hk * stride_kh
     v_base = v_ptr + b * stride_vb + hk * stride_vh
-    scales = (b * kv_heads + hk) * Skv
     kv_len = Skv
     if lengths_ptr is not None:
         kv_len = tl.minimum(Skv, tl.load(lengths_ptr + b).to(tl.int32))
@@ -105,10 +107,10 @@ def _kernel(
     last = tl.minimum(first + share, high)
     for j0 in range(first, last, BLOCK_N):
         best, total, acc = attend(
-            q, best, total, acc, i, row_mask, mask_rows, slopes, j0, last, k_base, v_base,
-            k_scale_ptr + scales if k_scale_ptr is not None else None,
-            v_scale_ptr + scales if v_scale_ptr is not None else None,
-            stride_kn, stride_vn, stride_mn, offset, window, softcap, scale,
+            q, None, None, o_ptr, best, total, acc, i, row_mask, mask_rows, slopes, j0, last, k_base, v_base,
+            k_scale_ptr + b * stride_ksb + hk * stride_ksh if k_scale_ptr is not None else None,
+            v_scale_ptr + b * stride_vsb + hk * stride_vsh if v_scale_ptr is not None else None,
+            stride_kn, stride_vn, stride_ksn, stride_vsn, stride_mn, offset, window, softcap, scale,
             MASK, CAUSAL, WINDOWED, CAPPED, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
     # 4 merge, divide and 5 store, by the last block of this head

@@ -1,4 +1,4 @@
-"""What every matrix product shares: the order of tiles, statistics of a norm in front, split-K, activations and the epilogue."""
+"""What kernels share: rounding, activations; of matrix products the order of tiles, a norm in front, split-K and the epilogue."""
 
 from __future__ import annotations
 
@@ -14,6 +14,25 @@ def tanh(x):
     squared = x * x
     series = x * (1.0 - squared * (0.3333333333333333 - squared * 0.13333333333333333))
     return tl.where(tl.abs(x) < 0.1, series, tl.where(x < 0, -t, t))
+
+
+@triton.jit
+def round_even(x):
+    """The nearest integer of |x| < 2²², ties to even: beyond 1.5 · 2²³ fp32 has no fractions left."""
+    return (x + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def round_rows(x):
+    """Rows x [M, K] in fp32 → codes −127 … 127 [M, K] s8 and their scales [M]: largest magnitude / 127, ties to even.
+
+    A row whose scale has no finite reciprocal gets zeros. One with a NaN or an infinity gets the scale NaN, so that it stays visible.
+    """
+    scale = tl.max(tl.abs(x), 1) / 127.0
+    inverse = tl.where(scale >= 1.1754943508222875e-38, 1.0 / scale, 0.0)
+    is_number = tl.sum(x * 0.0, 1) == 0.0
+    codes = tl.where(is_number[:, None], round_even(x * inverse[:, None]), 0.0)
+    return codes.to(tl.int8), tl.where(is_number, scale, float("nan"))
 
 
 @triton.jit

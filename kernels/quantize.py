@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from llmopt.kernels.gemm import activate
+from llmopt.kernels.gemm import activate, round_rows
 from llmopt.kernels.operands import Around
 from llmopt.launch import Launch, RowProblem, RowTile
 from llmopt.registry import Kernel, register
@@ -23,12 +23,6 @@ def reject(p: RowProblem, t: Target) -> str:
 def tiles(p: RowProblem, t: Target) -> tuple[RowTile, ...]:
     block = max(triton.next_power_of_2(p.k), 32)
     return (RowTile(block, 16 if block > 8192 else 8 if block > 2048 else 4),)
-
-
-@triton.jit
-def round_even(x):
-    """The nearest integer of |x| < 2²², ties to even: beyond 1.5 · 2²³ fp32 has no fractions left."""
-    return (x + 12582912.0) - 12582912.0
 
 
 @triton.jit
@@ -52,11 +46,8 @@ def _kernel(
     if norm_bias_ptr is not None:
         h += tl.load(norm_bias_ptr + ks, mask=mask, other=0.0).to(tl.float32)
     rows = tl.reshape(tl.where(mask, h, 0.0), (BLOCK_K // GROUP, GROUP))
-    scale = tl.max(tl.abs(rows), 1) / 127.0
-    # A group whose scale has no finite reciprocal counts as zero.
-    inverse = tl.where(scale >= 1.1754943508222875e-38, 1.0 / scale, 0.0)
-    codes = tl.reshape(round_even(rows * inverse[:, None]), (BLOCK_K,))
-    tl.store(q_ptr + row * K + ks, codes.to(tl.int8), mask=mask)
+    codes, scale = round_rows(rows)
+    tl.store(q_ptr + row * K + ks, tl.reshape(codes, (BLOCK_K,)), mask=mask)
     numbers = tl.arange(0, BLOCK_K // GROUP)
     tl.store(scale_ptr + row * groups + numbers, scale, mask=numbers < groups)
 

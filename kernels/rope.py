@@ -1,5 +1,7 @@
 """rope and its place before attention:  q and k rotated by position, k and v written behind a cache's keys, in one launch.
 
+A cache may hold s8 codes with a scale per token and head: what is written is rounded first.
+
 x [B,H,S,D], cos and sin [B|1,1,S,R]: the first R dimensions turn in pairs, (i, i + R/2) for "half", (2i, 2i + 1) for "interleaved".
 """
 
@@ -7,6 +9,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from llmopt.kernels.gemm import round_rows
 from llmopt.launch import Launch, RowProblem, RowTile
 from llmopt.registry import Kernel, register
 from llmopt.types import Target
@@ -29,6 +32,47 @@ def copy_heads(x_ptr, y_ptr, h, heads, stride_xh, stride_yh, first, D, BLOCK: tl
     mask = (h < heads)[:, None] & (d < D)[None, :]
     x = tl.load(x_ptr + (h * stride_xh)[:, None] + d[None, :], mask=mask)
     tl.store(y_ptr + (h * stride_yh)[:, None] + d[None, :], x, mask=mask)
+
+
+@triton.jit
+def store_codes(x, rows, scale_ptr, h, heads, d, D, stride_sh):
+    """Rounds heads x [BLOCK_H, BLOCK] in fp32, zero outside, to codes at rows [BLOCK_H], as ops/kv_codes.py says."""
+    codes, scale = round_rows(x)
+    tl.store(rows[:, None] + d[None, :], codes, mask=(h < heads)[:, None] & (d < D)[None, :])
+    tl.store(scale_ptr + h * stride_sh, scale, mask=h < heads)
+
+
+@triton.jit
+def _turned(
+    x_ptr,
+    cos_row,
+    sin_row,
+    h,
+    heads,
+    stride_xh,
+    d,
+    KIND: tl.constexpr,
+    D: tl.constexpr,
+    R: tl.constexpr,
+):
+    """Dimensions d of heads h [BLOCK_H] of one token in fp32, rotated unless KIND is "none"; zero where there are none."""
+    x_rows = x_ptr + (h * stride_xh)[:, None]
+    inside = (h < heads)[:, None]
+    x = tl.load(x_rows + d[None, :], mask=inside & (d < D)[None, :], other=0.0).to(tl.float32)
+    if KIND != "none":
+        if KIND == "half":
+            other = tl.where(d < R // 2, d + R // 2, d - R // 2)
+            sign = tl.where(d < R // 2, -1.0, 1.0)
+        else:
+            other = d ^ 1
+            sign = tl.where(d % 2 == 0, -1.0, 1.0)
+        y = tl.load(x_rows + other[None, :], mask=inside & (d < R)[None, :], other=0.0).to(
+            tl.float32
+        )
+        cos = tl.load(cos_row + d, mask=d < R, other=1.0).to(tl.float32)
+        sin = tl.load(sin_row + d, mask=d < R, other=0.0).to(tl.float32)
+        x = x * cos[None, :] + y * (sin * sign)[None, :]
+    return x
 
 
 @triton.jit
@@ -62,10 +106,10 @@ def _rotate(
 
 @triton.jit
 def _kernel(
-    q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr, v_out_ptr, S, H, Hkv,
+    q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr, v_out_ptr, k_scale_ptr, v_scale_ptr, S, H, Hkv,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_qob, stride_qoh, stride_qos, stride_kob, stride_koh, stride_kos, stride_vob, stride_voh, stride_vos,
-    stride_cb, stride_cs, stride_sb, stride_ss,
+    stride_ksb, stride_ksh, stride_kss, stride_vsb, stride_vsh, stride_vss, stride_cb, stride_cs, stride_sb, stride_ss,
     KIND: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, R: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_REST: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -83,28 +127,63 @@ def _kernel(
     elif part < q_parts + kv_parts:
         if k_ptr is not None:
             h = (part - q_parts) * BLOCK_H + lane
-            x, y = (
+            k, k_to = (
                 k_ptr + b * stride_kb + s * stride_ks,
                 k_out_ptr + b * stride_kob + s * stride_kos,
             )
-            if KIND == "none":
-                copy_heads(x, y, h, Hkv, stride_kh, stride_koh, 0, D, BLOCK_D)
+            cos_row, sin_row = None, None
+            if KIND != "none":
+                cos_row, sin_row = (
+                    cos_ptr + b * stride_cb + s * stride_cs,
+                    sin_ptr + b * stride_sb + s * stride_ss,
+                )
+            if k_scale_ptr is not None:
+                scale = k_scale_ptr + b * stride_ksb + s * stride_kss
+                d = tl.arange(0, BLOCK_D)
+                turned = _turned(k, cos_row, sin_row, h, Hkv, stride_kh, d, KIND, D, R)
+                store_codes(turned, k_to + h * stride_koh, scale, h, Hkv, d, D, stride_ksh)
+            elif KIND == "none":
+                copy_heads(k, k_to, h, Hkv, stride_kh, stride_koh, 0, D, BLOCK_D)
             else:
-                _rotate(x, y, cos_ptr + b * stride_cb + s * stride_cs, sin_ptr + b * stride_sb + s * stride_ss,
-                        h, Hkv, stride_kh, stride_koh, KIND, D, R, BLOCK_R, BLOCK_REST)  # fmt: skip
+                _rotate(
+                    k,
+                    k_to,
+                    cos_row,
+                    sin_row,
+                    h,
+                    Hkv,
+                    stride_kh,
+                    stride_koh,
+                    KIND,
+                    D,
+                    R,
+                    BLOCK_R,
+                    BLOCK_REST,
+                )
     else:
         if v_ptr is not None:
             h = (part - q_parts - kv_parts) * BLOCK_H + lane
-            copy_heads(v_ptr + b * stride_vb + s * stride_vs, v_out_ptr + b * stride_vob + s * stride_vos,
-                  h, Hkv, stride_vh, stride_voh, 0, DV, BLOCK_DV)  # fmt: skip
+            v, v_to = (
+                v_ptr + b * stride_vb + s * stride_vs,
+                v_out_ptr + b * stride_vob + s * stride_vos,
+            )
+            if v_scale_ptr is not None:
+                v_scale = v_scale_ptr + b * stride_vsb + s * stride_vss
+                e = tl.arange(0, BLOCK_DV)
+                values = _turned(v, None, None, h, Hkv, stride_vh, e, "none", DV, 0)
+                store_codes(values, v_to + h * stride_voh, v_scale, h, Hkv, e, DV, stride_vsh)
+            else:
+                copy_heads(v, v_to, h, Hkv, stride_vh, stride_voh, 0, DV, BLOCK_DV)
 
 
 def launch(
-    p: RowProblem, c: RowTile, t: Target, q, q_out, cos, sin, kind: str, k=None, k_out=None, v=None, v_out=None
+    p: RowProblem, c: RowTile, t: Target, q, q_out, cos, sin, kind: str, k=None, k_out=None, v=None, v_out=None,
+    k_scale=None, v_scale=None,
 ) -> Launch:  # fmt: skip
     """q [B,H,S,D] → q_out; k, v [B,Hkv,S,·] → k_out, v_out of the same shapes, or None; cos and sin [B|1,1,S,R].
 
-    kind "none" copies k and v only, and q is not written: q_out, cos and sin are None.
+    kind "none" copies k and v only, and q is not written: q_out, cos and sin are None. With scales [B,Hkv,S] fp32, k_out and v_out
+    take codes s8.
     """
     shape = (k if q is None else q).shape
     batch, length, d = shape[0], shape[2], shape[3]
@@ -112,9 +191,11 @@ def launch(
     width, dv = (0 if cos is None else cos.shape[3]), (0 if v is None else v.shape[3])
     arguments = {
         "q_ptr": q, "k_ptr": k, "v_ptr": v, "cos_ptr": cos, "sin_ptr": sin,
-        "q_out_ptr": q_out, "k_out_ptr": k_out, "v_out_ptr": v_out, "S": length, "H": heads, "Hkv": kv_heads,
+        "q_out_ptr": q_out, "k_out_ptr": k_out, "v_out_ptr": v_out,
+        "k_scale_ptr": k_scale, "v_scale_ptr": v_scale, "S": length, "H": heads, "Hkv": kv_heads,
     }  # fmt: skip
-    for name, tensor in (("q", q), ("k", k), ("v", v), ("qo", q_out), ("ko", k_out), ("vo", v_out)):
+    for name, tensor in (("q", q), ("k", k), ("v", v), ("qo", q_out), ("ko", k_out), ("vo", v_out),
+                         ("ks", k_scale), ("vs", v_scale)):  # fmt: skip
         for axis, stride in zip(
             "bhs", (0, 0, 0) if tensor is None else tensor.stride()[:3], strict=True
         ):
@@ -132,7 +213,8 @@ def launch(
     parts = triton.cdiv(heads, c.block_k) + 2 * triton.cdiv(kv_heads, c.block_k)
     return Launch(
         "rope.triton", _kernel, (batch * length, parts), arguments, constants, c.num_warps, c.num_stages,
-        reads=("q_ptr", "k_ptr", "v_ptr", "cos_ptr", "sin_ptr"), writes=("q_out_ptr", "k_out_ptr", "v_out_ptr"),
+        reads=("q_ptr", "k_ptr", "v_ptr", "cos_ptr", "sin_ptr"),
+        writes=("q_out_ptr", "k_out_ptr", "v_out_ptr", "k_scale_ptr", "v_scale_ptr"),
     )  # fmt: skip
 
 

@@ -15,6 +15,9 @@ BOUNDS = {
     torch.bfloat16: (4e-2, 8e-3),
 }
 
+# RMS error of attention whose queries and keys are rounded to 8 bits, relative to the RMS of the exact result.
+INT8_QK = 2e-2
+
 
 def assert_close(got: torch.Tensor, want: torch.Tensor, dtype: torch.dtype | None = None) -> None:
     """Compares with a float64 reference; infinities and NaNs must be in the same places. Integers must be equal."""

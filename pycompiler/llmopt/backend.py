@@ -19,8 +19,8 @@ from llmopt.gpu.device import choose_target
 from llmopt.gpu.tune.lookup import chooser_for
 from llmopt.graph import kind
 from llmopt.messages import say
-from llmopt.options import Options, check_for_gpu, parse_options
-from llmopt.passes import kv_cache, quantize
+from llmopt.options import Options, check_for_cpu, check_for_gpu, parse_options
+from llmopt.passes import attention_precision, kv_cache, quantize
 from llmopt.passes.pipeline import passes
 from llmopt.passes.verify import check_form, check_values, run_copy
 from llmopt.plan import make_plan
@@ -51,7 +51,9 @@ def llmopt(
     if reason:
         say(1, f"graph of {len(gm.graph.nodes)} nodes runs as in PyTorch: {reason}")
         return CompiledGraph(None, gm, {}, chosen, reason)
-    if machine.gpu is not None:
+    if machine.gpu is None:
+        check_for_cpu(chosen)
+    else:
         check_for_gpu(chosen, str(machine))
     return _compile(gm, example_inputs, chosen, machine)
 
@@ -115,6 +117,8 @@ def _run_passes(
                 decision, schemes = chosen.decision, chosen.schemes
         exact = quantize.run(graph, SCHEMES.get(options.precision), schemes)
         _say_exact(options, exact)
+        if options.attention == "int8":
+            attention_precision.run(graph)
 
     chosen = passes(quantise, settings.disabled_passes())
     values = run_copy(gm, example_inputs) if settings.verify_passes() else None

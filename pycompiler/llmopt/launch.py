@@ -89,9 +89,12 @@ class AttentionProblem:
     head_dim: int
     value_dim: int
     dtype: str
-    kv_dtype: str  # dtype, or "i8" with scales
+    kv_dtype: str  # of values: dtype, or "i8" with scales
     causal: bool = False
     window: int = 0
+    qk: str = (
+        "same"  # what queries and keys are multiplied in: as they are, or both rounded to "i8"
+    )
 
 
 @dataclass(frozen=True)

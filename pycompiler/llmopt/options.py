@@ -13,8 +13,10 @@ MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagrap
 PRECISIONS = ("exact", *SCHEMES, "auto")
 WEIGHTS = ("keep", "packed")
 KV_CACHES = ("same", "int8")
+ATTENTIONS = ("exact", "int8")
 DEVICES = ("cpu", "cuda", "hip")
-CPU_ONLY = {"precision": "auto", "kv_cache": "int8", "weights": "packed"}
+CPU_ONLY = {"precision": "auto", "weights": "packed"}
+GPU_ONLY = {"attention": "int8"}
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class Options:
     precision: str = "exact"
     accuracy_budget: float = DEFAULT_BUDGET  # of precision="auto": KL divergence of the logits
     kv_cache: str = "same"
+    attention: str = "exact"  # "int8": queries and keys are multiplied as signed bytes
     target: str | None = None  # None: the machine or GPU the tensors are on
     weights: str = "keep"  # "packed": the module's own leave memory once packed, see llmopt.offload
 
@@ -38,7 +41,7 @@ def _choose(name: str, value: Any, known: tuple[str, ...]) -> str:
 def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> Options:
     """Checks mode and options; raises ValueError that names the allowed values."""
     given = dict(options or {})
-    names = ("precision", "accuracy_budget", "kv_cache", "target", "weights")
+    names = ("precision", "accuracy_budget", "kv_cache", "attention", "target", "weights")
     for name in given:
         if name not in names:
             raise ValueError(
@@ -57,6 +60,7 @@ def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> Option
         mode=_choose("mode", mode or "default", MODES),
         precision=_choose("precision", given.get("precision", "exact"), PRECISIONS),
         kv_cache=_choose("kv_cache", given.get("kv_cache", "same"), KV_CACHES),
+        attention=_choose("attention", given.get("attention", "exact"), ATTENTIONS),
         target=wanted_target,
         weights=_choose("weights", given.get("weights", "keep"), WEIGHTS),
     )
@@ -71,4 +75,13 @@ def check_for_gpu(options: Options, target: str) -> None:
         if getattr(options, name) == value:
             raise ValueError(
                 f"llmopt: {name}={value!r} is not available for target={target!r}; possible: for cpu"
+            )
+
+
+def check_for_cpu(options: Options) -> None:
+    """Raises ValueError when options that only GPUs have were asked for where the target is the CPU."""
+    for name, value in GPU_ONLY.items():
+        if getattr(options, name) == value:
+            raise ValueError(
+                f"llmopt: {name}={value!r} is not available for target='cpu'; possible: for cuda:<generation>, hip:<generation>"
             )

@@ -29,9 +29,10 @@ ERRORS = {
         {"options": {"target": "cuda:90", "precision": "auto"}},
         ("precision='auto'", "not available", "cuda:90", "cpu"),
     ),
-    "target-kv-cache": (
-        {"options": {"target": "cuda:90", "kv_cache": "int8"}},
-        ("kv_cache='int8'", "not available", "cuda:90", "cpu"),
+    "attention": ({"options": {"attention": "fp8"}}, ("fp8", "exact", "int8")),
+    "cpu-attention": (
+        {"options": {"attention": "int8"}},
+        ("attention='int8'", "not available", "target='cpu'", "cuda", "hip"),
     ),
     "target-weights": (
         {"options": {"target": "cuda:90", "weights": "packed"}},

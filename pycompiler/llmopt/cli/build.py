@@ -30,7 +30,7 @@ def add(commands: Any) -> None:
         "--precision",
         default="exact",
         choices=("exact", *SCHEMES),
-        help="what linears are rounded to, exact by default; those of w4a8 have no GPU kernel but the head's",
+        help="what linears are rounded to, exact by default",
     )
     parser.set_defaults(run=run)
 

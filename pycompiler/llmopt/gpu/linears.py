@@ -53,7 +53,7 @@ class _Linear:
         if y.numel() == 0:
             return []
         weight = call.weights[self.weight]
-        if self.scheme == "w8a8":
+        if self.scheme in ("w8a8", "w4a8"):
             return self._rounded(call, x, y, weight)
         norm, before = self.norm, []
         if norm != "none" and x.shape[0] > FUSED_NORM_ROWS:
@@ -84,7 +84,7 @@ class _Linear:
         p = self._problem(x, y, "none")
         launch = call.launch(
             "linear_quantized", p, codes, scales, weight.weight, weight.scales, y,
-            self._around(call, weight, "none"), **_up(weight, "up", "up_scale"),
+            self._around(call, weight, "none"), w_offset=weight.offsets, **_up(weight, "up", "up_scale", "up_offset"),
         )  # fmt: skip
         return [before, launch]
 
@@ -158,10 +158,6 @@ def _reject_quantized(node: fx.Node) -> str:
     if reason:
         return reason
     form, k = cpu_quantized.form_of(p), cpu_quantized.inputs_of(p)
-    if form.bits == 4 and p["activations"] == "int8":
-        return "no kernel for w4a8 on a GPU; w8a8, w8a16 and w4a16 are possible"
-    if form.bits == 8 and p["activations"] == "int8" and not form.symmetric:
-        return "no kernel for w8a8 with offsets on a GPU"
     if form.group not in (k, *_GROUPS) or k % 16:
         return f"groups of {form.group}: {', '.join(map(str, _GROUPS))} and all {k} are possible on a GPU"
     return (
@@ -176,7 +172,7 @@ def _lower_quantized(s: GpuSegmentBuilder, node: fx.Node) -> None:
     form, k = cpu_quantized.form_of(p), cpu_quantized.inputs_of(p)
     spec = cpu_quantized.spec_of(s, p, form)
     n = sum(fake(c).shape[0] for c in p["codes"])
-    scheme = "w8a8" if p["activations"] == "int8" else f"w{form.bits}a16"
+    scheme = cpu_quantized.scheme_of(p, form).name
     group = 0 if form.group == k else form.group
     size = n * k * form.bits // 8 + n * (k // form.group) * (4 if form.symmetric else 8)
     _add(

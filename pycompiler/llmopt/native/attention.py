@@ -58,6 +58,11 @@ def _reject_heads(q: fx.Node, keys_and_values: Sequence[fx.Node], mask: fx.Node 
     return ""
 
 
+def _reject_qk(node: fx.Node) -> str:
+    qk = node.kwargs.get("qk", "same")
+    return "" if qk == "same" else f"products of queries and keys in {qk} are for GPUs"
+
+
 def reject_attention(node: fx.Node) -> str:
     return _reject_heads(node.args[0], node.args[1:3], attention_settings(node, 3)["mask"])
 
@@ -105,7 +110,7 @@ def _mask_operands(
     return broadcast(view, view.size, whole), broadcast(bounds, size, (*whole[:3], 4))
 
 
-def _codes(keys: Tensor) -> str:
+def codes(keys: Tensor) -> str:
     return "+int8_kv" if keys.dtype == torch.int8 else ""
 
 
@@ -141,7 +146,7 @@ def _lower_attention(s: SegmentBuilder, node: fx.Node) -> None:
     operands = [s.view(q), s.view(k), s.view(v), s.view(node), mask, bounds, *[None] * 5]
     ints = [int(a["causal"]), a["causal_offset"], a["window"], 0, 0]
     detail = "causal" if a["causal"] else "mask" if mask is not None else "full"
-    detail += _codes(fake(k))
+    detail += codes(fake(k))
     record = attention_record(node, q, (fake(k), fake(v)), detail, (q, k, v), (node,))
     s.step("attention", operands, ints, [a["scale"], a["softcap"]], record)
 
@@ -183,14 +188,18 @@ def _lower_attention_append(s: SegmentBuilder, node: fx.Node) -> None:
     ints = [int(a["causal"]), a["causal_offset"], a["window"], ROPE_KINDS.index(rope_name), 1]
     detail = "append" + (f"+rope_{rope_name}" if rope_name != "none" else "")
     detail += "+causal" if a["causal"] else "+mask" if mask is not None else ""
-    detail += _codes(keys)
+    detail += codes(keys)
     record = attention_record(node, q, (keys, values), detail, (q, k_new, v_new), ())
     s.step("attention", operands, ints, [a["scale"], a["softcap"]], record)
 
 
 KERNELS = {
-    "llmopt.attention": NativeKernel("attention.cpu", reject_attention, _lower_attention),
+    "llmopt.attention": NativeKernel(
+        "attention.cpu", lambda n: _reject_qk(n) or reject_attention(n), _lower_attention
+    ),
     "llmopt.attention_append": NativeKernel(
-        "attention.cpu", reject_attention_append, _lower_attention_append
+        "attention.cpu",
+        lambda n: _reject_qk(n) or reject_attention_append(n),
+        _lower_attention_append,
     ),
 }

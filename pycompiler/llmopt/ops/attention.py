@@ -35,16 +35,22 @@ def attention(
     causal_offset: int = 0,
     window: int = 0,
     softcap: float = 0.0,
+    qk: str = "same",
 ) -> Tensor:
     """q [B,H,Sq,D], k [B,Hkv,Skv,D], v [B,Hkv,Skv,Dv] → [B,H,Sq,Dv] in q's dtype; H a multiple of Hkv.
 
     k and v may be int8 rows of ops.kv_codes, four bytes longer.
     mask: bool (True = attend) or additive float, broadcastable to [B,H,Sq,Skv]. Computed in float32. A row with no key gives zeros.
+    qk: "int8" rounds queries and keys to signed bytes before they are multiplied, a scale for each, keys less their mean over all
+    positions (unless they are codes already); a kernel may leave few queries as they are.
     """
     group = q.shape[1] // k.shape[1]
     floats = [dequantize_rows(t) if t.dtype == torch.int8 else t.float() for t in (k, v)]
     kf, vf = (t.repeat_interleave(group, 1) if group > 1 else t for t in floats)
-    scores = torch.matmul(q.float(), kf.transpose(2, 3)) * scale
+    if qk == "int8":
+        scores = _rounded_scores(q.float(), kf, k.dtype == torch.int8) * scale
+    else:
+        scores = torch.matmul(q.float(), kf.transpose(2, 3)) * scale
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     allowed = _allowed(q, k, causal, causal_offset, window)
@@ -59,6 +65,16 @@ def attention(
     dead = (scores == float("-inf")).all(-1, keepdim=True)
     weights = torch.softmax(scores, -1).masked_fill(dead, 0.0)
     return torch.matmul(weights, vf).to(q.dtype)
+
+
+def _rounded_scores(q: Tensor, k: Tensor, is_rounded: bool) -> Tensor:
+    """q kᵀ of queries and keys that are rounded row by row; k [B,H,Skv,D] is less its mean meanwhile, unless it is rounded."""
+    queries = dequantize_rows(quantize_rows(q))
+    if is_rounded:
+        return torch.matmul(queries, k.transpose(2, 3))
+    mean = k.mean(2, keepdim=True)
+    keys = dequantize_rows(quantize_rows(k - mean))
+    return torch.matmul(queries, keys.transpose(2, 3)) + torch.matmul(q, mean.transpose(2, 3))
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, *_settings: Any, **_named: Any) -> Tensor:
@@ -89,6 +105,7 @@ def attention_append(
     softcap: float = 0.0,
     *,
     as_codes: bool = False,
+    qk: str = "same",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rotates q and k_new, appends k_new and v_new [B,Hkv,Sn,·] to the caches [B,Hkv,S,·], attends.
 
@@ -103,7 +120,7 @@ def attention_append(
         k_new, v_new = quantize_rows(k_new), quantize_rows(v_new)
     keys = k_new if k_cache is None else torch.cat((k_cache, k_new), 2)
     values = v_new if v_cache is None else torch.cat((v_cache, v_new), 2)
-    out = attention(q, keys, values, mask, scale, causal, causal_offset, window, softcap)
+    out = attention(q, keys, values, mask, scale, causal, causal_offset, window, softcap, qk)
     return out, keys, values
 
 

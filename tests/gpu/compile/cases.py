@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from llmopt import kernels
+from llmopt.gpu.attentions import codes_and_scales
 from llmopt.launch import AttentionProblem, ChainProblem, Launch, LinearProblem, RowProblem
 from llmopt.types import Target
 
@@ -27,6 +28,7 @@ from llmopt.kernels import (  # noqa: E402
     quantize,
     rope,
     rotary_table,
+    round_keys,
     softmax,
     swiglu,
 )
@@ -64,14 +66,18 @@ def _linear(module, m: int, gated: bool = False, norm_kind: str = "none", n: int
     return launches
 
 
-def _w8a8(m: int, group: int, gated: bool = False) -> Case:
+def _w8a8(m: int, group: int, gated: bool = False, bits: int = 8) -> Case:
     def launches(t: Target) -> list[Launch]:
         groups = HIDDEN // group if group else 1
         p = LinearProblem(
-            m, HIDDEN, HIDDEN, "fp16", "w8a8", group, "silu" if gated else "none", gated
+            m, HIDDEN, HIDDEN, "fp16", f"w{bits}a8", group, "silu" if gated else "none", gated
         )
         weight, scale = meta(HIDDEN, HIDDEN, dtype=I8), meta(HIDDEN, groups, dtype=F32)
+        if bits == 4:
+            weight = meta(HIDDEN, HIDDEN // 2, dtype=U8)
         more = {"up": weight, "up_scale": scale} if gated else {}
+        if bits == 4:
+            more |= {"w_offset": scale, "up_offset": scale if gated else None}
         return _every_tile(linear_w8a8, p, t, meta(m, HIDDEN, dtype=I8), meta(m, groups, dtype=F32), weight, scale,
                            meta(m, HIDDEN), Around(bias=meta(HIDDEN)), **more)  # fmt: skip
 
@@ -93,21 +99,26 @@ def _weight_only(scheme: str, m: int, group: int, offsets: bool) -> Case:
     return launches
 
 
-def _attention(module, q_len: int, kv_len: int, d: int = 128, int8: bool = False, **more) -> Case:
+def _attention(
+    module, q_len: int, kv_len: int, d: int = 128, int8: bool = False, qk: str = "same", **more
+) -> Case:
+    """int8: keys and values are codes; qk "i8": keys alone are, and queries are rounded."""
+
     def launches(t: Target) -> list[Launch]:
         heads, kv_heads = 32, 8
         p = AttentionProblem(
-            1, heads, kv_heads, q_len, kv_len, d, d, "fp16", "i8" if int8 else "fp16"
+            1, heads, kv_heads, q_len, kv_len, d, d, "fp16", "i8" if int8 else "fp16", qk=qk
         )
         q, o = (meta(1, q_len, heads, d).transpose(1, 2) for _ in range(2))
-        k, v = (
-            meta(kv_len, 1, kv_heads, d, dtype=I8 if int8 else F16).permute(1, 2, 0, 3)
-            for _ in range(2)
+        dtypes = I8 if int8 or qk == "i8" else F16, I8 if int8 else F16
+        k, v = (meta(kv_len, 1, kv_heads, d, dtype=x).permute(1, 2, 0, 3) for x in dtypes)
+        k_scale, v_scale = (
+            meta(1, kv_heads, kv_len, dtype=F32) if x == I8 else None for x in dtypes
         )
-        scale = meta(1, kv_heads, kv_len, dtype=F32) if int8 else None
         scores = Scores(
-            scale=d**-0.5, causal=True, offset=kv_len - q_len, k_scale=scale, v_scale=scale, **more
-        )
+            scale=d**-0.5, causal=True, offset=kv_len - q_len, k_scale=k_scale, v_scale=v_scale,
+            mean=meta(1, kv_heads, d, dtype=F32), **more,
+        )  # fmt: skip
         return _every_tile(module, p, t, q, k, v, o, scores)
 
     return launches
@@ -136,6 +147,26 @@ def _rope(t: Target) -> list[Launch]:
     return _every_tile(
         rope, p, t, q, meta(1, 512, 32, 128).transpose(1, 2), table, table, "half", k, keys, v, keys
     )
+
+
+def _rope_codes(t: Target) -> list[Launch]:
+    k, v = (meta(1, 512, 8, 128).transpose(1, 2) for _ in range(2))
+    rows = meta(640, 1, 8, 132, dtype=I8).permute(1, 2, 0, 3)[:, :, 128:]
+    codes, scale = codes_and_scales(rows)
+    table, p = meta(1, 1, 512, 128), RowProblem(512, 128, "fp16")
+    return _every_tile(rope, p, t, k, meta(1, 512, 8, 128).transpose(1, 2), table, table, "half",
+                       k, codes, v, codes, scale, scale)  # fmt: skip
+
+
+def _round_keys(t: Target) -> list[Launch]:
+    k, p = meta(1, 512, 8, 128).transpose(1, 2), RowProblem(8 * 512, 128, "fp16")
+    sums, mean = meta(1, 8, 16, 128, dtype=F32), meta(1, 8, 128, dtype=F32)
+    codes, scale = meta(1, 8, 512, 128, dtype=I8), meta(1, 8, 512, dtype=F32)
+    (tile,) = round_keys.tiles(p, t)
+    return [
+        round_keys.launch_sums(p, tile, t, k, sums),
+        round_keys.launch(p, tile, t, k, sums, codes, scale, mean),
+    ]
 
 
 def _norm(t: Target) -> list[Launch]:
@@ -198,6 +229,9 @@ PRODUCTS: dict[str, Case] = {
     "w8a8 4096 channel": _w8a8(4096, 0),
     "w8a8 4096 channel gated": _w8a8(4096, 0, gated=True),
     "w8a8 4096 groups": _w8a8(4096, 64),
+    "w4a8 1 groups": _w8a8(1, 32, bits=4),
+    "w4a8 512 groups": _w8a8(512, 32, bits=4),
+    "w4a8 4096 gated": _w8a8(4096, 128, gated=True, bits=4),
     "w8a16 1": _weight_only("w8a16", 1, 32, False),
     "w8a16 512": _weight_only("w8a16", 512, 128, False),
     "w4a16 1": _weight_only("w4a16", 1, 32, True),
@@ -206,6 +240,8 @@ PRODUCTS: dict[str, Case] = {
     "attention 128": _attention(attention, 512, 512),
     "attention 256 capped": _attention(attention, 512, 512, 256, softcap=50.0, window=256),
     "attention 128 int8": _attention(attention, 512, 512, int8=True),
+    "attention 128 int8 products": _attention(attention, 512, 512, qk="i8"),
+    "attention 256 int8 products capped": _attention(attention, 512, 512, 256, qk="i8", softcap=50.0),
     "attention decode": _attention(attention_decode, 1, 4096),
     "attention decode int8": _attention(attention_decode, 1, 4096, int8=True),
     "attention decode 64": _attention(attention_decode, 1, 100, 64),
@@ -217,6 +253,8 @@ ROWS: dict[str, Case] = {
     "quantize gated": _quantize_gated,
     "norm": _norm,
     "rope": _rope,
+    "rope and codes": _rope_codes,
+    "round keys": _round_keys,
     "swiglu": _rows(swiglu, WIDE, meta(512, 2 * WIDE), meta(512, WIDE)),
     "softmax": _rows(softmax, 32000, meta(512, 32000), meta(512, 32000)),
     "embedding": _rows(

@@ -61,6 +61,29 @@ def test_w8a8(m, tile, gated, group):
     assert_close(y, want + residual)
 
 
+@pytest.mark.parametrize(("scheme", "group"), [("w8a8", 64), ("w4a8", 32), ("w4a8", 0)])
+@pytest.mark.parametrize("with_offsets", [False, True])
+def test_integer_products_with_offsets_and_of_4_bits(scheme, group, with_offsets):
+    m, bits, groups = 5, linear_w8a8.BITS[scheme], K // group if group else 1
+    weights = [
+        codes(N, K) if bits == 8 else torch.randint(0, 256, (N, K // 2), dtype=torch.uint8)
+        for _ in range(2)
+    ]
+    scales = [torch.rand(N, groups) * 0.01 for _ in range(2)]
+    offsets = [torch.randn(N, groups) * 0.1 if with_offsets else None for _ in range(2)]
+    x, x_scale, y = codes(m, K), torch.rand(m, groups) * 0.01, torch.empty(m, N).half()
+    problem = LinearProblem(m, N, K, "fp16", scheme, group, "silu", True)
+    tile = GemmTile(16, 64, group or 64, split_k=2)
+    run(linear_w8a8.launch(problem, tile, HOPPER, x, x_scale, weights[0], scales[0], y, Around(),
+                           weights[1], scales[1], offsets[0], offsets[1]))  # fmt: skip
+    h = dequantized(x, x_scale, None, 8).double()
+    gate, up = (
+        h @ dequantized(w, s, o, bits).double().T
+        for w, s, o in zip(weights, scales, offsets, strict=True)
+    )
+    assert_close(y, activate("silu", gate) * up)
+
+
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("scheme", ["w8a16", "w4a16"])
 @pytest.mark.parametrize(("group", "with_offsets"), [(32, True), (64, False), (0, False)])

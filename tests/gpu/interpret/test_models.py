@@ -6,6 +6,7 @@ import copy
 import subprocess
 import sys
 
+import llmopt
 import pytest
 import torch
 import transformers
@@ -14,7 +15,7 @@ from llmopt.graph import kind
 from transformers import DynamicCache
 
 from tests.e2e import zoo
-from tests.tolerance import assert_close
+from tests.tolerance import INT8_QK, assert_close
 
 SMALL = {
     "hidden_size": 64,
@@ -157,6 +158,43 @@ def test_prefill_and_decode_with_a_growing_cache(name):
         assert_close(mine.values, theirs.values)
 
 
+def test_a_cache_of_codes():
+    """Prefill and decode read and write llmopt.KVCache as codes, as close to the exact result as on the CPU."""
+    model = build("llama", torch.float16, layers=1)
+    ids = torch.randint(0, 100, (1, 19))
+    pieces = ids[:, :17], ids[:, 17:18], ids[:, 18:]
+
+    def logits(run):
+        cache = llmopt.KVCache(model)
+        with torch.no_grad():
+            found = [run(input_ids=p, past_key_values=cache, use_cache=True).logits for p in pieces]
+        return torch.cat(found, 1), cache
+
+    got, cache = logits(compiled(model))
+    assert any("int8_kv" in r.detail for r in last_plan().records())
+    assert ops_left_to_pytorch() == []
+    eager, theirs = logits(model)
+    with torch.no_grad():
+        exact = copy.deepcopy(model).double()(input_ids=ids).logits
+    assert_no_worse(got, eager, exact)
+    assert rms_error(got, exact) > 0
+    mine, their_codes = cache.dequantized(0), theirs.dequantized(0)
+    for a, b in zip(mine, their_codes, strict=True):
+        step = b.abs().amax(-1, keepdim=True) / 127
+        assert ((a - b).abs() <= 1.5 * step).all()
+
+
+def test_int8_products_of_queries_and_keys():
+    model = build("llama", torch.float16, layers=1)
+    ids = torch.randint(0, 100, (1, 40))
+    with torch.no_grad():
+        want = copy.deepcopy(model).double()(input_ids=ids).logits
+        got = compiled(model, attention="int8")(input_ids=ids).logits
+    assert any("int8_qk" in r.detail for r in last_plan().records())
+    assert "round_keys.triton" in str(last_plan())
+    assert rms_error(got, want) < INT8_QK
+
+
 def test_a_batch_with_padding():
     model = build("bert", torch.float16, layers=1)
     ids, mask = torch.randint(0, 100, (2, 13)), torch.ones(2, 13, dtype=torch.int64)
@@ -167,7 +205,7 @@ def test_a_batch_with_padding():
     assert_close(got[mask.bool()], want[mask.bool()])
 
 
-@pytest.mark.parametrize("precision", ["w8a8", "w8a16", "w4a16"])
+@pytest.mark.parametrize("precision", ["w8a8", "w8a16", "w4a16", "w4a8"])
 def test_quantised_models_are_as_close_as_on_the_cpu(precision):
     model = build("llama", torch.float16, layers=1)
     ids = torch.randint(0, 100, (1, 9))

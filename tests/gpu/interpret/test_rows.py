@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from llmopt.gpu.attentions import codes_and_scales
 from llmopt.gpu.run import run
 from llmopt.kernels import (
     cross_entropy,
@@ -18,6 +19,7 @@ from llmopt.kernels import (
 )
 from llmopt.kernels.operands import dtype_name
 from llmopt.launch import RowProblem, RowTile
+from llmopt.ops.kv_codes import dequantize_rows, quantize_rows
 from llmopt.ops.rope import rotate
 from llmopt.target import gpu_target
 
@@ -67,6 +69,30 @@ def test_rope_and_append(kind, dtype, width):
     assert torch.equal(new[1], v)
     assert (keys[:, :, :5] == 7).all()
     assert (values[:, :, :5] == 7).all()
+
+
+@pytest.mark.parametrize("kind", ["half", "interleaved", "none"])
+@pytest.mark.parametrize("width", [24, 16])
+def test_append_of_codes(kind, width):
+    """Rows end where ops/kv_codes.py would round them; what has no code is seen."""
+    b, hkv, s, d, dv = 2, 3, 2, 24, 20
+    k, v = (torch.randn(b, s, hkv, w).half().transpose(1, 2) for w in (d, dv))
+    v[0, 0, 0, 1], v[1, 2, 1] = float("inf"), 0.0
+    cos, sin = torch.randn(2, 1, 1, s, width).half() if kind != "none" else (None, None)
+    rows = [
+        torch.full((5, b, hkv, w + 4), 7, dtype=torch.int8).permute(1, 2, 0, 3) for w in (d, dv)
+    ]
+    (k8, k_scale), (v8, v_scale) = (codes_and_scales(r[:, :, 3:]) for r in rows)
+    q = None if kind == "none" else k
+    q_out = None if kind == "none" else torch.empty_like(k)
+    run(rope.launch(problem(k), RowTile(4), HOPPER, q, q_out, cos, sin, kind, k, k8, v, v8, k_scale, v_scale))  # fmt: skip
+    turned = k.double() if kind == "none" else rotated(k.double(), cos.double(), sin.double(), kind)
+    step = turned.abs().amax(-1, keepdim=True) / 127
+    assert ((dequantize_rows(rows[0][:, :, 3:]).double() - turned).abs() <= step * 0.51).all()
+    want = dequantize_rows(quantize_rows(v))
+    assert torch.equal(dequantize_rows(rows[1][:, :, 3:]).isnan(), want.isnan())
+    assert_close(dequantize_rows(rows[1][:, :, 3:]), want.double())
+    assert all((r[:, :, :3] == 7).all() for r in rows)
 
 
 def rotated(x, cos, sin, kind):
