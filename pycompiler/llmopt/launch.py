@@ -75,6 +75,7 @@ class LinearProblem:
     act: str = "none"
     gated: bool = False
     norm: str = "none"  # "rms" or "layer" in front
+    offsets: bool = False  # of weights that are codes
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,7 @@ class AttentionProblem:
     kv_dtype: str  # of values: dtype, or "i8" with scales
     causal: bool = False
     window: int = 0
+    plain: bool = False  # no mask and no softcap; q and o lie densely, keys and values alike
     qk: str = (
         "same"  # what queries and keys are multiplied in: as they are, or both rounded to "i8"
     )

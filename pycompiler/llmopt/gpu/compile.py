@@ -21,6 +21,7 @@ import torch
 from llmopt import settings
 from llmopt.gpu.run import COMPILER_OPTIONS
 from llmopt.launch import Descriptor, Launch
+from llmopt.native.cuda_kernels import CudaFunction
 from llmopt.types import Target
 
 # Instructions worth knowing about, by maker: in PTX and in AMD's assembly.
@@ -237,10 +238,15 @@ def _write(path: Path, entry: dict[str, Any]) -> None:
 def unique(
     launches: list[Launch], target: Target, uses: dict[str, int] | None = None
 ) -> dict[str, Launch]:
-    """One launch for every distinct binary, by specialisation; `uses` counts how many share each."""
+    """One launch for every distinct Triton binary, by specialisation; `uses` counts how many share each.
+
+    Kernels in CUDA C++ are in the library that launches them.
+    """
     found: dict[str, Launch] = {}
     counts = {} if uses is None else uses
     for launch in launches:
+        if isinstance(launch.function, CudaFunction):
+            continue
         text = specialisation(launch, target)
         found.setdefault(text, launch)
         counts[text] = counts.get(text, 0) + 1

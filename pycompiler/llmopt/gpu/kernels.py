@@ -6,6 +6,7 @@ from torch import fx
 
 from llmopt.gpu import attentions, linears, pointwise, rows
 from llmopt.graph import kind
+from llmopt.native import cuda_kernels  # noqa: F401  (registers what is built)
 from llmopt.native.operands import NativeKernel
 
 KERNELS: dict[str, NativeKernel] = {

@@ -59,7 +59,7 @@ class _Linear:
         if norm != "none" and x.shape[0] > FUSED_NORM_ROWS:
             normed = call.scratch(x.shape, x.dtype)
             before, x, norm = [self._norm(call, x, normed)], normed, "none"
-        p = self._problem(x, y, norm)
+        p = self._problem(x, y, norm, weight)
         if self.scheme == "f16":
             launch = call.launch(
                 "linear", p, x, weight.weight, y, self._around(call, weight, norm),
@@ -81,16 +81,18 @@ class _Linear:
             "quantize_rows", rows, x, codes, scales, self._around(call, weight, self.norm),
             norm=self.norm, group=self.group,
         )  # fmt: skip
-        p = self._problem(x, y, "none")
+        p = self._problem(x, y, "none", weight)
         launch = call.launch(
             "linear_quantized", p, codes, scales, weight.weight, weight.scales, y,
             self._around(call, weight, "none"), w_offset=weight.offsets, **_up(weight, "up", "up_scale", "up_offset"),
         )  # fmt: skip
         return [before, launch]
 
-    def _problem(self, x: Tensor, y: Tensor, norm: str) -> LinearProblem:
+    def _problem(self, x: Tensor, y: Tensor, norm: str, weight: Prepared) -> LinearProblem:
         (m, n), k = y.shape, x.shape[1]
-        return LinearProblem(m, n, k, _name(y), self.scheme, self.group, self.act, self.gated, norm)
+        return LinearProblem(
+            m, n, k, _name(y), self.scheme, self.group, self.act, self.gated, norm, weight.offsets is not None
+        )  # fmt: skip
 
     def _norm(self, call: Call, x: Tensor, y: Tensor) -> Launch:
         rows = RowProblem(x.shape[0], x.shape[1], _name(x))

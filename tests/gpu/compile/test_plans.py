@@ -32,9 +32,10 @@ def llama_8b(layers: int) -> torch.nn.Module:
     return model.to_empty(device="cpu").eval()
 
 
-def launches(layers: int, new: int, cached: int, target: str = "cuda:90") -> list:
+def launches(layers: int, new: int, cached: int, target: str = "cuda:90", **options: str) -> list:
     torch._dynamo.reset()
-    run = torch.compile(llama_8b(layers), backend="llmopt", options={"target": target})
+    options = {"target": target, **options}
+    run = torch.compile(llama_8b(layers), backend="llmopt", options=options)
     cache = DynamicCache()
     for layer in range(layers if cached else 0):
         cache.update(*torch.zeros(2, 1, KV_HEADS, cached, HEAD, dtype=torch.float16), layer)
@@ -43,9 +44,9 @@ def launches(layers: int, new: int, cached: int, target: str = "cuda:90") -> lis
     return found
 
 
-def in_one_layer(new: int, cached: int) -> list:
+def in_one_layer(new: int, cached: int, **options: str) -> list:
     """The launches a second layer adds, in order; nothing of a layer is left to PyTorch."""
-    one, two = launches(1, new, cached), launches(2, new, cached)
+    one, two = (launches(layers, new, cached, **options) for layers in (1, 2))
     plan = [g.plan for g in alive() if g.plan is not None][-1]
     assert len(plan.segments) == 1
     start = next(i for i, launch in enumerate(one) if launch.kernel == "rope.triton")
@@ -66,6 +67,18 @@ def test_launches_and_bytes_of_a_layer(new, cached, most):
     cache = 2 * 2 * KV_HEADS * HEAD * (cached + new)
     states = 2 * 2 * new * HIDDEN
     least = LAYER_WEIGHTS + cache + states
+    moved = sum(map(traffic, layer))
+    assert least * 0.99 < moved <= least * 1.15, f"{moved / least:.3f} of the least"
+
+
+def test_launches_and_bytes_of_a_layer_in_8_bits():
+    """Each of the four linears has a launch in front that rounds its rows, behind a norm where there is one."""
+    layer = in_one_layer(1, 1024, precision="w8a8")
+    assert len(layer) <= 10
+    assert sum(x.kernel == "quantize_rows.triton" for x in layer) == 4
+    # A code a weight, and a float32 for each group of 64.
+    weights = LAYER_WEIGHTS // 2 * (1 + 4 / 64)
+    least = weights + 2 * 2 * KV_HEADS * HEAD * 1025 + 2 * 2 * HIDDEN
     moved = sum(map(traffic, layer))
     assert least * 0.99 < moved <= least * 1.15, f"{moved / least:.3f} of the least"
 

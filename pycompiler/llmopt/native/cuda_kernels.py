@@ -1,0 +1,149 @@
+"""The CUDA C++ kernels in the registry: linear_w8a8.cuda for few tokens and attention_decode.cuda, before Triton's.
+
+They refuse wherever native/cuda.py says that they cannot run. Grid and tile are chosen by the launchers in csrc/cuda.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmopt.launch import AttentionProblem, Launch, LinearProblem, RowTile
+from llmopt.native import cuda
+from llmopt.native.program import DTYPE_CODES
+from llmopt.ops import activation
+from llmopt.registry import Kernel, register
+from llmopt.types import Target
+
+MOST_TOKENS = 8  # of the GEMV; more tokens are Triton's
+_BY_THE_LAUNCHER = RowTile(0)
+_COUNTERS: dict[torch.device, Tensor] = {}
+
+
+@dataclass(frozen=True)
+class CudaFunction:
+    """Stands in a Launch where a Triton function would: makes the record of a problem and launches it on the current stream."""
+
+    record: Callable[..., ctypes.Structure]
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*, num_warps: int, num_stages: int, **arguments: Any) -> None:
+            stream = torch.cuda.current_stream().cuda_stream if torch.cuda.is_available() else 0
+            cuda.library().launch(self.record(**arguments), stream)  # type: ignore[arg-type]
+
+        return launch
+
+
+def _tiles(p: object, t: Target) -> tuple[RowTile, ...]:
+    return (_BY_THE_LAUNCHER,)
+
+
+def _reject_everywhere(t: Target) -> str:
+    return cuda.missing() if t.device == "cuda" else f"CUDA C++ for {t}: NVIDIA GPUs are possible"
+
+
+def reject_w8a8(p: LinearProblem, t: Target) -> str:
+    if p.scheme != "w8a8" or p.group or p.offsets:
+        return "weights that are not w8a8 with one scale a channel and no offsets"
+    if p.gated or p.norm != "none" or p.dtype not in ("fp16", "bf16"):
+        return "a gate, a norm in front, or results that are not fp16 or bf16"
+    if p.m > MOST_TOKENS or p.k % 16:
+        return f"{p.m} tokens of {p.k} inputs: up to {MOST_TOKENS} tokens, and inputs in sixteens, are possible"
+    return _reject_everywhere(t)
+
+
+def _w8a8_record(
+    x_ptr: Tensor, w_ptr: Tensor, x_scale_ptr: Tensor, w_scale_ptr: Tensor, bias_ptr: Tensor | None,
+    residual_ptr: Tensor | None, y_ptr: Tensor, act: str,
+) -> cuda.LinearW8A8:  # fmt: skip
+    tensors = (x_ptr, w_ptr, x_scale_ptr, w_scale_ptr, bias_ptr, residual_ptr, y_ptr)
+    residual_stride = 0 if residual_ptr is None else residual_ptr.stride(0)
+    strides = x_ptr.stride(0), w_ptr.stride(0), residual_stride, y_ptr.stride(0)
+    codes = DTYPE_CODES[y_ptr.dtype], activation.CODES[act]
+    return cuda.LinearW8A8(*map(_address, tensors), *strides, *y_ptr.shape, x_ptr.shape[1], *codes)
+
+
+def launch_w8a8(
+    p: LinearProblem, c: RowTile, t: Target, x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, y: Tensor,
+    around: Any, w_offset: None = None,
+) -> Launch:  # fmt: skip
+    """x [M,K] and w [N,K] s8, rows at multiples of 16 bytes; x_scale [M,1] and w_scale [N,1] fp32; around as for Triton's linears."""
+    bias = None if around.bias is None else around.bias.to(y.dtype)
+    arguments = {
+        "x_ptr": x, "w_ptr": w, "x_scale_ptr": x_scale,
+        "w_scale_ptr": w_scale if around.alpha == 1.0 else w_scale * around.alpha,
+        "bias_ptr": bias, "residual_ptr": around.residual, "y_ptr": y, "act": p.act,
+    }  # fmt: skip
+    return Launch(
+        "linear_w8a8.cuda", CudaFunction(_w8a8_record), (), arguments, {},
+        reads=("x_ptr", "w_ptr", "x_scale_ptr", "w_scale_ptr", "bias_ptr", "residual_ptr"), writes=("y_ptr",),
+    )  # fmt: skip
+
+
+def reject_decode(p: AttentionProblem, t: Target) -> str:
+    if p.q_len != 1 or p.qk != "same" or p.window or not p.plain:
+        return "more than one query, products of codes, a window, a mask, a softcap, or heads that do not lie densely"
+    if (p.dtype, p.kv_dtype) != ("fp16", "fp16"):
+        return f"queries of {p.dtype} over {p.kv_dtype}: fp16 is possible"
+    if p.head_dim != p.value_dim or p.head_dim not in (64, 128):
+        return f"heads of {p.head_dim} and {p.value_dim}: 64 and 128 are possible"
+    return _reject_everywhere(t)
+
+
+def _decode_record(
+    q_ptr: Tensor, k_ptr: Tensor, v_ptr: Tensor, lengths_ptr: Tensor, o_ptr: Tensor, partial_ptr: Tensor | None,
+    counter_ptr: Tensor, scale: float, splits: int,
+) -> cuda.AttentionDecode:  # fmt: skip
+    tensors = (q_ptr, k_ptr, v_ptr, None, None, lengths_ptr, o_ptr, partial_ptr, counter_ptr)
+    batch, heads, _, head_dim = q_ptr.shape
+    sizes = batch, heads, k_ptr.shape[1], head_dim, splits, DTYPE_CODES[k_ptr.dtype]
+    return cuda.AttentionDecode(*map(_address, tensors), *k_ptr.stride()[:3], 0, 0, scale, *sizes)
+
+
+def launch_decode(
+    p: AttentionProblem,
+    c: RowTile,
+    t: Target,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    scores: Any,
+) -> Launch:
+    """q and o [B,H,1,D] dense, k and v [B,Hkv,S,D] of equal strides, all fp16; of scores what a plain attention has."""
+    keys = min(p.kv_len, max(scores.offset + 1, 0)) if scores.causal else p.kv_len
+    splits = cuda.library().decode_splits(p.batch, p.heads, p.kv_heads, keys)
+    lengths = torch.full((p.batch,), keys, dtype=torch.int32, device=q.device)
+    sizes = {"batch": p.batch, "heads": p.heads, "kv_heads": p.kv_heads, "head_dim": p.head_dim, "splits": splits}  # fmt: skip
+    record = cuda.AttentionDecode(**sizes)
+    floats = record.partial_floats()
+    arguments = {
+        "q_ptr": q, "k_ptr": k, "v_ptr": v, "lengths_ptr": lengths, "o_ptr": o,
+        "partial_ptr": torch.empty(floats, device=q.device) if floats else None,
+        "counter_ptr": _counters(q.device, record.num_counters()), "scale": scores.scale, "splits": splits,
+    }  # fmt: skip
+    return Launch(
+        "attention_decode.cuda", CudaFunction(_decode_record), (), arguments, {},
+        reads=("q_ptr", "k_ptr", "v_ptr", "lengths_ptr"), writes=("o_ptr",),
+    )  # fmt: skip
+
+
+def _counters(device: torch.device, count: int) -> Tensor:
+    """Zeros that every launch leaves as zeros; one stream at a time may use them."""
+    known = _COUNTERS.get(device)
+    if known is None or known.numel() < count:
+        known = _COUNTERS[device] = torch.zeros(count, dtype=torch.int32, device=device)
+    return known
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+register(Kernel("linear_w8a8.cuda", "linear_quantized", 5, reject_w8a8, _tiles, launch_w8a8))
+register(Kernel("attention_decode.cuda", "attention", 5, reject_decode, _tiles, launch_decode))
