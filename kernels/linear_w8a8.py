@@ -76,8 +76,11 @@ def _fit(tile: GemmTile, p: LinearProblem, t: Target) -> GemmTile:
 def _fit_4_bits(tile: GemmTile, p: LinearProblem, t: Target) -> GemmTile:
     """Widened codes are in registers on their way to the tensor cores, so tiles are small; a thread loads 16 bytes of codes."""
     block_k = p.group or tile.block_k
+    block_n = 64 if p.gated and block_k > 64 else 128
+    if t.device == "hip" and p.gated:
+        block_n = 32
     tile = replace(
-        tile, block_m=min(tile.block_m, 32), block_n=64 if p.gated and block_k > 64 else 128, block_k=block_k,
+        tile, block_m=min(tile.block_m, 32), block_n=block_n, block_k=block_k,
         num_warps=4 if block_k == 32 else 8, num_stages=2 if t.device == "hip" else 3,
     )  # fmt: skip
     return tile if _smem(tile, p) <= t.gpu.smem_block else replace(tile, num_stages=2)

@@ -231,7 +231,7 @@ PRODUCTS: dict[str, Case] = {
     "w8a8 4096 groups": _w8a8(4096, 64),
     "w4a8 1 groups": _w8a8(1, 32, bits=4),
     "w4a8 512 groups": _w8a8(512, 32, bits=4),
-    "w4a8 4096 gated": _w8a8(4096, 128, gated=True, bits=4),
+    "w4a8 4096 gated": _w8a8(4096, 32, gated=True, bits=4),
     "w8a16 1": _weight_only("w8a16", 1, 32, False),
     "w8a16 512": _weight_only("w8a16", 512, 128, False),
     "w4a16 1": _weight_only("w4a16", 1, 32, True),
