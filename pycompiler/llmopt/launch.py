@@ -93,7 +93,7 @@ class AttentionProblem:
     kv_dtype: str  # of values: dtype, or "i8" with scales
     causal: bool = False
     window: int = 0
-    plain: bool = False  # no mask and no softcap; q and o lie densely, keys and values alike
+    special: bool = False  # a mask, a softcap, or heads of one query that do not lie densely
     qk: str = (
         "same"  # what queries and keys are multiplied in: as they are, or both rounded to "i8"
     )

@@ -59,11 +59,10 @@ class _Attention:
         qk = "i8" if self.qk == "int8" and many else "same"
         if qk == "i8" and k_scale is None:
             before, k, k_scale, mean = _round_keys(call, k)
-        plain = mask is None and not self.softcap and k.stride() == v.stride()
-        plain = plain and _heads_are_dense(q) and _heads_are_dense(o)
+        special = mask is not None or self.softcap > 0 or not _lie_densely(q, k, v, o)
         p = AttentionProblem(
             q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3], v.shape[3],
-            dtype_name(q.dtype), dtype_name(v.dtype), self.causal, window, plain, qk,
+            dtype_name(q.dtype), dtype_name(v.dtype), self.causal, window, special, qk,
         )  # fmt: skip
         scores = Scores(
             scale=self.scale, causal=self.causal, offset=call.values[self.offset.id], window=window,
@@ -72,9 +71,11 @@ class _Attention:
         return [*before, call.launch("attention", p, q, k, v, o, scores)]
 
 
-def _heads_are_dense(x: Tensor) -> bool:
-    """Whether [B,H,1,D] is one piece of memory in the order of its dimensions."""
-    return x.shape[2] == 1 and x.is_contiguous()
+def _lie_densely(q: Tensor, k: Tensor, v: Tensor, o: Tensor) -> bool:
+    """Whether one query's heads [B,H,1,D] are one piece of memory, and keys and values have equal strides; of more queries, True."""
+    if q.shape[2] > 1:
+        return True
+    return q.is_contiguous() and o.is_contiguous() and k.stride() == v.stride()
 
 
 def codes_and_scales(rows: Tensor) -> tuple[Tensor, Tensor | None]:

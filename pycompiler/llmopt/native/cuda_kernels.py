@@ -86,7 +86,7 @@ def launch_w8a8(
 
 
 def reject_decode(p: AttentionProblem, t: Target) -> str:
-    if p.q_len != 1 or p.qk != "same" or p.window or not p.plain:
+    if p.q_len != 1 or p.qk != "same" or p.window or p.special:
         return "more than one query, products of codes, a window, a mask, a softcap, or heads that do not lie densely"
     if (p.dtype, p.kv_dtype) != ("fp16", "fp16"):
         return f"queries of {p.dtype} over {p.kv_dtype}: fp16 is possible"

@@ -77,9 +77,9 @@ def test_what_they_cannot_do_is_tritons(emulator):
     for more in ({"m": 9}, {"group": 64}, {"offsets": True}, {"gated": True}, {"dtype": "fp32"}):
         p = LinearProblem(**{**linear.__dict__, **more})
         assert registry.choose("linear_quantized", p, AMPERE)[0].name == "linear_w8a8.triton"
-    decode = AttentionProblem(1, 4, 4, 1, 33, 64, 64, "fp16", "fp16", plain=True)
+    decode = AttentionProblem(1, 4, 4, 1, 33, 64, 64, "fp16", "fp16")
     assert registry.choose("attention", decode, AMPERE)[0].name == "attention_decode.cuda"
-    for more in ({"plain": False}, {"window": 4}, {"kv_dtype": "i8"}, {"head_dim": 96, "value_dim": 96}):  # fmt: skip
+    for more in ({"special": True}, {"window": 4}, {"kv_dtype": "i8"}, {"head_dim": 96, "value_dim": 96}):  # fmt: skip
         p = AttentionProblem(**{**decode.__dict__, **more})
         assert registry.choose("attention", p, AMPERE)[0].name == "attention_decode.triton"
 
