@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import re
 import subprocess
+from functools import cache
 from itertools import product
 from pathlib import Path
 
 import pytest
+from build_tools import run, tool
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -43,16 +45,20 @@ def compile_family(family: str, tier: str, folder: Path) -> Path:
     return out
 
 
+@cache
+def is_up_to_date(build: Path) -> bool:
+    """True when ninja would compile nothing there."""
+    return "no work to do" in run([tool("ninja"), "-C", build, "-n"])
+
+
 @pytest.fixture(scope="session")
 def objects(tmp_path_factory) -> dict[tuple[str, str], Path]:
-    """(family, tier) → object file: the build's where none is older than a source, or freshly compiled ones."""
-    sources = [f for f in (ROOT / "csrc").rglob("*") if f.is_file()]
-    newest = max(f.stat().st_mtime for f in sources)
+    """(family, tier) → object file: those of a build that is up to date, or freshly compiled ones."""
     found = {}
     for path in (ROOT / "build").glob("*/CMakeFiles/llmopt_*.dir/csrc/cpu/*.cpp.o"):
         family = path.name.split(".")[0]
         tier = path.parents[2].name.removesuffix(".dir").removeprefix(f"llmopt_{family}_")
-        if path.stat().st_mtime >= newest:
+        if is_up_to_date(path.parents[4]):
             found[family, tier] = path
     if not {"linear", "linear_quantized"} <= {family for family, _ in found}:
         folder = tmp_path_factory.mktemp("objects")
