@@ -99,5 +99,6 @@ PYBIND11_MODULE(_C, m) {
            "Like run; returns nanoseconds per step.")
       .def("sizes", &Program::sizes, py::arg("symbols"), py::arg("wanted"), "The values of some size expressions.")
       .def_property_readonly("num_steps", &Program::num_steps)
+      .def_property_readonly("barriers", &Program::barriers)
       .def_property_readonly("arena_bytes", &Program::arena_bytes);
 }

@@ -20,7 +20,7 @@
 
 namespace {
 #ifdef __AMX_TILE__
-constexpr Kernel kLinear{"linear_quantized", linear_phases, tier_chunks, tier_workspace, tier_run, tier_first_read};
+constexpr Kernel kLinear{"linear_quantized", tier_phases, tier_chunks, tier_workspace, tier_run, tier_first_read};
 #else
 constexpr Kernel kLinear{"linear_quantized", linear_phases, linear_chunks,
                          linear_workspace,   linear_run,    linear_first_read};

@@ -4,6 +4,7 @@
 #include <chrono>
 #include <cstdint>
 #include <iterator>
+#include <numeric>
 #include <stdexcept>
 #include <utility>
 
@@ -244,6 +245,7 @@ void Program::run(const std::vector<int64_t>& externals, const std::vector<int64
   threads = std::max(threads, 1);
   resolve(c, externals, symbols, threads);
   arena_bytes_ = c.arena.bytes();
+  barriers_ = std::accumulate(c.phases.begin(), c.phases.end(), int64_t{0});
   parallel(threads, &Program::body, &c);
 }
 

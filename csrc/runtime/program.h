@@ -56,6 +56,8 @@ class Program {
   size_t num_steps() const { return steps_.size(); }
   // Bytes of the arena at the last run that needed a new layout; 0 before the first.
   size_t arena_bytes() const { return arena_bytes_; }
+  // Of the last run: phases of its steps, after each of which all threads wait for each other.
+  int64_t barriers() const { return barriers_; }
 
  private:
   struct Context;
@@ -79,6 +81,7 @@ class Program {
   std::mutex mutex_;
   std::vector<std::unique_ptr<Context>> idle_;
   size_t arena_bytes_ = 0;
+  int64_t barriers_ = 0;
 };
 
 }  // namespace llmopt

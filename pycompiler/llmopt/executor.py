@@ -228,7 +228,7 @@ def build_executable(gm: fx.GraphModule, plan: Plan, options: Options) -> fx.Gra
     executable.recompile()
     direct = _direct_call(executable)
     if direct is not None:
-        executable.forward = direct  # type: ignore[method-assign]
+        executable.forward = direct
     return executable
 
 

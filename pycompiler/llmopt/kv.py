@@ -97,13 +97,13 @@ def _in_place(
     """The caches behind which there is room, grown; None where they have to be copied. alike: all are laid out as the first."""
     first = caches[0]
     itemsize = first.element_size()
-    address, offset = first.data_ptr(), first.storage_offset()
+    address, offset = first.data_ptr(), int(first.storage_offset())
     slab = _slabs.get(address - offset * itemsize)
     if slab is None or slab.geometry != geometry or slab.storage.expired():
         return None
     _, batch, heads, width, _, _ = geometry
     row = batch * heads * width
-    length = first.size(2)
+    length = int(first.shape[2])
     start, rest = divmod(offset, row) if row else (0, 1)
     end = start + length
     if rest or slab.filled != end or end + new_length > slab.capacity:

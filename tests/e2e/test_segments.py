@@ -9,6 +9,7 @@ import torch
 from llmopt.compiled import alive
 from torch import nn
 from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.tolerance import assert_close
 
@@ -83,3 +84,28 @@ def test_an_index_of_one_is_a_slice() -> None:
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
     check(function, randn(2, 5, 32), segments=1)
+
+
+@pytest.mark.parametrize("precision", ["exact", "w8a8", "w4a8"])
+def test_a_layer_of_decode_waits_once_a_product(precision: str) -> None:
+    """Four linears and attention: each thread prepares a single row for itself, and no keys are split among threads."""
+
+    def barriers(layers: int) -> int:
+        torch._dynamo.reset()
+        config = LlamaConfig(
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=100,
+        )
+        model = LlamaForCausalLM(config).eval()
+        compiled = torch.compile(model, backend="llmopt", options={"precision": precision})
+        with torch.inference_mode():
+            first = compiled(input_ids=torch.arange(9)[None], use_cache=True)
+            compiled(input_ids=torch.tensor([[3]]), past_key_values=first.past_key_values)
+        (segment,) = alive()[-1].segments()
+        return segment.program.barriers
+
+    assert barriers(2) - barriers(1) == 5

@@ -1,4 +1,5 @@
-// The op `linear`: phase 0 prepares the rows of x, phase 1 runs tiles over panels.
+// The op `linear`: phase 0 prepares the rows of x, phase 1 runs tiles over panels. Rows that need no preparing, and
+// those that each thread prepares alone, have phase 1 only.
 #pragma once
 #include "cpu/linear/epilogue.h"
 #include "cpu/linear/prepare.h"
@@ -83,11 +84,13 @@ void run_blocked(const Problem& p, const Schedule& s, const Chunk& c, int64_t ne
   }
 }
 
-int linear_phases(const Step& s, int) { return Problem(s).prepared() ? 2 : 1; }
+inline bool prepares_together(const Problem& p) { return p.prepared() && !prepares_alone(p); }
+
+int linear_phases(const Step& s, int) { return prepares_together(Problem(s)) ? 2 : 1; }
 
 int64_t linear_chunks(const Step& s, int phase, int threads) {
   const Problem p(s);
-  if (p.prepared() && phase == 0) return prepare_chunks(p, threads);
+  if (prepares_together(p) && phase == 0) return prepare_chunks(p, threads);
   return Schedule(p, threads).chunks();
 }
 
@@ -103,17 +106,18 @@ Span linear_first_read(const Step& s, int, int threads, int thread) {
 
 size_t linear_workspace(const Step& s, int) {
   const Problem p(s);
-  return p.prepared() ? static_cast<size_t>(p.tile_offset(p.tiles()) + kLanes) * sizeof(float) : 0;
+  return prepares_together(p) ? static_cast<size_t>(p.tile_offset(p.tiles()) + kLanes) * sizeof(float) : 0;
 }
 
 void linear_run(const Step& s, int phase, int64_t chunk, int threads, const Scratch& scratch) {
   const Problem p(s);
-  float* prepared = reinterpret_cast<float*>(scratch.shared);
-  if (p.prepared() && phase == 0) return prepare_tile(p, chunk, threads, prepared);
+  float* sums = reinterpret_cast<float*>(scratch.local);
+  float* prepared = prepares_alone(p) ? sums + kTileSums : reinterpret_cast<float*>(scratch.shared);
+  if (prepares_together(p) && phase == 0) return prepare_tile(p, chunk, threads, prepared);
+  if (prepares_alone(p) && chunk < threads) prepare_tile(p, 0, 1, prepared);
   const Schedule schedule(p, threads);
   const Chunk c = schedule.chunk(chunk);
   const float* a = p.prepared() ? prepared : reinterpret_cast<const float*>(p.x.data);
-  float* sums = reinterpret_cast<float*>(scratch.local);
   const int64_t next_panel = schedule.next_panel(chunk, threads);
   if (p.streams()) return run_stream(p, c, next_panel, a, sums);
   run_blocked(p, schedule, c, next_panel, a, sums);

@@ -9,6 +9,10 @@ inline int64_t prepare_parts(const Problem& p, int threads) {
   return p.tiles() > 1 ? 1 : max64(1, min64(threads, p.K / (8 * kLanes)));
 }
 
+inline bool prepares_alone(const Problem& p) {
+  return p.prepared() && p.tiles() == 1 && p.streams() && p.M * p.K <= kAloneValues;
+}
+
 int64_t prepare_chunks(const Problem& p, int threads) { return p.tiles() * prepare_parts(p, threads); }
 
 void prepare_tile(const Problem& p, int64_t chunk, int threads, float* shared) {

@@ -1,4 +1,5 @@
-// The op `linear_quantized`: phase 0 rounds the rows of x, phase 1 runs tiles over panels.
+// The op `linear_quantized`: phase 0 rounds the rows of x, phase 1 runs tiles over panels. Rows that each thread rounds
+// alone have phase 1 only.
 #pragma once
 #include "cpu/linear/epilogue.h"
 #include "cpu/linear_quantized/prepare.h"
@@ -115,11 +116,21 @@ bool streams(const QuantizedProblem& p) {
   return p.tiles() <= 1 || !fits;
 }
 
-int linear_phases(const Step&, int) { return 2; }
+// As in `linear` (kAloneValues).
+bool rounds_alone(const QuantizedProblem& p) { return p.tiles() == 1 && streams(p) && p.M * p.K <= kAloneValues; }
+
+// Where a thread that rounds alone has its rows, and behind them memory to round them in.
+Scratch own_rows(const QuantizedProblem& p, char* local) {
+  char* rows = local + kQuantizedSums;
+  return {rows, rows + ceil_div(static_cast<int64_t>(prepared_bytes(p)), 64) * 64};
+}
+
+int linear_phases(const Step& s, int) { return rounds_alone(QuantizedProblem(s)) ? 1 : 2; }
 
 int64_t linear_chunks(const Step& s, int phase, int threads) {
   const QuantizedProblem p(s);
-  return phase == 0 ? p.tiles() * quantize_parts(p, threads) : QuantizedSchedule(p, threads).chunks();
+  return phase == 0 && !rounds_alone(p) ? p.tiles() * quantize_parts(p, threads)
+                                        : QuantizedSchedule(p, threads).chunks();
 }
 
 // A stream begins with the panels of the thread's first chunk.
@@ -131,17 +142,24 @@ Span linear_first_read(const Step& s, int, int threads, int thread) {
   return {p.w.data + c.panel0 * p.form.panel_bytes(), (c.panel1 - c.panel0) * p.form.panel_bytes()};
 }
 
-size_t linear_workspace(const Step& s, int) { return prepared_bytes(QuantizedProblem(s)); }
+size_t linear_workspace(const Step& s, int) {
+  const QuantizedProblem p(s);
+  return rounds_alone(p) ? 0 : prepared_bytes(p);
+}
 
 void linear_run(const Step& s, int phase, int64_t chunk, int threads, const Scratch& scratch) {
   const QuantizedProblem p(s);
-  if (phase == 0) return quantize_tile(p, chunk, threads, scratch);
+  const bool alone = rounds_alone(p);
+  if (phase == 0 && !alone) return quantize_tile(p, chunk, threads, scratch);
+  const Scratch own = own_rows(p, scratch.local);
+  if (alone && chunk < threads) quantize_tile(p, 0, 1, own);
+  char* rows = alone ? own.shared : scratch.shared;
   const QuantizedSchedule schedule(p, threads);
   const Chunk c = schedule.chunk(chunk);
   const int64_t next_panel = schedule.next_panel(chunk, threads);
   float* sums = reinterpret_cast<float*>(scratch.local);
-  if (streams(p)) return stream_panels(p, c, next_panel, scratch.shared, sums);
-  block_panels(p, c, next_panel, scratch.shared, sums, scratch.local + kQuantizedSums);
+  if (streams(p)) return stream_panels(p, c, next_panel, rows, sums);
+  block_panels(p, c, next_panel, rows, sums, scratch.local + kQuantizedSums);
 }
 
 }  // namespace

@@ -190,6 +190,8 @@ void run_tiles(const QuantizedTiles& p, const QuantizedTileSchedule& s, int64_t 
 
 // ---- the op: on tiles where that pays, otherwise as in the tiers without them
 
+int tier_phases(const Step& s, int threads) { return runs_on_tiles(QuantizedTiles(s)) ? 2 : linear_phases(s, threads); }
+
 int64_t tier_chunks(const Step& s, int phase, int threads) {
   const QuantizedTiles p(s);
   if (!runs_on_tiles(p)) return linear_chunks(s, phase, threads);
