@@ -1,5 +1,6 @@
 // A program: the native segment of a plan as data. Built once, run many times, from several threads at once.
 #pragma once
+#include <atomic>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -80,8 +81,8 @@ class Program {
   const int panel_width_;
   std::mutex mutex_;
   std::vector<std::unique_ptr<Context>> idle_;
-  size_t arena_bytes_ = 0;
-  int64_t barriers_ = 0;
+  std::atomic<size_t> arena_bytes_{0};  // for information: of whichever run came last
+  std::atomic<int64_t> barriers_{0};
 };
 
 }  // namespace llmopt

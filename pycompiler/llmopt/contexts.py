@@ -30,6 +30,8 @@ def enclose(gm: fx.GraphModule) -> str:
     """Makes one call of every context, or says why the whole graph has to run as in PyTorch; "" if it need not."""
     if not torch.is_grad_enabled() and any(map(_enables_grad, gm.graph.nodes)):
         return "gradients are switched on inside the graph"
+    if not _restores_grad_mode(gm.graph):
+        return "gradients are switched on or off beyond the graph"
     _drop_what_changes_nothing(gm.graph)
     for number, nodes in enumerate(_outermost(gm.graph)):
         if kind(nodes[-1]) not in _EXITS:
@@ -44,14 +46,21 @@ def _enables_grad(node: fx.Node) -> bool:
     return kind(node) == "_set_grad_enabled" and node.args[0] is True
 
 
+def _restores_grad_mode(graph: fx.Graph) -> bool:
+    """Gradients are on or off behind the graph as they were in front of it."""
+    modes = [node.args[0] for node in graph.nodes if kind(node) == "_set_grad_enabled"]
+    return not modes or modes[-1] is torch.is_grad_enabled()
+
+
 def _drop_what_changes_nothing(graph: fx.Graph) -> None:
-    """Autocast that is switched off where it is off, gradients where nothing needs any."""
+    """Autocast that is switched off where it is off, and gradients where nothing needs any: not where one is computed."""
+    enclosed = {node for nodes in _outermost(graph) for node in nodes}
     for node in list(graph.nodes):
         if kind(node) == "_enter_autocast" and _is_off(node):
             for leave in [u for u in node.users if kind(u) == "_exit_autocast"]:
                 graph.erase_node(leave)
             graph.erase_node(node)
-        elif kind(node) == "_set_grad_enabled":
+        elif kind(node) == "_set_grad_enabled" and node not in enclosed:
             graph.erase_node(node)
 
 

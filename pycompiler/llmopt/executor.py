@@ -91,8 +91,9 @@ class Segment(torch.nn.Module):
             self.profile_ns = self.program.profile(addresses, symbols, threads)
         else:
             self.program.run(addresses, symbols, threads)
-        if self._watch is not None:
-            self._watch.fetch()
+        watch = self._watch  # another thread may forget it
+        if watch is not None:
+            watch.fetch()
         return tuple(results)
 
     def _grown(self, arguments: tuple, values: Sequence[int]) -> list[Tensor]:

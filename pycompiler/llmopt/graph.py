@@ -54,6 +54,9 @@ _ALIASES = {
     "setitem": "setitem_",
 }
 
+# What torch.arange may be told without counting otherwise or elsewhere.
+PLAIN_ARANGE = frozenset({"device", "dtype", "layout", "pin_memory", "requires_grad"})
+
 # Where PyTorch's own functions are defined; the name of any other says nothing about what it computes.
 _PYTORCH = ("torch", "_operator", "builtins", "math")
 

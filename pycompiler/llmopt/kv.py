@@ -7,6 +7,7 @@ where its slab is filled up to writes behind it; any other cache (forked, reorde
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -32,11 +33,15 @@ class _Slab:
 
 
 _slabs: dict[int, _Slab] = {}
+_lock = (
+    threading.Lock()
+)  # threads that go on from one cache must not append to it at the same place
 
 
 def _drop_dead_slabs() -> None:
-    for address in [a for a, s in _slabs.items() if s.storage.expired()]:
-        del _slabs[address]
+    with _lock:
+        for address in [a for a, s in _slabs.items() if s.storage.expired()]:
+            del _slabs[address]
 
 
 def _spare(length: int) -> int:
@@ -106,7 +111,7 @@ def _in_place(
     length = int(first.shape[2])
     start, rest = divmod(offset, row) if row else (0, 1)
     end = start + length
-    if rest or slab.filled != end or end + new_length > slab.capacity:
+    if rest or end + new_length > slab.capacity:
         return None
     step = slab.capacity * row * itemsize
     if list(map(_ADDRESS, caches)) != list(range(address, address + len(caches) * step, step)):
@@ -115,7 +120,10 @@ def _in_place(
     asked = (first,) if alike else caches
     if any(c.size() != shape or c.stride() != strides for c in asked):
         return None
-    slab.filled = end + new_length
+    with _lock:
+        if slab.filled != end:
+            return None
+        slab.filled = end + new_length
     return _views(first, geometry, slab.capacity, start, length + new_length)
 
 
@@ -135,7 +143,8 @@ def _fresh(geometry: tuple, length: int, new_length: int) -> Sequence[Tensor]:
     memory = torch.empty(layers * capacity * batch * heads * width, dtype=dtype, device=device)
     if memory.numel():
         storage = StorageWeakRef(memory.untyped_storage())
-        _slabs[memory.data_ptr()] = _Slab(storage, geometry, capacity, total)
+        with _lock:
+            _slabs[memory.data_ptr()] = _Slab(storage, geometry, capacity, total)
     return _views(memory, geometry, capacity, 0, total)
 
 

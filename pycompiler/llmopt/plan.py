@@ -34,7 +34,7 @@ from llmopt.native.operands import NativeKernel
 from llmopt.native.segment import SegmentBuilder, StepRecord, Tuner
 from llmopt.passes.simplify import PURE
 from llmopt.registry import Chooser, by_default
-from llmopt.sizes import SizeTable, UnsupportedSize, expression
+from llmopt.sizes import Size, SizeTable, UnsupportedSize, expression
 from llmopt.types import Target
 from llmopt.writes import mutated_storages
 
@@ -199,17 +199,19 @@ class _Roles:
     def _unknown_sizes(self, node: fx.Node) -> str:
         """A size the executor could not know when the segment runs."""
         values = [fake(n) for n in (node, *node.all_input_nodes)]
+        sizes: list[Size] = [v for v in values if isinstance(v, torch.SymInt)]
         for value in _tensors(values):
-            for size in (*value.shape, *value.stride(), value.storage_offset()):
-                expr = expression(size)
-                if isinstance(expr, int):
-                    continue
-                if any(s not in self.symbols for s in expr.free_symbols):
-                    return f"size {expr} is known only while the graph runs"
-                try:
-                    self._sizes.id(size)
-                except UnsupportedSize as error:
-                    return str(error)
+            sizes += [*value.shape, *value.stride(), value.storage_offset()]
+        for size in sizes:
+            expr = expression(size)
+            if isinstance(expr, int):
+                continue
+            if any(s not in self.symbols for s in expr.free_symbols):
+                return f"size {expr} is known only while the graph runs"
+            try:
+                self._sizes.id(size)
+            except UnsupportedSize as error:
+                return str(error)
         return ""
 
     def _unknown_layout(self, node: fx.Node) -> str:

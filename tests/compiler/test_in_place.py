@@ -285,3 +285,20 @@ def test_a_static_cache_still_runs_natively() -> None:
         return weights @ v
 
     check(function, Q, K[:, :, :1].contiguous(), V, randn(2, 3, 5, 8), takes=["attention"])
+
+
+def test_a_counter_that_was_edited_is_not_counted_anew() -> None:
+    linear = torch.nn.Linear(8, 8)
+
+    def edited(x: torch.Tensor) -> torch.Tensor:
+        p = torch.arange(x.shape[0])
+        p[0] = 7
+        return linear(x) + (p + 3)[:, None]
+
+    def by_name(x: torch.Tensor) -> torch.Tensor:
+        return linear(x) + (torch.arange(0, end=x.shape[0]) + 3)[:, None]
+
+    x = torch.randn(5, 8)
+    with torch.no_grad():
+        for f in (edited, by_name):
+            torch.testing.assert_close(torch.compile(f, backend="llmopt")(x), f(x))

@@ -116,3 +116,31 @@ def test_gradients_switched_on_inside(backend: str) -> None:
         (got,) = torch.autograd.grad(compiled(x).sum(), eager.within.weight)
         (want,) = torch.autograd.grad(eager(x).sum(), eager.within.weight)
     assert_same_output(got, want)
+
+
+def test_no_grad_counts_where_a_gradient_is_computed() -> None:
+    """torch.func.grad does not differentiate what is computed under no_grad, whether the caller wants gradients or not."""
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            c = x * 2
+        return (c * x).sum()
+
+    x = torch.arange(3.0)
+    compiled = torch.compile(lambda x: torch.func.grad(f)(x), backend="llmopt")
+    assert torch.equal(compiled(x), 2 * x)
+    with torch.no_grad():
+        assert torch.equal(compiled(x), torch.func.grad(f)(x))
+
+
+def test_a_gradient_mode_that_is_left_changed_stays_changed() -> None:
+    def f(x: torch.Tensor) -> torch.Tensor:
+        torch.set_grad_enabled(False)
+        return x + 1
+
+    assert torch.is_grad_enabled()
+    try:
+        torch.compile(f, backend="llmopt")(torch.ones(3))
+        assert not torch.is_grad_enabled()
+    finally:
+        torch.set_grad_enabled(True)

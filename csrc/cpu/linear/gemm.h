@@ -1,5 +1,5 @@
 // The op `linear`: phase 0 prepares the rows of x, phase 1 runs tiles over panels. Rows that need no preparing, and
-// those that each thread prepares alone, have phase 1 only.
+// those that each thread prepares alone, have one phase: the tiles.
 #pragma once
 #include "cpu/linear/epilogue.h"
 #include "cpu/linear/prepare.h"

@@ -1,5 +1,5 @@
 // The op `linear_quantized`: phase 0 rounds the rows of x, phase 1 runs tiles over panels. Rows that each thread rounds
-// alone have phase 1 only.
+// alone have one phase: the tiles.
 #pragma once
 #include "cpu/linear/epilogue.h"
 #include "cpu/linear_quantized/prepare.h"

@@ -158,9 +158,11 @@ def _capture(model: nn.Module, sample: Sample, decide: Callable[[GraphProblem], 
 
 def _linears_behind(model: nn.Module, problem: GraphProblem) -> dict[str, list[str]]:
     """The model's linears behind each of the graph's layers."""
-    by_weight = {lin.weight.data_ptr(): name for name, lin in linears_of(model).items()}  # type: ignore[operator]
+    by_weight: dict[int, list[str]] = {}
+    for name, linear in linears_of(model).items():
+        by_weight.setdefault(linear.weight.data_ptr(), []).append(name)  # type: ignore[operator]
     return {
-        layer: [by_weight[t.data_ptr()] for t in tensors if t.data_ptr() in by_weight]
+        layer: [name for t in tensors for name in by_weight.get(t.data_ptr(), ())]
         for layer, tensors in problem.weights.items()
     }
 

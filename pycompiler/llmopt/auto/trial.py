@@ -125,10 +125,10 @@ class _Run(fx.Interpreter):
     def _add_errors(self, node: fx.Node, name: str, y: Tensor) -> None:
         around: Any = dict(self.map_nodes_to_values(parts(node), node))
         some = _spread(y.shape[:-1].numel(), ROWS)
-        x, weights = around.pop("x").flatten(0, -2)[some], around.pop("weights")
+        x, weights = _rows(around.pop("x"))[some], around.pop("weights")
         if around["residual"] is not None:
-            around["residual"] = around["residual"].flatten(0, -2)[some]
-        want = y.flatten(0, -2)[some].double()
+            around["residual"] = _rows(around["residual"])[some]
+        want = _rows(y)[some].double()
         none = (None,) * len(weights)
         for form in FORMS:
             schemes = readings_of(form, self.trial.tried[name])
@@ -140,8 +140,14 @@ class _Run(fx.Interpreter):
                 got = linear_quantized(
                     x, rounded, none, none, s.bits, s.activations, group, s.symmetric, **around
                 )
-                error = (got.double() - want).square().sum() / want.square().sum()
-                self.trial.errors[name, s] += float(error)
+                error = (got.double() - want).square().sum()
+                if error > 0:  # outputs that are all zero stay so under every scheme
+                    self.trial.errors[name, s] += float(error / want.square().sum())
+
+
+def _rows(t: Tensor) -> Tensor:
+    """[rows, features]."""
+    return t.reshape(-1, t.shape[-1])
 
 
 def _spread(count: int, most: int) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from llmopt.graph import (
+    PLAIN_ARANGE,
     argument,
     fake,
     is_dense,
@@ -249,7 +250,7 @@ def arange_bounds(node: fx.Node) -> tuple[Size, Size] | None:
     value = fake(node)
     if value.dtype != torch.int64 or value.device.type != "cpu":
         return None
-    if node.kwargs.keys() - {"device", "dtype", "layout", "pin_memory", "requires_grad"}:
+    if node.kwargs.keys() - PLAIN_ARANGE:
         return None
     given = [fake(a) if isinstance(a, fx.Node) else a for a in node.args]
     if not all(isinstance(a, (int, torch.SymInt)) for a in given):

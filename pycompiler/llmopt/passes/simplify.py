@@ -10,6 +10,7 @@ from torch import fx
 
 from llmopt.graph import (
     FLOAT_CASTS,
+    PLAIN_ARANGE,
     argument,
     binary_operands,
     emit,
@@ -146,7 +147,7 @@ def run(graph: fx.Graph) -> None:
             continue
         if kind(node) in _FUNCTIONAL:
             _functionalize(node, sharers)
-        if _slice_for_list(graph, node, written) or _shift_arange(graph, node):
+        if _slice_for_list(graph, node, written) or _shift_arange(graph, node, written):
             continue
         target = _identity_of(node, written)
         if target is not None:
@@ -235,11 +236,13 @@ def _slice_for_list(graph: fx.Graph, node: fx.Node, written: set[int]) -> bool:
     return True
 
 
-def _shift_arange(graph: fx.Graph, node: fx.Node) -> bool:
+def _shift_arange(graph: fx.Graph, node: fx.Node, written: set[int]) -> bool:
     """arange(n) + s, as positions behind a cache are counted, becomes arange(s, s + n)."""
     operands = binary_operands(node) if kind(node) == "add" and is_tensor(node) else None
     counter, shift = operands or (None, None)
     if not isinstance(counter, fx.Node) or kind(counter) != "arange" or len(counter.args) != 1:
+        return False
+    if counter.kwargs.keys() - PLAIN_ARANGE or storage(counter) in written:
         return False
     size = fake(shift) if isinstance(shift, fx.Node) else shift
     if not isinstance(size, (int, torch.SymInt)) or isinstance(size, bool):
