@@ -160,11 +160,9 @@ class SegmentGraphs:
         inputs = []
         for i, value in enumerate(arguments):
             if isinstance(value, Tensor) and i not in self._held:
-                own[i] = torch.empty_strided(
-                    value.size(), value.stride(), dtype=value.dtype, device=value.device
-                )
+                own[i] = _memory_like(value)
                 inputs.append((i, own[i]))
-        made = [torch.empty_like(r) for r in results]
+        made = [_memory_like(r) for r in results]
         try:
             with recorder.ordered():
                 _copy([(t, arguments[i]) for i, t in inputs])
@@ -185,6 +183,13 @@ class SegmentGraphs:
             graph.replay()
             _copy(list(zip(results, graph.results, strict=True)))
         self.replays += 1
+
+
+def _memory_like(tensor: Tensor) -> Tensor:
+    """Uninitialised memory in exactly this tensor's layout: empty_like makes what has gaps dense."""
+    return torch.empty_strided(
+        tensor.size(), tensor.stride(), dtype=tensor.dtype, device=tensor.device
+    )
 
 
 def _copy(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:

@@ -161,3 +161,12 @@ def test_a_capture_that_fails_is_launched_and_says_why(recorder):
                 run(input_ids=ids).last_hidden_state, exact(input_ids=ids).last_hidden_state
             )
     assert "capturing failed: operation not permitted" in alive()[-1].cuda_graphs()[0]
+
+
+def test_memory_of_a_graph_is_laid_out_as_what_it_stands_for():
+    """Captured launches have the strides of the call's own results, gaps included."""
+    rows = torch.empty(4, 8)
+    for like in (rows[:, :5], rows.t(), rows[:1].expand(4, 8)):
+        made = graphs._memory_like(like)
+        assert (made.shape, made.stride()) == (like.shape, like.stride())
+        assert made.data_ptr() != like.data_ptr()
