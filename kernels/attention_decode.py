@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from llmopt.counters import counters
 from llmopt.kernels.attention import READS, Scores, attend, fit, head_block, keys_of, operands
 from llmopt.kernels.attention import reject as reject_operands
 from llmopt.kernels.gemm import arrive
-from llmopt.kernels.operands import counters
 from llmopt.kernels.tiles import reject_attention
 from llmopt.launch import AttentionProblem, AttentionTile, Launch
 from llmopt.registry import Kernel, register
@@ -157,7 +157,7 @@ def launch(p: AttentionProblem, c: AttentionTile, t: Target, q, k, v, o, scores:
         partial = torch.empty(
             p.batch * p.kv_heads * c.splits * size, dtype=torch.float32, device=q.device
         )
-        counter = counters(q.device)
+        counter = counters(q.device, p.batch * p.kv_heads)
     arguments = {**operands(p, q, k, v, o, scores), "partial_ptr": partial, "counter_ptr": counter}
     constants = {**scores.constants(p), **c.constexprs()}
     return Launch(

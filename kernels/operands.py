@@ -6,10 +6,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from llmopt.kernels.tiles import MOST_TILES
+from llmopt.counters import counters
 from llmopt.types import Target
-
-_COUNTERS: dict[tuple[torch.device, int], torch.Tensor] = {}
 
 
 @dataclass(frozen=True)
@@ -67,19 +65,8 @@ def workspace(
     """(partial results [tiles · splits, size] fp32, counters [tiles] of zeros); (None, None) where nothing is split."""
     if splits == 1:
         return None, None
-    if tiles > MOST_TILES:
-        raise ValueError(f"{tiles} tiles are split, at most {MOST_TILES} can be")
     partial = torch.empty(tiles * splits * size, dtype=torch.float32, device=like.device)
-    return partial, counters(like.device)
-
-
-def counters(device: torch.device) -> torch.Tensor:
-    """Zeros that every launch leaves as zeros, for the device's current stream: launches of other streams have their own."""
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    key = device, stream
-    if key not in _COUNTERS:
-        _COUNTERS[key] = torch.zeros(MOST_TILES, dtype=torch.int32, device=device)
-    return _COUNTERS[key]
+    return partial, counters(like.device, tiles)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

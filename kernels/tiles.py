@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from llmopt.counters import MOST_TILES
 from llmopt.launch import AttentionProblem, AttentionTile, GemmTile, LinearProblem
 from llmopt.types import Target
 
-MOST_TILES = 1 << 16  # that may be split among blocks: their counters are allocated once
 LEAST_BLOCK = 16  # rows and columns of one instruction of a tensor core
 _ACCUMULATORS = (
     128  # fp32 registers of a thread, of 255 in all; the rest is for operands and addresses

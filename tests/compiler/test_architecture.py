@@ -18,7 +18,7 @@ MAX_LINES = 500
 # row do not know each other, so passes never see kernels.
 LAYERS = (
     ("_C", "types", "launch", "settings", "sizes", "files"),
-    ("target", "graph", "memory", "registry", "messages"),
+    ("target", "graph", "memory", "counters", "registry", "messages"),
     ("gpus",),
     ("ops", "writes"),
     ("quant", "contexts"),

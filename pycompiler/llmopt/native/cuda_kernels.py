@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmopt.counters import MOST_TILES, counters
 from llmopt.launch import AttentionProblem, Launch, LinearProblem, RowTile
 from llmopt.native import cuda
 from llmopt.native.program import DTYPE_CODES
@@ -22,7 +23,6 @@ from llmopt.types import Target
 
 MOST_TOKENS = 8  # of the GEMV; more tokens are Triton's
 _BY_THE_LAUNCHER = RowTile(0)
-_COUNTERS: dict[torch.device, Tensor] = {}
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,17 @@ def reject_decode(p: AttentionProblem, t: Target) -> str:
         return f"queries of {p.dtype} over {p.kv_dtype}: fp16 is possible"
     if p.head_dim != p.value_dim or p.head_dim not in (64, 128):
         return f"heads of {p.head_dim} and {p.value_dim}: 64 and 128 are possible"
+    count = _sizes_record(p).num_counters()
+    if count > MOST_TILES:
+        return f"{p.batch} sequences of {p.kv_heads} heads: up to {MOST_TILES} groups of heads are possible"
     return _reject_everywhere(t)
+
+
+def _sizes_record(p: AttentionProblem, splits: int = 1) -> cuda.AttentionDecode:
+    """What the sizes of scratch memory follow from."""
+    return cuda.AttentionDecode(
+        batch=p.batch, heads=p.heads, kv_heads=p.kv_heads, head_dim=p.head_dim, splits=splits
+    )
 
 
 def _decode_record(
@@ -119,26 +129,17 @@ def launch_decode(
     keys = min(p.kv_len, max(scores.offset + 1, 0)) if scores.causal else p.kv_len
     splits = cuda.library().decode_splits(p.batch, p.heads, p.kv_heads, keys)
     lengths = torch.full((p.batch,), keys, dtype=torch.int32, device=q.device)
-    sizes = {"batch": p.batch, "heads": p.heads, "kv_heads": p.kv_heads, "head_dim": p.head_dim, "splits": splits}  # fmt: skip
-    record = cuda.AttentionDecode(**sizes)
+    record = _sizes_record(p, splits)
     floats = record.partial_floats()
     arguments = {
         "q_ptr": q, "k_ptr": k, "v_ptr": v, "lengths_ptr": lengths, "o_ptr": o,
         "partial_ptr": torch.empty(floats, device=q.device) if floats else None,
-        "counter_ptr": _counters(q.device, record.num_counters()), "scale": scores.scale, "splits": splits,
+        "counter_ptr": counters(q.device, record.num_counters()), "scale": scores.scale, "splits": splits,
     }  # fmt: skip
     return Launch(
         "attention_decode.cuda", CudaFunction(_decode_record), (), arguments, {},
         reads=("q_ptr", "k_ptr", "v_ptr", "lengths_ptr"), writes=("o_ptr",),
     )  # fmt: skip
-
-
-def _counters(device: torch.device, count: int) -> Tensor:
-    """Zeros that every launch leaves as zeros; one stream at a time may use them."""
-    known = _COUNTERS.get(device)
-    if known is None or known.numel() < count:
-        known = _COUNTERS[device] = torch.zeros(count, dtype=torch.int32, device=device)
-    return known
 
 
 def _address(tensor: Tensor | None) -> int | None:

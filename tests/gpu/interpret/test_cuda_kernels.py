@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from cuda_emulator.emulator import Emulator, build
 from llmopt import registry
 from llmopt.compiled import alive
+from llmopt.counters import MOST_TILES, counters
 from llmopt.gpu import executor
 from llmopt.gpu.plan import tensors
 from llmopt.gpu.run import run
@@ -79,9 +80,17 @@ def test_what_they_cannot_do_is_tritons(emulator):
         assert registry.choose("linear_quantized", p, AMPERE)[0].name == "linear_w8a8.triton"
     decode = AttentionProblem(1, 4, 4, 1, 33, 64, 64, "fp16", "fp16")
     assert registry.choose("attention", decode, AMPERE)[0].name == "attention_decode.cuda"
-    for more in ({"special": True}, {"window": 4}, {"kv_dtype": "i8"}, {"head_dim": 96, "value_dim": 96}):  # fmt: skip
+    many = {"batch": 1 << 14, "heads": 8, "kv_heads": 8}  # more than there are counters
+    for more in ({"special": True}, {"window": 4}, {"kv_dtype": "i8"}, {"head_dim": 96, "value_dim": 96}, many):  # fmt: skip
         p = AttentionProblem(**{**decode.__dict__, **more})
         assert registry.choose("attention", p, AMPERE)[0].name == "attention_decode.triton"
+
+
+def test_counters_stay_where_graphs_know_them():
+    few = counters(torch.device("cpu"), 1)
+    assert counters(torch.device("cpu"), MOST_TILES).data_ptr() == few.data_ptr()
+    with pytest.raises(ValueError, match="65537 tiles are split, at most 65536"):
+        counters(torch.device("cpu"), MOST_TILES + 1)
 
 
 def test_where_nothing_is_built_they_say_so(monkeypatch):
