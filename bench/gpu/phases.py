@@ -117,8 +117,8 @@ def end_to_end(session: Session) -> None:
         for system, how in systems.items():
             torch._dynamo.reset()
             steps = _Steps(torch.compile(model, **how) if how else model, given, token)
-            session.attempt("model", "prefill", system, lambda s=steps, n=system: _timed(session, "prefill", n, s.prefill, want))  # type: ignore[misc]  # fmt: skip
-            session.attempt("model", "decode", system, lambda s=steps, n=system: _timed(session, "decode", n, s.decode, next_want))  # type: ignore[misc]  # fmt: skip
+            session.attempt("model", "prefill", system, lambda s=steps, n=system: _timed(session, "prefill", n, s.prefill, want, s))  # type: ignore[misc]  # fmt: skip
+            session.attempt("model", "decode", system, lambda s=steps, n=system: _timed(session, "decode", n, s.decode, next_want, s))  # type: ignore[misc]  # fmt: skip
 
 
 class _Steps:
@@ -128,11 +128,16 @@ class _Steps:
         self, run: Callable[..., Any], given: dict[str, Any], token: dict[str, Any]
     ) -> None:
         self._run, self._given, self._token = run, given, token
+        self._prompt: llama.Cache = []
         self._cache: llama.Cache = []
 
     def prefill(self) -> torch.Tensor:
-        logits, self._cache = self._run(**self._given)
+        logits, self._prompt = self._run(**self._given)
         return logits
+
+    def restart(self) -> None:
+        """The next decoding step is the first after the prompt."""
+        self._cache = self._prompt
 
     def decode(self) -> torch.Tensor:
         logits, self._cache = self._run(**self._token, cache=self._cache)
@@ -140,13 +145,19 @@ class _Steps:
 
 
 def _timed(
-    session: Session, what: str, system: str, call: Callable[[], torch.Tensor], truth: torch.Tensor
+    session: Session,
+    what: str,
+    system: str,
+    call: Callable[[], torch.Tensor],
+    truth: torch.Tensor,
+    steps: _Steps,
 ) -> None:
+    """Timed steps of decoding append to each other from the prompt on, as in use: a cache that begins anew is copied."""
+    steps.restart()
     _close(call(), truth)
     call()  # lengths become symbols, graphs are captured
-    last = call()
-    if what == "prefill":
-        _close(last, truth)
+    steps.restart()
+    _close(call(), truth)
     session.record.add("model", what, system, "ok", session.clock.seconds(call))
 
 

@@ -76,13 +76,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(session: Session) -> int:
-    """All phases, then the table and the plots."""
+    """All phases, whatever one of them raises, then the table and the plots."""
     from bench.gpu import phases
 
     kernels.load()
     for phase in phases.PHASES:
         start = time.monotonic()
-        phase(session)
+        session.attempt(phase.__name__, "as a whole", "session", lambda p=phase: p(session))  # type: ignore[misc]
         print(f"{phase.__name__}: {time.monotonic() - start:.0f} s", flush=True)
     record = session.record
     print(record.write_table().read_text())

@@ -68,6 +68,18 @@ def test_a_wrong_kernel_is_a_failure_and_the_session_goes_on(tmp_path, monkeypat
     assert "swiglu.triton: AssertionError" in (tmp_path / "table.md").read_text()
 
 
+def test_a_phase_that_raises_leaves_the_others_the_table_and_the_plots(tmp_path, monkeypatch):
+    def broken(_):
+        raise RuntimeError("no kernel of that name")
+
+    monkeypatch.setattr(phases, "PHASES", (broken, phases.microbenchmarks))
+    assert rehearse(tmp_path, "SwiGLU") == 1
+    outcomes = {(r["phase"], r["outcome"]) for r in results(tmp_path)}
+    assert outcomes == {("broken", "RuntimeError: no kernel of that name"), ("kernels", "ok")}
+    assert "broken: as a whole, session: RuntimeError" in (tmp_path / "table.md").read_text()
+    assert (tmp_path / "kernels.png").exists()
+
+
 def test_a_session_without_a_gpu_and_a_form_that_does_not_exist_are_errors(tmp_path, capsys):
     assert session.main(["--output", str(tmp_path)]) == 2
     assert "--rehearse" in capsys.readouterr().err
