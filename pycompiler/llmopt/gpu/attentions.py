@@ -54,7 +54,7 @@ class _Attention:
         before: list[Launch] = []
         window, mean = call.values[self.window.id], None
         (k, k_scale), (v, v_scale) = codes_and_scales(k), codes_and_scales(v)
-        # Rounding every key pays where many queries read it.
+        # Rounding every key pays where many queries read it (predicted).
         many = q.shape[1] // k.shape[1] * q.shape[2] > MOST_ROWS
         qk = "i8" if self.qk == "int8" and many else "same"
         if qk == "i8" and k_scale is None:
