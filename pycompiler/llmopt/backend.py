@@ -15,7 +15,7 @@ from llmopt.auto import choose as auto
 from llmopt.compiled import CompiledGraph
 from llmopt.contexts import enclose
 from llmopt.executor import build_executable
-from llmopt.gpu.device import choose_target
+from llmopt.gpu.device import choose_target, gpu_among
 from llmopt.gpu.tune.lookup import chooser_for
 from llmopt.graph import kind
 from llmopt.messages import say
@@ -66,7 +66,7 @@ def _compile(
     if machine.gpu is None:
         plan = make_plan(gm.graph, machine, tuner_for(machine, options.mode))
     else:
-        chooser = chooser_for(machine, options.mode)
+        chooser = chooser_for(machine, options.mode, gpu_among(example_inputs))
         plan = make_plan(gm.graph, machine, lambda _: Choice(), chooser)
     if options.kv_cache == "int8":
         plan.notes = tuple(kv_cache.float_caches(gm.graph))

@@ -7,6 +7,7 @@ import itertools
 
 import pytest
 import torch
+from llmopt.gpu.device import Gpu
 from llmopt.gpu.tune import lookup
 from llmopt.gpu.tune.environment import predicted_environment
 from llmopt.gpu.tune.lookup import Lookup, chooser_for, recording
@@ -19,7 +20,7 @@ from llmopt.tune.database import Database, Entry
 from llmopt.tune.exchange import write_file
 from llmopt.tune.lookup import BUCKETS
 
-from tests.tune.gpu import LINEAR, TILE, database, entry, environment, problem, target
+from tests.tune.gpu import DEVICES, LINEAR, TILE, database, entry, environment, problem, target
 
 # sm_89 has no TMA: linear_f16.triton is the first kernel for many rows.
 LOCAL = "L4"
@@ -234,6 +235,58 @@ def test_a_full_gpu_leaves_the_default(known):
     chosen = ask(known, measure=measure)
     assert chosen.config == default()
     assert chosen.source.startswith("default: the GPU has no memory left to measure in")
+
+
+def failing(names):
+    """A measurement that cannot be made of these kernels; others take 50 us."""
+
+    def measure(kernel, at):
+        if kernel.name in names:
+            raise RuntimeError("an illegal instruction\nat line 7")
+        return entry(at, None, 50.0, kernel), True
+
+    return measure
+
+
+def test_an_alternative_that_cannot_be_measured_leaves_the_first(known, caplog):
+    one, here = problem(m=1), target(LOCAL)
+    asked = Lookup(here, known, failing({"linear_f16.triton"}))
+    chosen = asked("linear", one, here)
+    assert chosen.kernel.name == "linear_f16_gemv.triton"
+    assert chosen.source.startswith("default: measured")
+    said = "linear_f16.triton cannot be measured at 1x4096x4096 fp16: RuntimeError: an illegal instruction"
+    assert [record.getMessage() for record in caplog.records] == [said]
+    asked("linear", one, here)  # what failed is not tried again
+    assert len(caplog.records) == 1
+
+
+def test_what_the_first_kernel_raises_is_the_users(known):
+    with pytest.raises(RuntimeError, match="an illegal instruction"):
+        ask(known, problem(m=1), failing({"linear_f16_gemv.triton"}))
+
+
+def test_cuda_kernels_say_that_nobody_compared_them(known, monkeypatch):
+    from llmopt.native import cuda, cuda_kernels
+
+    assert KERNELS["linear_w8a8.cuda"].launch is cuda_kernels.launch_w8a8
+    monkeypatch.setattr(cuda, "missing", lambda: "")
+    chosen = ask(known, problem(m=1, scheme="w8a8"), op="linear_quantized")
+    assert (chosen.kernel.name, chosen.source) == ("linear_w8a8.cuda", "not compared: CUDA C++")
+
+
+def test_the_gpu_that_the_model_is_on_measures(monkeypatch):
+    """Of two GPUs that are alike, the second: the first may be busy with something else."""
+    first, second = (torch.device("cuda", number) for number in range(2))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    seen, arch, sms, _, smem = DEVICES["L4"]
+    monkeypatch.setattr(lookup, "gpu_of", lambda _: Gpu("cuda", arch, seen, sms, smem))
+    here = target(LOCAL)
+    assert lookup.local(here) == (first, here)
+    assert lookup.local(here, second) == (second, here)
+    monkeypatch.setattr(lookup, "database", lambda *_: None)
+    chooser = chooser_for(here, "max-autotune", second)
+    assert chooser._measure.__self__._device == second
 
 
 def test_nothing_is_measured_while_a_graph_is_captured(known, monkeypatch):

@@ -45,6 +45,12 @@ def gpu_of(device: torch.device) -> Gpu | None:
     return Gpu("cuda", arch, found.name, found.multi_processor_count, smem)
 
 
+def gpu_among(values: Sequence[Any]) -> torch.device | None:
+    """The first GPU that one of these values is on; None where none is."""
+    tensors = (value for value in values if isinstance(value, Tensor))
+    return next((t.device for t in tensors if t.device.type == "cuda"), None)
+
+
 def on(device: torch.device) -> Any:
     """A context in which triton launches on this device's current stream."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import importlib.resources
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -52,7 +53,10 @@ _AROUND = (
     "plain",
 )  # hardly change which tile is best: 16-bit types are alike
 _OFF = "default: LLMOPT_TUNE=0"
+_NOT_TRITON = "not compared: CUDA C++"  # its tiles are not tuned, and it runs wherever it can
 Measure = Callable[[Kernel, Any], tuple[Entry, bool]]  # the bool: worth keeping
+
+log = logging.getLogger("llmopt")
 
 _recorded: list[Asked] | None = None
 
@@ -68,11 +72,11 @@ def recording() -> Iterator[list[Asked]]:
         _recorded = before
 
 
-def chooser_for(target: Target, mode: str) -> Chooser:
-    """What GPU plans of a mode ask; max-autotune measures where the target's GPU is."""
+def chooser_for(target: Target, mode: str, on: torch.device | None = None) -> Chooser:
+    """What GPU plans of a mode ask; max-autotune measures on the GPU that the model is on, else on the target's."""
     if not settings.tuning():
         return lambda op, p, t: dataclasses.replace(by_default(op, p, t), source=_OFF)
-    here = local(target)
+    here = local(target, on)
     if here is None:
         return Lookup(target, None)
     device, found = here
@@ -84,13 +88,14 @@ def chooser_for(target: Target, mode: str) -> Chooser:
     return Lookup(found, known, measure)
 
 
-def local(target: Target) -> tuple[torch.device, Target] | None:
+def local(target: Target, on: torch.device | None = None) -> tuple[torch.device, Target] | None:
     """The GPU of this process that a target is for, and the target that has its own sizes; None where it is not here.
 
-    A generation is any GPU of it; a target with a GPU's name is that GPU.
+    on: no other than this one. A generation is any GPU of it; a target with a GPU's name is that GPU.
     """
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    for device in (torch.device("cuda", number) for number in range(count)):
+    every = [torch.device("cuda", number) for number in range(count)]
+    for device in every if on is None else [on]:
         gpu = gpu_of(device)
         found = None if gpu is None else target_of(gpu)[0]
         if found is None or found.tier != target.tier:
@@ -184,10 +189,10 @@ class Lookup:
             return Chosen(able[0], able[0].configs(problem, target)[0], "")
         if _recorded is not None and Asked(op, at) not in _recorded:
             _recorded.append(Asked(op, at))
-        best, us = self._for_kernel(able[0], problem, at)
+        best, us = self._for_kernel(able[0], problem, at, is_first=True)
         # Another kernel than the first takes over only where both were measured here, and by as much as a tile has to.
         for kernel in able[1:] if us else ():
-            other, theirs = self._for_kernel(kernel, problem, at)
+            other, theirs = self._for_kernel(kernel, problem, at, is_first=False)
             if 0 < theirs * WIN < us:
                 best, us = other, theirs
         return best
@@ -213,12 +218,14 @@ class Lookup:
             self._known.remember(entry)
         return entry
 
-    def _for_kernel(self, kernel: Kernel, problem: Problem, at: Any) -> tuple[Chosen, float]:
+    def _for_kernel(
+        self, kernel: Kernel, problem: Problem, at: Any, is_first: bool
+    ) -> tuple[Chosen, float]:
         """What a kernel runs a problem with, and the microseconds measured here, 0 where nobody did."""
         default = kernel.configs(problem, self._target)[0]
         key = (kernel.name, at)
         if key not in self._answers:
-            self._answers[key] = self._find(kernel, at)
+            self._answers[key] = self._find(kernel, at, is_first)
         answer = self._answers[key]
         if not answer.config:
             return Chosen(kernel, default, answer.source), answer.us
@@ -229,17 +236,14 @@ class Lookup:
             return Chosen(kernel, default, source), 0.0
         return Chosen(kernel, tile, answer.source), answer.us
 
-    def _find(self, kernel: Kernel, at: Any) -> _Answer:
+    def _find(self, kernel: Kernel, at: Any, is_first: bool) -> _Answer:
         if kernel.function is None:
-            return _Answer({}, "")
+            return _Answer({}, _NOT_TRITON)
         if reason := kernel.reject(at, self._target):
             return _Answer({}, f"default: {shape(at)} stands for it, where this kernel has {reason}")  # fmt: skip
         entry, reason = self.entry(kernel, at)
         if entry is None and self._measure is not None and not _is_capturing():
-            try:
-                entry = self.keep(*self._measure(kernel, at))
-            except torch.OutOfMemoryError:  # the model's memory comes first
-                reason = "the GPU has no memory left to measure in"
+            entry, reason = self._measured_now(self._measure, kernel, at, is_first)
         if entry is not None:
             return _measured(entry)
         for look in (self._borrowed, self._predicted):
@@ -248,6 +252,22 @@ class Lookup:
                 return answer
             reason += f"; {why}" if why else ""
         return _Answer({}, f"default: {reason}")
+
+    def _measured_now(
+        self, measure: Measure, kernel: Kernel, at: Any, is_first: bool
+    ) -> tuple[Entry | None, str]:
+        """A measurement, or why there is none. What the first kernel raises, the call would: it is the user's to see."""
+        try:
+            found = measure(kernel, at)
+        except torch.OutOfMemoryError:  # the model's memory comes first
+            return None, "the GPU has no memory left to measure in"
+        except Exception as error:  # compilers and drivers raise what they like
+            if is_first:
+                raise
+            first_line = f"{type(error).__name__}: {error}".splitlines()[0]
+            log.warning("%s cannot be measured at %s: %s", kernel.name, shape(at), first_line)
+            return None, f"it cannot be measured: {first_line}"
+        return self.keep(*found), ""
 
     def _borrowed(self, kernel: Kernel, at: Any) -> tuple[_Answer | None, str]:
         """What a GPU like this one measured, or what this one did for a near shape."""

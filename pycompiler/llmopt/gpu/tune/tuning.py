@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
+from llmopt.gpu import device as gpu_device
 from llmopt.gpu.run import run
 from llmopt.gpu.tune.candidates import Candidate, inspect, likely
 from llmopt.gpu.tune.cost import roof
@@ -51,14 +52,16 @@ class LaunchBench:
         """timer(call): milliseconds of a call; triton.testing.do_bench, which flushes the L2 cache before each."""
         self._of = (kernel, problem)
         self._target = target
+        self._device = device
         self._given = operands(kernel.op, problem, device)
         self._timer = timer or _do_bench
         self._want: torch.Tensor | None = None  # the default's result
 
     def reject(self, tile: Tile) -> str:
-        launch = example(*self._of, tile, self._target, self._given)
         try:
-            run(launch)
+            with gpu_device.on(self._device):
+                launch = example(*self._of, tile, self._target, self._given)
+                run(launch)
             got = launch.arguments[launch.writes[0]].float()
         except (
             Exception
@@ -72,8 +75,9 @@ class LaunchBench:
         return "" if off <= _APART else f"its result is {off:.1e} from the default's"
 
     def __call__(self, tile: Tile) -> float:
-        launch = example(*self._of, tile, self._target, self._given)
-        return self._timer(lambda: run(launch)) * 1e3
+        with gpu_device.on(self._device):  # where events and the flush of the L2 cache are, too
+            launch = example(*self._of, tile, self._target, self._given)
+            return self._timer(lambda: run(launch)) * 1e3
 
 
 def _do_bench(call: Callable[[], None]) -> float:
