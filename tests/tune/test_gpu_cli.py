@@ -59,7 +59,7 @@ def test_show_export_and_import_are_of_all_devices(capsys, cache_dir, tmp_path, 
     assert "measured never: predicted" in out
     assert "block_m=64" in out
     assert "elsewhere: 1 entries; name NVIDIA L4 (here L4)" in out
-    assert "2 measurements written" in out
+    assert "2 entries, 1 of them predicted, written to" in out
     monkeypatch.setenv("LLMOPT_CACHE_DIR", str(tmp_path / "another"))
     code, out, _ = run(capsys, "--target", "cuda:89", "--gpu", "L4", "--import", path, "--show")
     assert code == 0
@@ -77,7 +77,7 @@ def test_with_a_gpu_it_measures_once_what_can_run(capsys, cache_dir, monkeypatch
         return entry(of, kernel=kernel), True
 
     here = torch.device("meta"), target("L4")
-    monkeypatch.setattr(lookup, "local", lambda _: here)
+    monkeypatch.setattr(lookup, "local", lambda *_: here)
     monkeypatch.setattr(lookup, "database", lambda *_: known)
     monkeypatch.setattr(tuning.Tuning, "measure", measure)
     code, out, _ = run(capsys, "2x4096x4096", "100x4096x4096", "--target", "cuda:89")

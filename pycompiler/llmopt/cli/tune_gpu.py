@@ -32,12 +32,22 @@ def run(args: argparse.Namespace) -> int:
         known = database(target, device)
         _measure(args, target, device, known)
     if args.export:
-        from llmopt.tune.exchange import export_file
-
-        print(f"{export_file(known.root, args.export)} measurements written to {args.export}")
+        _export(known, args.export)
     if args.show:
         show(known)
     return 0
+
+
+def _export(known: Any, path: Any) -> None:
+    """All that is kept here, and how much of it nobody measured."""
+    from llmopt.gpu.tune.environment import is_predicted
+    from llmopt.tune.database import Database, Entry, environments
+    from llmopt.tune.exchange import export_file
+
+    count = export_file(known.root, path)
+    guesses = [Database(known.root, e) for e, _ in environments(known.root) if is_predicted(e)]
+    predicted = sum(isinstance(entry, Entry) for kept in guesses for _, entry in kept.files())
+    print(f"{count} entries, {predicted} of them predicted, written to {path}")
 
 
 def _target(args: argparse.Namespace) -> Any:
@@ -138,7 +148,9 @@ def _of_shape(args: argparse.Namespace, m: int, n: int, k: int) -> Any:
         if reason := scheme.reject(k):
             raise ValueError(f"{m}x{n}x{k}: {reason}")
         op, name, group = "linear_quantized", scheme.name, scheme.group_of(k)
-    problem = bucketed(LinearProblem(m, n, k, dtype_name(DTYPES[args.dtype]), name, group % k))
+    offsets = scheme is not None and not scheme.symmetric
+    dtype = dtype_name(DTYPES[args.dtype])
+    problem = bucketed(LinearProblem(m, n, k, dtype, name, group % k, offsets=offsets))
     assert problem is not None
     return Asked(op, problem)
 

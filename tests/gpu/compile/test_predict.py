@@ -81,12 +81,19 @@ def test_one_behind_an_edge_is_the_next_buckets(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "of", [LinearProblem(1, 4096, 4096, "fp16"), LinearProblem(2, 2304, 768, "fp16")], ids=str
+    "of",
+    [
+        LinearProblem(1, 4096, 4096, "fp16"),
+        LinearProblem(2, 2304, 768, "fp16"),
+        LinearProblem(1, 768, 768, "fp16", "w4a16", 32, offsets=True),
+    ],
+    ids=str,
 )
 def test_an_entry_is_made_again(of):
     """A change of the kernel, its tiles, the model or the assembler shows here: `llmopt tune --predict -o` makes the files anew."""
     part = part_named("H100")
-    kernel = possible("linear", of, part.target)[0]
+    op = "linear" if of.scheme == "f16" else "linear_quantized"
+    kernel = possible(op, of, part.target)[0]
     made, reason = predicted(kernel, of, part)
     assert reason == ""
     assert made == shipped_for("H100")[made.key]

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 
 import llmopt
+import pytest
 import torch
+from llmopt.gpu import device as gpu_device
+from llmopt.gpu.run import run
 from llmopt.gpu.tune.problems import example, operands
 from llmopt.gpu.tune.tuning import LaunchBench
-from llmopt.launch import GemmTile, LinearProblem
+from llmopt.kernels.operands import dtype_name
+from llmopt.launch import AttentionProblem, GemmTile, Launch, LinearProblem
 from llmopt.registry import KERNELS
 from llmopt.target import gpu_target
 
@@ -33,6 +38,22 @@ def test_a_call_is_timed_in_microseconds():
 
     assert bench(timer=timer)(TILE) == 250.0
     assert len(calls) == 1
+
+
+def test_launches_are_on_the_device_of_their_operands(monkeypatch):
+    on = []
+
+    @contextlib.contextmanager
+    def entered(device):
+        on.append(device)
+        yield
+        on.append("left")
+
+    monkeypatch.setattr(gpu_device, "on", entered)
+    tries = bench(timer=lambda call: len(on))
+    assert tries.reject(TILE) == ""
+    assert tries(TILE) == 3e3  # within the second time
+    assert on == [CPU, "left", CPU, "left"]
 
 
 def test_other_tiles_give_the_defaults_result():
@@ -60,23 +81,49 @@ def test_a_wrong_result_and_a_failure_are_named():
     assert failing.reject(GemmTile(16, 32, 16, 4, 2)).startswith("it does not run: ")
 
 
-def test_every_tuned_op_has_operands():
-    """On the meta device, where nothing runs: problems of all ops become launches with what they read and write."""
-    from llmopt.launch import AttentionProblem
+@pytest.mark.parametrize(
+    ("name", "of", "x", "w"),
+    [
+        ("linear_f16.triton", LinearProblem(16, 64, 64, "bf16", gated=True, norm="layer"), "bf16", "bf16"),
+        ("linear_w8a8.triton", LinearProblem(16, 64, 64, "fp16", "w8a8", 32, gated=True), "i8", "i8"),
+        ("linear_w8a8.triton", LinearProblem(16, 64, 64, "fp16", "w4a8", 32, gated=True, offsets=True), "i8", "u8"),
+        ("linear_weight_only.triton", LinearProblem(16, 64, 64, "fp16", "w8a16", 32), "fp16", "i8"),
+        ("linear_weight_only.triton", LinearProblem(16, 64, 64, "fp16", "w4a16", 32, gated=True), "fp16", "u8"),
+        ("linear_weight_only.triton", LinearProblem(16, 64, 64, "fp16", "w4a16", 32, offsets=True), "fp16", "u8"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_linears_have_operands_of_their_scheme(name, of, x, w):
+    """On the meta device, where nothing runs: problems become launches of what the kernel reads and writes."""
+    arguments = launched(name, of).arguments
+    assert (dtype_name(arguments["x_ptr"].dtype), dtype_name(arguments["w_ptr"].dtype)) == (x, w)
+    assert arguments["w_ptr"].shape == (64, 32 if w == "u8" else 64)
+    assert (arguments.get("w_offset_ptr") is not None) == of.offsets
+    assert (arguments["up_ptr"] is not None) == of.gated
+    assert (arguments.get("up_offset_ptr") is not None) == (of.gated and of.offsets)
 
-    cases = {
-        "linear_f16.triton": LinearProblem(16, 64, 64, "bf16", gated=True, norm="layer"),
-        "linear_w8a8.triton": LinearProblem(16, 64, 64, "fp16", "w8a8", 32, gated=True),
-        "linear_weight_only.triton": LinearProblem(16, 64, 64, "fp16", "w4a16", 32, gated=True),
-        "attention.triton": AttentionProblem(1, 4, 2, 33, 33, 64, 64, "fp16", "i8", True),
-    }
-    for name, of in cases.items():
-        kernel = KERNELS[name]
-        given = operands(kernel.op, of, torch.device("meta"))
-        launch = example(kernel, of, kernel.configs(of, HERE)[0], HERE, given)
-        values = [launch.arguments.get(n) for n in (*launch.reads, *launch.writes)]
-        assert sum(isinstance(v, torch.Tensor) for v in values) >= 4
-        assert launch.kernel.startswith(name.split("_weight")[0].split(".")[0])
+
+def test_attention_has_operands():
+    of = AttentionProblem(1, 4, 2, 33, 33, 64, 64, "fp16", "i8", True)
+    launch = launched("attention.triton", of)
+    values = [launch.arguments.get(n) for n in (*launch.reads, *launch.writes)]
+    assert sum(isinstance(v, torch.Tensor) for v in values) >= 4
+
+
+def launched(name, of) -> Launch:
+    kernel = KERNELS[name]
+    given = operands(kernel.op, of, torch.device("meta"))
+    return example(kernel, of, kernel.configs(of, HERE)[0], HERE, given)
+
+
+@pytest.mark.parametrize("scheme", ["f16", "w8a8"])
+def test_results_to_compare_stay_far_below_what_fp16_can_hold(scheme):
+    """What is not finite equals nothing, so that no tile would be a candidate."""
+    of = LinearProblem(16, 16, 2048, "fp16", scheme, act="silu", gated=True)
+    kernel = KERNELS["linear_f16.triton" if scheme == "f16" else "linear_w8a8.triton"]
+    launch = example(kernel, of, kernel.configs(of, HERE)[0], HERE, operands(kernel.op, of, CPU))
+    run(launch)
+    assert 0 < launch.arguments["y_ptr"].abs().max() < 100
 
 
 def test_explain_says_where_tiles_come_from(monkeypatch, tmp_path):

@@ -80,6 +80,11 @@ def versions() -> Facts:
     }
 
 
+def is_predicted(environment: Environment) -> bool:
+    """True where nobody measured."""
+    return dict(environment.facts).get("measured") == PREDICTED
+
+
 def predicted_environment(part: Part) -> Environment:
     """The environment of what the model says about a GPU: no driver, no versions, never measured."""
     gpu = part.target.gpu
@@ -101,7 +106,7 @@ def is_alike(ours: Environment, theirs: Environment) -> bool:
     """True when measurements of one GPU may be lent to another: same generation, sizes within a tenth. Memory goes with bandwidth."""
     mine, other = dict(ours.facts), dict(theirs.facts)
     same = ("schema", "device", "generation", "capability", "measured")
-    if mine.get("measured") == PREDICTED or any(mine.get(n) != other.get(n) for n in same):
+    if is_predicted(ours) or any(mine.get(n) != other.get(n) for n in same):
         return False
     return all(_near(mine.get(name), other.get(name)) for name in ("sms", "memory_gib"))
 

@@ -17,6 +17,7 @@ from llmopt.gpu.tune.environment import predicted_environment
 from llmopt.gpu.tune.problems import Asked, facts, is_empty, words
 from llmopt.gpus import Part
 from llmopt.launch import AttentionProblem, LinearProblem
+from llmopt.quant.schemes import SCHEMES
 from llmopt.registry import Kernel, possible
 from llmopt.tune.database import Entry
 from llmopt.tune.exchange import write_file
@@ -65,7 +66,10 @@ def standard_problems() -> Iterator[Asked]:
             for m in heights:
                 fused = has_norm and m <= FUSED_NORM_ROWS and scheme != "w8a8"
                 norm = "rms" if fused else "none"
-                yield Asked(op, LinearProblem(m, n, k, "fp16", scheme, group, act, gated, norm))
+                offsets = scheme in SCHEMES and not SCHEMES[scheme].symmetric
+                yield Asked(
+                    op, LinearProblem(m, n, k, "fp16", scheme, group, act, gated, norm, offsets)
+                )
 
 
 def predict_all(

@@ -136,26 +136,25 @@ def example(kernel: Kernel, problem: Any, tile: Tile, target: Target, given: Ope
 
 
 def _linear(p: LinearProblem, device: torch.device) -> Operands:
-    weight = _tensor(p.n, p.k, dtype=p.dtype, device=device)
-    up = _tensor(p.n, p.k, dtype=p.dtype, device=device) if p.gated else None
+    weight, up = _weight(p, device), _weight(p, device) if p.gated else None
     return (_tensor(p.m, p.k, dtype=p.dtype, device=device), weight, _result(p, device), _around(p, device)), {"up": up}  # fmt: skip
 
 
 def _quantized(p: LinearProblem, device: torch.device) -> Operands:
     groups = p.k // p.group if p.group else 1
-    four = p.scheme.startswith("w4")
-    weights = [
-        (_codes(p.n, p.k // 2 if four else p.k, four, device), *_scales(p.n, groups, four, device))
-        for _ in range(2 if p.gated else 1)
-    ]
-    weight, up = weights[0], weights[-1]
-    more: dict[str, Any] = {"up": up[0], "up_scale": up[1]} if p.gated else {}
-    around, y = _around(p, device), _result(p, device)
-    if p.scheme == "w8a8":
-        codes, scales = _codes(p.m, p.k, False, device), _scales(p.m, groups, False, device)[0]
-        return (codes, scales, *weight[:2], y, around), more
-    more |= {"up_offset": up[2]} if p.gated else {}
-    return (_tensor(p.m, p.k, dtype=p.dtype, device=device), *weight, y, around), more
+    names = ("w", "up") if p.gated else ("w",)
+    columns, kind = (p.k // 2, "u8") if p.scheme.startswith("w4") else (p.k, "i8")
+    given: dict[str, Any] = {"y": _result(p, device), "around": _around(p, device)}
+    for name in names:
+        given[name] = _tensor(p.n, columns, dtype=kind, device=device)
+        given[f"{name}_scale"] = torch.full((p.n, groups), 1e-2 * p.k**-0.5, device=device)
+        given[f"{name}_offset"] = torch.zeros(p.n, groups, device=device) if p.offsets else None
+    if p.scheme in ("w8a8", "w4a8"):
+        given["x"] = _tensor(p.m, p.k, dtype="i8", device=device)
+        given["x_scale"] = torch.full((p.m, groups), 1e-2, device=device)
+    else:
+        given["x"] = _tensor(p.m, p.k, dtype=p.dtype, device=device)
+    return (), given
 
 
 def _attention(p: AttentionProblem, device: torch.device) -> Operands:
@@ -193,21 +192,15 @@ def _result(p: LinearProblem, device: torch.device) -> torch.Tensor:
     return torch.empty(p.m, p.n, dtype=_DTYPES[p.dtype], device=device)
 
 
+def _weight(p: LinearProblem, device: torch.device) -> torch.Tensor:
+    """Results are about 1 whatever K is: silu(gate) · up of larger ones leaves fp16, and inf equals nothing."""
+    return _tensor(p.n, p.k, dtype=p.dtype, device=device) * p.k**-0.5
+
+
 def _tensor(*size: int, dtype: str, device: torch.device) -> torch.Tensor:
     """Ordinary numbers, not zeros: what a multiplier switches costs power, and power is clock."""
+    if dtype == "u8":  # two codes of 4 bits
+        return torch.randint(0, 256, size, dtype=torch.uint8, device=device)
     if dtype == "i8":
         return torch.randint(-127, 128, size, dtype=torch.int8, device=device)
     return torch.randn(size, dtype=torch.float32, device=device).to(_DTYPES[dtype])
-
-
-def _codes(rows: int, columns: int, packed: bool, device: torch.device) -> torch.Tensor:
-    if packed:
-        return torch.randint(0, 256, (rows, columns), dtype=torch.uint8, device=device)
-    return _tensor(rows, columns, dtype="i8", device=device)
-
-
-def _scales(
-    rows: int, groups: int, offsets: bool, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    scales = torch.full((rows, groups), 1e-2, device=device)
-    return scales, torch.zeros_like(scales) if offsets else None
