@@ -46,8 +46,11 @@ def launches() -> list:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
+    """Compiled anew: binaries name their source file, which in the common cache may lie in another folder."""
     place = tmp_path_factory.mktemp("pack")
-    pack.build(place, {HOPPER: launches()}, "three kernels")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        pack.build(place, {HOPPER: launches()}, "three kernels")
     return place
 
 
