@@ -243,7 +243,8 @@ def test_bench_writes_what_was_asked_for(capsys, module_file, tmp_path):
     table = page.read_text()
     assert "| my_model.py:call fp32 | one call, ms |" in table
     assert {"llmopt", "eager"} <= {line.split(" | ")[0].strip("| ") for line in table.splitlines()}
-    assert str(tmp_path) not in page.read_text()
+    assert str(tmp_path) not in table
+    assert "--repeat 1` on" in table
     assert "one call" in out
     outputs = out[out.index("Outputs") :].splitlines()
     (difference,) = [x.split("│")[-2] for x in outputs if x.startswith("│ llmopt")]

@@ -11,6 +11,8 @@ from typing import Any
 from llmopt.cli import options
 from llmopt.cli.progress import working
 
+ROUNDS = 5
+
 
 def add(commands: Any) -> None:
     parser = commands.add_parser(
@@ -44,7 +46,7 @@ def add(commands: Any) -> None:
         "BATCHxTOKENS (default: 8x128,1x128)",
     )
     parser.add_argument(
-        "--repeat", type=options.positive, default=5, metavar="N", help="rounds (default: 5)"
+        "--repeat", type=options.positive, default=ROUNDS, metavar="N", help="rounds (default: 5)"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write one JSON line a number")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="write a picture")
@@ -114,6 +116,8 @@ def _command(args: argparse.Namespace) -> str:
     words += ["--against", ",".join(args.against)]
     if args.phases:
         words += ["--phases", ",".join(args.phases)]
+    if args.repeat != ROUNDS:
+        words += ["--repeat", str(args.repeat)]
     return shlex.join(words)
 
 
