@@ -141,8 +141,8 @@ class _Run(fx.Interpreter):
                     x, rounded, none, none, s.bits, s.activations, group, s.symmetric, **around
                 )
                 error = (got.double() - want).square().sum()
-                if error > 0:  # outputs that are all zero stay so under every scheme
-                    self.trial.errors[name, s] += float(error / want.square().sum())
+                # Outputs that are all zero stay so under every scheme.
+                self.trial.errors[name, s] += float(error / want.square().sum()) if error else 0.0
 
 
 def _rows(t: Tensor) -> Tensor:
