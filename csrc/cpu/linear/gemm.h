@@ -8,24 +8,28 @@
 namespace {
 
 // A stream asks for its weights this far ahead: the hardware prefetcher alone leaves bandwidth unused.
-constexpr int64_t kStreamAhead = 3 << 10;
+constexpr int64_t kStreamAhead = 2 << 10;
 
-// Weights are read once, straight through the panels. The end of every panel runs by itself because the end of the
-// chunk must ask for the start of this thread's next one; every panel, so that sums do not depend on the chunks.
+// Weights are read once, straight through the panels, some side by side. The end of every panel runs by itself because
+// the end of the chunk must ask for the start of this thread's next one; every panel, so that sums do not depend on the
+// chunks.
 void run_stream(const Problem& p, const Chunk& c, int64_t next_panel, const float* a, float* sums) {
   const int64_t bytes = panel_bytes(p.K, p.weight), step_bytes = kPanel * itemsize(p.weight) * steps_of(p.weight);
   const int64_t ahead = p.tuning.ahead ? p.tuning.ahead : kStreamAhead;
   const int64_t steps = bytes / step_bytes, tail = min64(steps, ahead / step_bytes), body = steps - tail;
-  for (int64_t panel = c.panel0; panel < c.panel1; ++panel) {
+  const int64_t at_once = stream_panels(p.tallest_tile());
+  for (int64_t panel = c.panel0; panel < c.panel1; panel += at_once) {
+    const int64_t count = min64(at_once, c.panel1 - panel);
     const char* b = p.w.data + panel * bytes;
-    const char* next = p.w.data + (panel + 1 < c.panel1 ? panel + 1 : next_panel) * bytes;
+    const char* next = p.w.data + (panel + count < c.panel1 ? panel + count : next_panel) * bytes;
     for (int64_t tile = c.tile0; tile < c.tile1; ++tile) {
       const int64_t row0 = p.tile_row(tile), rows = p.tile_row(tile + 1) - row0;
-      const TileFunction run = stream_tile(p.weight, rows);
+      const TileFunction run = stream_tile(p.weight, rows, count);
       const float* rows_of_a = a + p.tile_offset(tile);
-      run({rows_of_a, b, body, b + ahead, 0, sums, false});
-      run({rows_of_a + body * steps_of(p.weight) * rows, b + body * step_bytes, tail, next, 0, sums, true});
-      finish_tile(p, panel, row0, static_cast<int>(rows), sums);
+      run({rows_of_a, b, body, b + ahead, 0, sums, false, bytes});
+      run({rows_of_a + body * steps_of(p.weight) * rows, b + body * step_bytes, tail, next, 0, sums, true, bytes});
+      for (int64_t i = 0; i < count; ++i)
+        finish_tile(p, panel + i, row0, static_cast<int>(rows), sums + i * rows * kPanel);
     }
   }
 }

@@ -13,6 +13,19 @@ constexpr int kPanel = 2 * kLanes;  // NR
 constexpr int kMaxRows = kVecRegisters == 32 ? 14 : kLanes == 8 ? 6 : 4;
 static_assert(kMaxRows <= kLanes, "rows of a tile are transposed as one square block");
 
+// Sums of one row and column in a stream, over every so-many-th k: several chains where there are few sums. Their
+// number does not depend on the panels read at once, so that neither do the results.
+constexpr int stream_sets(int rows) { return rows == 1 && kVecRegisters == 32 ? 2 : 1; }
+
+// Panels whose sums fit the registers together. One core fetches faster from several streams than from one: its
+// prefetcher goes on ahead in each of them.
+constexpr int stream_panels(int64_t rows) {
+  constexpr int kMostPanels = 4, kSums = kVecRegisters * 3 / 4 / 2;
+  const int64_t fit = rows == 0 ? kMostPanels : kSums / (rows * stream_sets(static_cast<int>(rows)));
+  const int64_t some = fit < kMostPanels ? fit : kMostPanels;
+  return static_cast<int>(some * rows > kMaxRows ? kMaxRows / rows : some < 1 ? 1 : some);
+}
+
 inline int64_t padded_k(int64_t k, DType weight) { return weight == DType::bf16 ? (k + 1) / 2 * 2 : k; }
 inline int64_t panel_bytes(int64_t k, DType weight) { return padded_k(k, weight) * kPanel * itemsize(weight); }
 // Element index inside a panel.

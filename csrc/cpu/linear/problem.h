@@ -44,6 +44,7 @@ struct Problem {
   // Rows are cut into tiles of nearly equal height, so that no short tile runs at low efficiency.
   int64_t tiles() const { return ceil_div(M, tuning.rows ? tuning.rows : kMaxRows); }
   int64_t tile_row(int64_t tile) const { return tile * M / tiles(); }
+  int64_t tallest_tile() const { return tiles() ? ceil_div(M, tiles()) : 0; }
   // Start of a prepared tile in floats: [padded K][rows of the tile], and room for one vector store past its end.
   int64_t tile_offset(int64_t tile) const { return tile_row(tile) * padded_k() + tile * kLanes; }
   bool streams() const {
@@ -87,6 +88,18 @@ constexpr int64_t kMinBlockTiles = 4;
 constexpr int64_t kTileSums = kMaxRows * kPanel;  // floats
 static_assert(kMaxKBlock * kPanel * 4 <= kL2Weights && kL2Weights <= kWideBytes);
 
+// Panels of a chunk that a stream reads `at_once` by `at_once`: `span` of them or fewer, or so few that the thread with
+// most of them has done soonest.
+inline int64_t stream_span(int64_t panels, int64_t span, int at_once, int threads) {
+  if (span >= at_once) return span - span % at_once;
+  constexpr float kRate[] = {1.0f, 0.7f, 0.85f, 0.95f, 1.0f};  // of one thread, by panels at once
+  auto time = [&](int64_t s) { return static_cast<float>(ceil_div(ceil_div(panels, s), threads) * s) / kRate[s]; };
+  int64_t best = at_once;
+  for (int64_t s = at_once - 1; s > 0; --s)
+    if (time(s) < time(best)) best = s;
+  return best;
+}
+
 inline Schedule::Schedule(const Problem& p, int threads) {
   const LinearTuning& given = p.tuning;
   panels = p.panels(), tiles = p.tiles();
@@ -96,7 +109,7 @@ inline Schedule::Schedule(const Problem& p, int threads) {
   k_block = p.padded_k();
   if (tiles == 0 || panels == 0 || p.streams()) {
     span = max64(1, min64(kStreamChunk / max64(1, panel_bytes(p.K, p.weight)), panels / wanted));
-    if (given.span) span = given.span;
+    span = given.span ? given.span : stream_span(panels, span, stream_panels(p.tallest_tile()), threads);
     if (tiles_per_block) blocks = ceil_div(tiles, tiles_per_block);
     return;
   }

@@ -10,90 +10,103 @@ struct TileArgs {
   int64_t steps;      // of the weight's kSteps values of k each
   const char* ahead;  // weights wanted next: a stream's own or its successor's, otherwise those of the next chunk ...
   int64_t ahead_stride;  // ... and how many bytes of them to ask for in a step (a stream asks for as many as it uses)
-  float* sums;
-  bool accumulate;  // start from `sums` instead of zero
+  float* sums;           // [panels][rows][kPanel]
+  bool accumulate;       // start from `sums` instead of zero
+  int64_t panel_bytes;   // from one panel of several to the next
 };
 
-// kStream: the weights come from DRAM, are used once and are widened on the way. Otherwise they are f32 in L2 already,
-// and the next ones are fetched while these are used.
-template <class Weight, int kRows, bool kStream>
+// kStream: the weights come from DRAM, are used once and are widened on the way; kPanels of them side by side.
+// Otherwise they are f32 in L2 already, and the next ones are fetched while these are used.
+template <class Weight, int kRows, bool kStream, int kPanels = 1>
 void tile(const TileArgs& args) {
+  static_assert(kStream || kPanels == 1);
   // Few rows have few sums: several k in flight keep the FMA pipes busy over their latency.
-  constexpr int kSets = kRows == 1 ? 4 : kRows == 2 ? 2 : 1;
+  constexpr int kSets = kStream ? stream_sets(kRows) : kRows == 1 ? 4 : kRows == 2 ? 2 : 1;
   constexpr int kUnroll = 4 / Weight::kSteps;
-  Vec acc[kSets][kRows][2];
+  Vec acc[kPanels][kSets][kRows][2];
+#pragma GCC unroll 4
+  for (int p = 0; p < kPanels; ++p)
+#pragma GCC unroll 4
+    for (int s = 0; s < kSets; ++s)
 #pragma GCC unroll 16
-  for (int s = 0; s < kSets; ++s)
-#pragma GCC unroll 16
-    for (int m = 0; m < kRows; ++m) acc[s][m][0] = acc[s][m][1] = vzero();
-  if (args.accumulate)
-#pragma GCC unroll 16
-    for (int m = 0; m < kRows; ++m) {
-      acc[0][m][0] = vload(args.sums + m * kPanel);
-      acc[0][m][1] = vload(args.sums + m * kPanel + kLanes);
-    }
+      for (int m = 0; m < kRows; ++m) {
+        const float* sums = args.sums + (p * kRows + m) * kPanel;
+        acc[p][s][m][0] = args.accumulate && s == 0 ? vload(sums) : vzero();
+        acc[p][s][m][1] = args.accumulate && s == 0 ? vload(sums + kLanes) : vzero();
+      }
   const float* a = args.a;
   const char* b = args.b;
   const char* ahead = args.ahead;
   auto step = [&](int u) __attribute__((always_inline)) {
-    if (kStream) {
-      __builtin_prefetch(ahead);
-      if (Weight::kStepBytes > 64) __builtin_prefetch(ahead + 64);
-      ahead += Weight::kStepBytes;
-    } else {
-      __builtin_prefetch(ahead, 0, 2);
-      ahead += args.ahead_stride;
-    }
-    Weight::step(b, [&](int i, Vec b0, Vec b1) __attribute__((always_inline)) {
-      const int s = (u * Weight::kSteps + i) % kSets;
+#pragma GCC unroll 4
+    for (int p = 0; p < kPanels; ++p) {
+      const int64_t at = p * args.panel_bytes;
+      __builtin_prefetch(ahead + at, 0, kStream ? 3 : 2);
+      if (kStream && Weight::kStepBytes > 64) __builtin_prefetch(ahead + at + 64);
+      Weight::step(b + at, [&](int i, Vec b0, Vec b1) __attribute__((always_inline)) {
+        const int s = (u * Weight::kSteps + i) % kSets;
 #pragma GCC unroll 16
-      for (int m = 0; m < kRows; ++m) {
-        const Vec x = vset(a[m]);
-        vfma_acc(acc[s][m][0], x, b0);
-        vfma_acc(acc[s][m][1], x, b1);
-      }
-      a += kRows;
-    });
+        for (int m = 0; m < kRows; ++m) {
+          const Vec x = vset(a[i * kRows + m]);
+          vfma_acc(acc[p][s][m][0], x, b0);
+          vfma_acc(acc[p][s][m][1], x, b1);
+        }
+      });
+    }
+    a += Weight::kSteps * kRows;
     b += Weight::kStepBytes;
+    ahead += kStream ? Weight::kStepBytes : args.ahead_stride;
   };
   int64_t n = args.steps;
   for (; n >= kUnroll; n -= kUnroll)
 #pragma GCC unroll 4
     for (int u = 0; u < kUnroll; ++u) step(u);
   for (; n > 0; --n) step(0);
-#pragma GCC unroll 16
-  for (int m = 0; m < kRows; ++m)
-#pragma GCC unroll 2
-    for (int v = 0; v < 2; ++v) {
-      Vec sum = acc[0][m][v];
 #pragma GCC unroll 4
-      for (int s = 1; s < kSets; ++s) sum = vadd(sum, acc[s][m][v]);
-      vstore(args.sums + m * kPanel + v * kLanes, sum);
-    }
+  for (int p = 0; p < kPanels; ++p)
+#pragma GCC unroll 16
+    for (int m = 0; m < kRows; ++m)
+#pragma GCC unroll 2
+      for (int v = 0; v < 2; ++v) {
+        Vec sum = acc[p][0][m][v];
+#pragma GCC unroll 4
+        for (int s = 1; s < kSets; ++s) sum = vadd(sum, acc[p][s][m][v]);
+        vstore(args.sums + (p * kRows + m) * kPanel + v * kLanes, sum);
+      }
 }
 
 using TileFunction = void (*)(const TileArgs&);
 
-// The kernel for a height of kRows or less; rows >= 1.
-template <class Weight, bool kStream, int kRows = kMaxRows>
-TileFunction tile_function(int64_t rows) {
-  if constexpr (kRows > 1) {
-    if (rows < kRows) return tile_function<Weight, kStream, kRows - 1>(rows);
+template <class Weight, int kRows, int kPanels = stream_panels(kRows)>
+TileFunction panels_function(int64_t panels) {
+  if constexpr (kPanels > 1) {
+    if (panels < kPanels) return panels_function<Weight, kRows, kPanels - 1>(panels);
   }
-  return tile<Weight, kRows, kStream>;
+  return tile<Weight, kRows, true, kPanels>;
 }
 
-inline TileFunction stream_tile(DType weight, int64_t rows) {
+// The kernel for a height of kRows or less; rows >= 1.
+template <class Weight, bool kStream, int kRows = kMaxRows>
+TileFunction tile_function(int64_t rows, int64_t panels) {
+  if constexpr (kRows > 1) {
+    if (rows < kRows) return tile_function<Weight, kStream, kRows - 1>(rows, panels);
+  }
+  if constexpr (kStream) return panels_function<Weight, kRows>(panels);
+  return tile<Weight, kRows, false>;
+}
+
+// panels: 1 to stream_panels(rows).
+inline TileFunction stream_tile(DType weight, int64_t rows, int64_t panels = 1) {
   switch (weight) {
     case DType::f16:
-      return tile_function<WeightF16, true>(rows);
+      return tile_function<WeightF16, true>(rows, panels);
     case DType::bf16:
-      return tile_function<WeightBF16, true>(rows);
+      return tile_function<WeightBF16, true>(rows, panels);
     default:
-      return tile_function<WeightF32, true>(rows);
+      return tile_function<WeightF32, true>(rows, panels);
   }
 }
-inline TileFunction blocked_tile(int64_t rows) { return tile_function<WeightF32, false>(rows); }
+inline TileFunction blocked_tile(int64_t rows) { return tile_function<WeightF32, false>(rows, 1); }
 inline int steps_of(DType weight) { return weight == DType::bf16 ? WeightBF16::kSteps : WeightF32::kSteps; }
 
 // `steps` steps of a 16-bit panel as f32. Many tiles share the work, which in each of them would take FMA slots.

@@ -247,7 +247,7 @@ void lone_row(const TileProblem& p, int64_t panel, int64_t m, float* sums, float
       vstore_n(x + i, block[0], static_cast<int>(min64(kLanes, k - i)));
     }
     const char* from = b + k0 * kPanel * itemsize(p.weight);
-    stream_tile(p.weight, 1)({x, from, k / steps_of(p.weight), from, 0, sums, k0 > 0});
+    stream_tile(p.weight, 1)({x, from, k / steps_of(p.weight), from, 0, sums, k0 > 0, 0});
   }
 }
 

@@ -16,7 +16,10 @@ struct QuantizedSchedule : Cut {
     blocks = 1;
     tiles_per_block = given.tiles ? min64(given.tiles, tiles) : tiles;
     span = max64(1, panels / wanted);
-    if (tiles <= 1) span = max64(1, min64(kStreamChunk / max64(1, p.form.panel_bytes()), span));
+    if (tiles <= 1) {
+      span = max64(1, min64(kStreamChunk / max64(1, p.form.panel_bytes()), span));
+      span = stream_span(panels, span, quantized_stream_panels(p.tallest_tile()), threads);
+    }
     if (given.span) span = given.span;
     if (tiles <= 1 || panels == 0) return;
     if (!given.tiles && panels < wanted)
@@ -25,7 +28,7 @@ struct QuantizedSchedule : Cut {
   }
 };
 
-constexpr int64_t kQuantizedAhead = 3 << 10;  // bytes a stream asks for its weights before it needs them
+constexpr int64_t kQuantizedAhead = 2 << 10;  // bytes a stream asks for its weights before it needs them
 
 // The planes of a token become one row; columns of 4-bit weights get their factors.
 void settle(const QuantizedProblem& p, const char* factors, int64_t tokens, float* sums) {
@@ -61,25 +64,30 @@ inline const char* column_factors(const Form& form, const char* panel) {
   return form.bits == 8 ? nullptr : panel + form.groups() * form.group_bytes();
 }
 
-// Weights are read once, straight through the panels. At the end of the chunk the start of this thread's next one is
-// asked for.
+// Weights are read once, straight through the panels, some side by side. At the end of the chunk the start of this
+// thread's next one is asked for.
 void stream_panels(const QuantizedProblem& p, const Chunk& c, int64_t next_panel, char* shared, float* sums) {
   const int64_t bytes = p.form.panel_bytes();
-  const char* end = p.w.data + c.panel1 * bytes;
-  const char* next = p.w.data + next_panel * bytes;
-  const int64_t ahead = p.tuning.ahead ? p.tuning.ahead : kQuantizedAhead;
-  for (int64_t panel = c.panel0; panel < c.panel1; ++panel) {
+  const int64_t distance = p.tuning.ahead ? p.tuning.ahead : kQuantizedAhead;
+  const int64_t at_once = quantized_stream_panels(p.tallest_tile());
+  for (int64_t panel = c.panel0; panel < c.panel1; panel += at_once) {
+    const int64_t count = min64(at_once, c.panel1 - panel);
     const char* b = p.w.data + panel * bytes;
     for (int64_t tile = c.tile0; tile < c.tile1; ++tile) {
       const int64_t token0 = p.tile_row(tile), tokens = p.tile_row(tile + 1) - token0, rows = tokens * p.planes;
       QuantizedTileArgs args = tile_args(p, prepared_tile(p, shared, tile), sums);
       args.b = b;
-      args.ahead = b + ahead;
-      args.ahead_end = end;
-      args.next = next;
-      (p.form.bits == 8 ? quantized_tile_function<8, true>(rows) : quantized_tile_function<4, true>(rows))(args);
-      settle(p, column_factors(p.form, b), tokens, sums);
-      finish_tile(p, panel, token0, static_cast<int>(tokens), sums);
+      args.ahead = b + min64(distance, bytes);
+      args.ahead_end = b + bytes;
+      args.next = p.w.data + (panel + count < c.panel1 ? panel + count : next_panel) * bytes;
+      args.panel_bytes = bytes;
+      (p.form.bits == 8 ? quantized_tile_function<8, true>(rows, count)
+                        : quantized_tile_function<4, true>(rows, count))(args);
+      for (int64_t i = 0; i < count; ++i) {
+        float* tile_sums = sums + i * rows * kPanel;
+        settle(p, column_factors(p.form, b + i * bytes), tokens, tile_sums);
+        finish_tile(p, panel + i, token0, static_cast<int>(tokens), tile_sums);
+      }
     }
   }
 }

@@ -19,6 +19,13 @@ constexpr int kNibbleRows = kVecRegisters == 32 ? kQuantizedRows : kQuantizedRow
 // Rows of a tile that is alone: its f32 sums may wait in memory, as long as the weights are read once.
 constexpr int kLoneRows = kVecRegisters == 32 ? 2 * kQuantizedRows : kQuantizedRows;
 
+// As stream_panels, of the integer sums alone.
+constexpr int quantized_stream_panels(int64_t rows) {
+  constexpr int64_t kMostPanels = 4;
+  const int64_t fit = rows == 0 ? kMostPanels : kLoneRows / rows;
+  return static_cast<int>(fit < 1 ? 1 : fit < kMostPanels ? fit : kMostPanels);
+}
+
 struct Form {
   int64_t K, bits, group;
   bool offsets;
@@ -52,6 +59,7 @@ struct QuantizedProblem : Problem {
     return is_lone ? 1 : ceil_div(M, most_tokens());
   }
   int64_t tile_row(int64_t tile) const { return tile * M / tiles(); }
+  int64_t tallest_tile() const { return tiles() ? ceil_div(M, tiles()) * planes : 0; }  // in rows
   int64_t row_bytes() const { return form.groups() * form.steps() * 2 * kQuadBytes; }
 };
 

@@ -76,9 +76,14 @@ inline float round_plane(const Form& form, float scale, float inverse, float* va
     const Vec x = vload(values + k), q = vround(vmul(x, vset(inverse)));
     sum = vadd(sum, q);
     if (!kLast) vstore(values + k, vfma(q, vset(-scale), x));
-    vstore_s8(codes, q);
     char* at = to + k / 4 * quad_stride;
-    if (k + kLanes <= kStepK * form.steps()) {
+    const bool whole = k + kLanes <= kStepK * form.steps();
+    if (kQuadBytes == 4 && whole && quad_stride == kQuadBytes) {  // the codes of a row lie side by side
+      vstore_s8(reinterpret_cast<int8_t*>(at), q);
+      continue;
+    }
+    vstore_s8(codes, q);
+    if (whole) {
 #pragma GCC unroll 4
       for (int i = 0; i < kLanes / 4; ++i) quad_pack(at + i * quad_stride, codes + 4 * i);
       continue;
