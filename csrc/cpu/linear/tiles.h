@@ -19,7 +19,7 @@ constexpr int64_t kTileK = 32;                       // k of one step
 constexpr int64_t kTileHeight = 2 * kTileRows;       // rows of a row tile
 constexpr int64_t kTermBytes = kTileK * kPanel * 2;  // of one step, rows and weights alike
 constexpr int64_t kTileWeights = 480 << 10;          // bytes of weight terms that stay in L2
-constexpr int64_t kTileSpan = 4;                     // panels that pass over a row tile together
+constexpr int64_t kTileSpan = 6;                     // panels that pass over a row tile together
 constexpr int64_t kTileL2 = 900 << 10;               // bytes of row tiles that stay in L2
 constexpr int64_t kPreparedRows = 8;                 // of a chunk
 constexpr int64_t kLoneK = 4096;                     // of a row that goes to the FMA kernels
@@ -63,7 +63,7 @@ struct TileSchedule : Cut {
     const int64_t wanted = kChunksPerThread * threads;
     // Rows that do not stay in L2 pass by once for all panels of a chunk: then chunks are cut between rows instead.
     const bool rows_stay = tiles * p.tile_bytes() <= kTileL2;
-    span = max64(1, min64(kTileSpan, panels / (rows_stay ? wanted : int64_t{2} * threads)));
+    span = max64(1, min64(kTileSpan, panels / (rows_stay ? wanted : int64_t{threads})));
     k_blocks = p.in_place() ? 1 : max64(1, ceil_div(p.steps() * p.terms * kTermBytes * span, kTileWeights));
     k_block = ceil_div(p.steps(), k_blocks);
     k_blocks = ceil_div(p.steps(), k_block);
@@ -160,6 +160,54 @@ inline SplitFunction split_function(const TileProblem& p) {
                         : split_weights<DType::bf16, 3>;
 }
 
+// ---- epilogues
+
+// Row m of a panel by the FMA kernel of one row, piece by piece of K.
+void lone_row(const TileProblem& p, int64_t panel, int64_t m, float* sums, float* x) {
+  const RowNorm norm = row_norm(p, m);
+  const char* b = p.w.data + panel * panel_bytes(p.K, p.weight);
+  for (int64_t k0 = 0; k0 < p.padded_k(); k0 += kLoneK) {
+    const int64_t k = min64(kLoneK, p.padded_k() - k0);
+    for (int64_t i = 0; i < k; i += kLanes) {
+      Vec block[1];
+      load_block(p, &norm, m, 1, k0 + i, block);
+      vstore_n(x + i, block[0], static_cast<int>(min64(kLanes, k - i)));
+    }
+    const char* from = b + k0 * kPanel * itemsize(p.weight);
+    stream_tile(p.weight, 1)({x, from, k / steps_of(p.weight), from, 0, sums, k0 > 0, 0});
+  }
+}
+
+// A finished product that waits for its epilogue. That is done a few rows at a time between the steps of the next
+// product: the core looks only some hundred instructions ahead, so the tiles would idle while it works on all rows.
+class Epilogue {
+ public:
+  Epilogue(const TileProblem& p, const char* lone, float* lone_x) : p_(p), lone_(lone), lone_x_(lone_x) {}
+
+  // lone: the FMA kernels take all rows.
+  void begin(int64_t panel, int64_t row0, int rows, bool lone, float* sums) {
+    panel_ = panel, row_ = row0, left_ = rows, all_lone_ = lone, sums_ = sums;
+  }
+  void some(int rows) {
+    if (left_ == 0) return;
+    if (rows > left_) rows = left_;
+    for (int r = 0; r < rows; ++r)
+      if (all_lone_ || lone_[row_ + r]) lone_row(p_, panel_, row_ + r, sums_ + r * kPanel, lone_x_);
+    finish_tile(p_, panel_, row_, rows, sums_);
+    row_ += rows, left_ -= rows, sums_ += rows * kPanel;
+  }
+  void rest() { some(left_); }
+
+ private:
+  const TileProblem& p_;
+  const char* lone_;
+  float* lone_x_;
+  int64_t panel_ = 0, row_ = 0;
+  int left_ = 0;
+  bool all_lone_ = false;
+  float* sums_ = nullptr;
+};
+
 // ---- products
 
 struct TermArgs {
@@ -170,6 +218,8 @@ struct TermArgs {
   int64_t ahead_lines;
   float* sums;  // [32][kPanel]
   bool accumulate;
+  Epilogue* before;  // of the product before
+  int rows_a_step;   // of it
 };
 
 // kHalves: 2 for a whole row tile, 1 when it has no more than 16 rows.
@@ -219,6 +269,7 @@ void term_tile(const TermArgs& args) {
       weights(1), multiply();
       rows(2), weights(0), multiply();
     }
+    args.before->some(args.rows_a_step);
   }
   _tile_stored(0, sums, kSumStride);
   _tile_stored(1, sums + kTileBytes, kSumStride);
@@ -235,37 +286,6 @@ inline TermFunction term_function(int terms, int rows) {
   return terms == 1 ? term_tile<1, 2> : terms == 2 ? term_tile<2, 2> : term_tile<3, 2>;
 }
 
-// Row m of a panel by the FMA kernel of one row, piece by piece of K.
-void lone_row(const TileProblem& p, int64_t panel, int64_t m, float* sums, float* x) {
-  const RowNorm norm = row_norm(p, m);
-  const char* b = p.w.data + panel * panel_bytes(p.K, p.weight);
-  for (int64_t k0 = 0; k0 < p.padded_k(); k0 += kLoneK) {
-    const int64_t k = min64(kLoneK, p.padded_k() - k0);
-    for (int64_t i = 0; i < k; i += kLanes) {
-      Vec block[1];
-      load_block(p, &norm, m, 1, k0 + i, block);
-      vstore_n(x + i, block[0], static_cast<int>(min64(kLanes, k - i)));
-    }
-    const char* from = b + k0 * kPanel * itemsize(p.weight);
-    stream_tile(p.weight, 1)({x, from, k / steps_of(p.weight), from, 0, sums, k0 > 0, 0});
-  }
-}
-
-// A finished product that waits for its epilogue.
-struct Pending {
-  int64_t panel, row0;
-  int rows;
-  bool lone;  // all its rows
-  float* sums;
-};
-
-void finish_pending(const TileProblem& p, const Pending& f, const char* lone, float* lone_x) {
-  if (f.rows == 0) return;
-  for (int r = 0; r < f.rows; ++r)
-    if (f.lone || lone[f.row0 + r]) lone_row(p, f.panel, f.row0 + r, f.sums + r * kPanel, lone_x);
-  finish_tile(p, f.panel, f.row0, f.rows, f.sums);
-}
-
 void run_tiles(const TileProblem& p, const TileSchedule& s, int64_t chunk, int threads, char* shared, char* local) {
   const Chunk c = s.chunk(chunk);
   const int64_t next_panel = s.next_panel(chunk, threads);
@@ -274,9 +294,9 @@ void run_tiles(const TileProblem& p, const TileSchedule& s, int64_t chunk, int t
   float *waiting = reinterpret_cast<float*>(local), *lone_x = waiting + kSumBytes / 4;
   char* terms = local + kSumBytes + kLoneK * 4;
   const char* weights[kTileSpan];
-  bool finite[kTileSpan] = {true, true, true, true};
+  bool finite[kTileSpan] = {true, true, true, true, true, true};
   const SplitFunction split = split_function(p);
-  Pending pending{};
+  Epilogue epilogue(p, p.lone(shared), lone_x);
   int64_t turn = 0;
   const TileScope scope(kTileBytes);
   for (int64_t step0 = 0; step0 < p.steps(); step0 += s.k_block) {
@@ -295,6 +315,8 @@ void run_tiles(const TileProblem& p, const TileSchedule& s, int64_t chunk, int t
     TermArgs args{};
     args.steps = step1 - step0;
     args.accumulate = step0 > 0;
+    args.before = &epilogue;
+    args.rows_a_step = static_cast<int>(max64(2, ceil_div(kTileHeight, args.steps)));
     args.ahead_lines = ceil_div(step_bytes / 64, tiles);
     for (int64_t tile = c.tile0; tile < c.tile1; ++tile) {
       const int64_t row0 = tile * kTileHeight;
@@ -308,13 +330,12 @@ void run_tiles(const TileProblem& p, const TileSchedule& s, int64_t chunk, int t
                      (tile - c.tile0) * args.steps * args.ahead_lines * 64;
         term_function(p.terms, rows)(args);
         if (!last) continue;
-        // The epilogue of the product before: its sums have left the tile registers, these have not.
-        finish_pending(p, pending, p.lone(shared), lone_x);
-        pending = {c.panel0 + i, row0, rows, !finite[i], args.sums};
+        epilogue.rest();
+        epilogue.begin(c.panel0 + i, row0, rows, !finite[i], args.sums);
       }
     }
   }
-  finish_pending(p, pending, p.lone(shared), lone_x);
+  epilogue.rest();
 }
 
 // ---- the op: on tiles where that pays, otherwise as in the tiers without them
