@@ -17,13 +17,20 @@ static_assert(kMaxRows <= kLanes, "rows of a tile are transposed as one square b
 // number does not depend on the panels read at once, so that neither do the results.
 constexpr int stream_sets(int rows) { return rows == 1 && kVecRegisters == 32 ? 2 : 1; }
 
-// Panels whose sums fit the registers together. One core fetches faster from several streams than from one: its
-// prefetcher goes on ahead in each of them.
+// Panels whose sums fit the registers together, beside a broadcast and some weights. One core fetches faster from
+// several streams than from one: its prefetcher goes on ahead in each of them.
+constexpr int kMostStreams = 4;
 constexpr int stream_panels(int64_t rows) {
-  constexpr int kMostPanels = 4, kSums = kVecRegisters * 3 / 4 / 2;
-  const int64_t fit = rows == 0 ? kMostPanels : kSums / (rows * stream_sets(static_cast<int>(rows)));
-  const int64_t some = fit < kMostPanels ? fit : kMostPanels;
-  return static_cast<int>(some * rows > kMaxRows ? kMaxRows / rows : some < 1 ? 1 : some);
+  if (rows == 0) return kMostStreams;
+  const int64_t fit = (kVecRegisters - 6) / (2 * rows * stream_sets(static_cast<int>(rows)));
+  return static_cast<int>(fit < 1 ? 1 : fit < kMostStreams ? fit : kMostStreams);
+}
+// The same pointer, of which the compiler does not know so, and no load goes past it: the panels of a step take their
+// turns with the registers.
+template <class T>
+inline __attribute__((always_inline)) T* read_again(T* p) {
+  asm volatile("" : "+r"(p) : : "memory");
+  return p;
 }
 
 inline int64_t padded_k(int64_t k, DType weight) { return weight == DType::bf16 ? (k + 1) / 2 * 2 : k; }

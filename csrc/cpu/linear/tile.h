@@ -41,15 +41,16 @@ void tile(const TileArgs& args) {
 #pragma GCC unroll 4
     for (int p = 0; p < kPanels; ++p) {
       const int64_t at = p * args.panel_bytes;
+      const float* x = kPanels > 1 ? read_again(a) : a;
       __builtin_prefetch(ahead + at, 0, kStream ? 3 : 2);
       if (kStream && Weight::kStepBytes > 64) __builtin_prefetch(ahead + at + 64);
       Weight::step(b + at, [&](int i, Vec b0, Vec b1) __attribute__((always_inline)) {
         const int s = (u * Weight::kSteps + i) % kSets;
 #pragma GCC unroll 16
         for (int m = 0; m < kRows; ++m) {
-          const Vec x = vset(a[i * kRows + m]);
-          vfma_acc(acc[p][s][m][0], x, b0);
-          vfma_acc(acc[p][s][m][1], x, b1);
+          const Vec value = vset(x[i * kRows + m]);
+          vfma_acc(acc[p][s][m][0], value, b0);
+          vfma_acc(acc[p][s][m][1], value, b1);
         }
       });
     }

@@ -19,11 +19,11 @@ constexpr int kNibbleRows = kVecRegisters == 32 ? kQuantizedRows : kQuantizedRow
 // Rows of a tile that is alone: its f32 sums may wait in memory, as long as the weights are read once.
 constexpr int kLoneRows = kVecRegisters == 32 ? 2 * kQuantizedRows : kQuantizedRows;
 
-// As stream_panels, of the integer sums alone.
+// As stream_panels, of the integer sums.
 constexpr int quantized_stream_panels(int64_t rows) {
-  constexpr int64_t kMostPanels = 4;
-  const int64_t fit = rows == 0 ? kMostPanels : kLoneRows / rows;
-  return static_cast<int>(fit < 1 ? 1 : fit < kMostPanels ? fit : kMostPanels);
+  constexpr int64_t kFit = kVecRegisters == 32 ? 12 : 2;
+  const int64_t fit = rows == 0 ? kMostStreams : kFit / rows;
+  return static_cast<int>(fit < 1 ? 1 : fit < kMostStreams ? fit : kMostStreams);
 }
 
 struct Form {

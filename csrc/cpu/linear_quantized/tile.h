@@ -27,80 +27,57 @@ inline Vec load_factor(const char* p, int vector) {
   return vload_f16(reinterpret_cast<const uint16_t*>(p) + vector * kLanes);
 }
 
-// kStream: the weights come from DRAM and are used once, kPanels of them side by side. Otherwise they are in L2 and
-// those of the next panel are fetched meanwhile.
-template <int kBits, int kRows, bool kStream, int kPanels = 1>
+// kStream: the weights come from DRAM and are used once. Otherwise they are in L2 and those of the next panel are
+// fetched meanwhile.
+template <int kBits, int kRows, bool kStream>
 void quantized_tile(const QuantizedTileArgs& args) {
-  static_assert(kStream || kPanels == 1);
   constexpr int kVectorBytes = 4 * kLanes, kStepBytes = (kBits == 8 ? 4 : 2) * kVectorBytes;
   constexpr int kScaleBytes = kPanel * (kBits == 8 ? 4 : 2);
   const char *a = args.a, *b = args.b, *ahead = args.ahead, *ahead_end = args.ahead_end;
-  // f32 sums in registers too
-  constexpr bool kHeld = kVecRegisters == 32 && kPanels * kRows <= kQuantizedRows;
-  Vec held[kPanels][kRows][2];
-#pragma GCC unroll 4
-  for (int p = 0; p < kPanels; ++p)
+  constexpr bool kHeld = kVecRegisters == 32 && kRows <= kQuantizedRows;  // f32 sums in registers too
+  Vec held[kRows][2];
 #pragma GCC unroll 16
-    for (int m = 0; m < kRows; ++m)
+  for (int m = 0; m < kRows; ++m)
 #pragma GCC unroll 2
-      for (int v = 0; v < 2; ++v) {
-        held[p][m][v] = vzero();
-        if (!kHeld) vstore(args.sums + (p * kRows + m) * kPanel + v * kLanes, vzero());
-      }
-  auto fold = [&](int64_t group, int p, IntVec(&acc)[kRows][2]) __attribute__((always_inline)) {
-    const float *scale = args.scale + group * kRows, *sum = args.sum + group * kRows;
-    const char* factors = b + p * args.panel_bytes;
-    const Vec w[2] = {load_factor<kBits>(factors, 0), load_factor<kBits>(factors, 1)};
-    Vec offset[2] = {vzero(), vzero()};
-    if (args.offsets) {
-      offset[0] = load_factor<kBits>(factors + kScaleBytes, 0);
-      offset[1] = load_factor<kBits>(factors + kScaleBytes, 1);
+    for (int v = 0; v < 2; ++v) {
+      held[m][v] = vzero();
+      if (!kHeld) vstore(args.sums + m * kPanel + v * kLanes, vzero());
     }
+  auto fold = [&](int64_t group, IntVec(&acc)[kRows][2]) __attribute__((always_inline)) {
+    const float *scale = args.scale + group * kRows, *sum = args.sum + group * kRows;
+    const Vec w[2] = {load_factor<kBits>(b, 0), load_factor<kBits>(b, 1)};
+    Vec offset[2] = {vzero(), vzero()};
+    if (args.offsets)
+      offset[0] = load_factor<kBits>(b + kScaleBytes, 0), offset[1] = load_factor<kBits>(b + kScaleBytes, 1);
 #pragma GCC unroll 16
     for (int m = 0; m < kRows; ++m)
 #pragma GCC unroll 2
       for (int v = 0; v < 2; ++v) {
-        float* at = args.sums + (p * kRows + m) * kPanel + v * kLanes;
-        Vec total = kHeld ? held[p][m][v] : vload(at);
+        float* at = args.sums + m * kPanel + v * kLanes;
+        Vec total = kHeld ? held[m][v] : vload(at);
         total = vfma(vfrom_int(acc[m][v]), vmul(w[v], vset(scale[m])), total);
         if (args.offsets) total = vfma(offset[v], vset(sum[m]), total);
-        held[p][m][v] = total;
+        held[m][v] = total;
         if (!kHeld) vstore(at, total);
       }
   };
   for (int64_t group = 0; group < args.groups; ++group) {
-    IntVec acc[kPanels][kRows][2];
-#pragma GCC unroll 4
-    for (int p = 0; p < kPanels; ++p)
+    IntVec acc[kRows][2];
 #pragma GCC unroll 16
-      for (int m = 0; m < kRows; ++m) acc[p][m][0] = acc[p][m][1] = iset(args.start[group * kRows + m]);
-    auto multiply = [&](int p, int i, const Quad& b0, const Quad& b1) __attribute__((always_inline)) {
+    for (int m = 0; m < kRows; ++m) acc[m][0] = acc[m][1] = iset(args.start[group * kRows + m]);
+    auto multiply = [&](const Quad& b0, const Quad& b1) __attribute__((always_inline)) {
 #pragma GCC unroll 16
       for (int m = 0; m < kRows; ++m) {
-        const auto x = quad_row(a + (i * kRows + m) * kQuadBytes);
-        quad_dot(acc[p][m][0], b0, x);
-        quad_dot(acc[p][m][1], b1, x);
+        const auto x = quad_row(a + m * kQuadBytes);
+        quad_dot(acc[m][0], b0, x);
+        quad_dot(acc[m][1], b1, x);
       }
+      a += kRows * kQuadBytes;
     };
-    for (int64_t step = args.steps; step > 0; --step) {
-#pragma GCC unroll 4
-      for (int p = 0; p < kPanels; ++p) {
-        const char* at = b + p * args.panel_bytes;
-        if (kStream) {
-#pragma GCC unroll 4
-          for (int line = 0; line < kStepBytes; line += 64) __builtin_prefetch(ahead + p * args.panel_bytes + line);
-        }
-        if constexpr (kBits == 8) {
-          multiply(p, 0, quad(load_quads(at)), quad(load_quads(at + kVectorBytes)));
-          multiply(p, 1, quad(load_quads(at + 2 * kVectorBytes)), quad(load_quads(at + 3 * kVectorBytes)));
-        } else {
-          multiply(p, 0, quad(low_nibbles(at)), quad(low_nibbles(at + kVectorBytes)));
-          multiply(p, 1, quad(high_nibbles(at)), quad(high_nibbles(at + kVectorBytes)));
-        }
-      }
-      a += 2 * kRows * kQuadBytes;
-      b += kStepBytes;
+    for (int64_t step = args.steps; step > 0; --step, b += kStepBytes) {
       if (kStream) {
+#pragma GCC unroll 4
+        for (int line = 0; line < kStepBytes; line += 64) __builtin_prefetch(ahead + line);
         ahead += kStepBytes;
         if (ahead >= ahead_end) {
           ahead = args.next + (ahead - ahead_end);
@@ -111,23 +88,92 @@ void quantized_tile(const QuantizedTileArgs& args) {
         __builtin_prefetch(ahead + args.ahead_stride / 2, 0, 2);
         ahead += args.ahead_stride;
       }
+      if constexpr (kBits == 8) {
+        multiply(quad(load_quads(b)), quad(load_quads(b + kVectorBytes)));
+        multiply(quad(load_quads(b + 2 * kVectorBytes)), quad(load_quads(b + 3 * kVectorBytes)));
+      } else {
+        multiply(quad(low_nibbles(b)), quad(low_nibbles(b + kVectorBytes)));
+        multiply(quad(high_nibbles(b)), quad(high_nibbles(b + kVectorBytes)));
+      }
+    }
+    fold(group, acc);
+    b += args.offsets ? 2 * kScaleBytes : kScaleBytes;
+    if (kStream) {  // the scales are part of the stream
+      __builtin_prefetch(ahead);
+      ahead += args.offsets ? 2 * kScaleBytes : kScaleBytes;
+    }
+  }
+  if (kHeld)
+#pragma GCC unroll 16
+    for (int m = 0; m < kRows; ++m) {
+      vstore(args.sums + m * kPanel, held[m][0]);
+      vstore(args.sums + m * kPanel + kLanes, held[m][1]);
+    }
+}
+
+// The same for few rows of a stream over kPanels panels side by side.
+template <int kBits, int kRows, int kPanels>
+void quantized_panels(const QuantizedTileArgs& args) {
+  constexpr int kVectorBytes = 4 * kLanes, kStepBytes = (kBits == 8 ? 4 : 2) * kVectorBytes;
+  constexpr int kScaleBytes = kPanel * (kBits == 8 ? 4 : 2);
+  const char *a = args.a, *b = args.b, *ahead = args.ahead, *ahead_end = args.ahead_end;
+  for (int i = 0; i < kPanels * kRows * kPanel; i += kLanes) vstore(args.sums + i, vzero());
+  for (int64_t group = 0; group < args.groups; ++group) {
+    IntVec acc[kPanels][kRows][2];
+#pragma GCC unroll 4
+    for (int p = 0; p < kPanels; ++p)
+#pragma GCC unroll 8
+      for (int m = 0; m < kRows; ++m) acc[p][m][0] = acc[p][m][1] = iset(args.start[group * kRows + m]);
+    for (int64_t step = args.steps; step > 0; --step) {
+#pragma GCC unroll 4
+      for (int p = 0; p < kPanels; ++p) {
+        const char *w = b + p * args.panel_bytes, *x = read_again(a);
+#pragma GCC unroll 4
+        for (int line = 0; line < kStepBytes; line += 64) __builtin_prefetch(ahead + p * args.panel_bytes + line);
+        auto multiply = [&](const Quad& w0, const Quad& w1) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+          for (int m = 0; m < kRows; ++m) {
+            const auto row = quad_row(x + m * kQuadBytes);
+            quad_dot(acc[p][m][0], w0, row);
+            quad_dot(acc[p][m][1], w1, row);
+          }
+          x = read_again(x + kRows * kQuadBytes);
+        };
+        if constexpr (kBits == 8) {
+          multiply(quad(load_quads(w)), quad(load_quads(w + kVectorBytes)));
+          multiply(quad(load_quads(w + 2 * kVectorBytes)), quad(load_quads(w + 3 * kVectorBytes)));
+        } else {
+          multiply(quad(low_nibbles(w)), quad(low_nibbles(w + kVectorBytes)));
+          multiply(quad(high_nibbles(w)), quad(high_nibbles(w + kVectorBytes)));
+        }
+      }
+      a += 2 * kRows * kQuadBytes;
+      b += kStepBytes;
+      ahead += kStepBytes;
+      if (ahead >= ahead_end) {
+        ahead = args.next + (ahead - ahead_end);
+        ahead_end = reinterpret_cast<const char*>(UINTPTR_MAX);
+      }
     }
 #pragma GCC unroll 4
     for (int p = 0; p < kPanels; ++p) {
-      fold(group, p, acc[p]);
-      if (kStream) __builtin_prefetch(ahead + p * args.panel_bytes);  // the scales are part of the stream
+      const char* factors = b + p * args.panel_bytes;
+      __builtin_prefetch(ahead + p * args.panel_bytes);
+#pragma GCC unroll 8
+      for (int m = 0; m < kRows; ++m)
+#pragma GCC unroll 2
+        for (int v = 0; v < 2; ++v) {
+          float* at = args.sums + (p * kRows + m) * kPanel + v * kLanes;
+          const Vec scale = vmul(load_factor<kBits>(factors, v), vset(args.scale[group * kRows + m]));
+          Vec total = vfma(vfrom_int(acc[p][m][v]), scale, vload(at));
+          if (args.offsets)
+            total = vfma(load_factor<kBits>(factors + kScaleBytes, v), vset(args.sum[group * kRows + m]), total);
+          vstore(at, total);
+        }
     }
     b += args.offsets ? 2 * kScaleBytes : kScaleBytes;
-    if (kStream) ahead += args.offsets ? 2 * kScaleBytes : kScaleBytes;
+    ahead += args.offsets ? 2 * kScaleBytes : kScaleBytes;
   }
-  if (kHeld)
-#pragma GCC unroll 4
-    for (int p = 0; p < kPanels; ++p)
-#pragma GCC unroll 16
-      for (int m = 0; m < kRows; ++m) {
-        vstore(args.sums + (p * kRows + m) * kPanel, held[p][m][0]);
-        vstore(args.sums + (p * kRows + m) * kPanel + kLanes, held[p][m][1]);
-      }
 }
 
 using QuantizedTileFunction = void (*)(const QuantizedTileArgs&);
@@ -136,8 +182,9 @@ template <int kBits, int kRows, int kPanels = quantized_stream_panels(kRows)>
 QuantizedTileFunction quantized_panels_function(int64_t panels) {
   if constexpr (kPanels > 1) {
     if (panels < kPanels) return quantized_panels_function<kBits, kRows, kPanels - 1>(panels);
+    return quantized_panels<kBits, kRows, kPanels>;
   }
-  return quantized_tile<kBits, kRows, true, kPanels>;
+  return quantized_tile<kBits, kRows, true>;
 }
 
 // The kernel for a height of kRows or less; rows >= 1. panels: 1 to quantized_stream_panels(rows), 1 where the panel is
