@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from llmopt.native.program import run_op
 
 from tests.kernels.attention_problem import (
     MASKS,
@@ -153,6 +154,79 @@ def test_dtypes_and_layouts(tier: str, q_len: int, seq_first: bool, dtype: torch
         check(c, tier)
         check(replace(c, rope=ROPE_HALF, new=True), tier)
         check(replace(c, mask="random", is_causal=False), tier)
+
+
+@pytest.mark.parametrize("dim", [16, 33, 64, 80, 128])
+@pytest.mark.parametrize("q_len", [3, 17, 129])
+@pytest.mark.parametrize("group", [1, 3, 8])
+def test_bf16_prefill(tier: str, group: int, q_len: int, dim: int) -> None:
+    """Sizes around the blocks of keys and rows that bf16 is cut into on tiles."""
+    c = Case(2, 2 * group, 2, q_len, q_len + 30, dim, dtype=torch.bfloat16, is_causal=True)
+    check(c, tier)
+    check(replace(c, batch=1, heads=group, kv_heads=1, kv_len=q_len, threads=1), tier)
+    check(replace(c, kv_len=q_len + 300, is_causal=False, v_dim=dim // 2 + 1), tier)
+
+
+@pytest.mark.parametrize("q_len", [19, 70])
+@pytest.mark.parametrize("mask", MASKS)
+def test_bf16_masks(tier: str, mask: str, q_len: int) -> None:
+    c = Case(2, 6, 2, q_len, q_len + 210, 48, dtype=torch.bfloat16, mask=mask)
+    check(c, tier)
+    check(replace(c, batch=1, heads=4, kv_heads=1, threads=3), tier)
+    check(replace(c, window=30, softcap=5.0), tier)
+    check(replace(c, is_causal=True, mask=mask if mask != "all_finfo_min" else "random"), tier)
+
+
+@pytest.mark.parametrize("q_len", [20, 65])
+def test_bf16_windows_offsets_and_softcap(tier: str, q_len: int) -> None:
+    c = Case(1, 6, 2, q_len, 500, 64, dtype=torch.bfloat16, is_causal=True)
+    for window in (1, 7, 64, 500):
+        check(replace(c, window=window), tier)
+    for offset in (-300, -3, 0, 4, 600):
+        check(replace(c, offset=offset), tier)
+    check(replace(c, softcap=0.7), tier)
+    check(replace(c, softcap=20.0, mask="bias"), tier)
+
+
+@pytest.mark.parametrize("rope", [ROPE_HALF, ROPE_INTERLEAVED])
+@pytest.mark.parametrize(("dim", "rope_dim"), [(64, 64), (64, 16), (20, 12), (128, 128)])
+def test_bf16_rope(tier: str, rope: int, dim: int, rope_dim: int) -> None:
+    c = Case(2, 6, 2, 34, 60, dim, dtype=torch.bfloat16, rope=rope, rope_dim=rope_dim, new=True)
+    check(replace(c, is_causal=True, seq_first=True), tier)
+    check(replace(c, positions=True), tier)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_bf16_long_sequence(tier: str, threads: int) -> None:
+    check(Case(1, 3, 1, 700, 700, 64, dtype=torch.bfloat16, is_causal=True, threads=threads), tier)
+    check(Case(1, 2, 1, 40, 1500, 64, dtype=torch.bfloat16, mask="left", threads=threads), tier)
+
+
+@pytest.mark.parametrize("where", ["q", "k", "v"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_bf16_nonfinite_numbers_reach_the_rows_that_see_them(
+    tier: str, value: float, where: str
+) -> None:
+    for mask in ("", "random", "left"):
+        c = Case(2, 6, 2, 40, 300, 36, dtype=torch.bfloat16, is_causal=True, mask=mask)
+        for row in (0, 33, 39):
+            t = make(c)
+            getattr(t, where)[0, :, row] = value
+            getattr(t, where)[1, 1, row, 5] = value
+            want, _, _ = reference(c, t)
+            assert not torch.isfinite(want).all()
+            assert_close(run(c, t, tier), want)
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.0, -1.0])
+def test_bf16_scale_of_any_sign(tier: str, factor: float) -> None:
+    c = Case(1, 4, 2, 40, 80, 64, dtype=torch.bfloat16)
+    t = make(c)
+    want, _, _ = reference(c, replace(t, q=t.q * factor))
+    out = torch.empty_like(t.q)
+    operands = [t.q, t.k, t.v, out] + [None] * 7
+    run_op("attention", operands, [0, 40, 0, 0, 0], [factor * c.dim**-0.5, 0.0], tier, 2)
+    assert_close(out, want)
 
 
 @pytest.mark.parametrize("q_len", [1, 40])

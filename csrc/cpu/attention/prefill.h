@@ -99,9 +99,10 @@ inline void load_bias_block(const Problem& p, const Panel& a, int v0, int v1, in
   }
 }
 
-// Softcap, bias and the lanes' own ranges; dead scores become -inf. Returns the running max including this block.
-inline void mask_scores(const Problem& p, const Panel& a, int v, int64_t j0, int64_t keys, bool ragged,
-                        Vec* block_max) {
+// Scale (of scores that still want one), softcap, bias and the lanes' own ranges for keys [begin, end) of the block at
+// j0; dead scores become -inf. Returns the running max including these.
+inline void mask_scores(const Problem& p, const Panel& a, int v, int64_t j0, int64_t begin, int64_t end, float scale,
+                        bool ragged, Vec* block_max) {
   alignas(64) float lo[kLanes], hi[kLanes];
   for (int l = 0; l < kLanes; ++l) {  // relative to the block, so that they are exact as floats
     const KeyRange& r = a.range[v * kLanes + l];
@@ -110,9 +111,10 @@ inline void mask_scores(const Problem& p, const Panel& a, int v, int64_t j0, int
   }
   const Vec first = vload(lo), last = vload(hi), dead = vset(kNegInf), cap = vset(p.softcap);
   Vec top = *block_max;
-  for (int64_t j = 0; j < keys; ++j) {
+  for (int64_t j = begin; j < end; ++j) {
     float* at = a.st + j * kLd + v * kLanes;
     Vec s = vload(at);
+    if (scale != 1.0f) s = vmul(vset(scale), s);
     if (p.softcap > 0) s = vmul(cap, vtanh(s));
     if (a.masked) {
       const Vec bias = vload(a.bias + j * kLd + v * kLanes);
@@ -209,7 +211,7 @@ inline void attend_block(const Problem& p, Panel& a, int64_t j0, int64_t keys) {
   for (int v = v0; v < v1; ++v) {
     Vec top = a.max[v];
     if (has_dead || p.softcap > 0)
-      mask_scores(p, a, v, j0, keys, ragged, &top);
+      mask_scores(p, a, v, j0, 0, keys, 1.0f, ragged, &top);
     else
       for (int64_t j = 0; j < keys; ++j) top = vmax(vload(a.st + j * kLd + v * kLanes), top);
     exponentiate(a, v, keys, has_dead, top, alpha);

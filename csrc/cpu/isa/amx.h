@@ -44,6 +44,23 @@ inline __m512i split_pairs(Vec& even, Vec& odd) {
   return _mm512_ternarylogic_epi32(_mm512_srli_epi32(low, 16), high, upper, 0xF8);  // low | (high & upper)
 }
 
+// Two vectors rounded to bf16 (ties away from zero), in turn: what B wants of two k.
+inline __m512i round_pairs(Vec even, Vec odd) {
+  const __m512i half = _mm512_set1_epi32(0x8000), upper = _mm512_set1_epi32(static_cast<int32_t>(0xFFFF0000u));
+  const __m512i low = _mm512_add_epi32(_mm512_castps_si512(even.v), half);
+  const __m512i high = _mm512_add_epi32(_mm512_castps_si512(odd.v), half);
+  return _mm512_ternarylogic_epi32(_mm512_srli_epi32(low, 16), high, upper, 0xF8);  // low | (high & upper)
+}
+
+// 2^x within 8e-5 of itself, for results that become bf16. -inf gives 0, NaN stays NaN.
+inline Vec vexp2_rough(Vec x) {
+  const Vec r{_mm512_reduce_ps(x.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)};  // x - floor(x)
+  Vec p = vfma(r, vset(0.0780245166f), vset(0.226067239f));
+  p = vfma(p, r, vset(0.695833468f));
+  p = vfma(p, r, vset(0.99992523f));
+  return vscale2(p, x);  // takes floor(x)
+}
+
 // Collects whether any of the words it has seen is an infinity or a NaN.
 struct FiniteWords {
   __m512i largest = _mm512_setzero_si512();
