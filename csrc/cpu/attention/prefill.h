@@ -16,6 +16,7 @@ struct Panel {
   int64_t b, kv_head, row0, rows;
   int nv;
   float *qt, *ot, *st, *bias, *k_block, *v_block, *row;  // scratch
+  int64_t row_ld, vec_ld;                                // floats between rows, and between vectors, of ot and st
   int64_t head[kLd], pos[kLd];                           // query row of each lane
   KeyRange range[kLd];                                   // its keys; padding lanes see every key
   int64_t vec_lo[kMaxNv], vec_hi[kMaxNv];                // keys that any lane of a vector may see
@@ -35,6 +36,7 @@ inline void place_scratch(Panel& a, char* local) {
   a.st = take(kBlock * kLd), a.bias = take(kBlock * kLd);
   a.k_block = take(kBlock * kMaxHeadDim), a.v_block = take(kBlock * kMaxHeadDim);
   a.row = take(kLanes * kRowLd);
+  a.row_ld = kLd, a.vec_ld = kLanes;
 }
 static_assert(sizeof(float) * (kMaxHeadDim * kLd * 2 + kBlock * kLd * 2 + kBlock * kMaxHeadDim * 2 + kLanes * kRowLd) <=
                   kLocalBytes,
@@ -112,7 +114,7 @@ inline void mask_scores(const Problem& p, const Panel& a, int v, int64_t j0, int
   const Vec first = vload(lo), last = vload(hi), dead = vset(kNegInf), cap = vset(p.softcap);
   Vec top = *block_max;
   for (int64_t j = begin; j < end; ++j) {
-    float* at = a.st + j * kLd + v * kLanes;
+    float* at = a.st + j * a.row_ld + v * a.vec_ld;
     Vec s = vload(at);
     if (scale != 1.0f) s = vmul(vset(scale), s);
     if (p.softcap > 0) s = vmul(cap, vtanh(s));
@@ -264,7 +266,8 @@ inline void store_panel(const Problem& p, const Plan& plan, Panel& a, int64_t sp
     for (int64_t d = 0; d < p.v_dim; d += kLanes) {
       const int n = static_cast<int>(min64(kLanes, p.v_dim - d));
       Vec t[kLanes];
-      for (int c = 0; c < kLanes; ++c) t[c] = c < n ? vmul(inverse, vload(a.ot + (d + c) * kLd + v * kLanes)) : vzero();
+      for (int c = 0; c < kLanes; ++c)
+        t[c] = c < n ? vmul(inverse, vload(a.ot + (d + c) * a.row_ld + v * a.vec_ld)) : vzero();
       vtranspose(t);
       for (int l = 0; l < lanes; ++l) vstore_as(dtype, row[l], d, t[l], n);
     }

@@ -34,6 +34,16 @@ inline __m512i tile_words(Vec low, Vec high) { return reinterpret_cast<__m512i>(
 inline Vec low_words(__m512i words) { return widen_bf16(_mm512_castsi512_si256(words)); }
 inline Vec high_words(__m512i words) { return widen_bf16(_mm512_extracti64x4_epi64(words, 1)); }
 
+// Two vectors in turn, rounded the same way.
+inline __m512i word_pairs(Vec even, Vec odd) {
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return _mm512_permutexvar_epi16(order, tile_words(even, odd));
+}
+// Those of every other word.
+inline Vec even_words(__m512i words) { return {_mm512_castsi512_ps(_mm512_slli_epi32(words, 16))}; }
+inline Vec odd_words(__m512i words) { return {_mm512_castsi512_ps(_mm512_maskz_mov_epi16(0xAAAAAAAAu, words))}; }
+
 // The bf16 numbers that begin the elements of two vectors (cut off, not rounded), in turn, as B wants the pairs of a
 // column; the vectors keep their rests.
 inline __m512i split_pairs(Vec& even, Vec& odd) {
