@@ -12,6 +12,7 @@ constexpr int kMaxNv = kVecRegisters == 32 ? 4 : 2;  // vectors of query rows in
 constexpr int kLd = kMaxNv * kLanes;                 // floats per row of every transposed panel
 constexpr int64_t kMinSplitKeys = 128;               // fewer keys cost less than handing them to another thread
 constexpr int64_t kHeadsPerChunk = 8;                // of kv heads whose rows lie side by side in memory
+constexpr int64_t kTileDecodeRows = 8;               // more rows of several queries are worth tiles
 constexpr int kTileVectors = 16;                     // vectors of query rows in one chunk on tiles: whole panels
 #ifdef __AMX_TILE__
 constexpr bool kHasTiles = true;
@@ -107,7 +108,7 @@ inline bool runs_on_tiles(const Problem& p) {
 inline Plan make_plan(const Problem& p, int threads) {
   Plan plan{};
   plan.rows = p.q_len * p.group;
-  plan.decode = plan.rows <= kLanes;
+  plan.decode = plan.rows <= (runs_on_tiles(p) && p.q_len > 1 ? kTileDecodeRows : kLanes);
   plan.write_first = (p.k_new || p.v_new) && !plan.decode;
   plan.tiles = !plan.decode && runs_on_tiles(p);
   plan.nv = plan.tiles ? kTileVectors : kMaxNv;
