@@ -15,6 +15,9 @@
 // Phases: [write new rows], attend, [merge the splits of the keys].
 #include "cpu/attention/decode.h"
 #include "cpu/attention/prefill.h"
+#ifdef __AMX_TILE__
+#include "cpu/attention/tiles.h"
+#endif
 
 namespace {
 
@@ -94,14 +97,22 @@ inline void merge_row(const Problem& p, const Plan& plan, int64_t index, int64_t
   store_row(p.out->dtype, row_ptr(*p.out, b, kv_head * p.group + row % p.group, row / p.group), p.v_dim, o);
 }
 
+inline void attend(const Problem& p, const Plan& plan, int64_t chunk, int64_t splits, int threads,
+                   const Scratch& scratch) {
+  if (plan.decode) return decode(p, plan, chunk, splits, threads, scratch);
+#ifdef __AMX_TILE__
+  if (plan.tiles) return prefill_tiles(p, plan, chunk, splits, scratch);
+#endif
+  prefill(p, plan, chunk, splits, scratch);
+}
+
 void run(const Step& s, int phase, int64_t chunk, int threads, const Scratch& scratch) {
   const Problem p = parse(s);
   const Plan plan = make_plan(p, threads);
   const Stage stage = stage_of(plan, phase);
   if (stage == Stage::write) return write_rows(p, chunk);
   const int64_t splits = live_splits(p, plan);
-  if (stage == Stage::attend)
-    return plan.decode ? decode(p, plan, chunk, splits, threads, scratch) : prefill(p, plan, chunk, splits, scratch);
+  if (stage == Stage::attend) return attend(p, plan, chunk, splits, threads, scratch);
   const int64_t end = min64(p.batch * p.kv_heads * plan.rows, (chunk + 1) * kRowsPerMerge);
   for (int64_t index = chunk * kRowsPerMerge; index < end; ++index) merge_row(p, plan, index, splits, scratch.shared);
 }

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from llmopt.native.program import run_op
 
 from tests.kernels.attention_problem import (
     MASKS,
@@ -155,6 +156,79 @@ def test_dtypes_and_layouts(tier: str, q_len: int, seq_first: bool, dtype: torch
         check(replace(c, mask="random", is_causal=False), tier)
 
 
+@pytest.mark.parametrize("dim", [16, 33, 64, 80, 128])
+@pytest.mark.parametrize("q_len", [3, 17, 129])
+@pytest.mark.parametrize("group", [1, 3, 8])
+def test_bf16_prefill(tier: str, group: int, q_len: int, dim: int) -> None:
+    """Sizes around the blocks of keys and rows that bf16 is cut into on tiles."""
+    c = Case(2, 2 * group, 2, q_len, q_len + 30, dim, dtype=torch.bfloat16, is_causal=True)
+    check(c, tier)
+    check(replace(c, batch=1, heads=group, kv_heads=1, kv_len=q_len, threads=1), tier)
+    check(replace(c, kv_len=q_len + 300, is_causal=False, v_dim=dim // 2 + 1), tier)
+
+
+@pytest.mark.parametrize("q_len", [19, 70])
+@pytest.mark.parametrize("mask", MASKS)
+def test_bf16_masks(tier: str, mask: str, q_len: int) -> None:
+    c = Case(2, 6, 2, q_len, q_len + 210, 48, dtype=torch.bfloat16, mask=mask)
+    check(c, tier)
+    check(replace(c, batch=1, heads=4, kv_heads=1, threads=3), tier)
+    check(replace(c, window=30, softcap=5.0), tier)
+    check(replace(c, is_causal=True, mask=mask if mask != "all_finfo_min" else "random"), tier)
+
+
+@pytest.mark.parametrize("q_len", [20, 65])
+def test_bf16_windows_offsets_and_softcap(tier: str, q_len: int) -> None:
+    c = Case(1, 6, 2, q_len, 500, 64, dtype=torch.bfloat16, is_causal=True)
+    for window in (1, 7, 64, 500):
+        check(replace(c, window=window), tier)
+    for offset in (-300, -3, 0, 4, 600):
+        check(replace(c, offset=offset), tier)
+    check(replace(c, softcap=0.7), tier)
+    check(replace(c, softcap=20.0, mask="bias"), tier)
+
+
+@pytest.mark.parametrize("rope", [ROPE_HALF, ROPE_INTERLEAVED])
+@pytest.mark.parametrize(("dim", "rope_dim"), [(64, 64), (64, 16), (20, 12), (128, 128)])
+def test_bf16_rope(tier: str, rope: int, dim: int, rope_dim: int) -> None:
+    c = Case(2, 6, 2, 34, 60, dim, dtype=torch.bfloat16, rope=rope, rope_dim=rope_dim, new=True)
+    check(replace(c, is_causal=True, seq_first=True), tier)
+    check(replace(c, positions=True), tier)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_bf16_long_sequence(tier: str, threads: int) -> None:
+    check(Case(1, 3, 1, 700, 700, 64, dtype=torch.bfloat16, is_causal=True, threads=threads), tier)
+    check(Case(1, 2, 1, 40, 1500, 64, dtype=torch.bfloat16, mask="left", threads=threads), tier)
+
+
+@pytest.mark.parametrize("where", ["q", "k", "v"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_bf16_nonfinite_numbers_reach_the_rows_that_see_them(
+    tier: str, value: float, where: str
+) -> None:
+    for mask in ("", "random", "left"):
+        c = Case(2, 6, 2, 40, 300, 36, dtype=torch.bfloat16, is_causal=True, mask=mask)
+        for row in (0, 33, 39):
+            t = make(c)
+            getattr(t, where)[0, :, row] = value
+            getattr(t, where)[1, 1, row, 5] = value
+            want, _, _ = reference(c, t)
+            assert not torch.isfinite(want).all()
+            assert_close(run(c, t, tier), want)
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.0, -1.0])
+def test_bf16_scale_of_any_sign(tier: str, factor: float) -> None:
+    c = Case(1, 4, 2, 40, 80, 64, dtype=torch.bfloat16)
+    t = make(c)
+    want, _, _ = reference(c, replace(t, q=t.q * factor))
+    out = torch.empty_like(t.q)
+    operands = [t.q, t.k, t.v, out] + [None] * 7
+    run_op("attention", operands, [0, 40, 0, 0, 0], [factor * c.dim**-0.5, 0.0], tier, 2)
+    assert_close(out, want)
+
+
 @pytest.mark.parametrize("q_len", [1, 40])
 def test_mixed_dtypes(tier: str, q_len: int) -> None:
     """An fp32 query may attend to a half-precision cache."""
@@ -223,6 +297,7 @@ def test_empty(tier: str, threads: int) -> None:
 
 DEAD_TAIL = """
 import ctypes, mmap, torch
+from itertools import product
 from llmopt import _C
 from llmopt.native.program import run_op
 
@@ -230,11 +305,11 @@ LIVE, SLOTS, HEADS, DIM, PAGE = 300, 8192, 8, 64, mmap.PAGESIZE
 libc = ctypes.CDLL(None, use_errno=True)
 regions = []
 
-def cache():
-    head = SLOTS * DIM * 4
+def cache(dtype):
+    head = SLOTS * DIM * dtype.itemsize
     region = mmap.mmap(-1, HEADS * head)
     regions.append(region)  # never unmapped: the process ends with it
-    whole = torch.frombuffer(region, dtype=torch.float32).view(1, HEADS, SLOTS, DIM)
+    whole = torch.frombuffer(region, dtype=dtype).view(1, HEADS, SLOTS, DIM)
     whole[:, :, :LIVE].normal_()
     for h in range(HEADS):
         start = whole[0, h, LIVE].data_ptr() + PAGE - 1 & -PAGE
@@ -242,19 +317,19 @@ def cache():
         assert libc.mprotect(ctypes.c_void_p(start), ctypes.c_size_t(end - start), 0) == 0
     return whole
 
-k, v = cache(), cache()
+caches = [(cache(dtype), cache(dtype)) for dtype in (torch.float32, torch.bfloat16)]
 live = (torch.arange(SLOTS) < LIVE)[None, None, None]
-for tier in _C.tiers():
-    for rows in (1, 3, 40):
-        q = torch.randn(1, HEADS, rows, DIM)
-        out = torch.empty_like(q)
-        mask = live.expand(1, 1, rows, -1).contiguous()
-        bounds = torch.zeros(1, 1, rows, 4, dtype=torch.int32)
-        run_op("mask_bounds", [mask, bounds], tier=tier)
-        operands = [q, k, v, out, mask.expand(1, HEADS, -1, -1), bounds.expand(1, HEADS, -1, -1)]
-        run_op("attention", operands + [None] * 5, [0, 0, 0, 0, 0], [0.125, 0.0], tier, 2)
-        want = torch.softmax(q @ k[:, :, :LIVE].mT * 0.125, -1) @ v[:, :, :LIVE]
-        torch.testing.assert_close(out, want, atol=1e-5, rtol=1e-4)
+for tier, rows, (k, v) in product(_C.tiers(), (1, 3, 40), caches):
+    q = torch.randn(1, HEADS, rows, DIM).to(k.dtype)
+    out = torch.empty_like(q)
+    mask = live.expand(1, 1, rows, -1).contiguous()
+    bounds = torch.zeros(1, 1, rows, 4, dtype=torch.int32)
+    run_op("mask_bounds", [mask, bounds], tier=tier)
+    operands = [q, k, v, out, mask.expand(1, HEADS, -1, -1), bounds.expand(1, HEADS, -1, -1)]
+    run_op("attention", operands + [None] * 5, [0, 0, 0, 0, 0], [0.125, 0.0], tier, 2)
+    weight = torch.softmax(q.float() @ k[:, :, :LIVE].float().mT * 0.125, -1)
+    error = (out.float() - weight @ v[:, :, :LIVE].float()).abs().max()
+    assert error < (1e-5 if k.dtype == torch.float32 else 1e-2), (tier, rows, k.dtype, error)
 """
 
 

@@ -16,6 +16,7 @@ struct Panel {
   int64_t b, kv_head, row0, rows;
   int nv;
   float *qt, *ot, *st, *bias, *k_block, *v_block, *row;  // scratch
+  int64_t row_ld, vec_ld;                                // floats between rows, and between vectors, of ot and st
   int64_t head[kLd], pos[kLd];                           // query row of each lane
   KeyRange range[kLd];                                   // its keys; padding lanes see every key
   int64_t vec_lo[kMaxNv], vec_hi[kMaxNv];                // keys that any lane of a vector may see
@@ -35,6 +36,7 @@ inline void place_scratch(Panel& a, char* local) {
   a.st = take(kBlock * kLd), a.bias = take(kBlock * kLd);
   a.k_block = take(kBlock * kMaxHeadDim), a.v_block = take(kBlock * kMaxHeadDim);
   a.row = take(kLanes * kRowLd);
+  a.row_ld = kLd, a.vec_ld = kLanes;
 }
 static_assert(sizeof(float) * (kMaxHeadDim * kLd * 2 + kBlock * kLd * 2 + kBlock * kMaxHeadDim * 2 + kLanes * kRowLd) <=
                   kLocalBytes,
@@ -99,9 +101,10 @@ inline void load_bias_block(const Problem& p, const Panel& a, int v0, int v1, in
   }
 }
 
-// Softcap, bias and the lanes' own ranges; dead scores become -inf. Returns the running max including this block.
-inline void mask_scores(const Problem& p, const Panel& a, int v, int64_t j0, int64_t keys, bool ragged,
-                        Vec* block_max) {
+// Scale (of scores that still want one), softcap, bias and the lanes' own ranges for keys [begin, end) of the block at
+// j0; dead scores become -inf. Returns the running max including these.
+inline void mask_scores(const Problem& p, const Panel& a, int v, int64_t j0, int64_t begin, int64_t end, float scale,
+                        bool ragged, Vec* block_max) {
   alignas(64) float lo[kLanes], hi[kLanes];
   for (int l = 0; l < kLanes; ++l) {  // relative to the block, so that they are exact as floats
     const KeyRange& r = a.range[v * kLanes + l];
@@ -110,9 +113,10 @@ inline void mask_scores(const Problem& p, const Panel& a, int v, int64_t j0, int
   }
   const Vec first = vload(lo), last = vload(hi), dead = vset(kNegInf), cap = vset(p.softcap);
   Vec top = *block_max;
-  for (int64_t j = 0; j < keys; ++j) {
-    float* at = a.st + j * kLd + v * kLanes;
+  for (int64_t j = begin; j < end; ++j) {
+    float* at = a.st + j * a.row_ld + v * a.vec_ld;
     Vec s = vload(at);
+    if (scale != 1.0f) s = vmul(vset(scale), s);
     if (p.softcap > 0) s = vmul(cap, vtanh(s));
     if (a.masked) {
       const Vec bias = vload(a.bias + j * kLd + v * kLanes);
@@ -209,7 +213,7 @@ inline void attend_block(const Problem& p, Panel& a, int64_t j0, int64_t keys) {
   for (int v = v0; v < v1; ++v) {
     Vec top = a.max[v];
     if (has_dead || p.softcap > 0)
-      mask_scores(p, a, v, j0, keys, ragged, &top);
+      mask_scores(p, a, v, j0, 0, keys, 1.0f, ragged, &top);
     else
       for (int64_t j = 0; j < keys; ++j) top = vmax(vload(a.st + j * kLd + v * kLanes), top);
     exponentiate(a, v, keys, has_dead, top, alpha);
@@ -262,7 +266,8 @@ inline void store_panel(const Problem& p, const Plan& plan, Panel& a, int64_t sp
     for (int64_t d = 0; d < p.v_dim; d += kLanes) {
       const int n = static_cast<int>(min64(kLanes, p.v_dim - d));
       Vec t[kLanes];
-      for (int c = 0; c < kLanes; ++c) t[c] = c < n ? vmul(inverse, vload(a.ot + (d + c) * kLd + v * kLanes)) : vzero();
+      for (int c = 0; c < kLanes; ++c)
+        t[c] = c < n ? vmul(inverse, vload(a.ot + (d + c) * a.row_ld + v * a.vec_ld)) : vzero();
       vtranspose(t);
       for (int l = 0; l < lanes; ++l) vstore_as(dtype, row[l], d, t[l], n);
     }

@@ -12,6 +12,13 @@ constexpr int kMaxNv = kVecRegisters == 32 ? 4 : 2;  // vectors of query rows in
 constexpr int kLd = kMaxNv * kLanes;                 // floats per row of every transposed panel
 constexpr int64_t kMinSplitKeys = 128;               // fewer keys cost less than handing them to another thread
 constexpr int64_t kHeadsPerChunk = 8;                // of kv heads whose rows lie side by side in memory
+constexpr int64_t kTileDecodeRows = 8;               // more rows of several queries are worth tiles
+constexpr int kTileVectors = 16;                     // vectors of query rows in one chunk on tiles: whole panels
+#ifdef __AMX_TILE__
+constexpr bool kHasTiles = true;
+#else
+constexpr bool kHasTiles = false;
+#endif
 
 struct Problem {
   const Tensor *q, *k, *v, *out, *mask, *bounds, *cos, *sin, *k_new, *v_new, *positions;  // nullptr: not given
@@ -84,25 +91,34 @@ inline KeyRange key_range(const Problem& p, int64_t b, int64_t h, int64_t i) {
 // How the work is cut. Rows of one kv head are stacked as i * group + g, so that the heads of a group share every key.
 struct Plan {
   bool decode;                // few rows: dot products along the head dimension; else panels of rows in vector lanes
+  bool tiles;                 // prefill by attention/tiles.h
   bool write_first;           // new keys and values get a phase of their own; decode writes them in its chunks
-  int nv;                     // vectors of a panel
-  int64_t rows, panels;       // of one kv head
+  int nv;                     // vectors of rows in one chunk of prefill
+  int64_t rows, panels;       // of one kv head: rows, and chunks that they make
   int64_t heads;              // kv heads of one chunk
   int64_t units, max_splits;  // chunks of a phase without splits; most splits of the keys
 };
 
+// Tiles multiply bf16 by bf16; scores are scaled behind the products, where their largest must stay the largest.
+inline bool runs_on_tiles(const Problem& p) {
+  return kHasTiles && p.q->dtype == DType::bf16 && p.k->dtype == DType::bf16 && p.v->dtype == DType::bf16 &&
+         p.scale > 0.0f;
+}
+
 inline Plan make_plan(const Problem& p, int threads) {
   Plan plan{};
   plan.rows = p.q_len * p.group;
-  plan.decode = plan.rows <= kLanes;
+  plan.decode = plan.rows <= (runs_on_tiles(p) && p.q_len > 1 ? kTileDecodeRows : kLanes);
   plan.write_first = (p.k_new || p.v_new) && !plan.decode;
-  plan.nv = kMaxNv;
+  plan.tiles = !plan.decode && runs_on_tiles(p);
+  plan.nv = plan.tiles ? kTileVectors : kMaxNv;
   plan.heads = 1;
   // With [B,S,H,D] memory a chunk takes neighbouring heads together, so that it reads whole stretches of memory.
   if (plan.decode && p.k->stride[1] < p.k->stride[2]) plan.heads = max64(1, min64(p.kv_heads, kHeadsPerChunk));
   const int64_t head_groups = p.batch * ceil_div(p.kv_heads, plan.heads);
+  const int least = plan.tiles ? kMaxNv : 1, step = plan.tiles ? kMaxNv : 1, chunks = (plan.tiles ? 4 : 2) * threads;
   if (!plan.decode)
-    while (plan.nv > 1 && head_groups * ceil_div(plan.rows, plan.nv * kLanes) < 2 * threads) --plan.nv;
+    while (plan.nv > least && head_groups * ceil_div(plan.rows, plan.nv * kLanes) < chunks) plan.nv -= step;
   plan.panels = plan.decode ? 1 : ceil_div(plan.rows, plan.nv * kLanes);
   plan.units = head_groups * plan.panels;
   const int64_t wanted = threads > 1 ? 4 * threads : 1, per = max64(1, plan.units);

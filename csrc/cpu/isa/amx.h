@@ -34,6 +34,16 @@ inline __m512i tile_words(Vec low, Vec high) { return reinterpret_cast<__m512i>(
 inline Vec low_words(__m512i words) { return widen_bf16(_mm512_castsi512_si256(words)); }
 inline Vec high_words(__m512i words) { return widen_bf16(_mm512_extracti64x4_epi64(words, 1)); }
 
+// Two vectors in turn, rounded the same way.
+inline __m512i word_pairs(Vec even, Vec odd) {
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return _mm512_permutexvar_epi16(order, tile_words(even, odd));
+}
+// Those of every other word.
+inline Vec even_words(__m512i words) { return {_mm512_castsi512_ps(_mm512_slli_epi32(words, 16))}; }
+inline Vec odd_words(__m512i words) { return {_mm512_castsi512_ps(_mm512_maskz_mov_epi16(0xAAAAAAAAu, words))}; }
+
 // The bf16 numbers that begin the elements of two vectors (cut off, not rounded), in turn, as B wants the pairs of a
 // column; the vectors keep their rests.
 inline __m512i split_pairs(Vec& even, Vec& odd) {
@@ -42,6 +52,23 @@ inline __m512i split_pairs(Vec& even, Vec& odd) {
   even.v = _mm512_sub_ps(even.v, _mm512_castsi512_ps(_mm512_and_si512(low, upper)));
   odd.v = _mm512_sub_ps(odd.v, _mm512_castsi512_ps(_mm512_and_si512(high, upper)));
   return _mm512_ternarylogic_epi32(_mm512_srli_epi32(low, 16), high, upper, 0xF8);  // low | (high & upper)
+}
+
+// Two vectors rounded to bf16 (ties away from zero), in turn: what B wants of two k.
+inline __m512i round_pairs(Vec even, Vec odd) {
+  const __m512i half = _mm512_set1_epi32(0x8000), upper = _mm512_set1_epi32(static_cast<int32_t>(0xFFFF0000u));
+  const __m512i low = _mm512_add_epi32(_mm512_castps_si512(even.v), half);
+  const __m512i high = _mm512_add_epi32(_mm512_castps_si512(odd.v), half);
+  return _mm512_ternarylogic_epi32(_mm512_srli_epi32(low, 16), high, upper, 0xF8);  // low | (high & upper)
+}
+
+// 2^x within 8e-5 of itself, for results that become bf16. -inf gives 0, NaN stays NaN.
+inline Vec vexp2_rough(Vec x) {
+  const Vec r{_mm512_reduce_ps(x.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)};  // x - floor(x)
+  Vec p = vfma(r, vset(0.0780245166f), vset(0.226067239f));
+  p = vfma(p, r, vset(0.695833468f));
+  p = vfma(p, r, vset(0.99992523f));
+  return vscale2(p, x);  // takes floor(x)
 }
 
 // Collects whether any of the words it has seen is an infinity or a NaN.
