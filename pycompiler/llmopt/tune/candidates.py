@@ -37,6 +37,7 @@ _FAMILIES = {
 _AHEAD = (1024, 2048, 4096, 8192, 16384)
 _K_BLOCKS = (256, 512, 1024, 2048)
 _SPANS = (1, 2, 3, 4, 6, 8)
+_STREAM_RATE = (0.7, 0.85, 0.95, 1.0)  # of the read rate, by panels that are read side by side
 _CODES = {SHORT_DTYPES[dtype]: code for dtype, code in DTYPE_CODES.items() if dtype in SHORT_DTYPES}
 
 
@@ -87,7 +88,8 @@ def _space(problem: LinearProblem, machine: Machine) -> Iterator[LinearConfig]:
     assert problem.m is not None
     m, rows = problem.m, machine.tile_rows(problem)
     panels = -(-problem.n // machine.target.panel_width)
-    spans = sorted({1, *(max(1, panels // (machine.threads * c)) for c in (1, 2, 4, 8, 16))})
+    shares = {max(1, panels // (machine.threads * c)) for c in (1, 2, 4, 8, 16)}
+    spans = sorted({1, *shares, *(s for s in (2, 3, 4, 8) if s <= panels)})
     if m <= rows:
         for span, ahead in product(spans, (0, *_AHEAD)):
             yield LinearConfig("stream", span=span, ahead=ahead)
@@ -124,6 +126,8 @@ def predict(problem: LinearProblem, config: LinearConfig, machine: Machine) -> f
     efficiency = height / (height + (2.0 if widens else 1.0))
     compute = 2.0 * m * n * k * max(1, problem.planes) / peak / efficiency
     read = n * k * _ITEM_BYTES[problem.w] / probe.read_bytes
+    if config.family == "stream":
+        read /= _STREAM_RATE[min(span, len(_STREAM_RATE)) - 1]
     waiting = -(-chunks // machine.threads) * machine.threads / chunks
     rows_bytes = m * k * (4.0 if problem.op == "linear" else max(1, problem.planes))
     passes = -(-panels // span) / machine.threads
