@@ -1,8 +1,9 @@
 """Caches that grow in place.
 
 All caches of one graph with equal geometry lie in one slab [layers, capacity, B, H, D]; a cache is the view [B,H,S,D] of its part.
-Its strides depend neither on S nor on the capacity, so the stride checks of compiled code never trip. Appending to a cache that ends
-where its slab is filled up to writes behind it; any other cache (forked, reordered, cropped, foreign) is copied into a new slab first.
+Its strides depend neither on S nor on the capacity, and each part is a storage of its own in which the cache begins at 0, so neither
+strides nor offsets trip the checks of compiled code or become arguments of it. Appending to a cache that ends where its slab is filled
+up to writes behind it; any other cache (forked, reordered, cropped, foreign) is copied into a new slab first.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.dlpack import from_dlpack
 
 from llmopt.native.segment import KvSpec, picker
 
@@ -124,7 +126,7 @@ def _in_place(
         if slab.filled != end:
             return None
         slab.filled = end + new_length
-    return _views(first, geometry, slab.capacity, start, length + new_length)
+    return _views(caches, geometry, start, length + new_length)
 
 
 def _copied(caches: Sequence[Tensor], geometry: tuple, new_length: int) -> Sequence[Tensor]:
@@ -145,18 +147,17 @@ def _fresh(geometry: tuple, length: int, new_length: int) -> Sequence[Tensor]:
         storage = StorageWeakRef(memory.untyped_storage())
         with _lock:
             _slabs[memory.data_ptr()] = _Slab(storage, geometry, capacity, total)
-    return _views(memory, geometry, capacity, 0, total)
+    # A part keeps the whole alive.
+    parts = [from_dlpack(part.detach()) for part in memory.view(layers, -1).unbind(0)]
+    return _views(parts, geometry, 0, total)
 
 
-def _views(
-    owner: Tensor, geometry: tuple, capacity: int, start: int, length: int
-) -> Sequence[Tensor]:
-    """[B,H,length,D] of every layer's part of the slab that `owner`'s storage is."""
-    layers, batch, heads, width, _, _ = geometry
+def _views(parts: Sequence[Tensor], geometry: tuple, start: int, length: int) -> Sequence[Tensor]:
+    """[B,H,length,D] of every layer; parts: tensors over the layers' storages."""
+    _, batch, heads, width, _, _ = geometry
     row = batch * heads * width
-    size = (layers, batch, heads, length, width)
-    stride = (capacity * row, heads * width, width, row, 1)
-    return owner.detach().as_strided(size, stride, start * row).unbind(0)
+    size, stride = (batch, heads, length, width), (heads * width, width, row, 1)
+    return [p.as_strided(size, stride, start * row) for p in parts]
 
 
 def groups_of(specs: Sequence[KvSpec]) -> list[KvGroup]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -211,6 +212,7 @@ def test_generate_with_prefill_chunks(backend: str) -> None:
 def test_forked_cropped_and_reordered_caches(backend: str) -> None:
     """One prefix goes on in several ways; no branch may write into what another one still reads."""
     import copy
+import gc
 
     eager, compiled = zoo.pair("llama", backend, **ONE)
     ids = zoo.inputs("llama", 40, batch=2)["input_ids"]
@@ -239,6 +241,26 @@ def test_forked_cropped_and_reordered_caches(backend: str) -> None:
         return out
 
     assert_same_output(logits(compiled), logits(eager))
+
+
+def test_each_cache_begins_its_own_storage(backend: str) -> None:
+    """Offsets that differ by layer would be arguments of the compiled code; one cache alone keeps its memory."""
+    model = zoo.make("llama", **ONE)
+    compiled = torch.compile(model, backend=backend)
+    with torch.no_grad():
+        cache = compiled(**zoo.inputs("llama", 9), use_cache=True).past_key_values
+        tokens = torch.zeros(1, 1, dtype=torch.long)
+        for _ in range(3):
+            cache = compiled(tokens, past_key_values=cache).past_key_values
+    tensors = [t for layer in cache.layers for t in (layer.keys, layer.values)]
+    assert all(t.storage_offset() == 0 and t.shape[2] == 12 for t in tensors)
+    assert len({t.untyped_storage().data_ptr() for t in tensors}) == len(tensors)
+    kept, content = tensors[-1], tensors[-1].clone()
+    del cache, tensors
+    gc.collect()
+    with torch.no_grad():  # takes new memory, not that of the cache which is left
+        compiled(**zoo.inputs("llama", 9), use_cache=True)
+    assert torch.equal(kept, content)
 
 
 def test_static_cache_reset_and_reuse(backend: str) -> None:
