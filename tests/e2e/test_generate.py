@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 from typing import Any
 
@@ -211,9 +212,6 @@ def test_generate_with_prefill_chunks(backend: str) -> None:
 
 def test_forked_cropped_and_reordered_caches(backend: str) -> None:
     """One prefix goes on in several ways; no branch may write into what another one still reads."""
-    import copy
-import gc
-
     eager, compiled = zoo.pair("llama", backend, **ONE)
     ids = zoo.inputs("llama", 40, batch=2)["input_ids"]
     prefix, left, right = ids[:, :10], ids[:, 10:16], ids[:, 20:26]
