@@ -243,10 +243,10 @@ def test_forked_cropped_and_reordered_caches(backend: str) -> None:
 
 def test_each_cache_begins_its_own_storage(backend: str) -> None:
     """Offsets that differ by layer would be arguments of the compiled code; one cache alone keeps its memory."""
-    model = zoo.make("llama", **ONE)
+    model, x = zoo.make("llama", **ONE), zoo.inputs("llama", 9, batch=1)
     compiled = torch.compile(model, backend=backend)
     with torch.no_grad():
-        cache = compiled(**zoo.inputs("llama", 9), use_cache=True).past_key_values
+        cache = compiled(**x, use_cache=True).past_key_values
         tokens = torch.zeros(1, 1, dtype=torch.long)
         for _ in range(3):
             cache = compiled(tokens, past_key_values=cache).past_key_values
@@ -257,7 +257,7 @@ def test_each_cache_begins_its_own_storage(backend: str) -> None:
     del cache, tensors
     gc.collect()
     with torch.no_grad():  # takes new memory, not that of the cache which is left
-        compiled(**zoo.inputs("llama", 9), use_cache=True)
+        compiled(**x, use_cache=True)
     assert torch.equal(kept, content)
 
 
