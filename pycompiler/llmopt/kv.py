@@ -126,7 +126,7 @@ def _in_place(
         if slab.filled != end:
             return None
         slab.filled = end + new_length
-    return _views(caches, geometry, start, length + new_length)
+    return _views(caches, geometry, length + new_length)
 
 
 def _copied(caches: Sequence[Tensor], geometry: tuple, new_length: int) -> Sequence[Tensor]:
@@ -148,16 +148,15 @@ def _fresh(geometry: tuple, length: int, new_length: int) -> Sequence[Tensor]:
         with _lock:
             _slabs[memory.data_ptr()] = _Slab(storage, geometry, capacity, total)
     # A part keeps the whole alive.
-    parts = [from_dlpack(part.detach()) for part in memory.view(layers, -1).unbind(0)]
-    return _views(parts, geometry, 0, total)
+    parts = [from_dlpack(part) for part in memory.view(layers, -1).unbind(0)]
+    return _views(parts, geometry, total)
 
 
-def _views(parts: Sequence[Tensor], geometry: tuple, start: int, length: int) -> Sequence[Tensor]:
-    """[B,H,length,D] of every layer; parts: tensors over the layers' storages."""
+def _views(parts: Sequence[Tensor], geometry: tuple, length: int) -> Sequence[Tensor]:
+    """[B,H,length,D] of every layer; parts: tensors over the layers' storages, which begin where the result does."""
     _, batch, heads, width, _, _ = geometry
-    row = batch * heads * width
-    size, stride = (batch, heads, length, width), (heads * width, width, row, 1)
-    return [p.as_strided(size, stride, start * row) for p in parts]
+    size, stride = (batch, heads, length, width), (heads * width, width, batch * heads * width, 1)
+    return [p.detach().as_strided(size, stride) for p in parts]
 
 
 def groups_of(specs: Sequence[KvSpec]) -> list[KvGroup]:

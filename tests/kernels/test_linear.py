@@ -157,6 +157,13 @@ def test_k_blocks(tier, dtype):
     case(31, 70, 6149, dtype, bias=randn(70)).check(tier)
 
 
+@pytest.mark.parametrize("k", [1280, 2560])
+@pytest.mark.parametrize("tier", TIERS)
+def test_k_that_fills_the_scratch_of_a_thread(tier, k):
+    """Wide chunks of several K blocks: what one thread prepares must not reach the sums of the next."""
+    case(128, 416, k).check(tier)
+
+
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("tier", TIERS)
 def test_many_rows(tier, dtype):

@@ -16,12 +16,12 @@ struct Panel {
   int64_t b, kv_head, row0, rows;
   int nv;
   float *qt, *ot, *st, *bias, *k_block, *v_block, *row;  // scratch
-  int64_t row_ld, vec_ld;                                // floats between rows, and between vectors, of ot and st
-  int64_t head[kLd], pos[kLd];                           // query row of each lane
-  KeyRange range[kLd];                                   // its keys; padding lanes see every key
-  int64_t vec_lo[kMaxNv], vec_hi[kMaxNv];                // keys that any lane of a vector may see
-  int64_t common_lo, common_hi;                          // keys that every lane sees
-  bool masked;                                           // some lane must read the mask
+  int64_t row_ld, vec_ld;                  // floats between rows and vectors of ot and st: as masks see them
+  int64_t head[kLd], pos[kLd];             // query row of each lane
+  KeyRange range[kLd];                     // its keys; padding lanes see every key
+  int64_t vec_lo[kMaxNv], vec_hi[kMaxNv];  // keys that any lane of a vector may see
+  int64_t common_lo, common_hi;            // keys that every lane sees
+  bool masked;                             // some lane must read the mask
   Vec max[kMaxNv], sum[kMaxNv];
 };
 

@@ -100,17 +100,17 @@ struct Plan {
 };
 
 // Tiles multiply bf16 by bf16; scores are scaled behind the products, where their largest must stay the largest.
-inline bool runs_on_tiles(const Problem& p) {
-  return kHasTiles && p.q->dtype == DType::bf16 && p.k->dtype == DType::bf16 && p.v->dtype == DType::bf16 &&
-         p.scale > 0.0f;
+inline bool suits_tiles(const Problem& p) {
+  return kHasTiles && p.head_dim > 0 && p.v_dim > 0 && p.q->dtype == DType::bf16 && p.k->dtype == DType::bf16 &&
+         p.v->dtype == DType::bf16 && p.scale > 0.0f;
 }
 
 inline Plan make_plan(const Problem& p, int threads) {
   Plan plan{};
   plan.rows = p.q_len * p.group;
-  plan.decode = plan.rows <= (runs_on_tiles(p) && p.q_len > 1 ? kTileDecodeRows : kLanes);
+  plan.decode = plan.rows <= (suits_tiles(p) && p.q_len > 1 ? kTileDecodeRows : kLanes);
   plan.write_first = (p.k_new || p.v_new) && !plan.decode;
-  plan.tiles = !plan.decode && runs_on_tiles(p);
+  plan.tiles = !plan.decode && suits_tiles(p);
   plan.nv = plan.tiles ? kTileVectors : kMaxNv;
   plan.heads = 1;
   // With [B,S,H,D] memory a chunk takes neighbouring heads together, so that it reads whole stretches of memory.

@@ -25,6 +25,11 @@ constexpr int stream_panels(int64_t rows) {
   const int64_t fit = (kVecRegisters - 6) / (2 * rows * stream_sets(static_cast<int>(rows)));
   return static_cast<int>(fit < 1 ? 1 : fit < kMostStreams ? fit : kMostStreams);
 }
+constexpr bool sums_fit(int rows) {
+  return rows == 0 || (rows * stream_panels(rows) <= kMaxRows && sums_fit(rows - 1));
+}
+static_assert(sums_fit(kMaxRows), "the sums of all panels lie in the memory of one register tile");
+
 // The same pointer, of which the compiler does not know so, and no load goes past it: the panels of a step take their
 // turns with the registers.
 template <class T>

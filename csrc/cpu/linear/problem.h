@@ -88,8 +88,8 @@ constexpr int64_t kMinBlockTiles = 4;
 constexpr int64_t kTileSums = kMaxRows * kPanel;  // floats
 static_assert(kMaxKBlock * kPanel * 4 <= kL2Weights && kL2Weights <= kWideBytes);
 
-// Panels of a chunk that a stream reads `at_once` by `at_once`: `span` of them or fewer, or so few that the thread with
-// most of them has done soonest.
+// Panels of a chunk that a stream reads `at_once` by `at_once`: the largest multiple within `span`. Where not even one
+// fits, as many at once as let the thread with most of them end soonest, though chunks are then larger than wanted.
 inline int64_t stream_span(int64_t panels, int64_t span, int at_once, int threads) {
   if (span >= at_once) return span - span % at_once;
   constexpr float kRate[] = {1.0f, 0.7f, 0.85f, 0.95f, 1.0f};  // of one thread, by panels at once

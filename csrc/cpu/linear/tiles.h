@@ -64,7 +64,8 @@ struct TileSchedule : Cut {
     // Rows that do not stay in L2 pass by once for all panels of a chunk: then chunks are cut between rows instead.
     const bool rows_stay = tiles * p.tile_bytes() <= kTileL2;
     span = max64(1, min64(kTileSpan, panels / (rows_stay ? wanted : int64_t{threads})));
-    k_blocks = p.in_place() ? 1 : max64(1, ceil_div(p.steps() * p.terms * kTermBytes * span, kTileWeights));
+    // As many steps of K as the terms of all panels of a chunk have room for.
+    k_blocks = p.in_place() ? 1 : ceil_div(p.steps(), kTileWeights / (p.terms * kTermBytes * span));
     k_block = ceil_div(p.steps(), k_blocks);
     k_blocks = ceil_div(p.steps(), k_block);
     blocks = min64(ceil_div(wanted, max64(1, ceil_div(panels, span))), max64(1, tiles / kMinBlockTiles));

@@ -7,6 +7,16 @@
 
 namespace {
 
+constexpr int64_t kQuantizedSums = kLoneRows * kPanel * 4;  // bytes
+
+// Whether panels are read straight through; those of 4 bits also where there is no room for one of 8.
+bool streams(const QuantizedProblem& p) {
+  if (p.tuning.family != LinearFamily::automatic) return p.tuning.family == LinearFamily::stream;
+  const Form wide{p.K, 8, p.form.group, p.form.offsets};
+  const bool fits = p.form.bits == 8 || wide.panel_bytes() + kQuantizedSums <= int64_t(kLocalBytes);
+  return p.tiles() <= 1 || !fits;
+}
+
 // A chunk is `span` panels by `tiles_per_block` tiles. A panel has all of K: it stays in L2 while the tiles pass.
 struct QuantizedSchedule : Cut {
   QuantizedSchedule(const QuantizedProblem& p, int threads) {
@@ -16,7 +26,7 @@ struct QuantizedSchedule : Cut {
     blocks = 1;
     tiles_per_block = given.tiles ? min64(given.tiles, tiles) : tiles;
     span = max64(1, panels / wanted);
-    if (tiles <= 1) {
+    if (streams(p)) {
       span = max64(1, min64(kStreamChunk / max64(1, p.form.panel_bytes()), span));
       span = stream_span(panels, span, quantized_stream_panels(p.tallest_tile()), threads);
     }
@@ -112,16 +122,6 @@ void block_panels(const QuantizedProblem& p, const Chunk& c, int64_t next_panel,
       finish_tile(p, panel, token0, static_cast<int>(tokens), sums);
     }
   }
-}
-
-constexpr int64_t kQuantizedSums = kLoneRows * kPanel * 4;  // bytes
-
-// Whether panels are read straight through; those of 4 bits also where there is no room for one of 8.
-bool streams(const QuantizedProblem& p) {
-  if (p.tuning.family != LinearFamily::automatic) return p.tuning.family == LinearFamily::stream;
-  const Form wide{p.K, 8, p.form.group, p.form.offsets};
-  const bool fits = p.form.bits == 8 || wide.panel_bytes() + kQuantizedSums <= int64_t(kLocalBytes);
-  return p.tiles() <= 1 || !fits;
 }
 
 // As in `linear` (kAloneValues).

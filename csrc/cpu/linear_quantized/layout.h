@@ -26,6 +26,11 @@ constexpr int quantized_stream_panels(int64_t rows) {
   return static_cast<int>(fit < 1 ? 1 : fit < kMostStreams ? fit : kMostStreams);
 }
 
+constexpr bool quantized_sums_fit(int rows) {
+  return rows == 0 || (rows * quantized_stream_panels(rows) <= kLoneRows && quantized_sums_fit(rows - 1));
+}
+static_assert(quantized_sums_fit(kLoneRows), "the sums of all panels lie in the memory of a lone tile");
+
 struct Form {
   int64_t K, bits, group;
   bool offsets;

@@ -37,7 +37,8 @@ _FAMILIES = {
 _AHEAD = (1024, 2048, 4096, 8192, 16384)
 _K_BLOCKS = (256, 512, 1024, 2048)
 _SPANS = (1, 2, 3, 4, 6, 8)
-_STREAM_RATE = (0.7, 0.85, 0.95, 1.0)  # of the read rate, by panels that are read side by side
+_STREAM_RATE = (0.7, 0.85, 0.95, 1.0)  # of the read rate, by panels that are read side by side ...
+_STREAM_SUMS = 12  # ... as many as this many rows of sums fit the registers
 _CODES = {SHORT_DTYPES[dtype]: code for dtype, code in DTYPE_CODES.items() if dtype in SHORT_DTYPES}
 
 
@@ -127,7 +128,8 @@ def predict(problem: LinearProblem, config: LinearConfig, machine: Machine) -> f
     compute = 2.0 * m * n * k * max(1, problem.planes) / peak / efficiency
     read = n * k * _ITEM_BYTES[problem.w] / probe.read_bytes
     if config.family == "stream":
-        read /= _STREAM_RATE[min(span, len(_STREAM_RATE)) - 1]
+        side_by_side = min(span, len(_STREAM_RATE), max(1, _STREAM_SUMS // height))
+        read /= _STREAM_RATE[side_by_side - 1]
     waiting = -(-chunks // machine.threads) * machine.threads / chunks
     rows_bytes = m * k * (4.0 if problem.op == "linear" else max(1, problem.planes))
     passes = -(-panels // span) / machine.threads
