@@ -2,7 +2,7 @@
 // group is multiplied, the sums of the one before it, of the tile before where it is the first, go times both scales
 // into the f32 sums.
 //   codes of rows   [row tiles][groups][32 rows][padded group]   signed bytes
-//   tables          [row tiles][groups][32 rows] each; what they mean is in prepare.h
+//   tables          [row tiles][groups][32 rows] each; what they mean is in prepare.h; `start` is not read here
 #pragma once
 #include "cpu/linear_quantized/gemm.h"
 
