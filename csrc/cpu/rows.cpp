@@ -1,5 +1,5 @@
-// Row kernels: norm, softmax, embedding, index_copy, copy, rope, rotary_table, arange. Each op's contract heads its file in
-// rows/.
+// Row kernels: norm, softmax, embedding, index_copy, copy, rope, rotary_table, arange. Each op's contract heads its
+// file in rows/.
 #include "cpu/family.h"
 #include "cpu/rows/arange.h"
 #include "cpu/rows/copy.h"

@@ -12,7 +12,8 @@ class Prefetch {
   Prefetch(const std::vector<int64_t>& addresses, const std::vector<int64_t>& bytes) {
     if (addresses.size() != bytes.size()) throw std::invalid_argument("Prefetch needs as many sizes as addresses");
     for (size_t i = 0; i < addresses.size(); ++i)
-      for (int64_t at = addresses[i] & -kLineBytes; at < addresses[i] + bytes[i]; at += kLineBytes) lines_.push_back(at);
+      for (int64_t at = addresses[i] & -kLineBytes; at < addresses[i] + bytes[i]; at += kLineBytes)
+        lines_.push_back(at);
   }
 
   void fetch() const {
