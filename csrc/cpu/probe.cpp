@@ -59,7 +59,7 @@ template <class First, class Multiply>
 void tile_run(const Step& s, int64_t chunk, const Scratch& scratch, int16_t one, First first, Multiply multiply) {
   auto* ones = reinterpret_cast<int16_t*>(scratch.local);
   for (int i = 0; i < kTileRows * kTileBytes / 2; ++i) ones[i] = one;
-  const TileScope scope(kTileBytes);
+  const TileScope scope;
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);

@@ -157,7 +157,7 @@ def test_hot_loops_keep_their_sums_in_registers(objects, tier):
 def test_integer_loops_keep_their_sums_in_registers(objects, tier):
     """The same for codes: no vector goes to the stack between the products of a group."""
     code = disassemble(objects["linear_quantized", tier])
-    functions = {n: c for n, c in code.items() if "::quantized_tile<" in n}
+    functions = {n: c for n, c in code.items() if re.search("::quantized_(tile|stream)<", n)}
     assert len(functions) >= (11 if tier == "avx2" else 18)
     for name, body in functions.items():
         products = "vpdpbusd" if tier in ("amx", "avx512_vnni") else "vpmaddwd"

@@ -181,7 +181,7 @@ struct TileQueue {
   }
   __attribute__((always_inline)) void advance() {
     TileProducts& j = job[next];
-    asm volatile("" : : : "memory");  // the intrinsics do not say that they read memory
+    before_tile_loads();
     if (step == 0) {
       store();
       if (j.accumulate) {
@@ -424,7 +424,7 @@ inline void prefill_tiles(const Problem& p, const Plan& plan, int64_t chunk, int
       for (int v = 0; v < a.nv; ++v) vstore(a.ot + v * kColumn + d * kLanes, vzero());
   }
   const int64_t length = max64(0, hi - lo), end = lo + length * (split + 1) / splits;
-  const TileScope scope(kTileBytes);
+  const TileScope scope;
   for (int64_t j = lo + length * split / splits; j < end; j += kTileKeys) {
     const int64_t keys = min64(kTileKeys, end - j);
     load_tile_keys(p, c, j, keys);

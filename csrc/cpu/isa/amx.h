@@ -7,10 +7,10 @@ namespace {
 
 constexpr int kTileRows = 16, kTileBytes = 64;
 
-// The tile registers of this thread for as long as it lives. Registers 0..3 are sums, 4 and 5 hold A, 6 and 7 hold B;
-// `k_bytes` of every row of A are used, and as many rows of B as that makes groups of four bytes.
+// The tile registers of this thread for as long as it lives, all of them whole. Registers 0..3 are sums, 4 and 5 hold
+// A, 6 and 7 hold B.
 struct TileScope {
-  explicit TileScope(int k_bytes) {
+  TileScope() {
     struct alignas(64) Config {
       uint8_t palette, start_row, reserved[14];
       uint16_t row_bytes[16];
@@ -18,8 +18,8 @@ struct TileScope {
     } config{};
     config.palette = 1;
     for (int t = 0; t < 8; ++t) {
-      config.row_bytes[t] = static_cast<uint16_t>(t == 4 || t == 5 ? k_bytes : kTileBytes);
-      config.rows[t] = static_cast<uint8_t>(t >= 6 ? k_bytes / 4 : kTileRows);
+      config.row_bytes[t] = kTileBytes;
+      config.rows[t] = kTileRows;
     }
     // Not _tile_loadconfig: GCC 12 declares that it reads eight of the 64 bytes, so that stores to the others may go.
     asm volatile("ldtilecfg %0" : : "m"(config));
@@ -28,6 +28,9 @@ struct TileScope {
   TileScope(const TileScope&) = delete;
   TileScope& operator=(const TileScope&) = delete;
 };
+
+// What was stored is in memory: the intrinsics that load tiles do not say that they read any.
+inline void before_tile_loads() { asm volatile("" : : : "memory"); }
 
 // 32 floats rounded to bf16, the words of `low` first. Denormals become zero.
 inline __m512i tile_words(Vec low, Vec high) { return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high.v, low.v)); }

@@ -92,8 +92,8 @@ static_assert(kMaxKBlock * kPanel * 4 <= kL2Weights && kL2Weights <= kWideBytes)
 // fits, as many at once as let the thread with most of them end soonest, though chunks are then larger than wanted.
 inline int64_t stream_span(int64_t panels, int64_t span, int at_once, int threads) {
   if (span >= at_once) return span - span % at_once;
-  constexpr float kRate[] = {1.0f, 0.7f, 0.85f, 0.95f, 1.0f};  // of one thread, by panels at once
-  auto time = [&](int64_t s) { return static_cast<float>(ceil_div(ceil_div(panels, s), threads) * s) / kRate[s]; };
+  constexpr float kRate[] = {0.7f, 0.85f, 0.95f, 1.0f};  // of one thread, by panels at once
+  auto time = [&](int64_t s) { return static_cast<float>(ceil_div(ceil_div(panels, s), threads) * s) / kRate[s - 1]; };
   int64_t best = at_once;
   for (int64_t s = at_once - 1; s > 0; --s)
     if (time(s) < time(best)) best = s;

@@ -299,7 +299,7 @@ void run_tiles(const TileProblem& p, const TileSchedule& s, int64_t chunk, int t
   const SplitFunction split = split_function(p);
   Epilogue epilogue(p, p.lone(shared), lone_x);
   int64_t turn = 0;
-  const TileScope scope(kTileBytes);
+  const TileScope scope;
   for (int64_t step0 = 0; step0 < p.steps(); step0 += s.k_block) {
     const int64_t step1 = min64(p.steps(), step0 + s.k_block);
     const bool last = step1 == p.steps();

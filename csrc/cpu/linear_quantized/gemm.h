@@ -91,8 +91,7 @@ void stream_panels(const QuantizedProblem& p, const Chunk& c, int64_t next_panel
       args.ahead_end = b + bytes;
       args.next = p.w.data + (panel + count < c.panel1 ? panel + count : next_panel) * bytes;
       args.panel_bytes = bytes;
-      (p.form.bits == 8 ? quantized_tile_function<8, true>(rows, count)
-                        : quantized_tile_function<4, true>(rows, count))(args);
+      (p.form.bits == 8 ? quantized_stream_function<8>(rows, count) : quantized_stream_function<4>(rows, count))(args);
       for (int64_t i = 0; i < count; ++i) {
         float* tile_sums = sums + i * rows * kPanel;
         settle(p, column_factors(p.form, b + i * bytes), tokens, tile_sums);
@@ -117,7 +116,7 @@ void block_panels(const QuantizedProblem& p, const Chunk& c, int64_t next_panel,
       args.b = p.form.bits == 4 ? wide : b;
       args.ahead = ahead + (tile - c.tile0) * bytes / tiles;
       args.ahead_stride = ahead_stride;
-      quantized_tile_function<8, false>(tokens * p.planes)(args);
+      quantized_tile_function(tokens * p.planes)(args);
       settle(p, nullptr, tokens, sums);
       finish_tile(p, panel, token0, static_cast<int>(tokens), sums);
     }

@@ -27,14 +27,12 @@ inline Vec load_factor(const char* p, int vector) {
   return vload_f16(reinterpret_cast<const uint16_t*>(p) + vector * kLanes);
 }
 
-// kStream: the weights come from DRAM and are used once. Otherwise they are in L2 and those of the next panel are
-// fetched meanwhile.
-template <int kBits, int kRows, bool kStream>
+// A panel that is in L2; the next one is fetched meanwhile.
+template <int kRows>
 void quantized_tile(const QuantizedTileArgs& args) {
-  constexpr int kVectorBytes = 4 * kLanes, kStepBytes = (kBits == 8 ? 4 : 2) * kVectorBytes;
-  constexpr int kScaleBytes = kPanel * (kBits == 8 ? 4 : 2);
-  const char *a = args.a, *b = args.b, *ahead = args.ahead, *ahead_end = args.ahead_end;
-  constexpr bool kHeld = kVecRegisters == 32 && kRows <= kQuantizedRows;  // f32 sums in registers too
+  constexpr int kVectorBytes = 4 * kLanes, kScaleBytes = kPanel * 4;
+  const char *a = args.a, *b = args.b, *ahead = args.ahead;
+  constexpr bool kHeld = kVecRegisters == 32;  // f32 sums in registers too
   Vec held[kRows][2];
 #pragma GCC unroll 16
   for (int m = 0; m < kRows; ++m)
@@ -45,10 +43,9 @@ void quantized_tile(const QuantizedTileArgs& args) {
     }
   auto fold = [&](int64_t group, IntVec(&acc)[kRows][2]) __attribute__((always_inline)) {
     const float *scale = args.scale + group * kRows, *sum = args.sum + group * kRows;
-    const Vec w[2] = {load_factor<kBits>(b, 0), load_factor<kBits>(b, 1)};
+    const Vec w[2] = {load_factor<8>(b, 0), load_factor<8>(b, 1)};
     Vec offset[2] = {vzero(), vzero()};
-    if (args.offsets)
-      offset[0] = load_factor<kBits>(b + kScaleBytes, 0), offset[1] = load_factor<kBits>(b + kScaleBytes, 1);
+    if (args.offsets) offset[0] = load_factor<8>(b + kScaleBytes, 0), offset[1] = load_factor<8>(b + kScaleBytes, 1);
 #pragma GCC unroll 16
     for (int m = 0; m < kRows; ++m)
 #pragma GCC unroll 2
@@ -74,34 +71,15 @@ void quantized_tile(const QuantizedTileArgs& args) {
       }
       a += kRows * kQuadBytes;
     };
-    for (int64_t step = args.steps; step > 0; --step, b += kStepBytes) {
-      if (kStream) {
-#pragma GCC unroll 4
-        for (int line = 0; line < kStepBytes; line += 64) __builtin_prefetch(ahead + line);
-        ahead += kStepBytes;
-        if (ahead >= ahead_end) {
-          ahead = args.next + (ahead - ahead_end);
-          ahead_end = reinterpret_cast<const char*>(UINTPTR_MAX);
-        }
-      } else {
-        __builtin_prefetch(ahead, 0, 2);
-        __builtin_prefetch(ahead + args.ahead_stride / 2, 0, 2);
-        ahead += args.ahead_stride;
-      }
-      if constexpr (kBits == 8) {
-        multiply(quad(load_quads(b)), quad(load_quads(b + kVectorBytes)));
-        multiply(quad(load_quads(b + 2 * kVectorBytes)), quad(load_quads(b + 3 * kVectorBytes)));
-      } else {
-        multiply(quad(low_nibbles(b)), quad(low_nibbles(b + kVectorBytes)));
-        multiply(quad(high_nibbles(b)), quad(high_nibbles(b + kVectorBytes)));
-      }
+    for (int64_t step = args.steps; step > 0; --step, b += 4 * kVectorBytes) {
+      __builtin_prefetch(ahead, 0, 2);
+      __builtin_prefetch(ahead + args.ahead_stride / 2, 0, 2);
+      ahead += args.ahead_stride;
+      multiply(quad(load_quads(b)), quad(load_quads(b + kVectorBytes)));
+      multiply(quad(load_quads(b + 2 * kVectorBytes)), quad(load_quads(b + 3 * kVectorBytes)));
     }
     fold(group, acc);
     b += args.offsets ? 2 * kScaleBytes : kScaleBytes;
-    if (kStream) {  // the scales are part of the stream
-      __builtin_prefetch(ahead);
-      ahead += args.offsets ? 2 * kScaleBytes : kScaleBytes;
-    }
   }
   if (kHeld)
 #pragma GCC unroll 16
@@ -111,33 +89,74 @@ void quantized_tile(const QuantizedTileArgs& args) {
     }
 }
 
-// The same for few rows of a stream over kPanels panels side by side.
+// A stream: the weights come from DRAM and are used once, kPanels panels side by side. It folds as quantized_tile does;
+// in a function of both GCC spills the sums of one.
 template <int kBits, int kRows, int kPanels>
-void quantized_panels(const QuantizedTileArgs& args) {
+void quantized_stream(const QuantizedTileArgs& args) {
   constexpr int kVectorBytes = 4 * kLanes, kStepBytes = (kBits == 8 ? 4 : 2) * kVectorBytes;
   constexpr int kScaleBytes = kPanel * (kBits == 8 ? 4 : 2);
   const char *a = args.a, *b = args.b, *ahead = args.ahead, *ahead_end = args.ahead_end;
-  for (int i = 0; i < kPanels * kRows * kPanel; i += kLanes) vstore(args.sums + i, vzero());
+  const int64_t panel_bytes = args.panel_bytes;
+  constexpr bool kHeld =
+      kVecRegisters == 32 && kPanels * kRows + (kPanels > 1) <= kQuantizedRows;  // f32 sums in registers too
+  Vec held[kPanels][kRows][2];
+#pragma GCC unroll 4
+  for (int p = 0; p < kPanels; ++p)
+#pragma GCC unroll 16
+    for (int m = 0; m < kRows; ++m)
+#pragma GCC unroll 2
+      for (int v = 0; v < 2; ++v) {
+        held[p][m][v] = vzero();
+        if (!kHeld) vstore(args.sums + (p * kRows + m) * kPanel + v * kLanes, vzero());
+      }
+  auto fold = [&](int64_t group, int p, IntVec(&acc)[kRows][2]) __attribute__((always_inline)) {
+    const char* factors = b + p * panel_bytes;
+    __builtin_prefetch(ahead + p * panel_bytes);  // the scales are part of the stream
+    const float *scale = args.scale + group * kRows, *sum = args.sum + group * kRows;
+    const Vec w[2] = {load_factor<kBits>(factors, 0), load_factor<kBits>(factors, 1)};
+    Vec offset[2] = {vzero(), vzero()};
+    if (args.offsets) {
+      offset[0] = load_factor<kBits>(factors + kScaleBytes, 0);
+      offset[1] = load_factor<kBits>(factors + kScaleBytes, 1);
+    }
+#pragma GCC unroll 16
+    for (int m = 0; m < kRows; ++m)
+#pragma GCC unroll 2
+      for (int v = 0; v < 2; ++v) {
+        float* at = args.sums + (p * kRows + m) * kPanel + v * kLanes;
+        Vec total = kHeld ? held[p][m][v] : vload(at);
+        total = vfma(vfrom_int(acc[m][v]), vmul(w[v], vset(scale[m])), total);
+        if (args.offsets) total = vfma(offset[v], vset(sum[m]), total);
+        held[p][m][v] = total;
+        if (!kHeld) vstore(at, total);
+      }
+  };
   for (int64_t group = 0; group < args.groups; ++group) {
     IntVec acc[kPanels][kRows][2];
 #pragma GCC unroll 4
     for (int p = 0; p < kPanels; ++p)
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int m = 0; m < kRows; ++m) acc[p][m][0] = acc[p][m][1] = iset(args.start[group * kRows + m]);
     for (int64_t step = args.steps; step > 0; --step) {
+      const char* fetch = ahead;  // a branch behind the products would make GCC copy and spill the sums
+      ahead += kStepBytes;
+      if (ahead >= ahead_end) {
+        ahead = args.next + (ahead - ahead_end);
+        ahead_end = reinterpret_cast<const char*>(UINTPTR_MAX);
+      }
 #pragma GCC unroll 4
       for (int p = 0; p < kPanels; ++p) {
-        const char *w = b + p * args.panel_bytes, *x = read_again(a);
+        const char *w = b + p * panel_bytes, *x = kPanels > 1 ? read_again(a) : a;
 #pragma GCC unroll 4
-        for (int line = 0; line < kStepBytes; line += 64) __builtin_prefetch(ahead + p * args.panel_bytes + line);
+        for (int line = 0; line < kStepBytes; line += 64) __builtin_prefetch(fetch + p * panel_bytes + line);
         auto multiply = [&](const Quad& w0, const Quad& w1) __attribute__((always_inline)) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
           for (int m = 0; m < kRows; ++m) {
             const auto row = quad_row(x + m * kQuadBytes);
             quad_dot(acc[p][m][0], w0, row);
             quad_dot(acc[p][m][1], w1, row);
           }
-          x = read_again(x + kRows * kQuadBytes);
+          x = kPanels > 1 ? read_again(x + kRows * kQuadBytes) : x + kRows * kQuadBytes;
         };
         if constexpr (kBits == 8) {
           multiply(quad(load_quads(w)), quad(load_quads(w + kVectorBytes)));
@@ -149,56 +168,48 @@ void quantized_panels(const QuantizedTileArgs& args) {
       }
       a += 2 * kRows * kQuadBytes;
       b += kStepBytes;
-      ahead += kStepBytes;
-      if (ahead >= ahead_end) {
-        ahead = args.next + (ahead - ahead_end);
-        ahead_end = reinterpret_cast<const char*>(UINTPTR_MAX);
-      }
     }
 #pragma GCC unroll 4
-    for (int p = 0; p < kPanels; ++p) {
-      const char* factors = b + p * args.panel_bytes;
-      __builtin_prefetch(ahead + p * args.panel_bytes);
-#pragma GCC unroll 8
-      for (int m = 0; m < kRows; ++m)
-#pragma GCC unroll 2
-        for (int v = 0; v < 2; ++v) {
-          float* at = args.sums + (p * kRows + m) * kPanel + v * kLanes;
-          const Vec scale = vmul(load_factor<kBits>(factors, v), vset(args.scale[group * kRows + m]));
-          Vec total = vfma(vfrom_int(acc[p][m][v]), scale, vload(at));
-          if (args.offsets)
-            total = vfma(load_factor<kBits>(factors + kScaleBytes, v), vset(args.sum[group * kRows + m]), total);
-          vstore(at, total);
-        }
-    }
+    for (int p = 0; p < kPanels; ++p) fold(group, p, acc[p]);
     b += args.offsets ? 2 * kScaleBytes : kScaleBytes;
     ahead += args.offsets ? 2 * kScaleBytes : kScaleBytes;
   }
+  if (kHeld)
+#pragma GCC unroll 4
+    for (int p = 0; p < kPanels; ++p)
+#pragma GCC unroll 16
+      for (int m = 0; m < kRows; ++m) {
+        vstore(args.sums + (p * kRows + m) * kPanel, held[p][m][0]);
+        vstore(args.sums + (p * kRows + m) * kPanel + kLanes, held[p][m][1]);
+      }
 }
 
 using QuantizedTileFunction = void (*)(const QuantizedTileArgs&);
+
+// The kernel for a height of kRows or less; rows >= 1.
+template <int kRows = kQuantizedRows>
+QuantizedTileFunction quantized_tile_function(int64_t rows) {
+  if constexpr (kRows > 1) {
+    if (rows < kRows) return quantized_tile_function<kRows - 1>(rows);
+  }
+  return quantized_tile<kRows>;
+}
 
 template <int kBits, int kRows, int kPanels = quantized_stream_panels(kRows)>
 QuantizedTileFunction quantized_panels_function(int64_t panels) {
   if constexpr (kPanels > 1) {
     if (panels < kPanels) return quantized_panels_function<kBits, kRows, kPanels - 1>(panels);
-    return quantized_panels<kBits, kRows, kPanels>;
   }
-  return quantized_tile<kBits, kRows, true>;
+  return quantized_stream<kBits, kRows, kPanels>;
 }
 
-// The kernel for a height of kRows or less; rows >= 1. panels: 1 to quantized_stream_panels(rows), 1 where the panel is
-// no stream.
-template <int kBits, bool kStream,
-          int kRows = kBits == 4 ? kNibbleRows
-                      : kStream  ? kLoneRows
-                                 : kQuantizedRows>
-QuantizedTileFunction quantized_tile_function(int64_t rows, int64_t panels = 1) {
+// panels: 1 to quantized_stream_panels(rows).
+template <int kBits, int kRows = kBits == 4 ? kNibbleRows : kLoneRows>
+QuantizedTileFunction quantized_stream_function(int64_t rows, int64_t panels) {
   if constexpr (kRows > 1) {
-    if (rows < kRows) return quantized_tile_function<kBits, kStream, kRows - 1>(rows, panels);
+    if (rows < kRows) return quantized_stream_function<kBits, kRows - 1>(rows, panels);
   }
-  if constexpr (kStream) return quantized_panels_function<kBits, kRows>(panels);
-  return quantized_tile<kBits, kRows, kStream>;
+  return quantized_panels_function<kBits, kRows>(panels);
 }
 
 // A panel of 4-bit codes as one of 8-bit codes with f32 scales. Many tiles share the work.

@@ -11,19 +11,13 @@ namespace {
 constexpr int64_t kTileHeight = 2 * kTileRows;
 constexpr int64_t kTileFloats = kTileHeight * kPanel;
 constexpr int64_t kTokensPrepared = 8;  // of a chunk
-// Fewer rows, or groups shorter than a tile, leave less to multiply than the folding of sums takes.
+// Fewer rows, or groups that are no whole tiles, leave less to multiply than the folding of sums takes.
 constexpr int64_t kLeastTileRows = 64;
 
 struct QuantizedTiles : QuantizedProblem {
   using QuantizedProblem::QuantizedProblem;
 
   int64_t group_bytes() const { return form.steps() * kStepK; }  // of a row's codes
-  // k of one product: it divides the group.
-  int64_t tile_k() const {
-    int64_t k = min64(group_bytes(), kTileBytes);
-    while (group_bytes() % k) k -= kStepK;
-    return k;
-  }
   int64_t tile_tokens() const { return kTileHeight / planes; }
   int64_t row_tiles() const { return ceil_div(M, tile_tokens()); }
   int64_t table_size() const { return row_tiles() * form.groups() * kTileHeight; }
@@ -50,7 +44,7 @@ constexpr int64_t kTileBuffers = 4 * kTileFloats * 4;
 // A tuning that names a family means one of the kernels without tiles.
 inline bool runs_on_tiles(const QuantizedTiles& p) {
   if (p.tuning.family != LinearFamily::automatic) return false;
-  if (p.M * p.planes < kLeastTileRows || p.K == 0 || p.tile_k() < kTileBytes) return false;
+  if (p.M * p.planes < kLeastTileRows || p.K == 0 || p.group_bytes() % kTileBytes) return false;
   return kTileBuffers + p.wide().panel_bytes() <= int64_t(kLocalBytes);
 }
 
@@ -125,7 +119,7 @@ inline __attribute__((always_inline)) void fold(const Waiting& f) {
 struct CodeTileArgs {
   Prepared a;
   const char* b;  // a panel of signed 8-bit codes
-  int64_t groups, group_bytes, tile_k, panel_group_bytes, code_bytes;
+  int64_t groups, group_bytes, panel_group_bytes, code_bytes;
   int rows;
   const char* ahead;  // weights wanted next: so many lines of 64 bytes in a group
   int64_t ahead_lines;
@@ -146,7 +140,7 @@ Waiting code_tile(const CodeTileArgs& args, int64_t& turn, Before before) {
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-    for (int64_t k = 0; k < args.group_bytes; k += args.tile_k) {
+    for (int64_t k = 0; k < args.group_bytes; k += kTileBytes) {
       _tile_loadd(4, a + k, args.group_bytes);
       if (kHalves == 2) _tile_loadd(5, a + kTileRows * args.group_bytes + k, args.group_bytes);
       _tile_loadd(6, b + k / 4 * kStride, kStride);
@@ -211,7 +205,6 @@ void run_tiles(const QuantizedTiles& p, const QuantizedTileSchedule& s, int64_t 
   CodeTileArgs args{};
   args.groups = p.form.groups();
   args.group_bytes = p.group_bytes();
-  args.tile_k = p.tile_k();
   args.panel_group_bytes = wide.group_bytes();
   args.code_bytes = wide.code_bytes();
   args.products[0] = products, args.products[1] = products + kTileFloats;
@@ -219,13 +212,14 @@ void run_tiles(const QuantizedTiles& p, const QuantizedTileSchedule& s, int64_t 
   args.ahead_lines = ceil_div(bytes, 64 * tiles * args.groups);
   PendingTile pending{};
   int64_t group_turn = 0, tile_turn = 0;
-  const TileScope scope(static_cast<int>(args.tile_k));
+  const TileScope scope;
   for (int64_t panel = c.panel0; panel < c.panel1; ++panel) {
     const char* packed = p.w.data + panel * bytes;
     const char* ahead = p.w.data + (panel + 1 < c.panel1 ? panel + 1 : next_panel) * bytes;
     finish_pending<kOffsets>(p, pending);  // it needs the factors of the panel before
     pending = {};
     sign_codes(p, packed, codes);
+    before_tile_loads();
     for (int64_t tile = c.tile0; tile < c.tile1; ++tile) {
       const int64_t token0 = tile * p.tile_tokens(), tokens = min64(p.tile_tokens(), p.M - token0);
       args.a = p.tile(scratch.shared, tile);
