@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._ops import OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import guard_or_false
@@ -188,7 +189,8 @@ def map_fakes(value: Any) -> Any:
 def compute_fake(mode: FakeTensorMode, target: Callable | str, args: Any, kwargs: Any) -> Any:
     """The example value of a call, from the example values of its arguments."""
     fake_args, fake_kwargs = map_fakes(tuple(args)), map_fakes(dict(kwargs))
-    with mode, torch.no_grad():
+    # As Dynamo does: some operations take sizes that change only in their Python form.
+    with mode, torch.no_grad(), enable_python_dispatcher():
         if isinstance(target, str):
             return getattr(fake_args[0], target)(*fake_args[1:], **fake_kwargs)
         rule = getattr(target, "fake", None)

@@ -238,3 +238,25 @@ def silu(x: torch.Tensor) -> torch.Tensor:
 def test_a_function_of_the_user_is_known_by_its_module_too() -> None:
     torch._dynamo.allow_in_graph(silu)
     check(lambda x: silu(x * 2) + 1, randn(4, 16))
+
+
+def test_row_means_of_rows_that_differ_in_width() -> None:
+    """Each is a chain of its own: together they would have no shape."""
+
+    def function(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        wide, narrow = (x.pow(2).mean(-1, keepdim=True) for x in (a, b))
+        return wide.mul(2).add(1) * narrow
+
+    check(function, randn(2, 5, 64), randn(2, 5, 3))
+    check(function, randn(2, 5, 64), randn(2, 5, 64), dynamic=True)
+
+
+def test_padding_by_a_size_that_changes() -> None:
+    """What stands behind a fused chain gets new example values, and PyTorch pads by a symbol in Python only."""
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        y = x.transpose(1, 2).mul(2).add(1)
+        return F.pad(y, (0, -y.shape[-1] % 4))
+
+    for length in (6, 9):
+        check(function, randn(2, length, 5), dynamic=True)

@@ -27,6 +27,7 @@ from llmopt.graph import (
     kind,
     refresh,
     same_shape,
+    same_size,
     scalar,
     storage,
     view_base,
@@ -47,10 +48,14 @@ def run(graph: fx.Graph) -> None:
         if node in taken or not _takes(node, written):
             continue
         members = _grow(node, written)
-        inputs = {n for m in members for n in m.all_input_nodes} - members
-        if _worthwhile(members) and not writes.moves_reads(node, inputs):
+        inputs = _inputs(members)
+        if (
+            _worthwhile(members)
+            and _spans(inputs, fake(node).shape)
+            and not writes.moves_reads(node, inputs)
+        ):
             taken |= members
-            _rewrite(graph, mode, node, members)
+            _rewrite(graph, mode, node, members, inputs)
 
 
 def _takes(node: fx.Node, written: set[int]) -> bool:
@@ -150,14 +155,32 @@ def _uncopied(node: fx.Node) -> fx.Node:
     return node
 
 
-def _rewrite(graph: fx.Graph, mode: Any, root: fx.Node, members: set[fx.Node]) -> None:
+def _inputs(members: set[fx.Node]) -> list[fx.Node]:
+    """What a chain reads, each once, in the order of the readers."""
+    return list(
+        dict.fromkeys(n for m in sorted(members) for n in m.all_input_nodes if n not in members)
+    )
+
+
+def _spans(inputs: list[fx.Node], shape: Any) -> bool:
+    """The op gives what its inputs broadcast to, so that must be the chain's shape: a chain of row means is narrower than its rows."""
+    values = [fake(i) for i in inputs]
+    return (
+        len(inputs) <= _MAX_INPUTS
+        and any(same_shape(v.shape, shape) for v in values)
+        and all(_broadcasts(v.shape, shape) for v in values)
+    )
+
+
+def _broadcasts(shape: Any, to: Any) -> bool:
+    pairs = zip(reversed(shape), reversed(to), strict=False)
+    return len(shape) <= len(to) and all(is_one(s) or same_size(s, t) for s, t in pairs)
+
+
+def _rewrite(
+    graph: fx.Graph, mode: Any, root: fx.Node, members: set[fx.Node], inputs: list[fx.Node]
+) -> None:
     order = sorted(members)
-    inputs: list[fx.Node] = []
-    for node in order:
-        inputs += [n for n in node.all_input_nodes if n not in members and n not in inputs]
-    shape = fake(root).shape
-    if len(inputs) > _MAX_INPUTS or not any(_covers(fake(i), shape) for i in inputs):
-        return
     encoder = _Encoder(inputs)
     for node in order:
         encoder.add(node)
@@ -166,19 +189,11 @@ def _rewrite(graph: fx.Graph, mode: Any, root: fx.Node, members: set[fx.Node]) -
         args = (tuple(encoder.program), results, (fake(root).dtype,), *inputs)
         whole = emit(graph, mode, ops.pointwise, args, like=root)
         new = emit(graph, mode, getitem, (whole, 0), like=root)
-    if not same_shape(fake(new).shape, shape):
-        graph.erase_node(new)
-        graph.erase_node(whole)
-        return
     users = list(root.users)
     root.replace_all_uses_with(new)
     for node in reversed(order):
         graph.erase_node(node)
     refresh(users)
-
-
-def _covers(value: torch.Tensor, shape: Any) -> bool:
-    return same_shape(value.shape, shape)
 
 
 class _Encoder:
