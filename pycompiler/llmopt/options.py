@@ -25,7 +25,7 @@ class Options:
 
     mode: str = "default"
     precision: str = "exact"
-    accuracy_budget: float = DEFAULT_BUDGET  # of precision="auto": KL divergence of the logits
+    accuracy_budget: float = DEFAULT_BUDGET  # of precision="auto": how far the result may move
     kv_cache: str = "same"
     attention: str = "exact"  # "int8": queries and keys are multiplied as signed bytes
     target: str | None = None  # None: the machine or GPU the tensors are on

@@ -9,6 +9,7 @@ import pytest
 import torch
 from llmopt.auto import choose as auto
 from llmopt.auto import module, timing
+from llmopt.auto.comparison import STATES, WORST, half_squared_error
 from llmopt.auto.plans import DECODE, PREFILL, LayerShape, timed_plans, worth_trying
 from llmopt.compiled import alive
 from llmopt.quant.evaluate import divergence
@@ -18,7 +19,7 @@ from llmopt.tune.measure import LinearBench
 from llmopt.types import LinearConfig, LinearProblem
 from torch import nn
 
-from tests.quant.models import llama, mlp, tokens
+from tests.quant.models import bert, llama, mlp, tokens
 
 COST = {"exact": 4.0, "w8a16": 3.0, "w8a8": 2.0, "w4a16": 1.5, "w4a8": 1.0}
 
@@ -43,6 +44,11 @@ def made_up_times(monkeypatch) -> None:
     monkeypatch.setattr(
         auto, "choose", lambda gm, inputs, budget: real(gm, inputs, budget, fake_seconds)
     )
+
+
+@pytest.fixture
+def made_up_module_times(monkeypatch) -> None:
+    monkeypatch.setattr(module, "LayerClock", lambda: fake_seconds)
 
 
 def compiled(model: nn.Module, **options):
@@ -119,6 +125,84 @@ def test_explain_says_what_was_chosen_and_why_not_the_others(tmp_path) -> None:
     assert all("prefill" in r and "µs" in r and "KL" in r for r in rows)
     report.to_json(tmp_path / "x.json")
     assert json.loads((tmp_path / "x.json").read_text())["decisions"][0]["budget"] == 0.01
+
+
+def last(*layers: nn.Module) -> nn.Module:
+    return nn.Sequential(mlp(), *layers)
+
+
+class Plus(nn.Module):
+    """x + linear(x)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(64, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.linear(x)
+
+
+class SoftCap(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(x / 30.0) * 30.0
+
+
+class Normalized(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x / x.square().sum(-1, keepdim=True).sqrt()
+
+
+@pytest.mark.parametrize(
+    ("model", "measure"),
+    [
+        (mlp(), "KL"),
+        (last(SoftCap()), "KL"),
+        (last(nn.Unflatten(-1, (2, 4)), nn.Flatten(-2)), "KL"),
+        (last(nn.Linear(8, 1)), "error²/2"),
+        (last(nn.ReLU()), "error²/2"),
+        (last(nn.LayerNorm(8)), "error²/2"),
+        (last(Normalized()), "error²/2"),
+        (Plus(), "error²/2"),
+    ],
+    ids=["linear", "soft-cap", "views", "one-feature", "relu", "norm", "unit-length", "residual"],
+)
+@torch.no_grad()
+def test_only_what_a_linear_gives_is_compared_as_logits(model: nn.Module, measure: str) -> None:
+    compiled(model)(torch.randn(40, 64))
+    assert alive()[-1].decision.measure == measure
+
+
+@pytest.mark.parametrize("door", ["compile", "quantize"])
+@torch.no_grad()
+def test_states_of_an_encoder_stay_inside_the_budget(door, made_up_module_times) -> None:
+    """A softmax of states would let everything pass; their error does not."""
+    model, ids, budget = bert(), tokens(4, 24), 1e-3
+    want = model(ids).last_hidden_state
+    rough = llmopt.quantize(model, "w4a8")(ids).last_hidden_state
+    assert divergence(want, rough) > 0
+    assert half_squared_error(want, rough) > budget
+    if door == "compile":
+        got = compiled(model, accuracy_budget=budget)(ids).last_hidden_state
+        decision = alive()[-1].decision
+    else:
+        small = llmopt.quantize(model, "auto", ids, accuracy_budget=budget)
+        got, decision = small(ids).last_hidden_state, small.llmopt_decision
+    assert decision.measure == "error²/2"
+    assert "w8a8" in decision.choice.values()
+    assert half_squared_error(want, got) <= 1.05 * budget
+    assert f"error²/2 {decision.divergence:.5f} of at most 0.001" in decision.summary()
+
+
+def test_half_the_squared_error_is_one_minus_the_cosine() -> None:
+    a = torch.randn(700, 32)
+    b = a + 0.05 * torch.randn(700, 32)
+    b *= a.norm() / b.norm()
+    cosine = torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0)
+    assert half_squared_error(a, b) == pytest.approx(1 - float(cosine), rel=1e-3)
+    assert half_squared_error(a, a) == 0
+    assert half_squared_error(torch.zeros(3, 4), torch.zeros(3, 4)) == 0
+    assert STATES(torch.zeros(3, 4), torch.ones(3, 4)) == WORST
+    assert STATES(torch.ones(3, 4), torch.full((3, 4), float("nan"))) == WORST
 
 
 @torch.no_grad()
@@ -238,11 +322,6 @@ def test_the_clock_runs_the_kernels(scheme, gated: bool, monkeypatch) -> None:
 
 
 SAMPLES = [{"input_ids": tokens(2, 24, seed), "use_cache": False} for seed in range(3)]
-
-
-@pytest.fixture
-def made_up_module_times(monkeypatch) -> None:
-    monkeypatch.setattr(module, "LayerClock", lambda: fake_seconds)
 
 
 @pytest.mark.parametrize("budget", [1e-3, 10.0])

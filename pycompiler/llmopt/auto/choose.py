@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from llmopt.auto.comparison import Comparison
 from llmopt.auto.plans import (
     DECODE,
     FORMS,
@@ -36,7 +37,8 @@ from llmopt.quant.budget import DEFAULT_BUDGET, Choice, Decision, decide
 from llmopt.quant.rounding import why_not
 from llmopt.quant.schemes import CodeForm, Scheme
 
-Check = Callable[[Mapping[str, Scheme | None]], float]  # schemes of layers → divergence
+# Schemes of layers, and how results are compared → the distance of the whole.
+Check = Callable[[Mapping[str, Scheme | None], Comparison], float]
 
 
 @dataclass(frozen=True)
@@ -191,9 +193,13 @@ def decide_for(
 
     def check_choice(choice: Choice) -> float:
         schemes = {name: by_name[name][plan].coarsest for name, plan in choice.items()}
-        return (check or trial.divergence)(schemes)
+        return check(schemes, trial.comparison) if check else trial.divergence(schemes)
 
-    decision = replace(decide(measured, budget, check_choice), impossible=tuple(refused))
+    decision = replace(
+        decide(measured, budget, check_choice),
+        impossible=tuple(refused),
+        measure=trial.comparison.name,
+    )
     return decision, {name: by_name[name][plan] for name, plan in decision.choice.items()}
 
 

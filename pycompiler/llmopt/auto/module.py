@@ -7,7 +7,6 @@ every calibration sample. A module's layer reads its activations in one way, so 
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -16,14 +15,13 @@ from torch import Tensor, fx, nn
 
 from llmopt import settings
 from llmopt.auto.choose import GraphProblem, decide_for, problem_of
+from llmopt.auto.comparison import Comparison, compared_result
 from llmopt.auto.plans import Plan, Seconds
 from llmopt.auto.timing import LayerClock
-from llmopt.auto.trial import WORST, logits_of
 from llmopt.passes.pipeline import passes
 from llmopt.quant import convert
 from llmopt.quant.budget import DEFAULT_BUDGET, Decision, check_budget
 from llmopt.quant.calibration import Sample, call, evaluating
-from llmopt.quant.evaluate import divergence
 from llmopt.quant.layers import linears_of, twin_of, uncompiled
 from llmopt.quant.schemes import SCHEMES, Scheme
 
@@ -48,9 +46,9 @@ def quantize(
 ) -> Model:
     """A quantised twin of the model; the model stays as it is, and what is not quantised is shared.
 
-    scheme: "w8a8", "w8a16", "w4a16", "w4a8", a Scheme, or "auto": for each layer the fastest of them such that the KL divergence of
-        the twin's logits to the model's stays at most accuracy_budget (0.01 by default) on the calibration samples. All other
-        arguments are those of llmopt.quant.convert.quantize; "auto" chooses groups and symmetry, and rounds plainly.
+    scheme: "w8a8", "w8a16", "w4a16", "w4a8", a Scheme, or "auto": for each layer the fastest of them such that the twin's result
+        stays within accuracy_budget (0.01 by default) of the model's on the calibration samples: KL divergence of logits, half the
+        squared relative error of other results. All other arguments are those of llmopt.quant.convert.quantize; "auto" chooses groups and symmetry, and rounds plainly.
 
     Raises ValueError as that does, and with "auto" for a missing calibration, arguments that it chooses itself, a budget that is no
     number ≥ 0, and a model that is not one graph.
@@ -90,7 +88,7 @@ def _with_decision(
     model: Model, samples: Sequence[Sample], budget: float, seconds: Seconds
 ) -> Model:
     with evaluating(model):
-        wanted = [logits_of(call(model, sample)) for sample in samples]
+        wanted = [compared_result(call(model, sample)) for sample in samples]
         decided = _decided(model, samples, wanted, budget, seconds)
     if decided is None:
         raise ValueError(f"llmopt: {type(model).__name__} holds no linear layer to quantise")
@@ -119,9 +117,9 @@ def _decided(
         def schemes_of(chosen: Mapping[str, Scheme | None]) -> dict[str, Scheme | None]:
             return {n: scheme for layer, scheme in chosen.items() for n in linears[layer]}
 
-        def check(chosen: Mapping[str, Scheme | None]) -> float:
+        def check(chosen: Mapping[str, Scheme | None], comparison: Comparison) -> float:
             twin = _converted(model, schemes_of(chosen))
-            return _mean_divergence(wanted, [logits_of(call(twin, s)) for s in samples])
+            return _mean(comparison, wanted, [compared_result(call(twin, s)) for s in samples])
 
         decision, plans = decide_for(problem, budget, seconds, mixed=False, check=check)
         found.append((decision, schemes_of(_one_scheme_each(plans))))
@@ -175,9 +173,8 @@ def _converted(model: Model, schemes: Mapping[str, Scheme | None]) -> Model:
     return convert.quantize(model, layers={**layers, "*": None})
 
 
-def _mean_divergence(wanted: Sequence[Tensor], got: Sequence[Tensor]) -> float:
+def _mean(comparison: Comparison, wanted: Sequence[Tensor], got: Sequence[Tensor]) -> float:
     """Over all positions of all samples."""
     positions = [t.shape[:-1].numel() for t in wanted]
-    found = sum(n * divergence(a, b) for n, a, b in zip(positions, wanted, got, strict=True))
-    mean = found / sum(positions)
-    return mean if math.isfinite(mean) else WORST
+    found = sum(n * comparison(a, b) for n, a, b in zip(positions, wanted, got, strict=True))
+    return found / sum(positions)

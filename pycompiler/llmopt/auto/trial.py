@@ -1,8 +1,8 @@
-"""Runs a graph with some of its linears quantised, in plain PyTorch, and tells what that does to its logits.
+"""Runs a graph with some of its linears quantised, in plain PyTorch, and tells what that does to its result (comparison.py).
 
 A layer's share of what a scheme costs the whole model is its share of the relative errors that the scheme makes at the layers'
 outputs, squared: divergences are quadratic in small errors and add up. Errors are estimated on some rows of each layer's exact
-inputs, shares on some positions of the logits; a whole choice is measured on all positions.
+inputs, shares on some positions of the result; a whole choice is measured on all positions.
 """
 
 from __future__ import annotations
@@ -16,20 +16,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
+from llmopt.auto.comparison import compared_index, compared_result, comparison_of
 from llmopt.auto.plans import FORMS, readings_of
 from llmopt.ops.linear import parts
 from llmopt.ops.linear_quantized import linear_quantized
-from llmopt.quant.evaluate import divergence
 from llmopt.quant.rounding import Codes, round_weight
 from llmopt.quant.schemes import CodeForm, Scheme
 
 log = logging.getLogger("llmopt")
 
-WORST = 1e6  # stands for a divergence that is infinite or NaN
 ROWS = 64  # of a linear's inputs
-POSITIONS = 512  # of the logits
+POSITIONS = 512  # of the result
 
 Layers = Mapping[str, Sequence[fx.Node]]  # by name; several where a linear runs more than once
 
@@ -53,12 +51,14 @@ class Trial:
         self.errors: defaultdict[tuple[str, Scheme], float] = defaultdict(float)
         self._start = time.monotonic()
         self._say(f"trying schemes at {len(layers)} layers")
-        self.wanted = self._run({}, watch=True)
+        results = self._run({}, watch=True)
+        self.wanted = compared_result(results)
+        self.comparison = comparison_of(gm.graph, compared_index(results), self.wanted.shape[-1])
 
     def divergence(self, schemes: Mapping[str, Scheme | None]) -> float:
-        """Of all logits, when these layers have these schemes."""
+        """Of the whole result, when these layers have these schemes."""
         self._say("running the chosen mix as a whole")
-        return _divergence(self.wanted, self._run(schemes))
+        return self.comparison(self.wanted, compared_result(self._run(schemes)))
 
     def divergences(self) -> dict[tuple[str, Scheme], float]:
         """Each layer's share of what each scheme costs the whole model."""
@@ -67,8 +67,8 @@ class Trial:
         for scheme in dict.fromkeys(s for _, s in self.errors):
             errors = {name: e for (name, s), e in self.errors.items() if s == scheme}
             self._say(f"running the model with {scheme.name} at {len(errors)} layers")
-            got = self._run(dict.fromkeys(errors, scheme))
-            whole = _divergence(*(t.flatten(0, -2)[some] for t in (self.wanted, got)))
+            got = compared_result(self._run(dict.fromkeys(errors, scheme)))
+            whole = self.comparison(*(t.flatten(0, -2)[some] for t in (self.wanted, got)))
             total = sum(errors.values())
             for name, error in errors.items():
                 share = error / total if 0 < total < math.inf else 1 / len(errors)
@@ -82,14 +82,14 @@ class Trial:
             self.codes[name, form] = [round_weight(w, form) for w in weights]
         return self.codes[name, form]
 
-    def _run(self, schemes: Mapping[str, Scheme | None], watch: bool = False) -> Tensor:
-        """The logits; inputs that the graph changes in place are copies, parameters are not changed."""
+    def _run(self, schemes: Mapping[str, Scheme | None], watch: bool = False) -> Any:
+        """The results; inputs that the graph changes in place are copies, parameters are not changed."""
         copies = [
             v.clone() if isinstance(v, Tensor) and not isinstance(v, torch.nn.Parameter) else v
             for v in self.values
         ]
         with torch.no_grad():
-            return logits_of(_Run(self, schemes, watch).run(*copies))
+            return _Run(self, schemes, watch).run(*copies)
 
     def _say(self, what: str) -> None:
         log.info("auto: %s (%.0f s so far)", what, time.monotonic() - self._start)
@@ -153,21 +153,3 @@ def _rows(t: Tensor) -> Tensor:
 def _spread(count: int, most: int) -> Tensor:
     """Up to `most` of `count` indices, evenly spread."""
     return torch.linspace(0, max(0, count - 1), min(count, most)).long()
-
-
-def _divergence(wanted: Tensor, got: Tensor) -> float:
-    found = divergence(wanted, got)
-    return found if math.isfinite(found) else WORST
-
-
-def logits_of(results: Any) -> Tensor:
-    """Of a graph's results the one with most features: logits, where there are any. Raises ValueError without a float result."""
-    floats = [
-        t
-        for t in pytree.tree_leaves(results)
-        if isinstance(t, Tensor) and t.is_floating_point() and t.dim() > 0
-    ]
-    if not floats:
-        raise ValueError("llmopt: 'auto' compares results, and this graph returns no float")
-    best = max(floats, key=lambda t: t.shape[-1])
-    return best if best.dim() > 1 else best[None]

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 EXACT = "exact"
-DEFAULT_BUDGET = 0.01  # KL divergence of the logits to the unquantised model, in nats
+DEFAULT_BUDGET = 0.01  # to the unquantised model: KL divergence of logits in nats, half the squared relative error of others
 MOST_CHECKS = 8  # of whole choices; after them everything stays exact
 
 Layer = str
@@ -26,7 +26,7 @@ class Candidate:
 
     plan: str  # a scheme, or one per range of M
     seconds: float  # measured; a sum over ranges of M in the mix they are expected in
-    divergence: float  # of the logits when only this layer has the plan
+    divergence: float  # of the model's result when only this layer has the plan
     times: str = ""  # `seconds` in words, where it is a sum
 
 
@@ -49,6 +49,7 @@ class Decision:
     rows: tuple[Row, ...]
     note: str  # one sentence for the user when everything stays exact; else ""
     impossible: tuple[tuple[Layer, str, str], ...] = ()  # layer, scheme, why it cannot have it
+    measure: str = "KL"  # what divergences are: "KL" of logits, "error²/2" of other results
 
     def summary(self) -> str:
         """One line: how many layers have which plan, and what that costs."""
@@ -56,7 +57,7 @@ class Decision:
             return self.note
         counts = Counter(self.choice.values()).most_common()
         words = ", ".join(f"{plan} x{count}" for plan, count in counts)
-        return f"{words}; KL {self.divergence:.5f} of at most {self.budget:g}"
+        return f"{words}; {self.measure} {self.divergence:.5f} of at most {self.budget:g}"
 
     def __str__(self) -> str:
         """The table: every candidate of every layer, its times, its divergence, chosen or why not."""
@@ -68,7 +69,7 @@ class Decision:
             times = c.times or f"{c.seconds * 1e6:.1f} µs"
             verdict = f"refused: {row.reason}" if row.reason else "chosen"
             what = f"{row.layer:<{layers}}  {c.plan:<{plans}}"
-            lines.append(f"{what}  {times}  KL {c.divergence:.5f}  {verdict}")
+            lines.append(f"{what}  {times}  {self.measure} {c.divergence:.5f}  {verdict}")
         for layer, scheme, reason in self.impossible:
             lines.append(f"{layer:<{layers}}  {scheme:<{plans}}  refused: {reason}")
         return "\n".join(lines)
