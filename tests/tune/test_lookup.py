@@ -11,12 +11,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from llmopt.native.probe import Probe
+from llmopt.native.probe import READ_BYTES, Probe
 from llmopt.target import target
 from llmopt.tune import lookup
 from llmopt.tune.candidates import COUNT, Machine, candidates, predict, refuse
 from llmopt.tune.database import Database
 from llmopt.tune.lookup import BUCKETS, Lookup, at, bucket, recording, tuner_for
+from llmopt.tune.search import BUDGET_SECONDS
 from llmopt.tune.tuning import Tuning
 from llmopt.types import EVERY_M, Choice, LinearConfig, LinearProblem
 
@@ -184,9 +185,9 @@ def test_a_measurement_without_time_lasts_for_the_process_only(known):
 @pytest.mark.parametrize("limit", ["fma_flops", "read_bytes"])
 @pytest.mark.parametrize("factor", [0.5, 2.0])
 def test_a_winner_on_a_machine_that_is_busy_does_not_count(known, limit, factor):
-    """The probe behind the measurement differs from the one in front of it."""
+    """The probes behind the measurement differ from the one in front of it."""
     moved = dataclasses.replace(MACHINE.probe, **{limit: getattr(MACHINE.probe, limit) * factor})
-    probes = iter([MACHINE.probe, moved])
+    probes = itertools.chain([MACHINE.probe], itertools.repeat(moved))
 
     def us_of(config: LinearConfig) -> float:
         return 10.0 if config == LinearConfig() else 5.0
@@ -198,9 +199,44 @@ def test_a_winner_on_a_machine_that_is_busy_does_not_count(known, limit, factor)
     assert database(known.root, known.environment).entries() == []
 
 
+def test_one_slow_glance_is_no_proof(known):
+    slow = dataclasses.replace(MACHINE.probe, read_bytes=MACHINE.probe.read_bytes / 3)
+    tuning = Tuning(
+        target(),
+        known.environment,
+        60.0,
+        lambda *_: lambda config: 10.0 if config == LinearConfig() else 5.0,
+        lambda: MACHINE.probe,
+        lambda: slow,
+    )
+    assert ask(known, problem(), tuning.measure).source.startswith("tuned: 5.0 us")
+
+
+def test_the_budget_of_a_shape_holds_with_all_that_is_around_it(known):
+    """Setting up, the search and the glance behind it, on a clock that only these advance."""
+    now = [0.0]
+
+    def take(seconds: float, value):
+        now[0] += seconds
+        return value
+
+    read_seconds = READ_BYTES / MACHINE.probe.read_bytes
+    tuning = Tuning(
+        target(),
+        known.environment,
+        BUDGET_SECONDS,
+        lambda *_: take(0.002, lambda config: take(1e-3, 1e3)),
+        lambda: MACHINE.probe,
+        lambda: take(1.1 * read_seconds, MACHINE.probe),
+        clock=lambda: now[0],
+    )
+    tuning.measure(problem())
+    assert 0.5 * BUDGET_SECONDS < now[0] < BUDGET_SECONDS + 2e-3
+
+
 def test_limits_that_move_a_little_do_not_matter(known):
     moved = dataclasses.replace(MACHINE.probe, read_bytes=MACHINE.probe.read_bytes * 1.2)
-    probes = iter([MACHINE.probe, moved])
+    probes = itertools.chain([MACHINE.probe], itertools.repeat(moved))
 
     def us_of(config: LinearConfig) -> float:
         return 10.0 if config == LinearConfig() else 5.0

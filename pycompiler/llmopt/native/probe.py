@@ -1,14 +1,15 @@
 """What this machine can do at best, measured now: the yardstick of benchmarks and of the tuner.
 
-In: a number of threads. Out: a `Probe` with FLOP/s, int8 OP/s and bytes/s. A call takes some ten
+In: a number of threads. Out: a `Probe` with FLOP/s, int8 OP/s and bytes/s. A call takes twenty to thirty
 milliseconds, so that it can stand right before and right after what it is compared with: on shared
-machines the limits move.
+machines the limits move. `glance` is for what itself takes no longer than that.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from time import perf_counter
 
@@ -100,10 +101,17 @@ def _rate(op: OneOp, work: float) -> float:
 
 def measure(threads: int, tier: str | None = None) -> Probe:
     """The best of a few runs of each probe; tier defaults to the one kernels use here."""
-    rates = {
-        name: max(_rate(op, work) for _ in range(REPEATS))
-        for name, (op, work) in _ops(tier or target().tier, threads).items()
-    }
+    ops = _ops(tier or target().tier, threads)
+    return _probe({n: max(_rate(*op) for _ in range(REPEATS)) for n, op in ops.items()})
+
+
+def glance(threads: int, tier: str | None = None) -> Probe:
+    """One run of the FMA and the read probe each, in a fifth of the time; the other rates are 0.0."""
+    ops = _ops(tier or target().tier, threads)
+    return _probe({name: _rate(*ops[name]) for name in ("probe_fma", "probe_read")})
+
+
+def _probe(rates: Mapping[str, float]) -> Probe:
     return Probe(
         rates["probe_fma"],
         rates.get("probe_vnni", 0.0),
