@@ -9,6 +9,7 @@ import sys
 
 import pytest
 from llmopt import cli, models
+from llmopt.cli.progress import working
 from llmopt.models import smollm2
 
 MODULE_FILE = """
@@ -257,3 +258,14 @@ def test_bench_tells_which_system_failed(capsys, module_file):
     assert code == 1
     assert "llmopt: eager failed: RuntimeError: the model's own complaint" in err
     assert "Traceback" not in err
+
+
+def test_what_the_library_says_of_long_work_is_said_once(caplog, capsys):
+    """Also where a caller's own logging shows everything; warnings still go there."""
+    log = logging.getLogger("llmopt")
+    with caplog.at_level("INFO"), working("counting"):
+        log.info("one of two")
+        log.warning("two is missing")
+    assert capsys.readouterr().err.splitlines() == ["counting", "one of two"]
+    assert [r.getMessage() for r in caplog.records] == ["two is missing"]
+    assert log.propagate

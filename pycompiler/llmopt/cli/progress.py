@@ -54,25 +54,29 @@ def working(text: str, total: int | None = None) -> Iterator[Task]:
 
 
 class _Sayer(logging.Handler):
-    """What the library says about long work becomes the text of the running step."""
+    """What the library says about long work becomes the text of the running step, and is no line of the log besides."""
 
     def __init__(self, task: Task) -> None:
         super().__init__(logging.INFO)
         self._task = task
 
     def emit(self, record: logging.LogRecord) -> None:
-        if record.levelno == logging.INFO:  # warnings go where they always go
+        if record.levelno == logging.INFO:
             self._task.say(record.getMessage())
+        else:  # warnings go where they always go
+            logging.getLogger().handle(record)
 
 
 @contextlib.contextmanager
 def _saying_what_is_logged(task: Task) -> Iterator[None]:
     log = logging.getLogger("llmopt")
-    sayer, level = _Sayer(task), log.level
+    sayer, level, propagate = _Sayer(task), log.level, log.propagate
     log.addHandler(sayer)
+    log.propagate = False
     log.setLevel(min(logging.INFO, log.getEffectiveLevel()))
     try:
         yield
     finally:
         log.removeHandler(sayer)
+        log.propagate = propagate
         log.setLevel(level)
