@@ -360,6 +360,7 @@ def test_a_module_whose_budget_nothing_meets(made_up_module_times, caplog) -> No
         ({"scheme": "w2a2"}, "'w2a2' does not exist; possible: w8a8, w8a16, w4a16, w4a8, auto"),
         ({"calibration": []}, "calibration holds no samples"),
         ({"calibration": SAMPLES, "group": 32}, "scheme 'auto' chooses group itself"),
+        ({"calibration": SAMPLES, "alpha": 0.5}, "scheme 'auto' chooses alpha itself"),
         ({"calibration": SAMPLES, "accuracy_budget": -1}, "accuracy_budget=-1 is not a number"),
         ({"scheme": "w8a8", "accuracy_budget": 0.1}, "accuracy_budget is for scheme 'auto'"),
     ],

@@ -229,6 +229,7 @@ def test_bad_requests() -> None:
     refused("gptq needs calibration samples", "w4a16", algorithm="gptq")
     refused("'magic' does not exist; possible: round", "w4a16", SAMPLES, algorithm="magic")
     refused("alpha=2 is not between", "w8a8", SAMPLES, alpha=2)
+    refused("alpha=0.5 is for smoothquant, which was not asked for", "w4a16", SAMPLES, alpha=0.5)
     refused(
         "no linear is named 'lm_tail'; the linears are model.layers.0.self_attn.q_proj",
         layers={"lm_tail": None},

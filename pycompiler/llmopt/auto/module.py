@@ -22,6 +22,7 @@ from llmopt.passes.pipeline import passes
 from llmopt.quant import convert
 from llmopt.quant.budget import DEFAULT_BUDGET, Decision, check_budget
 from llmopt.quant.calibration import Sample, call, evaluating
+from llmopt.quant.convert import Recipe
 from llmopt.quant.layers import linears_of, twin_of, uncompiled
 from llmopt.quant.schemes import SCHEMES, Scheme
 
@@ -40,7 +41,7 @@ def quantize(
     group: int | str | None = None,
     symmetric: bool | None = None,
     algorithm: str | None = None,
-    alpha: float = 0.5,
+    alpha: float | None = None,
     layers: Mapping[str, str | Scheme | None] | None = None,
     accuracy_budget: float | None = None,
 ) -> Model:
@@ -48,31 +49,39 @@ def quantize(
 
     scheme: "w8a8", "w8a16", "w4a16", "w4a8", a Scheme, or "auto": for each layer the fastest of them such that the twin's result
         stays within accuracy_budget (0.01 by default) of the model's on the calibration samples: KL divergence of logits, half the
-        squared relative error of other results. All other arguments are those of llmopt.quant.convert.quantize; "auto" chooses groups and symmetry, and rounds plainly.
+        squared relative error of other results. "auto" chooses all but calibration and accuracy_budget itself, and rounds plainly.
+    calibration: sample inputs, each a tensor, a tuple of positional or a dict of keyword inputs; or "random": random tokens for a
+        language model, which show where a model has its outliers, if not how a text would weigh them.
+    group, symmetric: "channel", 32, 64, 128; True or False: change the scheme's defaults.
+    algorithm: "round"; with calibration also "smoothquant", "awq", "gptq", "smoothquant+gptq", "awq+gptq". Default: "round"
+        without calibration, with it "smoothquant" for w8a8 and "gptq" for the others.
+    alpha: how much of the activations' range SmoothQuant moves into weights, 0 … 1; 0.5 by default.
+    layers: name patterns → a scheme for these linears, or None to leave them; the first that matches counts. A language
+        model's output head has 8 bits and activations as they are unless a pattern says otherwise.
 
-    Raises ValueError as that does, and with "auto" for a missing calibration, arguments that it chooses itself, a budget that is no
-    number ≥ 0, and a model that is not one graph.
+    Raises ValueError for unknown names, an empty calibration, arguments that do not go together, a group that does not divide a layer's
+    inputs, NaN or infinite weights (naming the layer), a model without linears, and with "auto" for a missing calibration, a budget
+    that is no number ≥ 0, and a model that is not one graph.
     """
     if isinstance(scheme, str) and scheme not in (AUTO, *SCHEMES):
         raise ValueError(
             f"llmopt: scheme {scheme!r} does not exist; possible: {', '.join((*SCHEMES, AUTO))}"
         )
-    if scheme != AUTO:
-        if accuracy_budget is not None:
-            raise ValueError(f"llmopt: accuracy_budget is for scheme 'auto', not for {scheme!r}")
-        return convert.quantize(
-            model,
-            scheme,
-            calibration,
-            group=group,
-            symmetric=symmetric,
-            algorithm=algorithm,
-            alpha=alpha,
-            layers=layers,
-        )
-    own = {"group": group, "symmetric": symmetric, "algorithm": algorithm, "layers": layers}
-    given = [name for name, value in own.items() if value is not None]
-    if given:
+    recipe = Recipe(scheme, group, symmetric, algorithm, alpha, layers)
+    if scheme == AUTO:
+        return _auto(model, recipe, calibration, accuracy_budget)
+    if accuracy_budget is not None:
+        raise ValueError(f"llmopt: accuracy_budget is for scheme 'auto', not for {scheme!r}")
+    return convert.quantize(model, recipe, convert.samples_for(model, calibration))
+
+
+def _auto(
+    model: Model,
+    recipe: Recipe,
+    calibration: Iterable[Sample] | Sample | str | None,
+    accuracy_budget: float | None,
+) -> Model:
+    if given := recipe.given():
         raise ValueError(f"llmopt: scheme 'auto' chooses {', '.join(given)} itself")
     samples = convert.samples_for(model, calibration)
     if samples is None:
@@ -170,7 +179,7 @@ def _converted(model: Model, schemes: Mapping[str, Scheme | None]) -> Model:
     if not chosen:
         return twin_of(model)
     layers: dict[str, str | Scheme | None] = dict(chosen)
-    return convert.quantize(model, layers={**layers, "*": None})
+    return convert.quantize(model, Recipe(layers={**layers, "*": None}))
 
 
 def _mean(comparison: Comparison, wanted: Sequence[Tensor], got: Sequence[Tensor]) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import logging
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields
 from typing import TypeVar
 
 from torch import nn
@@ -30,42 +31,40 @@ log = logging.getLogger("llmopt")
 Model = TypeVar("Model", bound=nn.Module)
 
 ALGORITHMS = ("round", "smoothquant", "awq", "gptq", "smoothquant+gptq", "awq+gptq")
+DEFAULT_ALPHA = 0.5
 MOMENTS_AT_ONCE = 2**30  # bytes of second moments held at a time
 
 
-def quantize(
-    model: Model,
-    scheme: str | Scheme = "w8a8",
-    calibration: Iterable[Sample] | Sample | str | None = None,
-    *,
-    group: int | str | None = None,
-    symmetric: bool | None = None,
-    algorithm: str | None = None,
-    alpha: float = 0.5,
-    layers: Mapping[str, str | Scheme | None] | None = None,
-) -> Model:
-    """A quantised twin of the model; the model stays as it is, and what is not quantised is shared.
+@dataclass(frozen=True)
+class Recipe:
+    """How a model's linears are rounded, in the words of llmopt.quantize, which explains them; None: the default."""
 
-    scheme: "w8a8", "w8a16", "w4a16", "w4a8" or a Scheme; group ("channel", 32, 64, 128) and symmetric change its defaults.
-    calibration: sample inputs, each a tensor, a tuple of positional or a dict of keyword inputs; or "random": random tokens for a
-        language model, which show where a model has its outliers, if not how a text would weigh them.
-    algorithm: "round"; with calibration also "smoothquant", "awq", "gptq", "smoothquant+gptq", "awq+gptq". Default: "round"
-        without calibration, with it "smoothquant" for w8a8 and "gptq" for the others.
-    alpha: how much of the activations' range SmoothQuant moves into weights, 0 … 1.
-    layers: name patterns → a scheme for these linears, or None to leave them; the first that matches counts. A language
-        model's output head has 8 bits and activations as they are unless a pattern says otherwise.
+    scheme: str | Scheme = "w8a8"
+    group: int | str | None = None
+    symmetric: bool | None = None
+    algorithm: str | None = None
+    alpha: float | None = None
+    layers: Mapping[str, str | Scheme | None] | None = None
 
-    Raises ValueError for unknown names, an empty calibration, a group that does not divide a layer's inputs, NaN or infinite
-    weights (naming the layer), and a model without linears.
+    def given(self) -> list[str]:
+        """The names of what was asked for beside the scheme."""
+        others = (f.name for f in fields(self) if f.name != "scheme")
+        return [name for name in others if getattr(self, name) is not None]
+
+
+def quantize(model: Model, recipe: Recipe, samples: list[Sample] | None = None) -> Model:
+    """A quantised twin of the model; samples: what `recipe` is to be calibrated on.
+
+    Raises ValueError for unknown names, a group that does not divide a layer's inputs, NaN or infinite weights (naming the layer), and
+    a model without linears.
     """
-    wanted = scheme_of(scheme, group, symmetric)
-    samples = samples_for(model, calibration)
-    scaler, rounder = _algorithm(algorithm, samples, wanted)
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"llmopt: alpha={alpha} is not between 0 and 1")
+    wanted = scheme_of(recipe.scheme, recipe.group, recipe.symmetric)
+    scaler, rounder = _algorithm(recipe.algorithm, samples, wanted)
+    alpha = _alpha(recipe.alpha, scaler)
     twin = twin_of(model)
     linears = linears_of(twin)
-    schemes = _schemes(twin, linears, wanted, of_head(wanted, symmetric), layers or {})
+    head = of_head(wanted, recipe.symmetric)
+    schemes = _schemes(twin, linears, wanted, head, recipe.layers or {})
     linears = {name: linear for name, linear in linears.items() if name in schemes}
     _check(linears, schemes)
     if samples is not None and scaler != "none":
@@ -111,6 +110,17 @@ def _algorithm(
     parts = algorithm.split("+")
     scaler = next((p for p in parts if p in ("smoothquant", "awq")), "none")
     return scaler, "gptq" if "gptq" in parts else "round"
+
+
+def _alpha(given: float | None, scaler: str) -> float:
+    """How much of the activations' range SmoothQuant moves."""
+    if given is None:
+        return DEFAULT_ALPHA
+    if not 0 <= given <= 1:
+        raise ValueError(f"llmopt: alpha={given} is not between 0 and 1")
+    if scaler != "smoothquant":
+        raise ValueError(f"llmopt: alpha={given} is for smoothquant, which was not asked for")
+    return given
 
 
 def _schemes(
