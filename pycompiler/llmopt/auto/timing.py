@@ -13,12 +13,14 @@ from llmopt.native.linear_quantized import PLANES
 from llmopt.native.segment import SHORT_DTYPES
 from llmopt.quant.schemes import Scheme
 from llmopt.target import target
-from llmopt.tune.candidates import Machine
+from llmopt.tune.candidates import Machine, predict
 from llmopt.tune.measure import LinearBench, WeightMemory
 from llmopt.types import LinearConfig, LinearProblem
 
 ROUNDS = 6  # in which all schemes of a shape run in turn
-SECONDS = 0.05  # after which the rounds of a shape end, when two were made
+SECONDS = 0.05  # after which the rounds of a shape end, when two were made ...
+PATIENCE = 0.5  # ... and no call seems to have been interrupted every time; after this they end in any case
+INTERRUPTED = 10.0  # times longer than the tuner's model expects
 
 Bench = Callable[[], float]  # → microseconds of one call
 
@@ -49,7 +51,9 @@ class LayerClock:
             others = [None, *(s for s in schemes_tried() if not s.reject(shape.k))]
             problems = dict.fromkeys((wanted, *(problem_of(shape, s) for s in others)))
             missing = [p for p in problems if (p, *here) not in self._known]
-            times = fastest_in_turns([self._bench_of(p) for p in missing])
+            machine = _machine(*here)
+            expected = [predict(p, LinearConfig(), machine) for p in missing]
+            times = fastest_in_turns([self._bench_of(p) for p in missing], expected)
             self._known.update({(p, *here): t for p, t in zip(missing, times, strict=True)})
         return self._known[(wanted, *here)]
 
@@ -59,17 +63,25 @@ class LayerClock:
         return lambda: bench(LinearConfig())
 
 
-def fastest_in_turns(benches: Sequence[Bench], seconds: float = SECONDS) -> list[float]:
-    """The seconds of each one's fastest call, of up to ROUNDS in which all run in turn; at least of two."""
+def fastest_in_turns(
+    benches: Sequence[Bench], expected: Sequence[float], seconds: float = SECONDS
+) -> list[float]:
+    """The seconds of each one's fastest call, of up to ROUNDS in which all run in turn; at least of two.
+
+    expected: the seconds a call should take. Threads that wait for one that lost its core make a call a hundred times as long: where all
+    calls of one were like that there are more rounds.
+    """
     best = [float("inf")] * len(benches)
-    spent = 0.0
-    for turn in range(ROUNDS):
-        if turn >= 2 and spent > seconds:
-            break
+    spent, turn = 0.0, 0
+    while True:
+        enough = turn >= ROUNDS or (turn >= 2 and spent > seconds)
+        undisturbed = all(b <= INTERRUPTED * e for b, e in zip(best, expected, strict=True))
+        if enough and (undisturbed or spent > PATIENCE):
+            return best
         for i, bench in enumerate(benches):
             best[i] = min(best[i], took := bench() * 1e-6)
             spent += took
-    return best
+        turn += 1
 
 
 @functools.lru_cache(maxsize=8)
