@@ -34,29 +34,41 @@ def gptq(weight: Tensor, moments: Tensor, scheme: Scheme) -> Codes:
     if upper is None:  # no input ever differs from zero: nothing to make up for
         upper = torch.eye(k, device=w.device)
     codes = torch.empty_like(w)
-    scales, offsets = [], []
-    step = max(group, BLOCK // group * group) if group < BLOCK else group
+    grids = []
+    step = max(group, BLOCK // group * group)
     for start in range(0, k, step):
         end = min(start + step, k)
-        errors = torch.zeros((n, end - start), device=w.device)
-        for j in range(start, end):
-            if (j - start) % group == 0:
-                grid = grid_of(w[:, j : j + group].unsqueeze(1), scheme)
-                scales.append(grid.scale)
-                offsets.append(grid.offset)
-            column = w[:, j]
-            codes[:, j] = grid.nearest(column[:, None, None], scheme.bits)[:, 0, 0]
-            rounded = grid.value(codes[:, j, None, None], scheme.bits)[:, 0, 0]
-            error = (column - rounded) / upper[j, j]
-            errors[:, j - start] = error
-            w[:, j:end].addr_(error, upper[j, j:end], alpha=-1)
-        w[:, end:].addmm_(errors, upper[start:end, end:], alpha=-1)
+        errors = torch.zeros((end - start, n), device=w.device)
+        for first in range(start, end, group):
+            own, before = slice(first, first + group), first - start
+            w[:, own].addmm_(errors[:before].T, upper[start:first, own], alpha=-1)
+            grid = grid_of(w[:, own].unsqueeze(1), scheme)
+            codes[:, own] = _round_group(
+                w[:, own], upper[own, own], grid, scheme.bits, errors[before : before + group]
+            )
+            grids.append(grid)
+        w[:, end:].addmm_(errors.T, upper[start:end, end:], alpha=-1)
     back = order.view(-1, group)[:, 0].argsort()  # groups into their own places
     found = Grid(
-        torch.cat(scales, 1)[:, back],
-        None if scheme.symmetric else torch.cat(offsets, 1)[:, back],  # type: ignore[arg-type]
+        torch.cat([g.scale for g in grids], 1)[:, back],
+        None if scheme.symmetric else torch.cat([g.offset for g in grids], 1)[:, back],  # type: ignore[misc]
     )
     return packed(codes.unflatten(1, (-1, group))[:, back], found, scheme.bits)
+
+
+def _round_group(w: Tensor, upper: Tensor, grid: Grid, bits: int, errors: Tensor) -> Tensor:
+    """Codes [N, G] of a group's columns w [N, G]; writes their errors [G, N].
+
+    A column takes what those before it left only when it is reached, as one small product: changing all later columns after each one
+    moves far more memory, and in pieces so large that torch wakes its threads for them.
+    """
+    codes = torch.empty_like(w)
+    for j in range(w.shape[1]):
+        column = w[:, j] - upper[:j, j] @ errors[:j]
+        code = grid.nearest(column[:, None, None], bits)
+        codes[:, j] = code[:, 0, 0]
+        errors[j] = (column - grid.value(code, bits)[:, 0, 0]) / upper[j, j]
+    return codes
 
 
 def _by_importance(moments: Tensor, group: int) -> Tensor:
