@@ -1,0 +1,277 @@
+// The GEMM on AMX tiles: products of bf16 numbers, sums in f32.
+//
+// A bf16 operand is one term; f16 is the sum of two bf16 numbers, f32 of three (8 + 8 + 8 bits of its mantissa), each
+// of what the ones before left over; rounded in rows, so that what is left out has either sign, cut off in weights. Of
+// the products of T terms with T terms those whose places add up to less than T are taken: 1, 3 or 6. What is left out
+// is below 2^-24 of |x| * |w| in f32, no more than a rounding of the product (Henry, Tang, Heinecke: Leveraging the
+// bfloat16 Artificial Intelligence Datatype For Higher-Precision Computations, 2019). Terms of an infinity would be
+// NaN: rows and panels that hold one are computed by the FMA kernels.
+//
+//   rows      [row tiles][k steps][T][2][16 rows][32 k]   bf16, zero past M and K
+//   weights   [k steps][T][16 k pairs][kPanel][2]         bf16, one K block of one panel
+//
+// The weights are a class of the op that includes this:
+//   const char* packed(panel), int64_t bytes            what a panel is made from: asked for ahead
+//   const char* terms(panel, step0, step1, to, finite)  such a K block, made at `to` or where it lies already; `finite`
+//                                                       becomes false if a weight is not, and there are several terms
+//   void lone_row(panel, m, sums, x)                    row m of a panel without tiles; x: memory for kLoneK values
+#pragma once
+#include "cpu/linear/epilogue.h"
+#include "cpu/linear/rows.h"
+
+namespace {
+
+constexpr int64_t kTileK = 32;                       // k of one step
+constexpr int64_t kTileHeight = 2 * kTileRows;       // rows of a row tile
+constexpr int64_t kTermBytes = kTileK * kPanel * 2;  // of one step, rows and weights alike
+constexpr int64_t kTileWeights = 480 << 10;          // bytes of weight terms that stay in L2
+constexpr int64_t kTileSpan = 6;                     // panels that pass over a row tile together
+constexpr int64_t kTileL2 = 900 << 10;               // bytes of row tiles that stay in L2
+constexpr int64_t kPreparedRows = 8;                 // of a chunk
+constexpr int64_t kLoneK = 4096;                     // of a row that goes to the FMA kernels
+static_assert(kTileHeight == kPanel && kTermBytes == 2 * kTileRows * kTileBytes);
+static_assert(kSumBytes + kTileWeights + kLoneK * 4 <= int64_t(kLocalBytes));
+
+inline int terms_of(DType dtype) { return dtype == DType::bf16 ? 1 : dtype == DType::f16 ? 2 : 3; }
+
+struct TileProblem : Problem {
+  const int terms;
+  const bool in_place;  // the terms of weights lie ready
+
+  TileProblem(const Step& s, int own_ints, int terms_, bool in_place_)
+      : Problem(s, own_ints), terms(terms_), in_place(in_place_) {}
+
+  int64_t steps() const { return ceil_div(K, kTileK); }
+  int64_t row_tiles() const { return ceil_div(M, kTileHeight); }
+  int64_t padded_rows() const { return row_tiles() * kTileHeight; }
+  int64_t tile_bytes() const { return steps() * terms * kTermBytes; }
+  // One byte a row behind the prepared rows: whether the FMA kernels have to take it.
+  char* lone(char* shared) const { return shared + row_tiles() * tile_bytes(); }
+};
+
+struct TileSchedule : Cut {
+  int64_t k_block, k_blocks;  // in steps
+
+  TileSchedule(const TileProblem& p, int threads) {
+    panels = p.panels(), tiles = p.row_tiles();
+    const int64_t wanted = kChunksPerThread * threads;
+    // Rows that do not stay in L2 pass by once for all panels of a chunk: then chunks are cut between rows instead.
+    const bool rows_stay = tiles * p.tile_bytes() <= kTileL2;
+    span = max64(1, min64(kTileSpan, panels / (rows_stay ? wanted : int64_t{threads})));
+    // As many steps of K as the terms of all panels of a chunk have room for.
+    k_blocks = p.in_place ? 1 : ceil_div(p.steps(), kTileWeights / (p.terms * kTermBytes * span));
+    k_block = ceil_div(p.steps(), k_blocks);
+    k_blocks = ceil_div(p.steps(), k_block);
+    blocks = min64(ceil_div(wanted, max64(1, ceil_div(panels, span))), max64(1, tiles / kMinBlockTiles));
+    if (k_blocks > 1) blocks = max64(blocks, ceil_div(tiles, kSumBytes / (span * kTileHeight * kPanel * 4)));
+    tiles_per_block = ceil_div(tiles, blocks);
+    blocks = ceil_div(tiles, tiles_per_block);
+  }
+};
+
+// ---- rows
+
+inline int64_t tile_prepare_chunks(const TileProblem& p) { return p.padded_rows() / kPreparedRows; }
+
+template <int kTerms>
+void prepare_terms(const TileProblem& p, int64_t chunk, char* shared) {
+  const int64_t row0 = chunk * kPreparedRows, in_tile = row0 % kTileHeight;
+  const int rows = static_cast<int>(max64(0, min64(kPreparedRows, p.M - row0)));
+  char* to = shared + row0 / kTileHeight * p.tile_bytes() + in_tile * kTileBytes;
+  RowNorm norms[kPreparedRows];
+  FiniteWords finite[kPreparedRows];
+  for (int r = 0; r < rows; ++r) norms[r] = row_norm(p, row0 + r);
+  Vec low[kLanes], high[kLanes];
+  for (int r = 0; r < kPreparedRows; ++r) low[r] = high[r] = vzero();
+  for (int64_t step = 0; step < p.steps(); ++step) {
+    load_block(p, norms, row0, rows, step * kTileK, low);
+    load_block(p, norms, row0, rows, step * kTileK + kLanes, high);
+    for (int r = 0; r < kPreparedRows; ++r) {
+      Vec left = low[r], right = high[r];
+#pragma GCC unroll 3
+      for (int term = 0; term < kTerms; ++term) {
+        const __m512i words = tile_words(left, right);
+        _mm512_store_si512(to + term * kTermBytes + r * kTileBytes, words);
+        if (term == 0 && kTerms > 1) finite[r].see(words);
+        left = vsub(left, low_words(words));
+        right = vsub(right, high_words(words));
+      }
+    }
+    to += kTerms * kTermBytes;
+  }
+  char* lone = p.lone(shared) + row0;
+  for (int r = 0; r < kPreparedRows; ++r) lone[r] = !finite[r].all();
+}
+
+inline size_t tile_workspace(const TileProblem& p) {
+  return static_cast<size_t>(p.row_tiles() * p.tile_bytes() + p.padded_rows());
+}
+
+inline void prepare_tile_rows(const TileProblem& p, int64_t chunk, char* shared) {
+  (p.terms == 1 ? prepare_terms<1> : p.terms == 2 ? prepare_terms<2> : prepare_terms<3>)(p, chunk, shared);
+}
+
+// ---- epilogues
+
+// A finished product that waits for its epilogue. That is done a few rows at a time between the steps of the next
+// product: the core looks only some hundred instructions ahead, so the tiles would idle while it works on all rows.
+template <class Weights>
+class Epilogue {
+ public:
+  Epilogue(const TileProblem& p, const Weights& weights, const char* lone, float* lone_x)
+      : p_(p), weights_(weights), lone_(lone), lone_x_(lone_x) {}
+
+  // lone: all rows are.
+  void begin(int64_t panel, int64_t row0, int rows, bool lone, float* sums) {
+    panel_ = panel, row_ = row0, left_ = rows, all_lone_ = lone, sums_ = sums;
+  }
+  void some(int rows) {
+    if (left_ == 0) return;
+    if (rows > left_) rows = left_;
+    for (int r = 0; r < rows; ++r)
+      if (all_lone_ || lone_[row_ + r]) weights_.lone_row(panel_, row_ + r, sums_ + r * kPanel, lone_x_);
+    finish_tile(p_, panel_, row_, rows, sums_);
+    row_ += rows, left_ -= rows, sums_ += rows * kPanel;
+  }
+  void rest() { some(left_); }
+
+ private:
+  const TileProblem& p_;
+  const Weights& weights_;
+  const char* lone_;
+  float* lone_x_;
+  int64_t panel_ = 0, row_ = 0;
+  int left_ = 0;
+  bool all_lone_ = false;
+  float* sums_ = nullptr;
+};
+
+// ---- products
+
+template <class Weights>
+struct TermArgs {
+  const char* a;  // [steps][T][2][16][64 bytes]
+  const char* b;  // [steps][T][16][128 bytes]
+  int64_t steps;
+  const char* ahead;  // weights wanted next: so many lines of 64 bytes in a step
+  int64_t ahead_lines;
+  float* sums;  // [32][kPanel]
+  bool accumulate;
+  Epilogue<Weights>* before;  // of the product before
+  int rows_a_step;            // of it
+};
+
+// kHalves: 2 for a whole row tile, 1 when it has no more than 16 rows.
+template <int kTerms, int kHalves, class Weights>
+void term_tile(const TermArgs<Weights>& args) {
+  constexpr int kSumStride = kPanel * 4, kHalf = kTileRows * kSumStride, kTile = kTileRows * kTileBytes;
+  char* sums = reinterpret_cast<char*>(args.sums);
+  if (args.accumulate) {
+    _tile_loadd(0, sums, kSumStride);
+    _tile_loadd(1, sums + kTileBytes, kSumStride);
+    if (kHalves == 2) {
+      _tile_loadd(2, sums + kHalf, kSumStride);
+      _tile_loadd(3, sums + kHalf + kTileBytes, kSumStride);
+    }
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  const char *a = args.a, *b = args.b, *ahead = args.ahead;
+  auto rows = [&](int term) __attribute__((always_inline)) {
+    _tile_loadd(4, a + term * kTermBytes, kTileBytes);
+    if (kHalves == 2) _tile_loadd(5, a + term * kTermBytes + kTile, kTileBytes);
+  };
+  auto weights = [&](int term) __attribute__((always_inline)) {
+    _tile_loadd(6, b + term * kTermBytes, 2 * kTileBytes);
+    _tile_loadd(7, b + term * kTermBytes + kTileBytes, 2 * kTileBytes);
+  };
+  auto multiply = [&]() __attribute__((always_inline)) {
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    if (kHalves == 2) {
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+  };
+  for (int64_t step = args.steps; step > 0; --step, a += kTerms * kTermBytes, b += kTerms * kTermBytes) {
+    for (int64_t line = args.ahead_lines; line > 0; --line, ahead += 64) __builtin_prefetch(ahead, 0, 2);
+    // An order in which neighbours share a side, so that each product loads one.
+    rows(0);
+    if (kTerms == 3) weights(2), multiply();
+    if (kTerms >= 2) weights(1), multiply();
+    weights(0), multiply();
+    if (kTerms >= 2) rows(1), multiply();
+    if (kTerms == 3) {
+      weights(1), multiply();
+      rows(2), weights(0), multiply();
+    }
+    args.before->some(args.rows_a_step);
+  }
+  _tile_stored(0, sums, kSumStride);
+  _tile_stored(1, sums + kTileBytes, kSumStride);
+  if (kHalves == 2) {
+    _tile_stored(2, sums + kHalf, kSumStride);
+    _tile_stored(3, sums + kHalf + kTileBytes, kSumStride);
+  }
+}
+
+template <class Weights>
+using TermFunction = void (*)(const TermArgs<Weights>&);
+
+template <class Weights>
+TermFunction<Weights> term_function(int terms, int rows) {
+  if (rows <= kTileRows)
+    return terms == 1 ? term_tile<1, 1, Weights> : terms == 2 ? term_tile<2, 1, Weights> : term_tile<3, 1, Weights>;
+  return terms == 1 ? term_tile<1, 2, Weights> : terms == 2 ? term_tile<2, 2, Weights> : term_tile<3, 2, Weights>;
+}
+
+template <class Weights>
+void run_tiles(const TileProblem& p, const Weights& weights, const TileSchedule& s, int64_t chunk, int threads,
+               const Scratch& scratch) {
+  const Chunk c = s.chunk(chunk);
+  const int64_t next_panel = s.next_panel(chunk, threads);
+  const int64_t panels = c.panel1 - c.panel0, tiles = c.tile1 - c.tile0;
+  float *waiting = reinterpret_cast<float*>(scratch.local), *lone_x = waiting + kSumBytes / 4;
+  char* memory = scratch.local + kSumBytes + kLoneK * 4;
+  const char* terms[kTileSpan];
+  bool finite[kTileSpan] = {true, true, true, true, true, true};
+  Epilogue<Weights> epilogue(p, weights, p.lone(scratch.shared), lone_x);
+  int64_t turn = 0;
+  const TileScope scope;
+  for (int64_t step0 = 0; step0 < p.steps(); step0 += s.k_block) {
+    const int64_t step1 = min64(p.steps(), step0 + s.k_block), steps = step1 - step0;
+    const bool last = step1 == p.steps();
+    for (int64_t i = 0; i < panels; ++i)
+      terms[i] = weights.terms(c.panel0 + i, step0, step1, memory + i * s.k_block * p.terms * kTermBytes, finite[i]);
+    before_tile_loads();
+    const int64_t wanted0 = weights.bytes * (last ? 0 : step1) / p.steps(), wanted = weights.bytes * steps / p.steps();
+    TermArgs<Weights> args{};
+    args.steps = steps;
+    args.accumulate = step0 > 0;
+    args.before = &epilogue;
+    args.rows_a_step = static_cast<int>(max64(2, ceil_div(kTileHeight, steps)));
+    args.ahead_lines = ceil_div(wanted, 64 * steps * tiles);
+    for (int64_t tile = c.tile0; tile < c.tile1; ++tile) {
+      const int64_t row0 = tile * kTileHeight;
+      const int rows = static_cast<int>(min64(kTileHeight, p.M - row0));
+      args.a = scratch.shared + tile * p.tile_bytes() + step0 * p.terms * kTermBytes;
+      for (int64_t i = 0; i < panels; ++i) {
+        const int64_t slot = s.k_blocks == 1 ? ++turn % 2 : (tile - c.tile0) * panels + i;
+        args.sums = waiting + slot * kTileHeight * kPanel;
+        args.b = terms[i];
+        args.ahead = weights.packed((last ? next_panel : c.panel0) + i) + wanted0 +
+                     (tile - c.tile0) * steps * args.ahead_lines * 64;
+        term_function<Weights>(p.terms, rows)(args);
+        if (!last) continue;
+        epilogue.rest();
+        epilogue.begin(c.panel0 + i, row0, rows, !finite[i], args.sums);
+      }
+    }
+  }
+  epilogue.rest();
+}
+
+}  // namespace

@@ -1,0 +1,196 @@
+// The GEMM over codes with one scale a column on AMX tiles: products of signed bytes, exact sums over all of K.
+//   codes of rows   [row tiles][32 rows][padded K]   signed bytes
+//   tables          [row tiles][32 rows] each; what they mean is in prepare.h; `start` is not read here
+#pragma once
+#include "cpu/linear_quantized/gemm.h"
+
+namespace {
+
+constexpr int64_t kCodeRows = 2 * kTileRows;       // of a row tile
+constexpr int64_t kTokensPrepared = 8;             // of a chunk
+constexpr int64_t kLeastCodeRows = 64;             // fewer do not pay for signing a panel
+constexpr int64_t kCodeSums = kCodeRows * kPanel;  // of a tile
+
+struct CodeTiles : QuantizedProblem {
+  using QuantizedProblem::QuantizedProblem;
+
+  int64_t row_bytes() const { return form.steps() * kStepK; }
+  int64_t tile_tokens() const { return kCodeRows / planes; }
+  int64_t row_tiles() const { return ceil_div(M, tile_tokens()); }
+  int64_t table_size() const { return row_tiles() * kCodeRows; }
+  Form wide() const { return {K, 8, form.group, form.offsets}; }
+
+  Prepared tile(char* shared, int64_t i) const {
+    float* tables = reinterpret_cast<float*>(shared + table_size() * row_bytes()) + i * kCodeRows;
+    return {shared + i * kCodeRows * row_bytes(),
+            tables,
+            reinterpret_cast<int32_t*>(tables + table_size()),
+            tables + 2 * table_size(),
+            kCodeRows,
+            kCodeRows * row_bytes(),
+            4,
+            row_bytes()};
+  }
+};
+
+// Local memory: two tiles of sums, used in turn, then a panel of signed codes.
+inline bool runs_on_codes(const CodeTiles& p) {
+  if (p.tuning.family != LinearFamily::automatic || p.K == 0 || p.form.groups() != 1) return false;
+  if (p.M * p.planes < kLeastCodeRows || p.row_bytes() % kTileBytes) return false;
+  return 2 * 4 * kCodeSums + p.wide().panel_bytes() <= int64_t(kLocalBytes);
+}
+
+struct CodeSchedule : Cut {
+  CodeSchedule(const CodeTiles& p, int threads) {
+    panels = p.panels(), tiles = p.row_tiles();
+    const int64_t wanted = kChunksPerThread * threads;
+    span = max64(1, panels / wanted);
+    blocks = min64(ceil_div(wanted, max64(1, panels)), max64(1, tiles / kMinBlockTiles));
+    tiles_per_block = ceil_div(tiles, blocks);
+    blocks = ceil_div(tiles, tiles_per_block);
+  }
+};
+
+void prepare_tokens(const CodeTiles& p, int64_t chunk, const Scratch& scratch) {
+  const int64_t end = min64(p.M, (chunk + 1) * kTokensPrepared);
+  float* values = reinterpret_cast<float*>(scratch.local);
+  for (int64_t token = chunk * kTokensPrepared; token < end; ++token) {
+    const int64_t tile = token / p.tile_tokens();
+    quantize_tokens(p, p.tile(scratch.shared, tile), tile * p.tile_tokens(), token, 1, 0, 1, values);
+  }
+}
+
+// The panel as signed 8-bit codes, less their zero point: otherwise every integer sum would need a correction.
+void sign_codes(const CodeTiles& p, const char* packed, char* to) {
+  const Form form = p.wide();
+  if (p.form.bits == 4) {
+    widen_codes(p.form, packed, to);
+    if (p.form.zero_point() == 0) return;
+    packed = to;
+  }
+  const __m512i zero = _mm512_set1_epi8(static_cast<char>(p.form.zero_point()));
+  for (int64_t i = 0; i < form.code_bytes(); i += 64)
+    _mm512_storeu_si512(to + i, _mm512_sub_epi8(_mm512_loadu_si512(packed + i), zero));
+  for (int64_t i = form.code_bytes(); i < form.group_bytes(); i += 64)
+    _mm512_storeu_si512(to + i, _mm512_loadu_si512(packed + i));
+}
+
+// A finished product that waits for its scales and its epilogue, done a few tokens at a time between the steps of the
+// next one (as Epilogue of linear/terms.h).
+class CodeEpilogue {
+ public:
+  explicit CodeEpilogue(const CodeTiles& p) : p_(p) {}
+
+  // factors: of the columns. sums: [32][kPanel] integers; they become f32 where they lie.
+  void begin(int64_t panel, int64_t token0, int64_t tokens, const Prepared& rows, const char* factors, float* sums) {
+    panel_ = panel, token_ = token0, left_ = tokens, sums_ = sums;
+    row_scale_ = rows.scale, row_sum_ = rows.sum;
+    const float* w = reinterpret_cast<const float*>(factors);
+    for (int v = 0; v < 2; ++v) {
+      scale_[v] = vload(w + v * kLanes);
+      offset_[v] = p_.form.offsets ? vload(w + kPanel + v * kLanes) : vzero();
+    }
+  }
+  void some(int64_t tokens) {
+    if (left_ == 0) return;
+    if (tokens > left_) tokens = left_;
+    const int64_t rows = tokens * p_.planes;
+    for (int64_t m = 0; m < rows; ++m)
+#pragma GCC unroll 2
+      for (int v = 0; v < 2; ++v) {
+        float* at = sums_ + m * kPanel + v * kLanes;
+        const Vec exact = vfrom_int({_mm512_load_si512(at)});
+        vstore(at, vfma(vmul(exact, scale_[v]), vset(row_scale_[m]), vmul(offset_[v], vset(row_sum_[m]))));
+      }
+    settle(p_, nullptr, tokens, sums_);
+    finish_tile(p_, panel_, token_, static_cast<int>(tokens), sums_);
+    token_ += tokens, left_ -= tokens;
+    sums_ += rows * kPanel, row_scale_ += rows, row_sum_ += rows;
+  }
+  void rest() { some(left_); }
+
+ private:
+  const CodeTiles& p_;
+  int64_t panel_ = 0, token_ = 0, left_ = 0;
+  float* sums_ = nullptr;
+  const float *row_scale_ = nullptr, *row_sum_ = nullptr;
+  Vec scale_[2], offset_[2];
+};
+
+struct CodeTileArgs {
+  const char* a;  // [32 rows][row_bytes]
+  const char* b;  // a panel of signed 8-bit codes
+  int64_t row_bytes;
+  const char* ahead;  // weights wanted next: so many lines of 64 bytes in a step
+  int64_t ahead_lines;
+  float* sums;  // [32][kPanel], for integers
+  CodeEpilogue* before;
+  int64_t tokens_a_step;  // of it
+};
+
+// kHalves: 2 for a whole row tile, 1 when it has no more than 16 rows.
+template <int kHalves>
+void code_tile(const CodeTileArgs& args) {
+  constexpr int kStride = kPanel * 4, kHalf = kTileRows * kStride;
+  const char *a = args.a, *b = args.b, *ahead = args.ahead;
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int64_t k = 0; k < args.row_bytes; k += kTileBytes, b += kTileBytes / 4 * kStride) {
+    for (int64_t line = args.ahead_lines; line > 0; --line, ahead += 64) __builtin_prefetch(ahead, 0, 2);
+    _tile_loadd(4, a + k, args.row_bytes);
+    if (kHalves == 2) _tile_loadd(5, a + kTileRows * args.row_bytes + k, args.row_bytes);
+    _tile_loadd(6, b, kStride);
+    _tile_loadd(7, b + kTileBytes, kStride);
+    _tile_dpbssd(0, 4, 6);
+    _tile_dpbssd(1, 4, 7);
+    if (kHalves == 2) {
+      _tile_dpbssd(2, 5, 6);
+      _tile_dpbssd(3, 5, 7);
+    }
+    args.before->some(args.tokens_a_step);
+  }
+  char* to = reinterpret_cast<char*>(args.sums);
+  _tile_stored(0, to, kStride);
+  _tile_stored(1, to + kTileBytes, kStride);
+  if (kHalves == 2) {
+    _tile_stored(2, to + kHalf, kStride);
+    _tile_stored(3, to + kHalf + kTileBytes, kStride);
+  }
+}
+
+void run_codes(const CodeTiles& p, const CodeSchedule& s, int64_t chunk, int threads, const Scratch& scratch) {
+  const Chunk c = s.chunk(chunk);
+  const int64_t next_panel = s.next_panel(chunk, threads);
+  const int64_t bytes = p.form.panel_bytes(), tiles = c.tile1 - c.tile0, steps = p.row_bytes() / kTileBytes;
+  float* sums = reinterpret_cast<float*>(scratch.local);
+  char* codes = scratch.local + 2 * 4 * kCodeSums;
+  CodeEpilogue epilogue(p);
+  CodeTileArgs args{};
+  args.b = codes;
+  args.row_bytes = p.row_bytes();
+  args.ahead_lines = ceil_div(bytes, 64 * tiles * steps);
+  args.before = &epilogue;
+  args.tokens_a_step = ceil_div(max64(2, ceil_div(kCodeRows, steps)), p.planes);
+  int64_t turn = 0;
+  const TileScope scope;
+  for (int64_t panel = c.panel0; panel < c.panel1; ++panel) {
+    const char* ahead = p.w.data + (panel + 1 < c.panel1 ? panel + 1 : next_panel) * bytes;
+    sign_codes(p, p.w.data + panel * bytes, codes);
+    before_tile_loads();
+    for (int64_t tile = c.tile0; tile < c.tile1; ++tile) {
+      const int64_t token0 = tile * p.tile_tokens(), tokens = min64(p.tile_tokens(), p.M - token0);
+      const Prepared rows = p.tile(scratch.shared, tile);
+      args.a = rows.codes;
+      args.ahead = ahead + (tile - c.tile0) * steps * args.ahead_lines * 64;
+      args.sums = sums + ++turn % 2 * kCodeSums;
+      (tokens * p.planes <= kTileRows ? code_tile<1> : code_tile<2>)(args);
+      epilogue.rest();
+      epilogue.begin(panel, token0, tokens, rows, codes + p.wide().code_bytes(), args.sums);
+    }
+  }
+  epilogue.rest();
+}
+
+}  // namespace

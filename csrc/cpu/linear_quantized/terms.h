@@ -1,0 +1,103 @@
+// Quantised weights as terms of the bf16 GEMM on AMX tiles (linear/terms.h). Folding integer sums of short groups into
+// f32 takes longer than multiplying them (three vector operations per sum and group on the one port that products
+// leave); scaled weights need none. Activations keep what their terms hold: 8 bits each where the scheme rounds them,
+// 16 where it does not. A panel is unpacked once per chunk.
+#pragma once
+#include "cpu/linear/terms.h"
+#include "cpu/linear_quantized/layout.h"
+
+namespace {
+
+// Fewer rows do not pay for unpacking the weights. Where activations are as they are, the other kernels multiply three
+// bytes of each; where codes are nibbles, they unpack them too.
+inline int64_t least_term_rows(const QuantizedProblem& p) { return p.planes > 1 ? 24 : p.form.bits == 4 ? 40 : 64; }
+
+inline bool runs_on_terms(const QuantizedProblem& p) {
+  if (p.tuning.family != LinearFamily::automatic || p.K == 0) return false;
+  return p.form.groups() > 1 && p.form.group % kTileK == 0 && p.M >= least_term_rows(p);
+}
+
+inline TileProblem term_problem(const Step& s, const QuantizedProblem& p) {
+  return {s, kLinearQuantizedInts, p.planes == 1 || p.x.dtype == DType::bf16 ? 1 : 2, false};
+}
+
+// scale * code + offset of one group, of one half of a panel.
+struct GroupFactors {
+  Vec scale, start;  // start: of the stored code 0
+
+  template <int kBits>
+  static GroupFactors load(const Form& form, const char* panel, int64_t group, int v) {
+    const char* scales = panel + group * form.group_bytes() + form.code_bytes();
+    Vec scale = load_factor<kBits>(scales, v);
+    Vec offset = form.offsets ? load_factor<kBits>(scales + form.scale_bytes(), v) : vzero();
+    if (kBits == 4) {
+      const Vec column = vload(reinterpret_cast<const float*>(panel + form.groups() * form.group_bytes()) + v * kLanes);
+      scale = vmul(scale, column), offset = vmul(offset, column);
+    }
+    return {scale, vfma(scale, vset(static_cast<float>(-form.zero_point())), offset)};
+  }
+  Vec value(__m512i code) const { return vfma({_mm512_cvtepi32_ps(code)}, scale, start); }
+};
+
+// Two k of sixteen columns to their places in the terms.
+template <int kTerms>
+inline void store_terms(Vec even, Vec odd, char* to) {
+  if (kTerms == 1) return _mm512_store_si512(to, word_pairs(even, odd));
+#pragma GCC unroll 2
+  for (int term = 0; term < kTerms; ++term) _mm512_store_si512(to + term * kTermBytes, split_pairs(even, odd));
+}
+
+// Four k, the codes of a column in one 32-bit word, from bit kShift of every byte on.
+template <int kBits, int kShift, int kTerms>
+inline void quad_terms(__m512i words, const GroupFactors& f, char* to) {
+  const __m512i mask = _mm512_set1_epi32((1 << kBits) - 1);
+  auto value = [&](int i) __attribute__((always_inline)) {
+    return f.value(_mm512_and_si512(_mm512_srli_epi32(words, 8 * i + kShift), mask));
+  };
+  store_terms<kTerms>(value(0), value(1), to);
+  store_terms<kTerms>(value(2), value(3), to + kPanel * 4);
+}
+
+// Steps [step0, step1) of a packed panel.
+template <int kBits, int kTerms>
+void code_terms(const Form& form, const char* panel, int64_t step0, int64_t step1, char* to) {
+  const int64_t steps_of_group = form.group / kTileK;
+  for (int64_t step = step0; step < step1; ++step, to += kTerms * kTermBytes) {
+    const int64_t group = step / steps_of_group;
+    const char* codes = panel + group * form.group_bytes() + step % steps_of_group * (kTileK * kPanel * kBits / 8);
+#pragma GCC unroll 2
+    for (int v = 0; v < 2; ++v) {
+      const GroupFactors f = GroupFactors::load<kBits>(form, panel, group, v);
+      constexpr int kQuadPairs = 2 * kPanel * 4;  // bytes of the terms of four k
+      for (int quad = 0; quad < kTileK / 4; quad += 8 / kBits) {
+        const __m512i words = _mm512_loadu_si512(codes + (quad * kBits / 8 * kPanel + v * kLanes) * 4);
+        char* at = to + quad * kQuadPairs + v * kTileBytes;
+        quad_terms<kBits, 0, kTerms>(words, f, at);
+        if (kBits == 4) quad_terms<4, 4, kTerms>(words, f, at + kQuadPairs);
+      }
+    }
+  }
+}
+
+struct CodeWeights {
+  const Form form;
+  const char* data;
+  const int64_t bytes;
+  void (*const unpack)(const Form&, const char*, int64_t, int64_t, char*);
+
+  CodeWeights(const QuantizedProblem& p, int terms)
+      : form(p.form),
+        data(p.w.data),
+        bytes(p.form.panel_bytes()),
+        unpack(p.form.bits == 8 ? (terms == 1 ? code_terms<8, 1> : code_terms<8, 2>)
+                                : (terms == 1 ? code_terms<4, 1> : code_terms<4, 2>)) {}
+
+  const char* packed(int64_t panel) const { return data + panel * bytes; }
+  const char* terms(int64_t panel, int64_t step0, int64_t step1, char* to, bool&) const {
+    unpack(form, packed(panel), step0, step1, to);
+    return to;
+  }
+  void lone_row(int64_t, int64_t, float*, float*) const {}  // its sums are NaN: so is what follows an infinite term
+};
+
+}  // namespace
