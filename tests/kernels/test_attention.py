@@ -31,6 +31,7 @@ from tests.tolerance import assert_close
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+ALL = -1  # of an index: every batch or head
 
 
 @cache
@@ -38,6 +39,17 @@ def solved(c: Case, seed: int) -> tuple[Tensors, torch.Tensor, torch.Tensor, tor
     """A problem and its reference, shared by the tiers."""
     t = make(c, seed)
     return t, *reference(c, t)
+
+
+@cache
+def solved_with(
+    c: Case, where: str, rows: tuple[tuple[int, ...], ...], value: float
+) -> tuple[Tensors, torch.Tensor]:
+    """The same with numbers at some indices of q, k or v replaced by `value`."""
+    t = make(c)
+    for index in rows:
+        getattr(t, where)[tuple(slice(None) if i == ALL else i for i in index)] = value
+    return t, reference(c, t)[0]
 
 
 def check(c: Case, tier: str, seed: int = 0) -> None:
@@ -210,10 +222,8 @@ def test_bf16_nonfinite_numbers_reach_the_rows_that_see_them(
     for mask in ("", "random", "left"):
         c = Case(2, 6, 2, 40, 300, 36, dtype=torch.bfloat16, is_causal=True, mask=mask)
         for row in (0, 33, 39):
-            t = make(c)
-            getattr(t, where)[0, :, row] = value
-            getattr(t, where)[1, 1, row, 5] = value
-            want, _, _ = reference(c, t)
+            places = ((0, ALL, row), (1, 1, row, 5))
+            t, want = solved_with(c, where, places, value)
             assert not torch.isfinite(want).all()
             assert_close(run(c, t, tier), want)
 
@@ -261,9 +271,7 @@ def test_nan_of_a_live_key_propagates(tier: str, q_len: int) -> None:
         for key in (0, 100, 299):
             for mask in ("", "random", "left"):
                 c = Case(2, 4, 2, q_len, 300, 20, is_causal=True, mask=mask)
-                t = make(c)
-                getattr(t, where)[:, :, key] = math.nan
-                want, _, _ = reference(c, t)
+                t, want = solved_with(c, where, ((ALL, ALL, key),), math.nan)
                 assert_close(run(c, t, tier), want)
 
 
@@ -276,15 +284,20 @@ def test_dead_slots_do_not_leak(
 ) -> None:
     """A static cache: slots after the last query, or that the mask excludes, hold garbage."""
     c = Case(2, 4, 2, q_len, 300, 20, is_causal=True, offset=90, mask=mask, dtype=dtype)
+    t, want = with_dead_slots(c, value)
+    assert torch.isfinite(want).all()
+    assert_close(run(c, t, tier), want, dtype)
+
+
+@cache
+def with_dead_slots(c: Case, value: float) -> tuple[Tensors, torch.Tensor]:
     t = make(c)
     dead = ~allowed_keys(c, t.mask)[:, :1].any(-2).expand(-1, 2, -1)
     t.k[dead] = value
     t.v[dead] = value
     t.k[:, :, -1] = value  # never allowed: offset + q_len < kv_len
     t.v[:, :, -1] = value
-    want, _, _ = reference(c, t)
-    assert torch.isfinite(want).all()
-    assert_close(run(c, t, tier), want, dtype)
+    return t, reference(c, t)[0]
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -72,12 +72,10 @@ def copy_of(rows: torch.Tensor) -> torch.Tensor:
     return torch.empty_strided(rows.shape, rows.stride(), dtype=rows.dtype).copy_(rows)
 
 
-def check_given(c: Case, tier: str, t: Tensors) -> torch.Tensor:
-    """The same for numbers of the test's own, which write nothing; returns the output."""
+def coded(c: Case, t: Tensors) -> tuple[Tensors, torch.Tensor]:
+    """Numbers of a test's own as codes, and the reference over them."""
     held = replace(t, k=codes_of(c, t.k), v=codes_of(c, t.v))
-    got = run(c, held, tier)
-    assert_close(got, over_codes(c, held), c.dtype)
-    return got
+    return held, over_codes(c, held)
 
 
 def check_written(
@@ -192,12 +190,19 @@ def test_nan_and_inf_of_a_live_key_are_seen(tier: str, value: float, q_len: int)
         for key in (0, 100, 299):
             for mask in ("", "random", "left"):
                 c = Case(2, 4, 2, q_len, 300, 20, is_causal=True, mask=mask)
-                t = make(c)
-                getattr(t, where)[:, :, key, 3] = value
-                got = check_given(c, tier, t)
-                sees = allowed_keys(c, t.mask)[..., key]
+                held, want = with_a_number(c, where, key, value)
+                got = run(c, held, tier)
+                assert_close(got, want, c.dtype)
+                sees = allowed_keys(c, held.mask)[..., key]
                 assert got[sees].isnan().all()
                 assert got[~sees].isfinite().all()
+
+
+@cache
+def with_a_number(c: Case, where: str, key: int, value: float) -> tuple[Tensors, torch.Tensor]:
+    t = make(c)
+    getattr(t, where)[:, :, key, 3] = value
+    return coded(c, t)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -205,11 +210,19 @@ def test_nan_and_inf_of_a_live_key_are_seen(tier: str, value: float, q_len: int)
 @pytest.mark.parametrize("q_len", [1, 3, 40])
 def test_dead_slots_do_not_leak(tier: str, q_len: int, mask: str, value: float) -> None:
     c = Case(2, 4, 2, q_len, 300, 20, is_causal=True, offset=90, mask=mask)
+    held, want = with_dead_slots(c, value)
+    got = run(c, held, tier)
+    assert_close(got, want, c.dtype)
+    assert got.isfinite().all()
+
+
+@cache
+def with_dead_slots(c: Case, value: float) -> tuple[Tensors, torch.Tensor]:
     t = make(c)
     dead = ~allowed_keys(c, t.mask)[:, :1].any(-2).expand(-1, 2, -1)
     t.k[dead] = t.v[dead] = value
     assert dead.any()
-    assert check_given(c, tier, t).isfinite().all()
+    return coded(c, t)
 
 
 @pytest.mark.parametrize("q_len", [1, 40])
