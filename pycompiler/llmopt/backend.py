@@ -28,6 +28,7 @@ from llmopt.quant.budget import Decision
 from llmopt.quant.schemes import SCHEMES
 from llmopt.tune.lookup import tuner_for
 from llmopt.types import Choice, Target
+from llmopt.windows import pin
 
 log = logging.getLogger("llmopt")
 
@@ -47,7 +48,7 @@ def llmopt(
     chosen = parse_options(mode, options)
     tensors = [t for t in example_inputs if isinstance(t, torch.Tensor)]
     machine, reason = choose_target(chosen.target, tensors)
-    reason = reason or _why_not(example_inputs, tensors) or enclose(gm)
+    reason = reason or _why_not(example_inputs, tensors) or enclose(gm) or pin(gm)
     if reason:
         say(1, f"graph of {len(gm.graph.nodes)} nodes runs as in PyTorch: {reason}")
         return CompiledGraph(None, gm, {}, chosen, reason)

@@ -21,7 +21,7 @@ LAYERS = (
     ("target", "graph", "memory", "counters", "registry", "messages"),
     ("gpus",),
     ("ops", "writes"),
-    ("quant", "contexts"),
+    ("quant", "contexts", "windows"),
     ("passes", "native", "kernels"),
     ("kv", "weights", "offload", "options"),
     ("tune", "watch"),

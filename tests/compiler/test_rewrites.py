@@ -260,3 +260,38 @@ def test_padding_by_a_size_that_changes() -> None:
 
     for length in (6, 9):
         check(function, randn(2, length, 5), dynamic=True)
+
+
+torch.manual_seed(0)
+ONE, TWO = (torch.nn.Linear(12, 12, bias=False).requires_grad_(False) for _ in range(2))
+
+
+def windows_of_heads(x: torch.Tensor) -> torch.Tensor:
+    """Two linears that become one, whose rows then lie further apart than those that were traced."""
+    q, k = ONE(x), TWO(x)
+    q /= 2.0
+    heads = [y.view(6, 2, 2, 6).permute(1, 2, 0, 3).reshape(4, 6, 6) for y in (q, k)]
+    size = (4, 2, 4, 6)
+    q, k = (y.as_strided(size, (y.stride(0), 2 * y.stride(1), y.stride(1), 1)) for y in heads)
+    return q @ k.mT
+
+
+def test_windows_count_in_the_layout_that_was_traced() -> None:
+    check(windows_of_heads, randn(6, 2, 12), takes=["linear"])
+    check(lambda x: ONE(x).as_strided((3, 4), (2, 1), 5), randn(6, 12), takes=["linear"])
+
+
+def beside_its_tensor(x: torch.Tensor) -> torch.Tensor:
+    return ONE(x)[2:].as_strided((2, 12), (12, 1), 0)
+
+
+def written_afterwards(x: torch.Tensor) -> torch.Tensor:
+    y = ONE(x)
+    window = y.as_strided((3, 4), (2, 1))
+    y.mul_(2)
+    return window + 1
+
+
+@pytest.mark.parametrize("function", [beside_its_tensor, written_afterwards])
+def test_windows_that_cannot_be_followed_stay_in_pytorch(function: Callable) -> None:
+    check(function, randn(6, 12), leaves=["linear"])

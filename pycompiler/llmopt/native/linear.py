@@ -35,13 +35,15 @@ def reject(node: fx.Node) -> str:
         return f"weights of {fake(p['weights'][0]).dtype}: f32, f16 and bf16 are possible"
     if any(kind(w) == "llmopt.dequantize" for w in p["weights"]):
         return "its weights are quantised in different ways"
-    return reject_around(p, fake(p["weights"][0]).dtype)
+    return reject_around(node, p, fake(p["weights"][0]).dtype)
 
 
-def reject_around(p: dict[str, Any], bias_dtype: torch.dtype) -> str:
+def reject_around(node: fx.Node, p: dict[str, Any], bias_dtype: torch.dtype) -> str:
     """The reasons that are not in the weights."""
     if not reads_as_rows(p["x"]) or not reads_as_rows(p["residual"]):
         return "input rows are not evenly spaced in memory"
+    if not reads_as_rows(node):
+        return "output rows are not known to be evenly spaced in memory"
     if p["act"] not in activation.CODES:
         return f"activation {p['act']} is not in the kernel"
     vectors = [v for v in (*(p["biases"] or ()), p["norm_weight"], p["norm_bias"]) if v is not None]

@@ -28,6 +28,7 @@ from llmopt.native.operands import (
     broadcast,
     num_bytes,
     reads_as_row_groups,
+    reads_as_rows,
     reject_angles,
 )
 from llmopt.native.program import DTYPE_CODES, MAX_DIMS, View
@@ -41,6 +42,8 @@ def reject_norm(node: fx.Node) -> str:
     x, weight, bias = node.args[:3]
     if not reads_as_row_groups(x):
         return "the input's last dimension is not dense"
+    if not reads_as_rows(node):
+        return "output rows are not known to be evenly spaced in memory"
     vectors = [v for v in (weight, bias) if v is not None]
     if any(fake(v).dtype not in FLOATS or not is_dense(fake(v)) for v in vectors):
         return "weight or bias is not a dense float vector"
