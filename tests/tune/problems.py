@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 from llmopt.target import target
@@ -32,3 +35,17 @@ def database(root: Path, environment: Environment = HERE) -> Database:
 
 def local(threads: int = 2) -> Environment:
     return cpu_environment(target(), threads)
+
+
+def write_again_and_again(root: Path, count: int, ready: Event) -> None:
+    """Five problems in turns, each result later than the one before."""
+    known = database(root)
+    ready.set()
+    for i in range(count):
+        known.put(entry(problem(m=i % 5 + 1), us=float(i)))
+
+
+def die_while_writing(root: Path, step: str) -> None:
+    """Killed at its first call of `os.<step>`."""
+    setattr(os, step, lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL))
+    database(root).put(entry(us=99.0))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import resource
 import signal
-import subprocess
-import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -18,9 +18,20 @@ from llmopt.tune.database import Database, Entry, encode
 from llmopt.tune.environment import Environment
 from llmopt.types import LinearConfig
 
-from tests.tune.problems import FACTS, HERE, database, entry, local, problem
+from tests.tune.problems import (
+    FACTS,
+    HERE,
+    database,
+    die_while_writing,
+    entry,
+    local,
+    problem,
+    write_again_and_again,
+)
 
-ROOT = Path(__file__).parents[2]
+# Its server imports torch once; the processes are forks of it.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["tests.tune.problems"])
 
 
 def one_file(root: Path) -> tuple[Entry, Path]:
@@ -160,25 +171,13 @@ def test_a_directory_in_place_of_a_file_is_a_miss(tmp_path):
     assert "cannot be read" in get(tmp_path)[1]
 
 
-WRITER = """
-import sys
-from pathlib import Path
-from tests.tune.problems import HERE, database, entry, problem
-known = database(Path(sys.argv[1]))
-print("ready", flush=True)
-for i in range(int(sys.argv[2])):
-    known.put(entry(problem(m=i % 5 + 1), us=float(i)))
-"""
-
-
-def writer(root: Path, count: int) -> subprocess.Popen:
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    return subprocess.Popen(
-        [sys.executable, "-c", WRITER, str(root), str(count)],
-        env={**os.environ, "PYTHONPATH": path},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+def writer(root: Path, count: int) -> BaseProcess:
+    """A process that writes the same five problems `count` times, already at it."""
+    ready = PROCESSES.Event()
+    process = PROCESSES.Process(target=write_again_and_again, args=(root, count, ready))
+    process.start()
+    assert ready.wait(60)
+    return process
 
 
 def assert_whole(root: Path) -> list[Entry]:
@@ -192,10 +191,10 @@ def test_a_writer_that_is_killed_leaves_whole_files(tmp_path):
     """kill -9 at moments spread over its writing; partial files are nobody's entries."""
     for i in range(6):
         process = writer(tmp_path, 1_000_000)
-        assert process.stdout.readline() == "ready\n"
         time.sleep(0.02 * i + 0.005)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
         assert_whole(tmp_path)
     kept = entry(us=3.0)
     assert database(tmp_path).put(kept)
@@ -205,19 +204,11 @@ def test_a_writer_that_is_killed_leaves_whole_files(tmp_path):
 def test_a_write_that_is_killed_between_its_steps_keeps_the_entry_before(tmp_path):
     """The moment a process dies in cannot be chosen from outside: here it dies before each call of the system in turn."""
     kept, path = one_file(tmp_path)
-    code = """
-import os, signal, sys
-from pathlib import Path
-from tests.tune.problems import database, entry
-step = sys.argv[2]
-setattr(os, step, lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL))
-database(Path(sys.argv[1])).put(entry(us=99.0))
-"""
-    path_variable = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     for step in ("fsync", "replace"):
-        command = [sys.executable, "-c", code, str(tmp_path), step]
-        done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path_variable})
-        assert done.returncode == -signal.SIGKILL
+        process = PROCESSES.Process(target=die_while_writing, args=(tmp_path, step))
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
         assert get(tmp_path) == (kept, "")
         assert list(path.parent.glob(".*.partial")), "it died in the middle of the write"
     assert database(tmp_path).entries() == [kept]
@@ -236,11 +227,9 @@ def test_what_killed_writers_left_goes_after_a_while(tmp_path):
 def test_three_writers_leave_whole_files(tmp_path):
     """Processes that write the same five problems again and again, while one reads."""
     writers = [writer(tmp_path, 150) for _ in range(3)]
-    for process in writers:
-        process.stdout.readline()
-    while any(process.poll() is None for process in writers):
+    while any(process.is_alive() for process in writers):
         assert_whole(tmp_path)
-    assert [process.returncode for process in writers] == [0, 0, 0]
+    assert [process.exitcode for process in writers] == [0, 0, 0]
     assert sorted(e.problem["m"] for e in assert_whole(tmp_path)) == [1, 2, 3, 4, 5]
     assert {e.us for e in assert_whole(tmp_path)} == {145.0, 146.0, 147.0, 148.0, 149.0}
     assert list(tmp_path.rglob("*.partial")) == []
