@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from llmopt.gpu.run import run
 from llmopt.kernels import pointwise
@@ -143,6 +143,7 @@ def chains(draw):
 
 
 @settings(max_examples=25, deadline=None)
+@example(((("reduce", "mean", 0), ("reduce", "max", 1)), 1), torch.float16, [3])
 @given(chains(), st.sampled_from(FLOATS), st.lists(st.integers(1, 5), min_size=1, max_size=3))
 def test_drawn_chains(chain, dtype, shape):
     program, count = chain
