@@ -102,8 +102,8 @@ struct Decode {
         k_bits[u] = load_streamed<Bits>(global<Cache>(p.k) + rows + key * p.row_stride);
         v_bits[u] = load_streamed<Bits>(global<Cache>(p.v) + rows + key * p.row_stride);
         if (sizeof(Cache) == 1) {
-          k_scale[u] = load(global<float>(p.k_scale) + scales + key);
-          v_scale[u] = load(global<float>(p.v_scale) + scales + key);
+          k_scale[u] = load(global<float>(p.k_scale) + scales + key * p.scale_row_stride);
+          v_scale[u] = load(global<float>(p.v_scale) + scales + key * p.scale_row_stride);
         }
       }
       float scores[kHeads][kDecodeUnroll];

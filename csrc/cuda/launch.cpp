@@ -59,6 +59,7 @@ std::string check(const LinearW8A8& p) {
 std::string check(const LinearW4A16& p) {
   if (std::string e = check_linear(p); !e.empty()) return e;
   if (!p.codes || !p.scale) return "codes and scale must be given";
+  if (!is_aligned(p.scale, 4) || !is_aligned(p.offset, 4)) return "scale and offset must be aligned";
   if (p.group != 32 && p.group != 64 && p.group != 128)
     return "groups of " + std::to_string(p.group) + ": 32, 64 and 128 are possible";
   if (p.k % p.group)

@@ -26,7 +26,7 @@ LLMOPT_DEVICE void gemv(const LinearW4A16& p) {
   if (n0 >= p.n) return;
   const Global<const uint8_t> codes(p.codes);
   const auto x = global<T>(p.x);
-  const auto scale = global<__half>(p.scale), offset = global<__half>(p.offset);
+  const auto scale = global<float>(p.scale), offset = global<float>(p.offset);
   const int words = p.k / 8, groups = p.k / p.group;
   float sums[kGemvChannels][kTokens] = {};
   constexpr int kUnroll = kTokens < 4 ? 2 : 1;  // two at once are more than the registers hold for many tokens
@@ -38,8 +38,8 @@ LLMOPT_DEVICE void gemv(const LinearW4A16& p) {
       const int64_t n = n0 + c < p.n ? n0 + c : n0;
       const int64_t group = n * groups + word * 8 / p.group;
       widen(load_streamed<uint32_t>(codes + (n * words + word) * 4), kHasOffset ? 0.0f : 8.0f, weights[c]);
-      factor[c] = to_float(load(scale + group));
-      if (kHasOffset) shift[c] = to_float(load(offset + group));
+      factor[c] = load(scale + group);
+      if (kHasOffset) shift[c] = load(offset + group);
     }
 #pragma unroll
     for (int t = 0; t < kTokens; ++t) {

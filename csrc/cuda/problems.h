@@ -27,8 +27,8 @@ struct LinearW8A8 {
 struct LinearW4A16 {
   const void* x;         // [M, K] dtype
   const uint8_t* codes;  // [N, K/2]
-  const void* scale;     // [N, K/group] f16
-  const void* offset;    // [N, K/group] f16, or null
+  const float* scale;    // [N, K/group]
+  const float* offset;   // [N, K/group], or null
   const void* bias;      // [N] dtype, or null
   const void* residual;  // [M, N] dtype, or null
   void* y;               // [M, N] dtype
@@ -51,8 +51,8 @@ struct AttentionDecode {
   void* o;                 // [B, H, D] f16, dense
   float* partial;          // B * H * splits * (D + 2) floats of scratch; null where splits is 1
   int32_t* finished;       // B * Hkv * ceil(H / Hkv / 8) counters, zero before the first launch; left at zero
-  int64_t batch_stride, head_stride, row_stride;  // of k and v
-  int64_t scale_batch_stride, scale_head_stride;  // of k_scale and v_scale
+  int64_t batch_stride, head_stride, row_stride;                    // of k and v
+  int64_t scale_batch_stride, scale_head_stride, scale_row_stride;  // of k_scale and v_scale
   float scale;
   int32_t batch, heads, kv_heads, head_dim, splits;
   int32_t cache_dtype;  // DType: f16 or s8

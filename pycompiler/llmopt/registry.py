@@ -32,6 +32,9 @@ class Kernel:
     function: Any = None  # the @triton.jit function; None where tiles are not tuned
     # Why a tile cannot compute a problem here, or ""; None: only warps and stages may differ from those of `configs`.
     reject_tile: Callable[[Any, Any, Target], str] | None = None
+    source: Callable[[], str] | None = (
+        None  # a digest of what it is built from, where `function` does not say
+    )
 
 
 @dataclass(frozen=True)

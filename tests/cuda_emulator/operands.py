@@ -80,8 +80,8 @@ class W4A16:
         self.x = rows(normal(m, k).to(dtype), 8, 8)
         codes = torch.randint(0, 256, (n, k // 2), generator=random, dtype=torch.uint8)
         self.codes = guarded(codes)
-        self.scale = guarded((torch.rand(n, k // group, generator=random) * 0.1 + 0.01).half())
-        self.offset = guarded((normal(n, k // group) * 0.1).half()) if has_offset else None
+        self.scale = guarded(torch.rand(n, k // group, generator=random) * 0.1 + 0.01)
+        self.offset = guarded(normal(n, k // group) * 0.1) if has_offset else None
         self.bias, self.residual = (guarded(t.to(dtype)) for t in (normal(n), normal(m, n)))
         self.y = guarded(torch.full((m, n), float("nan"), dtype=dtype))
         self.group = group
@@ -101,8 +101,7 @@ class W4A16:
         return self.y
 
     def want(self, act: str = "none") -> torch.Tensor:
-        offset = None if self.offset is None else self.offset.float()
-        weight = dequantized(self.codes, self.scale.float(), offset, 4).double()
+        weight = dequantized(self.codes, self.scale, self.offset, 4).double()
         return expected(self.x.double() @ weight.T, self.bias, act, self.residual)
 
 
@@ -139,7 +138,7 @@ class Decode:
     def record(self) -> AttentionDecode:
         names = ["q", "k", "v", "k_scale", "v_scale", "lengths", "o", "partial", "finished"]
         tensors = [getattr(self, name, None) for name in names]
-        scale_strides = (0, 0) if self.k_scale is None else self.k_scale.stride()[:2]
+        scale_strides = (0, 0, 0) if self.k_scale is None else self.k_scale.stride()
         return AttentionDecode(
             *(None if t is None else t.data_ptr() for t in tensors),
             *self.k.stride()[:3],

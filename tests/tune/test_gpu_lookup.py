@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from llmopt.gpu.tune.lookup import Lookup, chooser_for, recording
 from llmopt.gpu.tune.problems import KEYS, Asked, bucketed, facts
 from llmopt.gpus import part_named
 from llmopt.launch import AttentionProblem, GemmTile, RowProblem
+from llmopt.native import cuda
 from llmopt.registry import KERNELS, possible, refuse
 from llmopt.target import GPUS, gpu_target
 from llmopt.tune.database import Database, Entry
@@ -265,13 +267,47 @@ def test_what_the_first_kernel_raises_is_the_users(known):
         ask(known, problem(m=1), failing({"linear_f16_gemv.triton"}))
 
 
-def test_cuda_kernels_say_that_nobody_compared_them(known, monkeypatch):
-    from llmopt.native import cuda, cuda_kernels
-
-    assert KERNELS["linear_w8a8.cuda"].launch is cuda_kernels.launch_w8a8
+@pytest.fixture
+def with_cuda(monkeypatch):
+    """As where csrc/cuda is built and can run."""
     monkeypatch.setattr(cuda, "missing", lambda: "")
-    chosen = ask(known, problem(m=1, scheme="w8a8"), op="linear_quantized")
-    assert (chosen.kernel.name, chosen.source) == ("linear_w8a8.cuda", "not compared: CUDA C++")
+    monkeypatch.setattr(cuda, "library", lambda: SimpleNamespace(digest="ab" * 32))
+
+
+@pytest.mark.usefixtures("with_cuda")
+def test_cuda_kernels_run_until_a_triton_kernel_was_measured_to_be_faster(known):
+    of = problem(m=1, scheme="w8a8")
+    ours, theirs = KERNELS["linear_w8a8.cuda"], KERNELS["linear_w8a8.triton"]
+    chosen = ask(known, of, op="linear_quantized")
+    assert (chosen.kernel, chosen.source[:8]) == (ours, "default:")
+    known.put(entry(of, None, 50.0, theirs))
+    assert (
+        ask(known, of, op="linear_quantized").kernel is ours
+    )  # nobody knows whether 50 us are fast
+    known.put(entry(of, None, 50.5, ours))
+    assert ask(known, of, op="linear_quantized").kernel is ours  # less than 3 % apart
+    known.put(entry(of, None, 60.0, ours))
+    assert ask(known, of, op="linear_quantized").kernel is theirs
+
+
+@pytest.mark.usefixtures("with_cuda")
+def test_the_gemm_in_cuda_runs_where_it_was_measured_to_be_faster(known):
+    of = problem(m=128, scheme="w8a8")
+    ours, theirs = KERNELS["linear_w8a8_gemm.cuda"], KERNELS["linear_w8a8.triton"]
+    assert ask(known, of, op="linear_quantized").kernel is theirs
+    known.put(entry(of, None, 50.0, theirs))
+    known.put(entry(of, None, 40.0, ours))
+    assert ask(known, of, op="linear_quantized").kernel is ours
+
+
+@pytest.mark.usefixtures("with_cuda")
+def test_another_build_of_cuda_kernels_is_not_the_one_that_was_measured(known, monkeypatch):
+    of, ours = problem(m=1, scheme="w8a8"), KERNELS["linear_w8a8.cuda"]
+    known.put(entry(of, None, 60.0, ours))
+    asked = Lookup(target(LOCAL), known)
+    assert asked.entry(ours, of)[0] is not None
+    monkeypatch.setattr(cuda, "library", lambda: SimpleNamespace(digest="cd" * 32))
+    assert asked.entry(ours, of)[0] is None
 
 
 def test_the_gpu_that_the_model_is_on_measures(monkeypatch):

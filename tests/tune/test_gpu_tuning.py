@@ -62,7 +62,7 @@ def test_the_fastest_tile_wins_and_is_kept_under_the_kernels_source():
     assert entry.problem["kernel"] == LINEAR.name
     assert entry.timings[words(tried()[0])] == 100.0
     part = stand_in(target("L4"))
-    assert entry.roof == pytest.approx(roof(LINEAR, problem(), fastest, part, 50e-6))
+    assert entry.roof == pytest.approx(roof(problem(), part, 50e-6))
 
 
 def test_less_than_three_percent_leaves_the_default():

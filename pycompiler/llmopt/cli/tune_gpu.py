@@ -114,8 +114,6 @@ def _measure(args: argparse.Namespace, target: Any, device: Any, known: Any) -> 
         for a in asked:
             task.say(str(a.problem))
             for kernel in possible(a.op, a.problem, target):
-                if kernel.function is None:
-                    continue
                 entry, _ = lookup.entry(kernel, a.problem)
                 if entry is None or args.again:
                     entry = lookup.keep(*tuning.measure(kernel, a.problem))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
 from pathlib import Path
 
 from llmopt import _C
@@ -35,7 +36,7 @@ class LinearW8A8(ctypes.Structure):
 
 
 class LinearW4A16(ctypes.Structure):
-    """y [M,N] = act(x @ wᵀ + bias) + residual; x [M,K] f16 or bf16, w 4-bit codes [N,K/2] with f16 scales (and offsets) per group."""
+    """y [M,N] = act(x @ wᵀ + bias) + residual; x [M,K] f16 or bf16, w 4-bit codes [N,K/2] with fp32 scales (and offsets) per group."""
 
     _fields_ = _fields(
         (_P, "x codes scale offset bias residual y"),
@@ -49,7 +50,10 @@ class AttentionDecode(ctypes.Structure):
 
     _fields_ = _fields(
         (_P, "q k v k_scale v_scale lengths o partial finished"),
-        (_L, "batch_stride head_stride row_stride scale_batch_stride scale_head_stride"),
+        (
+            _L,
+            "batch_stride head_stride row_stride scale_batch_stride scale_head_stride scale_row_stride",
+        ),
         (_F, "scale"),
         (_I, "batch heads kv_heads head_dim splits cache_dtype reserved"),
     )
@@ -76,6 +80,7 @@ class Library:
     """A built library of kernels over a driver. Raises CudaError when either cannot be opened, or was built from other records."""
 
     def __init__(self, path: Path, driver: str = "libcuda.so.1") -> None:
+        self.path = path
         try:
             self._library = ctypes.CDLL(str(path))
         except OSError as error:
@@ -87,6 +92,11 @@ class Library:
         if built != [ctypes.sizeof(record) for record in RECORDS]:
             raise CudaError(f"{path} was built from other sources: build it again")
         self._raise(self._library.llmopt_cuda_open(driver.encode()))
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Of the kernels and launchers as they were built."""
+        return hashlib.sha256(self.path.read_bytes()).hexdigest()
 
     def check(self) -> None:
         """Raises CudaError unless the current context's GPU can run the kernels."""

@@ -108,6 +108,10 @@ def test_attention_has_operands():
     launch = launched("attention.triton", of)
     values = [launch.arguments.get(n) for n in (*launch.reads, *launch.writes)]
     assert sum(isinstance(v, torch.Tensor) for v in values) >= 4
+    rounded = launched("attention.triton", dataclasses.replace(of, kv_dtype="fp16", qk="i8"))
+    given = {n: rounded.arguments[f"{n}_ptr"] for n in ("k", "v", "k_scale", "v_scale")}
+    assert (given["k"].dtype, given["v"].dtype) == (torch.int8, torch.float16)
+    assert (given["k_scale"] is not None, given["v_scale"] is None) == (True, True)
 
 
 def launched(name, of) -> Launch:

@@ -89,6 +89,8 @@ def seeds(kernel: Kernel, problem: Any, target: Target) -> list[Tile]:
 
 def likely(kernel: Kernel, problem: Any, part: Part, count: int = COUNT) -> list[Tile]:
     """The default, then seeds and the `count` likeliest tiles around them, best first by the model."""
+    if kernel.function is None:  # chooses its tile itself
+        return list(kernel.configs(problem, part.target))
     own = seeds(kernel, problem, part.target)
     default = own[0]
     around = {t for seed in own for t in _neighbours(seed)} - set(own)

@@ -57,6 +57,15 @@ class Work:
 
 
 @dataclass(frozen=True)
+class Least:
+    """What a problem takes at least, whatever computes it."""
+
+    flops: float
+    bytes: float  # to or from memory
+    is_integer: bool
+
+
+@dataclass(frozen=True)
 class Prediction:
     """What the model thinks of a tile."""
 
@@ -112,13 +121,13 @@ def predict(
     return Prediction(seconds, blocks_sm, limit, work.blocks / slots, bound)
 
 
-def roof(kernel: Kernel, problem: Any, tile: Tile, part: Part, seconds: float) -> float:
+def roof(problem: Any, part: Part, seconds: float) -> float:
     """The share of the limit that binds, memory or arithmetic as the maker states them, that a time reaches."""
     gpu = part.target.gpu
     assert gpu is not None
-    work = work_of(kernel, problem, tile, part)
-    peak = gpu.int8_ops if work.is_integer else gpu.f16_flops
-    return max(work.once / gpu.bandwidth, work.useful / peak) / seconds
+    least = least_of(problem)
+    peak = gpu.int8_ops if least.is_integer else gpu.f16_flops
+    return max(least.bytes / gpu.bandwidth, least.flops / peak) / seconds
 
 
 def occupancy(tile: Tile, part: Part, resources: Resources) -> tuple[int, str]:
@@ -162,6 +171,28 @@ def estimate(kernel: Kernel, problem: Any, tile: Tile, part: Part) -> Resources:
     return Resources(min(MOST_REGISTERS, int(56 + 1.2 * sums)), min(shared, gpu.smem_block))
 
 
+def least_of(problem: Any) -> Least:
+    """Operations without what is padded, and every operand read or written once."""
+    if isinstance(problem, LinearProblem):
+        p, weights = problem, 2 if problem.gated else 1
+        x, w = _operand_bytes(p)
+        groups = 0 if p.scheme == "f16" else p.k // p.group if p.group else 1
+        scales, output = 4.0 * p.n * weights * groups, p.m * p.n * _ITEM_BYTES[p.dtype]
+        num_bytes = p.m * p.k * x + p.n * p.k * w * weights + scales + output
+        return Least(2.0 * p.m * p.n * p.k * weights, num_bytes, p.scheme.endswith("a8"))
+    a = problem
+    keys, share, columns = *_keys(a), a.head_dim + a.value_dim
+    output = a.batch * a.heads * a.q_len * columns * _ITEM_BYTES[a.dtype]
+    num_bytes = a.batch * a.kv_heads * keys * columns * _ITEM_BYTES[a.kv_dtype] + output
+    return Least(2.0 * a.batch * a.heads * a.q_len * keys * share * columns, num_bytes, False)
+
+
+def _keys(p: AttentionProblem) -> tuple[int, float]:
+    """(keys that a query may see, which share of them it sees on average)."""
+    keys = min(p.kv_len, p.window + p.q_len) if p.window else p.kv_len
+    return keys, 0.5 if p.causal and p.q_len == p.kv_len and not p.window else 1.0  # the triangle
+
+
 def work_of(kernel: Kernel, problem: Any, tile: Tile, part: Part) -> Work:
     """What a launch of a problem does under a tile."""
     if isinstance(problem, LinearProblem):
@@ -193,8 +224,7 @@ def _product(kernel: Kernel, p: LinearProblem, c: GemmTile, part: Part) -> Work:
     wide = max(1, c.num_warps // high)
     smem = c.block_m * c.block_k * x * wide + c.block_n * c.block_k * w * high * weights
     widened = c.block_n * c.block_k * weights / _LANES if x != w else 0.0
-    output = p.m * p.n * _ITEM_BYTES[p.dtype]
-    scales = 4.0 * p.n * weights * (p.k // p.group if p.group else 1) if p.scheme != "f16" else 0.0
+    least = least_of(p)
     passes = 2.0 if p.norm != "none" else 1.0  # statistics first
     return Work(
         blocks=blocks,
@@ -203,10 +233,10 @@ def _product(kernel: Kernel, p: LinearProblem, c: GemmTile, part: Part) -> Work:
         clocks=widened,
         step_bytes=(min(c.block_m, p.m) * x * passes + c.block_n * w * weights) * c.block_k,
         smem_bytes=0.0 if c.block_m == 1 else smem,
-        useful=2.0 * p.m * p.n * p.k * weights,
-        once=p.m * p.k * x + p.n * p.k * w * weights + scales + output,
+        useful=least.flops,
+        once=least.bytes,
         again=2.0 * 4.0 * c.split_k * tiles * c.block_m * c.block_n * weights if c.split_k > 1 else 0.0,
-        is_integer=p.scheme.endswith("a8"),
+        is_integer=least.is_integer,
         uses_tensor_cores=c.block_m > 1,
     )  # fmt: skip
 
@@ -214,13 +244,12 @@ def _product(kernel: Kernel, p: LinearProblem, c: GemmTile, part: Part) -> Work:
 def _attention(p: AttentionProblem, c: AttentionTile, is_decode: bool) -> Work:
     """is_decode: one block has all rows of a kv head, and keys are split; else a block has rows of one head."""
     columns = p.head_dim + p.value_dim
-    keys = min(p.kv_len, p.window + p.q_len) if p.window else p.kv_len
-    share = 0.5 if p.causal and p.q_len == p.kv_len and not p.window else 1.0  # the triangle
+    keys, share = _keys(p)
     heads, rows = (p.kv_heads, 1) if is_decode else (p.heads, math.ceil(p.q_len / c.block_m))
     size = _ITEM_BYTES[p.kv_dtype]
     exponentials = c.block_m * c.block_n * 8.0 / _LANES
     widened = c.block_n * columns / _LANES if p.kv_dtype != p.dtype else 0.0
-    output = 2.0 * p.batch * p.heads * p.q_len * columns / 2 * _ITEM_BYTES[p.dtype]
+    least = least_of(p)
     again = 8.0 * p.batch * heads * c.splits * c.block_m * p.value_dim if c.splits > 1 else 0.0
     return Work(
         blocks=p.batch * heads * rows * c.splits,
@@ -229,7 +258,7 @@ def _attention(p: AttentionProblem, c: AttentionTile, is_decode: bool) -> Work:
         clocks=exponentials + widened,
         step_bytes=c.block_n * columns * size,
         smem_bytes=c.block_n * columns * size * max(1, c.num_warps // 2),
-        useful=2.0 * p.batch * p.heads * p.q_len * keys * share * columns,
-        once=p.batch * p.kv_heads * keys * columns * size + output,
+        useful=least.flops,
+        once=least.bytes,
         again=again,
     )

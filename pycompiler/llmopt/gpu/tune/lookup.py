@@ -53,7 +53,6 @@ _AROUND = (
     "plain",
 )  # hardly change which tile is best: 16-bit types are alike
 _OFF = "default: LLMOPT_TUNE=0"
-_NOT_TRITON = "not compared: CUDA C++"  # its tiles are not tuned, and it runs wherever it can
 Measure = Callable[[Kernel, Any], tuple[Entry, bool]]  # the bool: worth keeping
 
 log = logging.getLogger("llmopt")
@@ -237,8 +236,6 @@ class Lookup:
         return Chosen(kernel, tile, answer.source), answer.us
 
     def _find(self, kernel: Kernel, at: Any, is_first: bool) -> _Answer:
-        if kernel.function is None:
-            return _Answer({}, _NOT_TRITON)
         if reason := kernel.reject(at, self._target):
             return _Answer({}, f"default: {shape(at)} stands for it, where this kernel has {reason}")  # fmt: skip
         entry, reason = self.entry(kernel, at)

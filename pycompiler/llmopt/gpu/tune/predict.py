@@ -125,7 +125,7 @@ def predicted(
         {} if chosen.tile == tiles[0] else dataclasses.asdict(chosen.tile),
         _us(chosen),
         _us(default),
-        round(roof(kernel, problem, chosen.tile, part, chosen.prediction.seconds), 3),
+        round(roof(problem, part, chosen.prediction.seconds), 3),
         _reason(chosen, default, best, len(tiles) - len(usable)) + spoilt,
         {words(c.tile): _us(c) for c in usable[:_SHOWN]},
     )

@@ -83,6 +83,8 @@ def facts(kernel: Kernel, problem: Problem, source: str = "") -> dict[str, str |
 
 def source_of(kernel: Kernel) -> str:
     """A digest of a kernel's source and of all that it calls; "" while kernels are interpreted, which nobody times."""
+    if kernel.source is not None:
+        return kernel.source()[:16]
     key = getattr(kernel.function, "cache_key", None)
     return "" if key is None else hashlib.sha256(key.encode()).hexdigest()[:16]
 
@@ -164,16 +166,18 @@ def _attention(p: AttentionProblem, device: torch.device) -> Operands:
         return _tensor(p.batch, length, count, width, dtype=dtype, device=device).transpose(1, 2)
 
     q = heads(p.heads, p.q_len, p.head_dim, p.dtype)
-    k = heads(p.kv_heads, p.kv_len, p.head_dim, p.kv_dtype)
+    k_dtype = "i8" if p.qk == "i8" else p.kv_dtype
+    k = heads(p.kv_heads, p.kv_len, p.head_dim, k_dtype)
     v = heads(p.kv_heads, p.kv_len, p.value_dim, p.kv_dtype)
     o = heads(p.heads, p.q_len, p.value_dim, p.dtype)
-    scale = (
+    k_scale, v_scale = (
         _tensor(p.batch, p.kv_heads, p.kv_len, dtype="fp32", device=device)
-        if p.kv_dtype == "i8"
+        if name == "i8"
         else None
+        for name in (k_dtype, p.kv_dtype)
     )
     scores = Scores(
-        scale=p.head_dim**-0.5, causal=p.causal, offset=p.kv_len - p.q_len, window=p.window, k_scale=scale, v_scale=scale
+        scale=p.head_dim**-0.5, causal=p.causal, offset=p.kv_len - p.q_len, window=p.window, k_scale=k_scale, v_scale=v_scale
     )  # fmt: skip
     return (q, k, v, o, scores), {}
 

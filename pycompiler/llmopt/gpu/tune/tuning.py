@@ -25,6 +25,7 @@ from llmopt.types import Target
 
 BUDGET_SECONDS = 6.0  # of timing a problem, beside compiling, which a machine does once
 _WARMUP_MS, _REPEAT_MS = 2, 10
+_REPEATS = 3  # of medians, of a kernel without tiles
 _APART = 1e-2  # relative to the result: further from the default's result a tile is wrong
 
 
@@ -109,6 +110,8 @@ class Tuning:
         """The fastest tile of a problem; and whether the answer is worth keeping."""
         bench = self._bench_of(kernel, problem)
         tiles, left_out = self._usable(kernel, problem, bench)
+        if kernel.function is None:
+            return self._as_it_is(kernel, problem, bench, tiles[0])
         result = search(tiles, bench, self._budget)
         default = tiles[0]
         config = {} if result.config == default else dataclasses.asdict(result.config)
@@ -119,11 +122,20 @@ class Tuning:
             config,
             result.us,
             result.default_us,
-            roof(kernel, problem, result.config, self._part, seconds),
+            roof(problem, self._part, seconds),
             reason,
             {words(tile): us for tile, us in result.timings.items()},
         )
         return entry, result.conclusive
+
+    def _as_it_is(
+        self, kernel: Kernel, problem: Any, bench: Bench, tile: Tile
+    ) -> tuple[Entry, bool]:
+        """A kernel that chooses its tile itself: what it takes, to compare with other kernels."""
+        us = min(bench(tile) for _ in range(_REPEATS))
+        share = roof(problem, self._part, us * 1e-6)
+        of = facts(kernel, problem, source_of(kernel))
+        return Entry(of, {}, us, us, share, "it chooses its tile itself", {}), True
 
     def _usable(self, kernel: Kernel, problem: Any, bench: Bench) -> tuple[list[Tile], int]:
         """The default, then what compiles and runs, likeliest first by what it takes; and how many do not."""
