@@ -32,6 +32,7 @@ from llmopt.memory import Life, assign_slots
 from llmopt.native import kernels as native_kernels
 from llmopt.native.operands import NativeKernel
 from llmopt.native.segment import SegmentBuilder, StepRecord, Tuner
+from llmopt.ops.attention import APPENDS
 from llmopt.passes.simplify import PURE
 from llmopt.registry import Chooser, by_default
 from llmopt.sizes import Size, SizeTable, UnsupportedSize, expression
@@ -351,7 +352,7 @@ def _lower(
         for value in _value_nodes(node):
             users = [u for u in _readers(value) if not is_view(u)]
             escapes = any(levels.get(u, -1) != level for u in users)
-            if kind(node) == "llmopt.attention_append" and value.args[1] > 0:
+            if kind(node) in APPENDS and value.args[1] > 0:
                 continue  # grown caches come from the cache manager
             if escapes:
                 segment.hand_out(value)

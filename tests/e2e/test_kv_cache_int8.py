@@ -97,7 +97,8 @@ def test_assisted_decoding_crops(backend: str) -> None:
     assert torch.equal(got, want)
 
 
-def test_forked_cropped_and_reordered_caches(backend: str) -> None:
+@pytest.mark.parametrize("layout", ["rows", "arrays"])
+def test_forked_cropped_and_reordered_caches(layout: str, backend: str) -> None:
     """One prefix goes on in several ways; no branch may write into what another one still reads."""
     eager, compiled = zoo.pair("llama", backend, **ONE)
     ids = zoo.inputs("llama", 40, batch=2)["input_ids"]
@@ -120,9 +121,44 @@ def test_forked_cropped_and_reordered_caches(backend: str) -> None:
         return torch.cat(out)
 
     exact = logits(eager, DynamicCache(config=eager.config))
-    assert_much_nearer(
-        logits(compiled, llmopt.KVCache(compiled)), logits(eager, llmopt.KVCache(eager)), exact
-    )
+    caches = (llmopt.KVCache(model, layout=layout) for model in (compiled, eager))
+    assert_much_nearer(logits(compiled, next(caches)), logits(eager, next(caches)), exact)
+
+
+@BOTH
+def test_scales_beside_codes_are_those_behind_them(name: str) -> None:
+    """In eager, whatever is done to a cache: the layouts hold the same numbers."""
+    model = zoo.make(name, **ONE)
+    ids = zoo.inputs(name, 60, batch=2)["input_ids"]
+    caches = [llmopt.KVCache(model, layout=layout) for layout in ("rows", "arrays")]
+
+    def same() -> bool:
+        first, second = (cache.dequantized(0) for cache in caches)
+        return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+    logits = [[feed(model, c, piece) for piece in ids.split([40, 20], 1)] for c in caches]
+    assert torch.equal(torch.cat(logits[0], 1), torch.cat(logits[1], 1))
+    assert same()
+    assert caches[1].layers[0].keys.shape[-1] == caches[0].layers[0].keys.shape[-1] - 4
+    changes = [
+        lambda c: c.reorder_cache(torch.tensor([1, 0])),
+        lambda c: c.batch_repeat_interleave(2),
+        lambda c: c.batch_select_indices(torch.tensor([2, 0])),
+        lambda c: c.reset(),
+    ]
+    for change in changes:
+        for cache in caches:
+            change(cache)
+        assert caches[1].get_seq_length() == caches[0].get_seq_length()
+        assert caches[0].get_seq_length() == 0 or same()
+    for cache in caches:
+        feed(model, cache, ids[:, :5])
+    assert same()
+
+
+def test_a_layout_that_does_not_exist() -> None:
+    with pytest.raises(ValueError, match="no layout 'pages'; possible: rows, arrays"):
+        llmopt.KVCache(zoo.make("llama", **ONE), layout="pages")
 
 
 def test_nan_stays_visible(backend: str) -> None:

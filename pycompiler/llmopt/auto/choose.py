@@ -32,6 +32,7 @@ from llmopt.auto.plans import (
 from llmopt.auto.timing import LayerClock
 from llmopt.auto.trial import Layers, Trial
 from llmopt.graph import FLOATS, fake, is_weight, kind, view_base, weight_name
+from llmopt.ops.attention import APPENDS
 from llmopt.ops.linear import parts
 from llmopt.quant.budget import DEFAULT_BUDGET, Choice, Decision, decide
 from llmopt.quant.rounding import why_not
@@ -156,7 +157,7 @@ def _shape(node: fx.Node, m: int) -> LayerShape:
 
 def _buckets(graph: fx.Graph, layers: Layers) -> list[Bucket]:
     """Decode and prefill for a model with a growing cache; else what the inputs show."""
-    if any(kind(node) == "llmopt.attention_append" for node in graph.nodes):
+    if any(kind(node) in APPENDS for node in graph.nodes):
         return [DECODE, PREFILL]
     return [bucket_of(max(_rows(nodes[0]) for nodes in layers.values()))]
 

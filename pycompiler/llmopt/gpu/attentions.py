@@ -1,4 +1,4 @@
-"""ops.attention and ops.attention_append on a GPU: rotation and append in one launch, then attention in another."""
+"""ops.attention and those that append on a GPU: rotation and append in one launch, then attention in another."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from llmopt.gpu.segment import Call, GpuSegmentBuilder, Number, Operand
 from llmopt.graph import argument, fake
 from llmopt.launch import AttentionProblem, Launch, RowProblem
 from llmopt.native import attention as cpu
-from llmopt.native.operands import NativeKernel, batch_broadcast, broadcast
+from llmopt.native.operands import NativeKernel, batch_broadcast, broadcast, reject_angles
 from llmopt.native.program import View
 from llmopt.native.segment import KvSpec
 from llmopt.ops.kv_codes import SCALE_BYTES
@@ -34,6 +34,14 @@ class _Attention:
     window: Number
     softcap: float
     qk: str  # "int8": queries and keys are rounded before they are multiplied
+    k_scale: Operand | None = None  # [B,Hkv,Skv,1] of codes whose scales are not behind them
+    v_scale: Operand | None = None
+
+    def keys_and_values(self, call: Call) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+        """(keys [B,Hkv,Skv,D], their scales [B,Hkv,Skv] or None, values, theirs)."""
+        pairs = ((self.k, self.k_scale), (self.v, self.v_scale))
+        (k, k_scale), (v, v_scale) = (_codes_and_scales(call, *pair) for pair in pairs)
+        return k, k_scale, v, v_scale
 
     def launches(self, call: Call) -> list[Launch]:
         q = call.tensor(self.q)
@@ -45,15 +53,13 @@ class _Attention:
         from llmopt.kernels.attention_decode import MOST_ROWS
         from llmopt.kernels.operands import dtype_name
 
-        k, v, o, mask = (call.tensor(t) for t in (self.k, self.v, self.o, self.mask))
-        assert k is not None
-        assert v is not None
+        o, mask = call.tensor(self.o), call.tensor(self.mask)
         assert o is not None
         if o.numel() == 0:
             return []
         before: list[Launch] = []
         window, mean = call.values[self.window.id], None
-        (k, k_scale), (v, v_scale) = codes_and_scales(k), codes_and_scales(v)
+        k, k_scale, v, v_scale = self.keys_and_values(call)
         # Rounding every key pays where many queries read it (predicted).
         many = q.shape[1] // k.shape[1] * q.shape[2] > MOST_ROWS
         qk = "i8" if self.qk == "int8" and many else "same"
@@ -72,10 +78,25 @@ class _Attention:
 
 
 def _lie_densely(q: Tensor, k: Tensor, v: Tensor, o: Tensor) -> bool:
-    """Whether one query's heads [B,H,1,D] are one piece of memory, and keys and values have equal strides; of more queries, True."""
+    """Of one query: its heads [B,H,1,D] are one piece of memory, keys and values have equal strides, rows begin at 8 elements.
+
+    Of more queries, True.
+    """
     if q.shape[2] > 1:
         return True
+    starts = (t.storage_offset() for t in (q, k, v, o))
+    if any(number % 8 for number in (*starts, *k.stride()[:3])):
+        return False
     return q.is_contiguous() and o.is_contiguous() and k.stride() == v.stride()
+
+
+def _codes_and_scales(
+    call: Call, codes: Operand, scales: Operand | None
+) -> tuple[Tensor, Tensor | None]:
+    """A cache's codes and scales, wherever they are; floats as they are."""
+    tensor, beside = call.tensor(codes), call.tensor(scales)
+    assert tensor is not None
+    return codes_and_scales(tensor) if beside is None else (tensor, beside[..., 0])
 
 
 def codes_and_scales(rows: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -118,17 +139,17 @@ class _Append:
 
         tensors = [self.attention.q, self.k_new, self.v_new, self.cos, self.sin]
         q, k_new, v_new, cos, sin = map(call.tensor, tensors)
-        keys, values = call.tensor(self.attention.k), call.tensor(self.attention.v)
         assert q is not None
         assert k_new is not None
         assert v_new is not None
-        assert keys is not None
-        assert values is not None
         if q.numel() == 0:
             return []
         new = k_new.shape[2]
-        k_out, k_scale = codes_and_scales(keys[:, :, keys.shape[2] - new :])
-        v_out, v_scale = codes_and_scales(values[:, :, values.shape[2] - new :])
+        behind = (
+            None if t is None else t[:, :, t.shape[2] - new :]
+            for t in self.attention.keys_and_values(call)
+        )  # fmt: skip
+        k_out, k_scale, v_out, v_scale = behind
         rows = RowProblem(k_new.shape[0] * new, k_new.shape[3], dtype_name(q.dtype))
         q_in = turned = None
         if self.rope_kind != "none":
@@ -142,7 +163,8 @@ class _Append:
 
 def _reject(node: fx.Node) -> str:
     caches = [fake(t) for t in node.args[1:3]]
-    return cpu.reject_attention(node) or _reject_mixed(node.args[:3]) or _reject_codes(caches)
+    reason = cpu.reject_attention(node) or _reject_mixed(node.args[:3])
+    return reason or ("" if node.kwargs.get("k_scale") is not None else _reject_codes(caches))
 
 
 def _reject_append(node: fx.Node) -> str:
@@ -157,6 +179,14 @@ def _reject_append(node: fx.Node) -> str:
         or _reject_mixed((q, k_new, v_new))
         or _reject_codes(fake(node)[1:])
     )
+
+
+def _reject_append_arrays(node: fx.Node) -> str:
+    q, k_new, v_new, *_, cos, sin, rope_kind, mask = (argument(node, i, "") for i in range(11))
+    if fake(q).shape[2] != fake(k_new).shape[2] and (rope_kind or "none") != "none":
+        return "queries and new keys differ in length"
+    reason = "" if cos is None else reject_angles(q, cos, sin)
+    return reason or cpu.reject_heads(q, (k_new, v_new), mask) or _reject_mixed((q, k_new, v_new))
 
 
 def _reject_mixed(tensors: Sequence[fx.Node]) -> str:
@@ -177,8 +207,8 @@ def _reject_codes(caches: Sequence[Tensor]) -> str:
 
 
 def _describe(
-    s: GpuSegmentBuilder, node: fx.Node, first: int, q: View, k: View, v: View, o: View
-) -> _Attention:
+    s: GpuSegmentBuilder, node: fx.Node, first: int, q: View, k: View, v: View, o: View, *scales: View | None
+) -> _Attention:  # fmt: skip
     """The attention of a node whose settings begin at argument `first`, over these operands."""
     a = cpu.attention_settings(node, first)
     mask = s.view(a["mask"])
@@ -189,6 +219,7 @@ def _describe(
     return _Attention(
         q_, k_, v_, o_, s.operand(mask), a["scale"], bool(a["causal"]),  # type: ignore[arg-type]
         s.number(a["causal_offset"]), s.number(a["window"]), a["softcap"], node.kwargs.get("qk", "same"),
+        *(s.operand(t) for t in scales),
     )  # fmt: skip
 
 
@@ -198,7 +229,8 @@ def _qk(node: fx.Node) -> str:
 
 def _lower(s: GpuSegmentBuilder, node: fx.Node) -> None:
     q, k, v = node.args[:3]
-    attention = _describe(s, node, 3, s.view(q), s.view(k), s.view(v), s.view(node))
+    scales = [s.view(node.kwargs.get(name)) for name in ("k_scale", "v_scale")]
+    attention = _describe(s, node, 3, s.view(q), s.view(k), s.view(v), s.view(node), *scales)
     a = cpu.attention_settings(node, 3)
     detail = "causal" if a["causal"] else "full" if a["mask"] is None else "mask"
     detail += cpu.codes(fake(k)) + _qk(node)
@@ -209,19 +241,22 @@ def _lower(s: GpuSegmentBuilder, node: fx.Node) -> None:
 
 
 def _lower_append(s: GpuSegmentBuilder, node: fx.Node) -> None:
-    q, k_new, v_new, k_cache, v_cache, cos, sin, rope_kind = (
-        argument(node, i, "") for i in range(8)
-    )
-    _, keys, values = fake(node)
+    """caches: those of keys and values, then of their scales where they have a tensor of their own."""
+    q, k_new, v_new = node.args[:3]
+    grown = fake(node)[1:]
+    first = 3 + len(grown)  # the argument behind the caches
     caches = []
-    for i, (cache, new, whole) in enumerate(((k_cache, k_new, keys), (v_cache, v_new, values))):
-        b, h, n, _ = fake(new).shape
+    for i, (cache, whole) in enumerate(zip(node.args[3:first], grown, strict=True)):
+        b, h, n, _ = fake(v_new if i % 2 else k_new).shape
         number = None if cache is None else s.argument(cache)
-        buffer = s.grow(
-            KvSpec(number, b, h, n, int(whole.shape[3]), whole.dtype), s.part(node, 1 + i)
-        )
+        spec = KvSpec(number, b, h, n, int(whole.shape[3]), whole.dtype)
+        buffer = s.grow(spec, s.part(node, 1 + i))
         caches.append(View(buffer, whole.dtype, tuple(whole.shape), tuple(whole.stride())))
-    attention = _describe(s, node, 8, s.view(q), caches[0], caches[1], s.view(s.part(node, 0)))
+    cos, sin, rope_kind = (argument(node, first + i, "") or None for i in range(3))
+    keys, values, *scales = caches
+    attention = _describe(
+        s, node, first + 3, s.view(q), keys, values, s.view(s.part(node, 0)), *scales
+    )
     append = _Append(
         attention,
         k_new=s.operand(s.view(k_new)),  # type: ignore[arg-type]
@@ -230,12 +265,12 @@ def _lower_append(s: GpuSegmentBuilder, node: fx.Node) -> None:
         sin=s.operand(batch_broadcast(s, sin, q)),
         rope_kind=rope_kind or "none",
     )
-    a = cpu.attention_settings(node, 8)
-    detail = "append" + (f"+rope_{rope_kind}" if rope_kind != "none" else "")
+    a = cpu.attention_settings(node, first + 3)
+    detail = "append" + (f"+rope_{append.rope_kind}" if append.rope_kind != "none" else "")
     detail += "+causal" if a["causal"] else "+mask" if a["mask"] is not None else ""
-    detail += cpu.codes(keys) + _qk(node)
+    detail += cpu.codes(grown[0]) + _qk(node)
     record = cpu.attention_record(
-        node, q, (keys, values), detail, (q, k_new, v_new), (), impl="triton"
+        node, q, (grown[0], grown[1]), detail, (q, k_new, v_new), (), impl="triton"
     )
     s.launch(append.launches, record)
 
@@ -243,4 +278,7 @@ def _lower_append(s: GpuSegmentBuilder, node: fx.Node) -> None:
 KERNELS = {
     "llmopt.attention": NativeKernel("attention.triton", _reject, _lower),
     "llmopt.attention_append": NativeKernel("attention.triton", _reject_append, _lower_append),
+    "llmopt.attention_append_arrays": NativeKernel(
+        "attention.triton", _reject_append_arrays, _lower_append
+    ),
 }

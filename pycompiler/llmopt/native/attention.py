@@ -41,12 +41,18 @@ def attention_settings(node: fx.Node, first: int) -> dict[str, Any]:
     }
 
 
-def _reject_heads(q: fx.Node, keys_and_values: Sequence[fx.Node], mask: fx.Node | None) -> str:
+def reject_heads(
+    q: fx.Node,
+    keys_and_values: Sequence[fx.Node],
+    mask: fx.Node | None,
+    scale_bytes: int = SCALE_BYTES,
+) -> str:
+    """scale_bytes: that codes of a head end with."""
     for t in (q, *keys_and_values):
         is_codes = t is not q and fake(t).dtype == torch.int8
         if not (is_codes or fake(t).dtype in FLOATS) or not same_size(fake(t).stride(-1), 1):
             return "attention needs float tensors, or rows of codes, with a dense last dimension"
-        size = fake(t).shape[3] - (SCALE_BYTES if is_codes else 0)
+        size = fake(t).shape[3] - (scale_bytes if is_codes else 0)
         if not are_static(size) or int(size) > 256:
             return f"head size {size}: up to 256 is possible"
     if mask is not None and fake(mask).dtype not in (torch.bool, *FLOATS):
@@ -58,13 +64,19 @@ def _reject_heads(q: fx.Node, keys_and_values: Sequence[fx.Node], mask: fx.Node 
     return ""
 
 
-def _reject_qk(node: fx.Node) -> str:
+def _reject_for_gpus(node: fx.Node) -> str:
+    if node.kwargs.get("k_scale") is not None:
+        return (
+            "scales in tensors of their own are for GPUs: KVCache(model, layout='rows') is for CPUs"
+        )
     qk = node.kwargs.get("qk", "same")
     return "" if qk == "same" else f"products of queries and keys in {qk} are for GPUs"
 
 
 def reject_attention(node: fx.Node) -> str:
-    return _reject_heads(node.args[0], node.args[1:3], attention_settings(node, 3)["mask"])
+    scale_bytes = SCALE_BYTES if node.kwargs.get("k_scale") is None else 0
+    mask = attention_settings(node, 3)["mask"]
+    return reject_heads(node.args[0], node.args[1:3], mask, scale_bytes)
 
 
 def reject_attention_append(node: fx.Node) -> str:
@@ -76,7 +88,7 @@ def reject_attention_append(node: fx.Node) -> str:
             return "the cache's dtype differs from the new keys' dtype"
         if fake(new).dtype not in FLOATS:
             return f"new keys of {fake(new).dtype}: f32, f16 and bf16 are possible"
-    return _reject_heads(q, (k_new, v_new), attention_settings(node, 8)["mask"])
+    return reject_heads(q, (k_new, v_new), attention_settings(node, 8)["mask"])
 
 
 def _dense_strides(size: Sequence[Size]) -> tuple[Size, ...]:
@@ -195,11 +207,11 @@ def _lower_attention_append(s: SegmentBuilder, node: fx.Node) -> None:
 
 KERNELS = {
     "llmopt.attention": NativeKernel(
-        "attention.cpu", lambda n: _reject_qk(n) or reject_attention(n), _lower_attention
+        "attention.cpu", lambda n: _reject_for_gpus(n) or reject_attention(n), _lower_attention
     ),
     "llmopt.attention_append": NativeKernel(
         "attention.cpu",
-        lambda n: _reject_qk(n) or reject_attention_append(n),
+        lambda n: _reject_for_gpus(n) or reject_attention_append(n),
         _lower_attention_append,
     ),
 }

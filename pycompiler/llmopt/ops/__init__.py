@@ -4,7 +4,7 @@ A fused graph calls these functions. Each runs eagerly as it is (that is its ref
 problem); its attribute `fake` gives shape, dtype and layout of the result from example values. Ops never mention kernels.
 """
 
-from llmopt.ops.attention import attention, attention_append
+from llmopt.ops.attention import attention, attention_append, attention_append_arrays
 from llmopt.ops.embedding import embedding
 from llmopt.ops.linear import linear
 from llmopt.ops.linear_quantized import dequantize, linear_quantized
@@ -16,6 +16,7 @@ from llmopt.ops.rotary_table import rotary_table
 ALL = (
     attention,
     attention_append,
+    attention_append_arrays,
     dequantize,
     embedding,
     linear,
@@ -30,6 +31,7 @@ __all__ = [
     "ALL",
     "attention",
     "attention_append",
+    "attention_append_arrays",
     "dequantize",
     "embedding",
     "linear",

@@ -11,9 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmopt.ops.kv_codes import SCALE_BYTES, dequantize_rows, quantize_rows
+from llmopt.ops.kv_codes import (
+    SCALE_BYTES,
+    dequantize_arrays,
+    dequantize_rows,
+    quantize_arrays,
+    quantize_rows,
+)
 from llmopt.ops.rope import rope
 from llmopt.sizes import Size
+
+# Kinds of nodes that append to caches: their first result is the attention, the others are the grown caches.
+APPENDS = ("llmopt.attention_append", "llmopt.attention_append_arrays")
 
 
 def _allowed(q: Tensor, k: Tensor, causal: bool, offset: int, window: int) -> Tensor | None:
@@ -36,16 +45,18 @@ def attention(
     window: int = 0,
     softcap: float = 0.0,
     qk: str = "same",
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
     """q [B,H,Sq,D], k [B,Hkv,Skv,D], v [B,Hkv,Skv,Dv] → [B,H,Sq,Dv] in q's dtype; H a multiple of Hkv.
 
-    k and v may be int8 rows of ops.kv_codes, four bytes longer.
+    k and v may be int8 rows of ops.kv_codes, four bytes longer; or int8 codes with k_scale and v_scale [B,Hkv,Skv,1] beside them.
     mask: bool (True = attend) or additive float, broadcastable to [B,H,Sq,Skv]. Computed in float32. A row with no key gives zeros.
     qk: "int8" rounds queries and keys to signed bytes before they are multiplied, a scale for each, keys less their mean over all
     positions (unless they are codes already); a kernel may leave few queries as they are.
     """
     group = q.shape[1] // k.shape[1]
-    floats = [dequantize_rows(t) if t.dtype == torch.int8 else t.float() for t in (k, v)]
+    floats = [_widened(t, scale) for t, scale in ((k, k_scale), (v, v_scale))]
     kf, vf = (t.repeat_interleave(group, 1) if group > 1 else t for t in floats)
     if qk == "int8":
         scores = _rounded_scores(q.float(), kf, k.dtype == torch.int8) * scale
@@ -67,6 +78,12 @@ def attention(
     return torch.matmul(weights, vf).to(q.dtype)
 
 
+def _widened(t: Tensor, scale: Tensor | None) -> Tensor:
+    if scale is not None:
+        return dequantize_arrays(t, scale)
+    return dequantize_rows(t) if t.dtype == torch.int8 else t.float()
+
+
 def _rounded_scores(q: Tensor, k: Tensor, is_rounded: bool) -> Tensor:
     """q kᵀ of queries and keys that are rounded row by row; k [B,H,Skv,D] is less its mean meanwhile, unless it is rounded."""
     queries = dequantize_rows(quantize_rows(q))
@@ -77,10 +94,12 @@ def _rounded_scores(q: Tensor, k: Tensor, is_rounded: bool) -> Tensor:
     return torch.matmul(queries, keys.transpose(2, 3)) + torch.matmul(q, mean.transpose(2, 3))
 
 
-def _fake(q: Tensor, k: Tensor, v: Tensor, *_settings: Any, **_named: Any) -> Tensor:
+def _fake(
+    q: Tensor, k: Tensor, v: Tensor, *_settings: Any, v_scale: Tensor | None = None, **_named: Any
+) -> Tensor:
     # Memory order [B,Sq,H,Dv]: the projection that follows reads rows of H·Dv.
     b, h, s, _ = q.shape
-    d = v.shape[3] - (SCALE_BYTES if v.dtype == torch.int8 else 0)
+    d = v.shape[3] - (SCALE_BYTES if v.dtype == torch.int8 and v_scale is None else 0)
     strides = (s * h * d, d, h * d, 1)
     return torch.empty_strided((b, h, s, d), strides, dtype=q.dtype, device=q.device)
 
@@ -152,3 +171,58 @@ def _fake_append(
 
 
 attention_append.fake = _fake_append  # type: ignore[attr-defined]
+
+
+def attention_append_arrays(
+    q: Tensor,
+    k_new: Tensor,
+    v_new: Tensor,
+    k_cache: Tensor | None,
+    v_cache: Tensor | None,
+    k_scales: Tensor | None,
+    v_scales: Tensor | None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    rope_kind: str = "none",
+    mask: Tensor | None = None,
+    scale: float = 1.0,
+    causal: bool = False,
+    causal_offset: int = 0,
+    window: int = 0,
+    softcap: float = 0.0,
+    *,
+    qk: str = "same",
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """attention_append over caches of codes [B,Hkv,S,·] int8 whose scales [B,Hkv,S,1] float32 are tensors of their own.
+
+    Returns (out, keys, values, their scales, theirs); caches and scales of None are empty.
+    """
+    if rope_kind != "none":
+        assert cos is not None
+        assert sin is not None
+        q, k_new = rope(q, cos, sin, rope_kind), rope(k_new, cos, sin, rope_kind)
+    (keys, key_scales), (values, value_scales) = quantize_arrays(k_new), quantize_arrays(v_new)
+    olds = (k_cache, v_cache, k_scales, v_scales)
+    news = (keys, values, key_scales, value_scales)
+    joined = (n if o is None else torch.cat((o, n), 2) for o, n in zip(olds, news, strict=True))
+    keys, values, key_scales, value_scales = joined
+    out = attention(
+        q, keys, values, mask, scale, causal, causal_offset, window, softcap, qk, key_scales, value_scales
+    )  # fmt: skip
+    return out, keys, values, key_scales, value_scales
+
+
+def _fake_append_arrays(
+    q: Tensor, k_new: Tensor, v_new: Tensor, k_cache: Tensor | None, *_more: Any, **_named: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    b, h, s, _ = k_new.shape
+    length, device = s if k_cache is None else k_cache.shape[2] + s, k_new.device
+    keys, values = (
+        slab_empty(b, h, length, t.shape[3], torch.int8, device) for t in (k_new, v_new)
+    )
+    scales = [slab_empty(b, h, length, 1, torch.float32, device) for _ in range(2)]
+    out = _fake(q, keys, values, v_scale=scales[1])
+    return out, keys, values, scales[0], scales[1]
+
+
+attention_append_arrays.fake = _fake_append_arrays  # type: ignore[attr-defined]

@@ -24,6 +24,7 @@ from llmopt.graph import (
     same_size,
     storage,
 )
+from llmopt.ops.attention import APPENDS
 from llmopt.ops.linear import parts
 from llmopt.writes import mutated_storages
 
@@ -69,5 +70,5 @@ _OPERANDS: dict[str, Callable[[fx.Node], list[tuple[Any, Callable[[torch.Tensor]
     "llmopt.linear": _of_linear,
     "llmopt.norm": lambda node: [(node.args[0], _last_is_dense)],
     "llmopt.attention": _of_heads,
-    "llmopt.attention_append": _of_heads,
+    **dict.fromkeys(APPENDS, _of_heads),
 }

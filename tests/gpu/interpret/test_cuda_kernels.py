@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import llmopt
 import pytest
 import torch
@@ -13,8 +15,12 @@ from llmopt.counters import MOST_TILES, counters
 from llmopt.gpu import executor
 from llmopt.gpu.plan import tensors
 from llmopt.gpu.run import run
+from llmopt.gpu.tune import tuning
+from llmopt.gpu.tune.tuning import LaunchBench, Tuning
 from llmopt.launch import AttentionProblem, LinearProblem
 from llmopt.native import cuda
+from llmopt.ops.kv_codes import dequantize_arrays, quantize_arrays
+from llmopt.quant.kv_cache import dequantize_kv_arrays
 from llmopt.target import gpu_target
 
 from tests.tolerance import assert_close
@@ -60,6 +66,51 @@ def test_a_linear_of_8_bits(emulator, dtype):
     assert "linear_w8a8.cuda" in str(alive()[-1].plan)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_linear_of_4_bits(emulator, dtype):
+    """Its input is a part of wider rows, and begins where no 16 bytes do."""
+    model = torch.nn.Sequential(torch.nn.Linear(64, 40), torch.nn.SiLU()).to(dtype)
+    model = llmopt.quantize(model, "w4a16")
+    x = torch.randn(3, 70).to(dtype)[:, 3:67]
+    with torch.no_grad(), emulator.counting() as counters:
+        got = compiled(model)(x)
+        assert_close(got, model.float()(x.float()).double(), dtype)
+    assert counters.launches == 1
+    assert "linear_w4a16.cuda" in str(alive()[-1].plan)
+
+
+def test_a_linear_of_8_bits_where_its_gemm_is_chosen(emulator, monkeypatch):
+    """By rule Triton's runs; a tuner that measured this one to be faster chooses as here."""
+    gemm = registry.KERNELS["linear_w8a8_gemm.cuda"]
+    monkeypatch.setitem(registry.KERNELS, gemm.name, replace(gemm, rank=1))
+    model = torch.nn.Sequential(torch.nn.Linear(64, 40)).half()
+    model = llmopt.quantize(model, "w8a8", group="channel")
+    x = torch.randn(20, 64).half()
+    with torch.no_grad(), emulator.counting() as counters:
+        got = compiled(model)(x)
+        assert_close(got, model.float()(x.float()).double(), torch.float16)
+    assert counters.launches == 1
+    assert "linear_w8a8_gemm.cuda" in str(alive()[-1].plan)
+
+
+def test_the_tuner_times_one(emulator, monkeypatch):
+    """The clock is the test's own, the launch is a real one."""
+    of, kernel = LinearProblem(3, 32, 64, "fp16", "w8a8"), registry.KERNELS["linear_w8a8.cuda"]
+    cpu = torch.device("cpu")
+
+    def timer(call):
+        call()
+        return 0.25
+
+    monkeypatch.setattr(tuning, "run", executor.run)  # which shows the emulator its tensors
+    entry, conclusive = Tuning(
+        AMPERE, cpu, bench_of=lambda *of: LaunchBench(*of, AMPERE, cpu, timer)
+    ).measure(kernel, of)
+    assert (entry.config, entry.us, conclusive) == ({}, 250.0, True)
+    assert entry.problem["source"] == emulator.library.digest[:16]
+    assert 0 < entry.roof < 1
+
+
 @pytest.mark.parametrize("keys", [33, 700])  # 700 are split among blocks
 def test_attention_of_one_query(emulator, keys):
     q = torch.randn(1, 4, 1, 64).half()
@@ -72,17 +123,45 @@ def test_attention_of_one_query(emulator, keys):
     assert "attention_decode.cuda" in str(alive()[-1].plan)
 
 
+def test_attention_of_one_query_over_codes(emulator):
+    """Scales lie as a growing cache has them: a token's heads side by side."""
+    q = torch.randn(1, 4, 1, 64).half()
+    cache = [quantize_arrays(torch.randn(70, 1, 2, 64).permute(1, 2, 0, 3)) for _ in range(2)]
+    (k, k_scale), (v, v_scale) = cache
+    k_scale, v_scale = (s.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3) for s in (k_scale, v_scale))  # fmt: skip
+
+    def attend(q, k, k_scale, v, v_scale):
+        keys, values = (
+            dequantize_kv_arrays(*pair, q.dtype) for pair in ((k, k_scale), (v, v_scale))
+        )
+        return F.scaled_dot_product_attention(q, keys, values, enable_gqa=True)
+
+    with torch.no_grad(), emulator.counting() as counters:
+        got = compiled(attend)(q, k, k_scale, v, v_scale)
+    wide = (dequantize_arrays(*pair).double() for pair in ((k, k_scale), (v, v_scale)))
+    assert_close(got, F.scaled_dot_product_attention(q.double(), *wide, enable_gqa=True))
+    assert counters.launches == 1
+    assert "attention_decode.cuda" in str(alive()[-1].plan)
+
+
 def test_what_they_cannot_do_is_tritons(emulator):
     linear = LinearProblem(3, 64, 64, "fp16", "w8a8")
     assert registry.choose("linear_quantized", linear, AMPERE)[0].name == "linear_w8a8.cuda"
     for more in ({"m": 9}, {"group": 64}, {"offsets": True}, {"gated": True}, {"dtype": "fp32"}):
-        p = LinearProblem(**{**linear.__dict__, **more})
+        p = replace(linear, **more)
         assert registry.choose("linear_quantized", p, AMPERE)[0].name == "linear_w8a8.triton"
+    nibbles = LinearProblem(3, 64, 64, "fp16", "w4a16", 32)
+    assert registry.choose("linear_quantized", nibbles, AMPERE)[0].name == "linear_w4a16.cuda"
+    for more in ({"m": 9}, {"group": 0}, {"gated": True}, {"norm": "rms"}):
+        p = replace(nibbles, **more)
+        assert registry.choose("linear_quantized", p, AMPERE)[0].name == "linear_weight_only.triton"
     decode = AttentionProblem(1, 4, 4, 1, 33, 64, 64, "fp16", "fp16")
-    assert registry.choose("attention", decode, AMPERE)[0].name == "attention_decode.cuda"
+    for p in (decode, replace(decode, kv_dtype="i8")):
+        assert registry.choose("attention", p, AMPERE)[0].name == "attention_decode.cuda"
     many = {"batch": 1 << 14, "heads": 8, "kv_heads": 8}  # more than there are counters
-    for more in ({"special": True}, {"window": 4}, {"kv_dtype": "i8"}, {"head_dim": 96, "value_dim": 96}, many):  # fmt: skip
-        p = AttentionProblem(**{**decode.__dict__, **more})
+    impossible = ({"special": True}, {"window": 4}, {"dtype": "bf16", "kv_dtype": "bf16"}, many)
+    for more in (*impossible, {"head_dim": 96, "value_dim": 96}):
+        p = replace(decode, **more)
         assert registry.choose("attention", p, AMPERE)[0].name == "attention_decode.triton"
 
 

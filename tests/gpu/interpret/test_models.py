@@ -158,14 +158,15 @@ def test_prefill_and_decode_with_a_growing_cache(name):
         assert_close(mine.values, theirs.values)
 
 
-def test_a_cache_of_codes():
+@pytest.mark.parametrize("layout", ["rows", "arrays"])
+def test_a_cache_of_codes(layout):
     """Prefill and decode read and write llmopt.KVCache as codes, as close to the exact result as on the CPU."""
     model = build("llama", torch.float16, layers=1)
     ids = torch.randint(0, 100, (1, 19))
     pieces = ids[:, :17], ids[:, 17:18], ids[:, 18:]
 
     def logits(run):
-        cache = llmopt.KVCache(model)
+        cache = llmopt.KVCache(model, layout=layout)
         with torch.no_grad():
             found = [run(input_ids=p, past_key_values=cache, use_cache=True).logits for p in pieces]
         return torch.cat(found, 1), cache
