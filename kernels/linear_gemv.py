@@ -5,6 +5,8 @@ Same operands and epilogue as linear.py; the bytes of W are the limit, so nothin
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import triton
 import triton.language as tl
 from llmopt.kernels.gemm import epilogue, normalise, row_statistics
@@ -26,8 +28,11 @@ def reject(p: LinearProblem, t: Target) -> str:
 
 
 def tiles(p: LinearProblem, t: Target) -> tuple[GemmTile, ...]:
-    fewest = [c for c in TILES if triton.cdiv(p.n, c.block_n) * p.m >= t.gpu.sms]
-    return (*fewest, *(c for c in TILES if c not in fewest))
+    given = TILES
+    if p.gated and p.dtype == "fp32":  # two weights of four bytes fill twice the registers
+        given = tuple(replace(c, block_k=c.block_k // 2) for c in TILES)
+    fewest = [c for c in given if triton.cdiv(p.n, c.block_n) * p.m >= t.gpu.sms]
+    return (*fewest, *(c for c in given if c not in fewest))
 
 
 def reject_tile(c: GemmTile, p: LinearProblem, t: Target) -> str:

@@ -37,6 +37,8 @@ def reject(p: LinearProblem, t: Target) -> str:
         return f"K={p.k} is not a multiple of 16"
     if p.group not in (0, 32, 64, 128):
         return f"groups of {p.group}: 32, 64, 128 and all of K are possible"
+    if p.group and p.k % p.group:
+        return f"groups of {p.group} do not divide K={p.k}"
     return ""
 
 
@@ -66,8 +68,11 @@ def _fit(tile: GemmTile, p: LinearProblem, t: Target) -> GemmTile:
         )
     if p.gated and tile.block_m * tile.block_n > 64 * 64:
         tile = replace(tile, block_n=tile.block_n // 2, num_warps=8)
+    if p.gated and p.group and tile.block_m * tile.block_n >= 64 * 64:
+        tile = replace(tile, block_n=32, num_warps=8)
     if t.device == "hip":
-        tile = replace(tile, num_stages=2)
+        # Eight warps of 64 lanes would leave each lane half of the registers.
+        tile = replace(tile, num_warps=4 if p.group else tile.num_warps, num_stages=2)
     while _smem(tile, p) > t.gpu.smem_block and tile.num_stages > 2:
         tile = replace(tile, num_stages=tile.num_stages - 1)
     return _split(tile, p, t)
@@ -81,7 +86,7 @@ def _fit_4_bits(tile: GemmTile, p: LinearProblem, t: Target) -> GemmTile:
         block_n = 32
     tile = replace(
         tile, block_m=min(tile.block_m, 32), block_n=block_n, block_k=block_k,
-        num_warps=4 if block_k == 32 else 8, num_stages=2 if t.device == "hip" else 3,
+        num_warps=4 if block_k == 32 or t.device == "hip" else 8, num_stages=2 if t.device == "hip" else 3,
     )  # fmt: skip
     return tile if _smem(tile, p) <= t.gpu.smem_block else replace(tile, num_stages=2)
 
@@ -102,20 +107,18 @@ def _codes_bytes(p: LinearProblem) -> float:
 
 
 @triton.jit
-def _codes(w_rows, col_mask, k, K, BITS: tl.constexpr, ZERO: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Codes less zero of one K step as [BLOCK_K, BLOCK_N] s8."""
+def _codes(
+    w_rows, col_mask, k, K, BITS: tl.constexpr, ZERO: tl.constexpr, GROUPED: tl.constexpr, BLOCK_K: tl.constexpr
+):  # fmt: skip
+    """Codes less zero of one K step as [BLOCK_K, BLOCK_N] s8; a group is whole, so that its step has no end to watch."""
     if BITS == 8:
         ks = k + tl.arange(0, BLOCK_K)
-        codes = tl.load(
-            w_rows[None, :] + ks[:, None], mask=col_mask[None, :] & (ks < K)[:, None], other=0
-        )
+        inside = col_mask[None, :] if GROUPED else col_mask[None, :] & (ks < K)[:, None]
+        codes = tl.load(w_rows[None, :] + ks[:, None], mask=inside, other=0)
     else:
         halves = k // 2 + tl.arange(0, BLOCK_K // 2)
-        both = tl.load(
-            w_rows[:, None] + halves[None, :],
-            mask=col_mask[:, None] & (halves < K // 2)[None, :],
-            other=0,
-        )
+        inside = col_mask[:, None] if GROUPED else col_mask[:, None] & (halves < K // 2)[None, :]
+        both = tl.load(w_rows[:, None] + halves[None, :], mask=inside, other=0)
         low, high = (both & 15).to(tl.int8) - ZERO, (both >> 4).to(tl.int8) - ZERO
         codes = tl.trans(tl.interleave(low, high))
     return codes
@@ -157,13 +160,12 @@ def _kernel(
     x_sum = tl.zeros((BLOCK_M,), tl.int32)
     for k in range(first, end, BLOCK_K):
         ks = k + tl.arange(0, BLOCK_K)
-        x = tl.load(
-            x_rows[:, None] + ks[None, :], mask=row_mask[:, None] & (ks < K)[None, :], other=0
-        )
+        inside = row_mask[:, None] if GROUPED else row_mask[:, None] & (ks < K)[None, :]
+        x = tl.load(x_rows[:, None] + ks[None, :], mask=inside, other=0)
         if w_offset_ptr is not None:
             of_step = tl.sum(x.to(tl.int32), 1)
             x_sum = of_step if GROUPED else x_sum + of_step
-        w = _codes(w_rows, col_mask, k, K, BITS, ZERO, BLOCK_K)
+        w = _codes(w_rows, col_mask, k, K, BITS, ZERO, GROUPED, BLOCK_K)
         if GROUPED:
             group = k // BLOCK_K
             x_scale = tl.load(x_scale_ptr + rows * groups + group, mask=row_mask, other=0.0)
@@ -172,7 +174,7 @@ def _kernel(
         else:
             sums = tl.dot(x, w, sums, out_dtype=tl.int32)
         if up_ptr is not None:
-            u = _codes(u_rows, col_mask, k, K, BITS, ZERO, BLOCK_K)
+            u = _codes(u_rows, col_mask, k, K, BITS, ZERO, GROUPED, BLOCK_K)
             if GROUPED:
                 product = tl.dot(x, u, out_dtype=tl.int32)
                 up = _fold(up, product, x_scale, x_sum, up_scale_ptr, up_offset_ptr, cols, col_mask, groups, group)  # fmt: skip

@@ -57,6 +57,9 @@ def _fit(tile: GemmTile, p: LinearProblem, t: Target) -> GemmTile:
         )  # widened codes are in registers on their way to the tensor cores
     if t.device == "hip":
         tile = replace(tile, num_stages=2)
+        if p.gated and tile.block_m * tile.block_k > 16 * 128:
+            # Eight warps of 64 lanes would leave each lane half of the registers.
+            tile = replace(tile, block_n=32, num_warps=4)
     if p.m > 16:
         return tile
     return replace(tile, split_k=splits_for(triton.cdiv(p.n, tile.block_n), p.k // tile.block_k, t))

@@ -30,7 +30,9 @@ _INSTRUCTIONS = {
         "tensor core": r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)[\w.:]*",
         "async copy": r"\bcp\.async\.(?:cg|ca)[\w.]*",
         "tma": r"\bcp\.async\.bulk\.tensor[\w.]*",
-        "wide load": r"\bld\.global[\w.:]*\.v[24]\.b(?:32|64)|\bcp\.async\.cg[\w.]*|\bcp\.async\.bulk\.tensor[\w.]*",
+        # Eight bytes or more a thread.
+        "wide load": r"\bld\.global[\w.:]*\.v[24]\.b(?:32|64)|\bcp\.async\.cg[\w.]*|\bcp\.async\.bulk\.tensor[\w.]*"
+        r"|\bcp\.async\.ca[\w.]*[^;]*, (?:0x)?8\b",
     },
     "hip": {
         "tensor core": r"\bv_mfma_\w+",
@@ -161,11 +163,12 @@ def compiled(launch: Launch, target: Target) -> Compiled:
     """What a launch becomes on a target, from the cache directory where the same sources were compiled before."""
     text = specialisation(launch, target)
     path = settings.cache_dir() / "gpu" / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
-    known = _read(path, text)
+    counted = _INSTRUCTIONS[target.device]
+    known = _read(path, text, counted)
     if known is not None:
         return known
     result = report(launch, target, binary(launch, target))
-    _write(path, {"of": text, "report": asdict(result)})
+    _write(path, {"of": text, "counted": counted, "report": asdict(result)})
     return result
 
 
@@ -213,11 +216,12 @@ def _amd_resources(kernel: Any) -> tuple[int, int]:
     return numbers["vgpr_count"], numbers["vgpr_spill_count"]
 
 
-def _read(path: Path, text: str) -> Compiled | None:
-    """A cached report; anything that is not one of this very source counts as none."""
+def _read(path: Path, text: str, counted: dict[str, str]) -> Compiled | None:
+    """A cached report; anything that is not one of this very source, by these patterns, counts as none."""
     try:
         entry = json.loads(path.read_text())
-        return Compiled(**entry["report"]) if entry["of"] == text else None
+        is_this = entry["of"] == text and entry["counted"] == counted
+        return Compiled(**entry["report"]) if is_this else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
