@@ -60,6 +60,7 @@ def test_show_export_and_import_are_of_all_devices(capsys, cache_dir, tmp_path, 
     assert "block_m=64" in out
     assert "elsewhere: 1 entries; name NVIDIA L4 (here L4)" in out
     assert "2 entries, 1 of them predicted, written to" in out
+    assert "2 entries, 1 of them predicted, written to" in run(capsys, "--export", path)[1]
     monkeypatch.setenv("LLMOPT_CACHE_DIR", str(tmp_path / "another"))
     code, out, _ = run(capsys, "--target", "cuda:89", "--gpu", "L4", "--import", path, "--show")
     assert code == 0

@@ -125,13 +125,25 @@ def run(args: argparse.Namespace) -> int:
     if args.what:
         _tune(args, known)
     if args.export:
-        from llmopt.tune.exchange import export_file
-
-        count = export_file(known.root, args.export)
-        print(f"{count} measurements written to {args.export}")
+        export(known, args.export)
     if args.show:
         _show(known)
     return 0
+
+
+def export(known: Any, path: Path) -> None:
+    """Writes all that is kept on this machine, for whatever device, and says how much of it nobody measured."""
+    from llmopt.gpu.tune.environment import is_predicted
+    from llmopt.tune.database import Database, Entry, environments
+    from llmopt.tune.exchange import export_file
+
+    count = export_file(known.root, path)
+    guesses = [Database(known.root, e) for e, _ in environments(known.root) if is_predicted(e)]
+    predicted = sum(isinstance(entry, Entry) for kept in guesses for _, entry in kept.files())
+    what = (
+        f"{count} entries, {predicted} of them predicted," if predicted else f"{count} measurements"
+    )
+    print(f"{what} written to {path}")
 
 
 def _tune(args: argparse.Namespace, known: Any) -> None:

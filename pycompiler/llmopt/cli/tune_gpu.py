@@ -12,6 +12,7 @@ from llmopt.cli.progress import working
 
 def run(args: argparse.Namespace) -> int:
     from llmopt import kernels
+    from llmopt.cli.tune import export
     from llmopt.gpu.tune.lookup import database, local, predictions
     from llmopt.gpus import stand_in
 
@@ -32,22 +33,10 @@ def run(args: argparse.Namespace) -> int:
         known = database(target, device)
         _measure(args, target, device, known)
     if args.export:
-        _export(known, args.export)
+        export(known, args.export)
     if args.show:
         show(known)
     return 0
-
-
-def _export(known: Any, path: Any) -> None:
-    """All that is kept here, and how much of it nobody measured."""
-    from llmopt.gpu.tune.environment import is_predicted
-    from llmopt.tune.database import Database, Entry, environments
-    from llmopt.tune.exchange import export_file
-
-    count = export_file(known.root, path)
-    guesses = [Database(known.root, e) for e, _ in environments(known.root) if is_predicted(e)]
-    predicted = sum(isinstance(entry, Entry) for kept in guesses for _, entry in kept.files())
-    print(f"{count} entries, {predicted} of them predicted, written to {path}")
 
 
 def _target(args: argparse.Namespace) -> Any:

@@ -6,11 +6,10 @@ reason. Only mode="max-autotune" measures what was not measured yet.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -20,6 +19,7 @@ from llmopt.native.segment import Tuner
 from llmopt.tune.candidates import refuse
 from llmopt.tune.database import Database, Entry, key_of
 from llmopt.tune.environment import Environment, cpu_environment
+from llmopt.tune.recording import Recorder
 from llmopt.types import EVERY_M, Choice, LinearConfig, LinearProblem, Target
 
 # One measurement serves all heights up to its own and above the one before; the last also all above.
@@ -51,18 +51,8 @@ def _database(root: Path, environment: Environment) -> Database:
     return Database(root, environment)
 
 
-_recorded: list[LinearProblem] | None = None
-
-
-@contextlib.contextmanager
-def recording() -> Iterator[list[LinearProblem]]:
-    """Within it, the problems of all plans that are made are collected, each once."""
-    global _recorded
-    _recorded, before = [], _recorded
-    try:
-        yield _recorded
-    finally:
-        _recorded = before
+_asked = Recorder[LinearProblem]()
+recording = _asked.recording  # the problems of all plans that are made within it
 
 
 def tuner_for(target: Target, mode: str) -> Tuner:
@@ -84,8 +74,7 @@ class Lookup:
         self._target, self._known, self._measure = target, known, measure
 
     def __call__(self, problem: LinearProblem) -> Choice:
-        if _recorded is not None and problem not in _recorded:
-            _recorded.append(problem)
+        _asked.note(problem)
         if problem.n == 0 or problem.k == 0 or problem.m == 0:
             return Choice(source="default: nothing to compute")
         if problem.m is None:

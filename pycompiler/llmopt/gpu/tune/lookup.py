@@ -6,7 +6,6 @@ what the model says about this GPU. default: the kernel's own, with the reason. 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import importlib.resources
@@ -39,6 +38,7 @@ from llmopt.tune.database import Database, Entry, Unusable, environments, key_of
 from llmopt.tune.environment import Environment
 from llmopt.tune.exchange import entries_of
 from llmopt.tune.lookup import distance
+from llmopt.tune.recording import Recorder
 from llmopt.tune.search import WIN
 from llmopt.types import Target
 
@@ -57,18 +57,10 @@ Measure = Callable[[Kernel, Any], tuple[Entry, bool]]  # the bool: worth keeping
 
 log = logging.getLogger("llmopt")
 
-_recorded: list[Asked] | None = None
-
-
-@contextlib.contextmanager
-def recording() -> Iterator[list[Asked]]:
-    """Within it, the problems of all GPU plans are collected in their buckets, each once."""
-    global _recorded
-    _recorded, before = [], _recorded
-    try:
-        yield _recorded
-    finally:
-        _recorded = before
+_asked = Recorder[Asked]()
+recording = (
+    _asked.recording
+)  # the problems of all GPU plans that are made within it, in their buckets
 
 
 def chooser_for(target: Target, mode: str, on: torch.device | None = None) -> Chooser:
@@ -186,8 +178,7 @@ class Lookup:
         at = bucketed(problem) if op in OPS else None
         if at is None or is_empty(problem):
             return Chosen(able[0], able[0].configs(problem, target)[0], "")
-        if _recorded is not None and Asked(op, at) not in _recorded:
-            _recorded.append(Asked(op, at))
+        _asked.note(Asked(op, at))
         best, us = self._for_kernel(able[0], problem, at, is_first=True)
         # Another kernel than the first takes over only where both were measured here, and by as much as a tile has to.
         for kernel in able[1:] if us else ():
