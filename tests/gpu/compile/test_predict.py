@@ -86,6 +86,7 @@ def test_one_behind_an_edge_is_the_next_buckets(monkeypatch, tmp_path):
         LinearProblem(1, 4096, 4096, "fp16"),
         LinearProblem(2, 2304, 768, "fp16"),
         LinearProblem(1, 768, 768, "fp16", "w4a16", 32, offsets=True),
+        LinearProblem(64, 14336, 4096, "fp16", "w8a8", 64, "silu", gated=True),
     ],
     ids=str,
 )
