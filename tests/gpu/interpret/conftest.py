@@ -6,8 +6,12 @@ import numpy as np
 import pytest
 import torch
 import triton.language as tl
+from cuda_emulator.emulator import Emulator, build
 from llmopt import kernels
-from llmopt.gpu.run import is_interpreting
+from llmopt.gpu import executor
+from llmopt.gpu.plan import tensors
+from llmopt.gpu.run import is_interpreting, run
+from llmopt.native import cuda
 from triton.runtime import interpreter
 
 assert is_interpreting(), "run these tests with TRITON_INTERPRET=1, as `make test` does"
@@ -46,3 +50,25 @@ kernels.load()
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def emulated_gpu() -> Emulator:
+    return Emulator(build())
+
+
+@pytest.fixture
+def emulator(emulated_gpu, monkeypatch):
+    """The library of this installation is the emulated one, whose launches see the tensors of their launch and no others."""
+    emulated_gpu.device()
+    emulated_gpu.seed(0)
+
+    def launch(step):
+        scratch = tensors(step, ("partial_ptr", "counter_ptr"))
+        emulated_gpu.buffers(tensors(step, step.reads), [*tensors(step, step.writes), *scratch])
+        run(step)
+
+    monkeypatch.setattr(cuda, "library", lambda: emulated_gpu.library)
+    monkeypatch.setattr(executor, "run", launch)
+    torch._dynamo.reset()
+    return emulated_gpu

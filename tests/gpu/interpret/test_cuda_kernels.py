@@ -8,13 +8,10 @@ import llmopt
 import pytest
 import torch
 import torch.nn.functional as F
-from cuda_emulator.emulator import Emulator, build
 from llmopt import registry
 from llmopt.compiled import alive
 from llmopt.counters import MOST_TILES, counters
 from llmopt.gpu import executor
-from llmopt.gpu.plan import tensors
-from llmopt.gpu.run import run
 from llmopt.gpu.tune import tuning
 from llmopt.gpu.tune.tuning import LaunchBench, Tuning
 from llmopt.launch import AttentionProblem, LinearProblem
@@ -26,28 +23,6 @@ from llmopt.target import gpu_target
 from tests.tolerance import assert_close
 
 AMPERE = gpu_target("cuda:80")
-
-
-@pytest.fixture(scope="module")
-def emulated_gpu() -> Emulator:
-    return Emulator(build())
-
-
-@pytest.fixture
-def emulator(emulated_gpu, monkeypatch):
-    """The library of this installation is the emulated one, whose launches see the tensors of their launch and no others."""
-    emulated_gpu.device()
-    emulated_gpu.seed(0)
-
-    def launch(step):
-        scratch = tensors(step, ("partial_ptr", "counter_ptr"))
-        emulated_gpu.buffers(tensors(step, step.reads), [*tensors(step, step.writes), *scratch])
-        run(step)
-
-    monkeypatch.setattr(cuda, "library", lambda: emulated_gpu.library)
-    monkeypatch.setattr(executor, "run", launch)
-    torch._dynamo.reset()
-    return emulated_gpu
 
 
 def compiled(model):

@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from llmopt.gpu import device, graphs
+from llmopt.gpu import device, executor, graphs
 from llmopt.registry import KERNELS
 
 from bench.gpu import clock, forms, phases, session, stand_in
@@ -49,6 +49,20 @@ def test_a_rehearsal_runs_every_phase_and_measures_nothing(tmp_path, monkeypatch
     assert table.startswith("Rehearsed on")
     assert "cuBLAS" in table
     assert {p.name for p in tmp_path.glob("*.png")} == {"kernels.png", "model.png"}
+
+
+def test_kernels_in_cuda_are_checked_and_timed_beside_tritons(tmp_path, monkeypatch, emulator):
+    """As on a GPU for which csrc/cuda is built, with the emulator in its place."""
+    monkeypatch.setattr(phases, "run", executor.run)  # which shows the emulator its tensors
+    monkeypatch.setattr(phases, "PHASES", (phases.correctness, phases.microbenchmarks))
+    forms = ["w8a8, 1 row", "w8a8, prompt", "w4a16, 1 row", "attention, decode"]
+    assert rehearse(tmp_path, *forms) == 0
+    ours = ("linear_w8a8", "linear_w8a8_gemm", "linear_w4a16", "attention_decode")
+    theirs = ("linear_w8a8", "linear_w8a8", "linear_weight_only", "attention_decode")
+    for phase in ("correctness", "kernels"):
+        seen = {(r["what"], r["system"]) for r in results(tmp_path) if r["phase"] == phase and r["outcome"] == "ok"}  # fmt: skip
+        assert seen >= {(form, f"{name}.cuda") for form, name in zip(forms, ours, strict=True)}
+        assert seen >= {(form, f"{name}.triton") for form, name in zip(forms, theirs, strict=True)}
 
 
 def test_a_wrong_kernel_is_a_failure_and_the_session_goes_on(tmp_path, monkeypatch):
