@@ -40,7 +40,7 @@ def reject(p: LinearProblem, t: Target) -> str:
 
 def tiles(p: LinearProblem, t: Target) -> tuple[GemmTile, ...]:
     row = next(tiles for most, tiles in TILES if most is None or p.m <= most)
-    return tuple(_fit(tile, p, t) for tile in row)
+    return tuple(dict.fromkeys(_fit(tile, p, t) for tile in row))
 
 
 def reject_tile(c: GemmTile, p: LinearProblem, t: Target) -> str:
@@ -57,12 +57,21 @@ def _fit(tile: GemmTile, p: LinearProblem, t: Target) -> GemmTile:
         )  # widened codes are in registers on their way to the tensor cores
     if t.device == "hip":
         tile = replace(tile, num_stages=2)
-        if p.gated and tile.block_m * tile.block_k > 16 * 128:
-            # Eight warps of 64 lanes would leave each lane half of the registers.
-            tile = replace(tile, block_n=32, num_warps=4)
     if p.m > 16:
-        return tile
+        return _fit_many_rows(tile, p, t)
     return replace(tile, split_k=splits_for(triton.cdiv(p.n, tile.block_n), p.k // tile.block_k, t))
+
+
+def _fit_many_rows(tile: GemmTile, p: LinearProblem, t: Target) -> GemmTile:
+    """Of two weights both are widened at once: one narrow tile that holds them in registers."""
+    if not p.gated:
+        return tile if p.group or tile.block_m == 64 else replace(tile, num_stages=2)
+    wide = tile.block_k > 64
+    # On AMD eight warps of 64 lanes would leave each lane half of the registers.
+    warps = 8 if t.device == "cuda" and (wide or t.tier == "sm_100") else 4
+    return replace(
+        tile, block_m=32 if wide and BITS[p.scheme] == 8 else 64, block_n=32, num_warps=warps
+    )
 
 
 @triton.jit

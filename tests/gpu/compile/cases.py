@@ -84,17 +84,20 @@ def _w8a8(m: int, group: int, gated: bool = False, bits: int = 8) -> Case:
     return launches
 
 
-def _weight_only(scheme: str, m: int, group: int, offsets: bool) -> Case:
+def _weight_only(scheme: str, m: int, group: int, offsets: bool, gated: bool = False) -> Case:
     def launches(t: Target) -> list[Launch]:
-        p = LinearProblem(m, HIDDEN, HIDDEN, "fp16", scheme, group)
+        act = "silu" if gated else "none"
+        p = LinearProblem(m, HIDDEN, HIDDEN, "fp16", scheme, group, act, gated, offsets=offsets)
         w = (
             meta(HIDDEN, HIDDEN, dtype=I8)
             if scheme == "w8a16"
             else meta(HIDDEN, HIDDEN // 2, dtype=U8)
         )
-        scale = meta(HIDDEN, HIDDEN // group, dtype=F32)
-        return _every_tile(linear_weight_only, p, t, meta(m, HIDDEN), w, scale, scale if offsets else None,
-                           meta(m, HIDDEN), Around(residual=meta(m, HIDDEN)))  # fmt: skip
+        scale = meta(HIDDEN, HIDDEN // group if group else 1, dtype=F32)
+        offset = scale if offsets else None
+        more = {"up": w, "up_scale": scale, "up_offset": offset} if gated else {}
+        return _every_tile(linear_weight_only, p, t, meta(m, HIDDEN), w, scale, offset,
+                           meta(m, HIDDEN), Around(residual=None if gated else meta(m, HIDDEN)), **more)  # fmt: skip
 
     return launches
 
@@ -217,6 +220,7 @@ PRODUCTS: dict[str, Case] = {
     "linear 16 rms": _linear(linear, 16, norm_kind="rms"),
     "linear 16 gated rms": _linear(linear, 16, gated=True, norm_kind="rms", n=WIDE),
     "linear 64": _linear(linear, 64),
+    "linear 64 gated": _linear(linear, 64, gated=True),
     "linear 512": _linear(linear, 512),
     "linear 512 gated": _linear(linear, 512, gated=True),
     "linear 4096": _linear(linear, 4096),
@@ -225,6 +229,9 @@ PRODUCTS: dict[str, Case] = {
     "linear tma 4096 gated": _linear(linear_tma, 4096, gated=True),
     "w8a8 1 channel": _w8a8(1, 0),
     "w8a8 64 groups": _w8a8(64, 64),
+    "w8a8 64 groups gated": _w8a8(64, 128, gated=True),
+    "w8a8 512 groups gated": _w8a8(512, 128, gated=True),
+    "w8a8 4096 groups gated": _w8a8(4096, 128, gated=True),
     "w8a8 512 channel": _w8a8(512, 0),
     "w8a8 4096 channel": _w8a8(4096, 0),
     "w8a8 4096 channel gated": _w8a8(4096, 0, gated=True),
@@ -232,8 +239,15 @@ PRODUCTS: dict[str, Case] = {
     "w4a8 1 groups": _w8a8(1, 32, bits=4),
     "w4a8 512 groups": _w8a8(512, 32, bits=4),
     "w4a8 4096 gated": _w8a8(4096, 32, gated=True, bits=4),
+    "w4a8 512 wide groups": _w8a8(512, 128, bits=4),
+    "w4a8 512 wide groups gated": _w8a8(512, 128, gated=True, bits=4),
     "w8a16 1": _weight_only("w8a16", 1, 32, False),
     "w8a16 512": _weight_only("w8a16", 512, 128, False),
+    "w8a16 512 channel": _weight_only("w8a16", 512, 0, False),
+    "w8a16 512 channel gated": _weight_only("w8a16", 512, 0, False, gated=True),
+    "w8a16 512 gated": _weight_only("w8a16", 512, 128, True, gated=True),
+    "w4a16 16 gated": _weight_only("w4a16", 16, 128, True, gated=True),
+    "w4a16 512 gated": _weight_only("w4a16", 512, 128, True, gated=True),
     "w4a16 1": _weight_only("w4a16", 1, 32, True),
     "w4a16 512": _weight_only("w4a16", 512, 128, False),
     "attention 64": _attention(attention, 512, 512, 64),

@@ -27,8 +27,8 @@ def test_products_use_what_the_hardware_has(target, launch):
     kernel = compiled(launch, target)
     assert kernel.problems(target) == []
     assert kernel.instructions["tensor core"] > 0
-    # A group of 32 4-bit codes is 16 bytes, which two threads share.
-    if launch.kernel != "linear_w4a8.triton":
+    # Of small tiles over 4-bit codes AMD's 64 lanes get four bytes each.
+    if (launch.kernel, target.device) != ("linear_w4a8.triton", "hip"):
         assert kernel.instructions["wide load"] > 0
     if target.device == "cuda":
         tma = launch.kernel == "linear_f16_tma.triton"
