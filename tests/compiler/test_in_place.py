@@ -72,6 +72,17 @@ def test_a_slice_for_a_list_is_a_copy(write: Any) -> None:
     check(function, randn(4, 6))
 
 
+def test_a_sum_in_place_keeps_its_dtype() -> None:
+    """x += y of a wider dtype is rounded to x's; x + y would be y's."""
+
+    def function(x: Tensor, wide: Tensor) -> Tensor:
+        scores = x @ x.T
+        scores += wide
+        return scores @ x
+
+    check(function, randn(4, 4).bfloat16(), randn(4, 4))
+
+
 @written
 def test_repeated_work(write: Any) -> None:
     def function(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -189,10 +189,12 @@ def check(c: QuantizedCase, tier: str, threads: int = 2) -> None:
     others are exact or as f32."""
     terms = c.on_terms(tier)
     want, got = c.reference(as_they_are=terms), c.run(tier, threads)
+    bound = None
     if terms and (c.planes == 1 or c.x.dtype == torch.bfloat16):
-        return assert_close(got, want, torch.bfloat16)
-    coarse = (c.planes == 2 or terms) and got.dtype == torch.float32
-    assert_close(got, want, torch.float16 if coarse else None)
+        bound = torch.bfloat16
+    elif (c.planes == 2 or terms) and got.dtype == torch.float32:
+        bound = torch.float16
+    assert_close(got, want, bound)
 
 
 @pytest.mark.parametrize("planes", [1, 3])

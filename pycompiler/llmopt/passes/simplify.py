@@ -196,7 +196,7 @@ def _identity_of(node: fx.Node, written: set[int]) -> fx.Node | None:
 
 
 def _functionalize(node: fx.Node, sharers: dict[int, list[fx.Node]]) -> None:
-    """x += y on a fresh intermediate that nobody else reads afterwards becomes x + y."""
+    """x += y on a fresh intermediate that nobody else reads afterwards becomes x + y, if that has the dtype of x."""
     target = node.args[0]
     if not is_tensor(target) or target.op in ("placeholder", "get_attr") or is_view(target):
         return
@@ -206,6 +206,10 @@ def _functionalize(node: fx.Node, sharers: dict[int, list[fx.Node]]) -> None:
     result = fake(node)
     if not same_shape(result.shape, fake(target).shape) or result.dtype != fake(target).dtype:
         return
+    if len(node.args) > 1:
+        other = fake(node.args[1]) if isinstance(node.args[1], fx.Node) else node.args[1]
+        if torch.result_type(fake(target), other) != result.dtype:
+            return
     node.op, node.target = "call_function", _FUNCTIONAL[kind(node)]
     node.kwargs = {k: v for k, v in node.kwargs.items() if k != "inplace"}
     node.meta.pop("llmopt_kind", None)
