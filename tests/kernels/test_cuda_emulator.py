@@ -179,7 +179,7 @@ MUTANTS = [
     *((DECODE, "__syncthreads();", i, "", decode, UNORDERED) for i in range(3)),
     (DECODE, "__threadfence();", 0, "", decode, "missing __threadfence"),
     (DECODE, "if (last) store(counter, 0);", 0, "", decode, "relative error|NaN"),
-    (DECODE, "wanted < end ? wanted : end - 1", 0, "wanted", decode, "out of bounds|NaN"),
+    (DECODE, "wanted < end ? wanted : end - 1", 0, "wanted", decode, "out of bounds|(?i:nan)"),
     (DECODE, "p.splits - 1", 0, "p.splits", decode, "relative error|NaN"),
     ("linear_w8a8_gemv", "if (left < 16)", 0, "if (false)", gemv, "relative error"),
     ("linear_w8a8_gemv", "n0 + c < p.n ? n0 + c : n0", 0, "n0 + c", gemv, "out of bounds"),
