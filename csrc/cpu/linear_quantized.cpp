@@ -11,6 +11,7 @@
 //   f: as in linear.
 //   planes: activations are a sum of that many signed bytes, each 1/254 of the one before: 1 rounds them to 8 bits, 2
 //   keep 15 bits of the largest in a group, 3 keep 23.  Integer sums are exact for groups of at most 65536.
+//   On AMX many rows are multiplied in bf16 instead where scales are per group (linear_quantized/terms.h).
 #include "cpu/family.h"
 #include "cpu/linear_quantized/gemm.h"
 #include "cpu/linear_quantized/pack.h"

@@ -28,9 +28,9 @@ def pin(gm: fx.GraphModule) -> str:
         return "memory that as_strided shares is written afterwards"
     for node in windows:
         size, stride, offset = _cut(node)
-        layout = tuple(fake(node.args[0]).stride())
+        layout = tuple(fake(argument(node, 0, "input")).stride())
         node.op, node.target = "call_function", window
-        node.args, node.kwargs = (node.args[0], layout, size, stride, offset), {}
+        node.args, node.kwargs = (argument(node, 0, "input"), layout, size, stride, offset), {}
         node.meta.pop("llmopt_kind", None)
     gm.recompile()
     return ""
@@ -48,13 +48,13 @@ def window(
 def _cut(node: fx.Node) -> tuple[tuple, tuple, int]:
     """Size, stride and the offset from the tensor's own first element."""
     start = argument(node, 3, "storage_offset")
-    offset = 0 if start is None else start - fake(node.args[0]).storage_offset()
+    offset = 0 if start is None else start - fake(argument(node, 0, "input")).storage_offset()
     return tuple(argument(node, 1, "size")), tuple(argument(node, 2, "stride")), offset
 
 
 def _is_inside(node: fx.Node) -> bool:
     """True when the window reads elements of its tensor only, which has no gaps, and every number of it is known."""
-    value = fake(node.args[0])
+    value = fake(argument(node, 0, "input"))
     given = (argument(node, 1, "size"), argument(node, 2, "stride"))
     if not all(isinstance(v, (tuple, list)) for v in given):
         return False

@@ -78,7 +78,7 @@ def test_a_sum_in_place_keeps_its_dtype() -> None:
     def function(x: Tensor, wide: Tensor) -> Tensor:
         scores = x @ x.T
         scores += wide
-        return scores @ x
+        return scores.add_(other=wide) @ x
 
     check(function, randn(4, 4).bfloat16(), randn(4, 4))
 

@@ -5,7 +5,7 @@
 // the products of T terms with T terms those whose places add up to less than T are taken: 1, 3 or 6. What is left out
 // is below 2^-24 of |x| * |w| in f32, no more than a rounding of the product (Henry, Tang, Heinecke: Leveraging the
 // bfloat16 Artificial Intelligence Datatype For Higher-Precision Computations, 2019). Terms of an infinity would be
-// NaN: rows and panels that hold one are computed by the FMA kernels.
+// NaN: rows and panels that hold one or a NaN are left to the weights' own way.
 //
 //   rows      [row tiles][k steps][T][2][16 rows][32 k]   bf16, zero past M and K
 //   weights   [k steps][T][16 k pairs][kPanel][2]         bf16, one K block of one panel
@@ -92,7 +92,7 @@ void prepare_terms(const TileProblem& p, int64_t chunk, char* shared) {
       for (int term = 0; term < kTerms; ++term) {
         const __m512i words = tile_words(left, right);
         _mm512_store_si512(to + term * kTermBytes + r * kTileBytes, words);
-        if (term == 0 && kTerms > 1) finite[r].see(words);
+        if (term == 0) finite[r].see(words);
         left = vsub(left, low_words(words));
         right = vsub(right, high_words(words));
       }

@@ -100,7 +100,9 @@ class CodeEpilogue {
       for (int v = 0; v < 2; ++v) {
         float* at = sums_ + m * kPanel + v * kLanes;
         const Vec exact = vfrom_int({_mm512_load_si512(at)});
-        vstore(at, vfma(vmul(exact, scale_[v]), vset(row_scale_[m]), vmul(offset_[v], vset(row_sum_[m]))));
+        Vec total = vmul(vmul(exact, scale_[v]), vset(row_scale_[m]));
+        if (p_.form.offsets) total = vfma(offset_[v], vset(row_sum_[m]), total);
+        vstore(at, total);
       }
     settle(p_, nullptr, tokens, sums_);
     finish_tile(p_, panel_, token_, static_cast<int>(tokens), sums_);

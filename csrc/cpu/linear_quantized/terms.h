@@ -1,7 +1,7 @@
 // Quantised weights as terms of the bf16 GEMM on AMX tiles (linear/terms.h). Folding integer sums of short groups into
 // f32 takes longer than multiplying them (three vector operations per sum and group on the one port that products
-// leave); scaled weights need none. Activations keep what their terms hold: 8 bits each where the scheme rounds them,
-// 16 where it does not. A panel is unpacked once per chunk.
+// leave); scaled weights need none. Weights and activations keep what their terms hold: 8 significant bits each where
+// the scheme rounds activations and in bf16 models, else 16; denormals count as zero. A panel is unpacked once a chunk.
 #pragma once
 #include "cpu/linear/terms.h"
 #include "cpu/linear_quantized/layout.h"
@@ -97,7 +97,10 @@ struct CodeWeights {
     unpack(form, packed(panel), step0, step1, to);
     return to;
   }
-  void lone_row(int64_t, int64_t, float*, float*) const {}  // its sums are NaN: so is what follows an infinite term
+  // NaN, as where an activation that is none or infinite has no code.
+  void lone_row(int64_t, int64_t, float* sums, float*) const {
+    for (int v = 0; v < kPanel; v += kLanes) vstore(sums + v, vset(__builtin_nanf("")));
+  }
 };
 
 }  // namespace

@@ -112,7 +112,10 @@ def _short(model: str) -> str:
 
 
 def _command(args: argparse.Namespace) -> str:
-    words = ["llmopt", "bench", _short(args.model), "--dtype", args.dtype]
+    """What makes the numbers again; a model beneath the working directory keeps its path."""
+    is_beneath = not Path(args.model).is_absolute() and ".." not in Path(args.model).parts
+    model = args.model if is_beneath else _short(args.model)
+    words = ["llmopt", "bench", model, "--dtype", args.dtype]
     words += ["--against", ",".join(args.against)]
     if args.phases:
         words += ["--phases", ",".join(args.phases)]

@@ -66,6 +66,8 @@ class _Attention:
         if qk == "i8" and k_scale is None:
             before, k, k_scale, mean = _round_keys(call, k)
         special = mask is not None or self.softcap > 0 or not _lie_densely(q, k, v, o)
+        if k_scale is not None and v_scale is not None:
+            special |= k_scale.stride() != v_scale.stride()
         p = AttentionProblem(
             q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3], v.shape[3],
             dtype_name(q.dtype), dtype_name(v.dtype), self.causal, window, special, qk,

@@ -64,11 +64,12 @@ def reject_heads(
     return ""
 
 
-def _reject_for_gpus(node: fx.Node) -> str:
+_ARRAYS = "scales in tensors of their own are for GPUs: KVCache(model, layout='rows') is for CPUs"
+
+
+def _reject_gpu_only(node: fx.Node) -> str:
     if node.kwargs.get("k_scale") is not None:
-        return (
-            "scales in tensors of their own are for GPUs: KVCache(model, layout='rows') is for CPUs"
-        )
+        return _ARRAYS
     qk = node.kwargs.get("qk", "same")
     return "" if qk == "same" else f"products of queries and keys in {qk} are for GPUs"
 
@@ -207,11 +208,14 @@ def _lower_attention_append(s: SegmentBuilder, node: fx.Node) -> None:
 
 KERNELS = {
     "llmopt.attention": NativeKernel(
-        "attention.cpu", lambda n: _reject_for_gpus(n) or reject_attention(n), _lower_attention
+        "attention.cpu", lambda n: _reject_gpu_only(n) or reject_attention(n), _lower_attention
     ),
     "llmopt.attention_append": NativeKernel(
         "attention.cpu",
-        lambda n: _reject_for_gpus(n) or reject_attention_append(n),
+        lambda n: _reject_gpu_only(n) or reject_attention_append(n),
         _lower_attention_append,
+    ),
+    "llmopt.attention_append_arrays": NativeKernel(
+        "attention.cpu", lambda n: _ARRAYS, _lower_attention_append
     ),
 }

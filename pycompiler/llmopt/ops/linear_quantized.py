@@ -7,7 +7,8 @@ A weight element is scale · code + offset, one scale and one offset per output 
 
 With activations="int8" each token's inputs are rounded symmetrically to −127 … 127 with one scale per group (the largest magnitude
 divided by 127, ties to even), and integer dot products are folded into float32 once a group. With activations="same" the weights are
-widened instead; a kernel may keep the inputs to 23 bits of the largest in their group, where float32 keeps 24 bits of each.
+widened instead; a kernel may keep the inputs to 23 bits of the largest in their group, where float32 keeps 24 bits of each. Many rows
+on AMX are multiplied in bf16 (docs/adr/0004): there inputs and weights keep 8 significant bits each, or 16 with "same" outside of bf16.
 """
 
 from __future__ import annotations

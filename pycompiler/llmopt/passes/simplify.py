@@ -206,8 +206,9 @@ def _functionalize(node: fx.Node, sharers: dict[int, list[fx.Node]]) -> None:
     result = fake(node)
     if not same_shape(result.shape, fake(target).shape) or result.dtype != fake(target).dtype:
         return
-    if len(node.args) > 1:
-        other = fake(node.args[1]) if isinstance(node.args[1], fx.Node) else node.args[1]
+    other = argument(node, 1, "other")
+    if other is not None:
+        other = fake(other) if isinstance(other, fx.Node) else other
         if torch.result_type(fake(target), other) != result.dtype:
             return
     node.op, node.target = "call_function", _FUNCTIONAL[kind(node)]
