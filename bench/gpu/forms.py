@@ -256,10 +256,10 @@ def _softmax(s: Sizes, device: torch.device) -> Work:
 
 def _embedding(s: Sizes, device: torch.device) -> Work:
     table = _random(device, s.vocabulary, s.hidden)
-    ids = torch.randint(0, s.vocabulary, (s.prompt,), device=device)
+    ids = torch.randint(0, s.vocabulary, (1, s.prompt), device=device)
     y, p = _random(device, s.prompt, s.hidden), RowProblem(s.prompt, s.hidden, "fp16")
     return Work(
-        "embedding", p, (ids, table, y), y, lambda: table[ids].double(),
+        "embedding", p, (ids, table, y), y, lambda: table[ids[0]].double(),
         {"PyTorch": lambda: F.embedding(ids, table)}, 0.0, 2 * _size(y),
     )  # fmt: skip
 
