@@ -166,9 +166,10 @@ def test_modules_that_hold_codes(precision: str) -> None:
         codes = round_weight(linear.weight, scheme)
         setattr(module, name, QuantizedLinear(codes, linear.bias, scheme))
     run = torch.compile(module, backend="llmopt")
-    for rows in (1, 40):
+    # A rounded activation may differ by a code; many rows on AMX are multiplied in bf16.
+    for rows, bound in ((1, 2e-3), (23, 2e-3), (90, 1e-2)):
         x = torch.randn(rows, 64)
-        assert relative(run(x), module(x)) < 2e-3  # a rounded activation may differ by a code
+        assert relative(run(x), module(x)) < bound
     details = [r.detail for r in alive()[-1].plan.records()]
     assert "rms_norm+silu+gated" in details[0]
     assert precision in details[0]
