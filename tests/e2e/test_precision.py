@@ -10,12 +10,16 @@ from llmopt.compiled import alive
 from llmopt.quant.module import QuantizedLinear
 from llmopt.quant.rounding import round_weight
 from llmopt.quant.schemes import SCHEMES
+from llmopt.target import target
 from torch import Tensor, nn
 
 from tests.quant.models import llama
 
 # scheme → how far random weights may be from the float result
 ERRORS = {"w8a8": 0.02, "w8a16": 0.01, "w4a16": 0.12, "w4a8": 0.12}
+
+# scheme → rows from which its activations are bf16 on AMX instead of codes (least_term_rows of csrc/cpu/linear_quantized/terms.h)
+BF16_ROWS = {"w8a8": 64, "w4a8": 40}
 
 
 class Mlp(nn.Module):
