@@ -81,4 +81,21 @@ void finish_tile(const Problem& p, int64_t panel, int64_t row0, int rows, float*
   }
 }
 
+// A product on tiles that is finished but for its epilogue. That is done a few rows at a time between the steps of the
+// next product: the core looks only some hundred instructions ahead, so the tiles would idle while it works on all
+// rows.
+struct WaitingRows {
+  int64_t panel = 0, row = 0, left = 0;  // `row` is the next
+  float* sums = nullptr;                 // of it, `planes` rows of them for each
+
+  // f(n): the epilogue of the next n rows, at most so many.
+  template <class F>
+  void some(int64_t most, int planes, F f) {
+    const int64_t rows = min64(most, left);
+    if (rows == 0) return;
+    f(static_cast<int>(rows));
+    row += rows, left -= rows, sums += rows * planes * kPanel;
+  }
+};
+
 }  // namespace

@@ -38,6 +38,17 @@ inline __attribute__((always_inline)) T* read_again(T* p) {
   return p;
 }
 
+// f(panel, row, half) for every vector of sums of kPanels register tiles, unrolled.
+template <int kPanels, int kRows, class F>
+inline __attribute__((always_inline)) void each_sum(F f) {
+#pragma GCC unroll 4
+  for (int p = 0; p < kPanels; ++p)
+#pragma GCC unroll 16
+    for (int m = 0; m < kRows; ++m)
+#pragma GCC unroll 2
+      for (int v = 0; v < 2; ++v) f(p, m, v);
+}
+
 inline int64_t padded_k(int64_t k, DType weight) { return weight == DType::bf16 ? (k + 1) / 2 * 2 : k; }
 inline int64_t panel_bytes(int64_t k, DType weight) { return padded_k(k, weight) * kPanel * itemsize(weight); }
 // Element index inside a panel.

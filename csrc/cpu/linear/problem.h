@@ -57,6 +57,8 @@ struct Chunk {
   int64_t panel0, panel1, tile0, tile1;
 };
 
+constexpr int64_t kMinBlockTiles = 4;  // row tiles of a chunk, where rows are cut for the sake of more chunks
+
 // How a product is cut: a chunk is `span` panels by `tiles_per_block` row tiles.
 struct Cut {
   int64_t panels, tiles;  // of the whole product
@@ -66,6 +68,13 @@ struct Cut {
   Chunk chunk(int64_t i) const {
     const int64_t panel0 = i / blocks * span, tile0 = i % blocks * tiles_per_block;
     return {panel0, min64(panels, panel0 + span), tile0, min64(tiles, tile0 + tiles_per_block)};
+  }
+  // Few panels, or more row tiles than a chunk has room for: the rows are cut too. Neither panels nor tiles may be
+  // none.
+  void cut_rows(int64_t wanted, int64_t most_tiles) {
+    blocks = min64(ceil_div(wanted, ceil_div(panels, span)), max64(1, tiles / kMinBlockTiles));
+    tiles_per_block = ceil_div(tiles, max64(blocks, ceil_div(tiles, most_tiles)));
+    blocks = ceil_div(tiles, tiles_per_block);
   }
   // The first panel of the chunk that a thread likely takes after this one.
   int64_t next_panel(int64_t i, int threads) const { return chunk(i + threads < chunks() ? i + threads : i).panel0; }
@@ -84,7 +93,6 @@ constexpr int64_t kAloneValues = 4096;
 constexpr int64_t kL2Weights = 384 << 10;    // bytes of f32 weights that stay in L2 beside the passing rows
 constexpr int64_t kChunksPerThread = 8;      // enough that a core at half speed does not hold up the others for long
 constexpr int64_t kStreamChunk = 512 << 10;  // bytes of weights in a chunk that reads them once
-constexpr int64_t kMinBlockTiles = 4;
 constexpr int64_t kTileSums = kMaxRows * kPanel;  // floats
 static_assert(kMaxKBlock * kPanel * 4 <= kL2Weights && kL2Weights <= kWideBytes);
 
@@ -119,11 +127,10 @@ inline Schedule::Schedule(const Problem& p, int threads) {
   span = max64(1, min64(span, kMaxSpan));
   if (given.tiles && k_blocks > 1) span = max64(1, min64(span, kSumBytes / (tiles_per_block * kTileSums * 4)));
   if (given.span) span = given.span;
-  // Few panels: cut the rows too.
-  blocks = min64(ceil_div(wanted, ceil_div(panels, span)), max64(1, tiles / kMinBlockTiles));
-  if (k_blocks > 1) blocks = max64(blocks, ceil_div(tiles, kSumBytes / (span * kTileSums * 4)));
-  if (!given.tiles) tiles_per_block = ceil_div(tiles, blocks);
-  blocks = ceil_div(tiles, tiles_per_block);
+  if (given.tiles)
+    blocks = ceil_div(tiles, tiles_per_block);
+  else
+    cut_rows(wanted, k_blocks > 1 ? kSumBytes / (span * kTileSums * 4) : tiles);
 }
 
 }  // namespace

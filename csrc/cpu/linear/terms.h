@@ -62,10 +62,8 @@ struct TileSchedule : Cut {
     k_blocks = p.in_place ? 1 : ceil_div(p.steps(), kTileWeights / (p.terms * kTermBytes * span));
     k_block = ceil_div(p.steps(), k_blocks);
     k_blocks = ceil_div(p.steps(), k_block);
-    blocks = min64(ceil_div(wanted, max64(1, ceil_div(panels, span))), max64(1, tiles / kMinBlockTiles));
-    if (k_blocks > 1) blocks = max64(blocks, ceil_div(tiles, kSumBytes / (span * kTileHeight * kPanel * 4)));
-    tiles_per_block = ceil_div(tiles, blocks);
-    blocks = ceil_div(tiles, tiles_per_block);
+    blocks = 1, tiles_per_block = tiles;
+    if (panels > 0) cut_rows(wanted, k_blocks > 1 ? kSumBytes / (span * kTileHeight * kPanel * 4) : tiles);
   }
 };
 
@@ -113,8 +111,6 @@ inline void prepare_tile_rows(const TileProblem& p, int64_t chunk, char* shared)
 
 // ---- epilogues
 
-// A finished product that waits for its epilogue. That is done a few rows at a time between the steps of the next
-// product: the core looks only some hundred instructions ahead, so the tiles would idle while it works on all rows.
 template <class Weights>
 class Epilogue {
  public:
@@ -123,27 +119,26 @@ class Epilogue {
 
   // lone: all rows are.
   void begin(int64_t panel, int64_t row0, int rows, bool lone, float* sums) {
-    panel_ = panel, row_ = row0, left_ = rows, all_lone_ = lone, sums_ = sums;
+    waiting_ = {panel, row0, rows, sums};
+    all_lone_ = lone;
   }
-  void some(int rows) {
-    if (left_ == 0) return;
-    if (rows > left_) rows = left_;
-    for (int r = 0; r < rows; ++r)
-      if (all_lone_ || lone_[row_ + r]) weights_.lone_row(panel_, row_ + r, sums_ + r * kPanel, lone_x_);
-    finish_tile(p_, panel_, row_, rows, sums_);
-    row_ += rows, left_ -= rows, sums_ += rows * kPanel;
+  void some(int64_t most) {
+    waiting_.some(most, 1, [this](int rows) {
+      const WaitingRows& w = waiting_;
+      for (int r = 0; r < rows; ++r)
+        if (all_lone_ || lone_[w.row + r]) weights_.lone_row(w.panel, w.row + r, w.sums + r * kPanel, lone_x_);
+      finish_tile(p_, w.panel, w.row, rows, w.sums);
+    });
   }
-  void rest() { some(left_); }
+  void rest() { some(waiting_.left); }
 
  private:
   const TileProblem& p_;
   const Weights& weights_;
   const char* lone_;
   float* lone_x_;
-  int64_t panel_ = 0, row_ = 0;
-  int left_ = 0;
+  WaitingRows waiting_;
   bool all_lone_ = false;
-  float* sums_ = nullptr;
 };
 
 // ---- products

@@ -24,16 +24,11 @@ void tile(const TileArgs& args) {
   constexpr int kSets = kStream ? stream_sets(kRows) : kRows == 1 ? 4 : kRows == 2 ? 2 : 1;
   constexpr int kUnroll = 4 / Weight::kSteps;
   Vec acc[kPanels][kSets][kRows][2];
+  each_sum<kPanels, kRows>([&](int p, int m, int v) __attribute__((always_inline)) {
+    acc[p][0][m][v] = args.accumulate ? vload(args.sums + (p * kRows + m) * kPanel + v * kLanes) : vzero();
 #pragma GCC unroll 4
-  for (int p = 0; p < kPanels; ++p)
-#pragma GCC unroll 4
-    for (int s = 0; s < kSets; ++s)
-#pragma GCC unroll 16
-      for (int m = 0; m < kRows; ++m) {
-        const float* sums = args.sums + (p * kRows + m) * kPanel;
-        acc[p][s][m][0] = args.accumulate && s == 0 ? vload(sums) : vzero();
-        acc[p][s][m][1] = args.accumulate && s == 0 ? vload(sums + kLanes) : vzero();
-      }
+    for (int s = 1; s < kSets; ++s) acc[p][s][m][v] = vzero();
+  });
   const float* a = args.a;
   const char* b = args.b;
   const char* ahead = args.ahead;
@@ -63,17 +58,12 @@ void tile(const TileArgs& args) {
 #pragma GCC unroll 4
     for (int u = 0; u < kUnroll; ++u) step(u);
   for (; n > 0; --n) step(0);
+  each_sum<kPanels, kRows>([&](int p, int m, int v) __attribute__((always_inline)) {
+    Vec sum = acc[p][0][m][v];
 #pragma GCC unroll 4
-  for (int p = 0; p < kPanels; ++p)
-#pragma GCC unroll 16
-    for (int m = 0; m < kRows; ++m)
-#pragma GCC unroll 2
-      for (int v = 0; v < 2; ++v) {
-        Vec sum = acc[p][0][m][v];
-#pragma GCC unroll 4
-        for (int s = 1; s < kSets; ++s) sum = vadd(sum, acc[p][s][m][v]);
-        vstore(args.sums + (p * kRows + m) * kPanel + v * kLanes, sum);
-      }
+    for (int s = 1; s < kSets; ++s) sum = vadd(sum, acc[p][s][m][v]);
+    vstore(args.sums + (p * kRows + m) * kPanel + v * kLanes, sum);
+  });
 }
 
 using TileFunction = void (*)(const TileArgs&);

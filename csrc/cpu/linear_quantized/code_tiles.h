@@ -2,32 +2,32 @@
 //   codes of rows   [row tiles][32 rows][padded K]   signed bytes
 //   tables          [row tiles][32 rows] each; what they mean is in prepare.h; `start` is not read here
 #pragma once
+#include "cpu/linear/terms.h"
 #include "cpu/linear_quantized/gemm.h"
 
 namespace {
 
-constexpr int64_t kCodeRows = 2 * kTileRows;       // of a row tile
-constexpr int64_t kTokensPrepared = 8;             // of a chunk
-constexpr int64_t kLeastCodeRows = 64;             // fewer do not pay for signing a panel
-constexpr int64_t kCodeSums = kCodeRows * kPanel;  // of a tile
+constexpr int64_t kTokensPrepared = 8;               // of a chunk
+constexpr int64_t kLeastCodeRows = 64;               // fewer do not pay for signing a panel
+constexpr int64_t kCodeSums = kTileHeight * kPanel;  // of a tile
 
 struct CodeTiles : QuantizedProblem {
   using QuantizedProblem::QuantizedProblem;
 
   int64_t row_bytes() const { return form.steps() * kStepK; }
-  int64_t tile_tokens() const { return kCodeRows / planes; }
+  int64_t tile_tokens() const { return kTileHeight / planes; }
   int64_t row_tiles() const { return ceil_div(M, tile_tokens()); }
-  int64_t table_size() const { return row_tiles() * kCodeRows; }
+  int64_t table_size() const { return row_tiles() * kTileHeight; }
   Form wide() const { return {K, 8, form.group, form.offsets}; }
 
   Prepared tile(char* shared, int64_t i) const {
-    float* tables = reinterpret_cast<float*>(shared + table_size() * row_bytes()) + i * kCodeRows;
-    return {shared + i * kCodeRows * row_bytes(),
+    float* tables = reinterpret_cast<float*>(shared + table_size() * row_bytes()) + i * kTileHeight;
+    return {shared + i * kTileHeight * row_bytes(),
             tables,
             reinterpret_cast<int32_t*>(tables + table_size()),
             tables + 2 * table_size(),
-            kCodeRows,
-            kCodeRows * row_bytes(),
+            kTileHeight,
+            kTileHeight * row_bytes(),
             4,
             row_bytes()};
   }
@@ -45,9 +45,8 @@ struct CodeSchedule : Cut {
     panels = p.panels(), tiles = p.row_tiles();
     const int64_t wanted = kChunksPerThread * threads;
     span = max64(1, panels / wanted);
-    blocks = min64(ceil_div(wanted, max64(1, panels)), max64(1, tiles / kMinBlockTiles));
-    tiles_per_block = ceil_div(tiles, blocks);
-    blocks = ceil_div(tiles, tiles_per_block);
+    blocks = 1, tiles_per_block = tiles;
+    if (panels > 0) cut_rows(wanted, tiles);
   }
 };
 
@@ -75,15 +74,14 @@ void sign_codes(const CodeTiles& p, const char* packed, char* to) {
     _mm512_storeu_si512(to + i, _mm512_loadu_si512(packed + i));
 }
 
-// A finished product that waits for its scales and its epilogue, done a few tokens at a time between the steps of the
-// next one (as Epilogue of linear/terms.h).
+// The scales of a finished product, and its epilogue.
 class CodeEpilogue {
  public:
   explicit CodeEpilogue(const CodeTiles& p) : p_(p) {}
 
   // factors: of the columns. sums: [32][kPanel] integers; they become f32 where they lie.
   void begin(int64_t panel, int64_t token0, int64_t tokens, const Prepared& rows, const char* factors, float* sums) {
-    panel_ = panel, token_ = token0, left_ = tokens, sums_ = sums;
+    waiting_ = {panel, token0, tokens, sums};
     row_scale_ = rows.scale, row_sum_ = rows.sum;
     const float* w = reinterpret_cast<const float*>(factors);
     for (int v = 0; v < 2; ++v) {
@@ -91,31 +89,31 @@ class CodeEpilogue {
       offset_[v] = p_.form.offsets ? vload(w + kPanel + v * kLanes) : vzero();
     }
   }
-  void some(int64_t tokens) {
-    if (left_ == 0) return;
-    if (tokens > left_) tokens = left_;
-    const int64_t rows = tokens * p_.planes;
-    for (int64_t m = 0; m < rows; ++m)
-#pragma GCC unroll 2
-      for (int v = 0; v < 2; ++v) {
-        float* at = sums_ + m * kPanel + v * kLanes;
-        const Vec exact = vfrom_int({_mm512_load_si512(at)});
-        Vec total = vmul(vmul(exact, scale_[v]), vset(row_scale_[m]));
-        if (p_.form.offsets) total = vfma(offset_[v], vset(row_sum_[m]), total);
-        vstore(at, total);
-      }
-    settle(p_, nullptr, tokens, sums_);
-    finish_tile(p_, panel_, token_, static_cast<int>(tokens), sums_);
-    token_ += tokens, left_ -= tokens;
-    sums_ += rows * kPanel, row_scale_ += rows, row_sum_ += rows;
+  void some(int64_t most) {
+    waiting_.some(most, p_.planes, [this](int tokens) {
+      scale(tokens * p_.planes);
+      settle(p_, nullptr, tokens, waiting_.sums);
+      finish_tile(p_, waiting_.panel, waiting_.row, tokens, waiting_.sums);
+    });
   }
-  void rest() { some(left_); }
+  void rest() { some(waiting_.left); }
 
  private:
+  void scale(int rows) {
+    for (int m = 0; m < rows; ++m, ++row_scale_, ++row_sum_)
+#pragma GCC unroll 2
+      for (int v = 0; v < 2; ++v) {
+        float* at = waiting_.sums + m * kPanel + v * kLanes;
+        const Vec exact = vfrom_int({_mm512_load_si512(at)});
+        Vec total = vmul(vmul(exact, scale_[v]), vset(*row_scale_));
+        if (p_.form.offsets) total = vfma(offset_[v], vset(*row_sum_), total);
+        vstore(at, total);
+      }
+  }
+
   const CodeTiles& p_;
-  int64_t panel_ = 0, token_ = 0, left_ = 0;
-  float* sums_ = nullptr;
-  const float *row_scale_ = nullptr, *row_sum_ = nullptr;
+  WaitingRows waiting_;
+  const float *row_scale_ = nullptr, *row_sum_ = nullptr;  // of the next row
   Vec scale_[2], offset_[2];
 };
 
@@ -174,7 +172,7 @@ void run_codes(const CodeTiles& p, const CodeSchedule& s, int64_t chunk, int thr
   args.row_bytes = p.row_bytes();
   args.ahead_lines = ceil_div(bytes, 64 * tiles * steps);
   args.before = &epilogue;
-  args.tokens_a_step = ceil_div(max64(2, ceil_div(kCodeRows, steps)), p.planes);
+  args.tokens_a_step = ceil_div(max64(2, ceil_div(kTileHeight, steps)), p.planes);
   int64_t turn = 0;
   const TileScope scope;
   for (int64_t panel = c.panel0; panel < c.panel1; ++panel) {

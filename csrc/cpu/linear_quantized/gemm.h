@@ -32,9 +32,10 @@ struct QuantizedSchedule : Cut {
     }
     if (given.span) span = given.span;
     if (tiles <= 1 || panels == 0) return;
-    if (!given.tiles && panels < wanted)
-      tiles_per_block = ceil_div(tiles, min64(ceil_div(wanted, panels), max64(1, tiles / kMinBlockTiles)));
-    blocks = ceil_div(tiles, tiles_per_block);
+    if (given.tiles)
+      blocks = ceil_div(tiles, tiles_per_block);
+    else
+      cut_rows(wanted, tiles);
   }
 };
 

@@ -34,29 +34,23 @@ void quantized_tile(const QuantizedTileArgs& args) {
   const char *a = args.a, *b = args.b, *ahead = args.ahead;
   constexpr bool kHeld = kVecRegisters == 32;  // f32 sums in registers too
   Vec held[kRows][2];
-#pragma GCC unroll 16
-  for (int m = 0; m < kRows; ++m)
-#pragma GCC unroll 2
-    for (int v = 0; v < 2; ++v) {
-      held[m][v] = vzero();
-      if (!kHeld) vstore(args.sums + m * kPanel + v * kLanes, vzero());
-    }
+  each_sum<1, kRows>([&](int, int m, int v) __attribute__((always_inline)) {
+    held[m][v] = vzero();
+    if (!kHeld) vstore(args.sums + m * kPanel + v * kLanes, vzero());
+  });
   auto fold = [&](int64_t group, IntVec(&acc)[kRows][2]) __attribute__((always_inline)) {
     const float *scale = args.scale + group * kRows, *sum = args.sum + group * kRows;
     const Vec w[2] = {load_factor<8>(b, 0), load_factor<8>(b, 1)};
     Vec offset[2] = {vzero(), vzero()};
     if (args.offsets) offset[0] = load_factor<8>(b + kScaleBytes, 0), offset[1] = load_factor<8>(b + kScaleBytes, 1);
-#pragma GCC unroll 16
-    for (int m = 0; m < kRows; ++m)
-#pragma GCC unroll 2
-      for (int v = 0; v < 2; ++v) {
-        float* at = args.sums + m * kPanel + v * kLanes;
-        Vec total = kHeld ? held[m][v] : vload(at);
-        total = vfma(vfrom_int(acc[m][v]), vmul(w[v], vset(scale[m])), total);
-        if (args.offsets) total = vfma(offset[v], vset(sum[m]), total);
-        held[m][v] = total;
-        if (!kHeld) vstore(at, total);
-      }
+    each_sum<1, kRows>([&](int, int m, int v) __attribute__((always_inline)) {
+      float* at = args.sums + m * kPanel + v * kLanes;
+      Vec total = kHeld ? held[m][v] : vload(at);
+      total = vfma(vfrom_int(acc[m][v]), vmul(w[v], vset(scale[m])), total);
+      if (args.offsets) total = vfma(offset[v], vset(sum[m]), total);
+      held[m][v] = total;
+      if (!kHeld) vstore(at, total);
+    });
   };
   for (int64_t group = 0; group < args.groups; ++group) {
     IntVec acc[kRows][2];
@@ -82,11 +76,8 @@ void quantized_tile(const QuantizedTileArgs& args) {
     b += args.offsets ? 2 * kScaleBytes : kScaleBytes;
   }
   if (kHeld)
-#pragma GCC unroll 16
-    for (int m = 0; m < kRows; ++m) {
-      vstore(args.sums + m * kPanel, held[m][0]);
-      vstore(args.sums + m * kPanel + kLanes, held[m][1]);
-    }
+    each_sum<1, kRows>([&](int, int m, int v)
+                           __attribute__((always_inline)) { vstore(args.sums + m * kPanel + v * kLanes, held[m][v]); });
 }
 
 // A stream: the weights come from DRAM and are used once, kPanels panels side by side. It folds as quantized_tile does;
@@ -100,15 +91,10 @@ void quantized_stream(const QuantizedTileArgs& args) {
   constexpr bool kHeld =
       kVecRegisters == 32 && kPanels * kRows + (kPanels > 1) <= kQuantizedRows;  // f32 sums in registers too
   Vec held[kPanels][kRows][2];
-#pragma GCC unroll 4
-  for (int p = 0; p < kPanels; ++p)
-#pragma GCC unroll 16
-    for (int m = 0; m < kRows; ++m)
-#pragma GCC unroll 2
-      for (int v = 0; v < 2; ++v) {
-        held[p][m][v] = vzero();
-        if (!kHeld) vstore(args.sums + (p * kRows + m) * kPanel + v * kLanes, vzero());
-      }
+  each_sum<kPanels, kRows>([&](int p, int m, int v) __attribute__((always_inline)) {
+    held[p][m][v] = vzero();
+    if (!kHeld) vstore(args.sums + (p * kRows + m) * kPanel + v * kLanes, vzero());
+  });
   auto fold = [&](int64_t group, int p, IntVec(&acc)[kRows][2]) __attribute__((always_inline)) {
     const char* factors = b + p * panel_bytes;
     __builtin_prefetch(ahead + p * panel_bytes);  // the scales are part of the stream
@@ -119,17 +105,14 @@ void quantized_stream(const QuantizedTileArgs& args) {
       offset[0] = load_factor<kBits>(factors + kScaleBytes, 0);
       offset[1] = load_factor<kBits>(factors + kScaleBytes, 1);
     }
-#pragma GCC unroll 16
-    for (int m = 0; m < kRows; ++m)
-#pragma GCC unroll 2
-      for (int v = 0; v < 2; ++v) {
-        float* at = args.sums + (p * kRows + m) * kPanel + v * kLanes;
-        Vec total = kHeld ? held[p][m][v] : vload(at);
-        total = vfma(vfrom_int(acc[m][v]), vmul(w[v], vset(scale[m])), total);
-        if (args.offsets) total = vfma(offset[v], vset(sum[m]), total);
-        held[p][m][v] = total;
-        if (!kHeld) vstore(at, total);
-      }
+    each_sum<1, kRows>([&](int, int m, int v) __attribute__((always_inline)) {
+      float* at = args.sums + (p * kRows + m) * kPanel + v * kLanes;
+      Vec total = kHeld ? held[p][m][v] : vload(at);
+      total = vfma(vfrom_int(acc[m][v]), vmul(w[v], vset(scale[m])), total);
+      if (args.offsets) total = vfma(offset[v], vset(sum[m]), total);
+      held[p][m][v] = total;
+      if (!kHeld) vstore(at, total);
+    });
   };
   for (int64_t group = 0; group < args.groups; ++group) {
     IntVec acc[kPanels][kRows][2];
@@ -175,13 +158,9 @@ void quantized_stream(const QuantizedTileArgs& args) {
     ahead += args.offsets ? 2 * kScaleBytes : kScaleBytes;
   }
   if (kHeld)
-#pragma GCC unroll 4
-    for (int p = 0; p < kPanels; ++p)
-#pragma GCC unroll 16
-      for (int m = 0; m < kRows; ++m) {
-        vstore(args.sums + (p * kRows + m) * kPanel, held[p][m][0]);
-        vstore(args.sums + (p * kRows + m) * kPanel + kLanes, held[p][m][1]);
-      }
+    each_sum<kPanels, kRows>([&](int p, int m, int v) __attribute__((always_inline)) {
+      vstore(args.sums + (p * kRows + m) * kPanel + v * kLanes, held[p][m][v]);
+    });
 }
 
 using QuantizedTileFunction = void (*)(const QuantizedTileArgs&);

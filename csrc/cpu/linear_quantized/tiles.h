@@ -8,16 +8,17 @@ namespace {
 
 enum class Tiles { none, codes, terms };
 
-inline Tiles tiles_of(const Step& s) {
-  const CodeTiles p(s);
+inline Tiles tiles_of(const CodeTiles& p) {
   return runs_on_terms(p) ? Tiles::terms : runs_on_codes(p) ? Tiles::codes : Tiles::none;
 }
 
-int tier_phases(const Step& s, int threads) { return tiles_of(s) == Tiles::none ? linear_phases(s, threads) : 2; }
+int tier_phases(const Step& s, int threads) {
+  return tiles_of(CodeTiles(s)) == Tiles::none ? linear_phases(s, threads) : 2;
+}
 
 int64_t tier_chunks(const Step& s, int phase, int threads) {
   const CodeTiles p(s);
-  switch (tiles_of(s)) {
+  switch (tiles_of(p)) {
     case Tiles::none:
       return linear_chunks(s, phase, threads);
     case Tiles::codes:
@@ -31,7 +32,7 @@ int64_t tier_chunks(const Step& s, int phase, int threads) {
 
 size_t tier_workspace(const Step& s, int threads) {
   const CodeTiles p(s);
-  switch (tiles_of(s)) {
+  switch (tiles_of(p)) {
     case Tiles::none:
       return linear_workspace(s, threads);
     case Tiles::codes:
@@ -44,7 +45,7 @@ size_t tier_workspace(const Step& s, int threads) {
 
 void tier_run(const Step& s, int phase, int64_t chunk, int threads, const Scratch& scratch) {
   const CodeTiles p(s);
-  switch (tiles_of(s)) {
+  switch (tiles_of(p)) {
     case Tiles::none:
       return linear_run(s, phase, chunk, threads, scratch);
     case Tiles::codes:
@@ -59,7 +60,7 @@ void tier_run(const Step& s, int phase, int64_t chunk, int threads, const Scratc
 }
 
 Span tier_first_read(const Step& s, int phase, int threads, int thread) {
-  return tiles_of(s) == Tiles::none ? linear_first_read(s, phase, threads, thread) : Span{};
+  return tiles_of(CodeTiles(s)) == Tiles::none ? linear_first_read(s, phase, threads, thread) : Span{};
 }
 
 }  // namespace
