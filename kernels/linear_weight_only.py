@@ -33,6 +33,8 @@ def reject(p: LinearProblem, t: Target) -> str:
         return f"{p.dtype}: fp16 and bf16 are possible"
     if p.group not in (0, *GROUPS):
         return f"groups of {p.group}: {', '.join(map(str, GROUPS))} and all of K are possible"
+    if p.group and p.k % p.group:
+        return f"groups of {p.group} do not divide K={p.k}"
     if p.k % 16:
         return f"K={p.k} is not a multiple of 16"
     return ""
@@ -52,9 +54,7 @@ def reject_tile(c: GemmTile, p: LinearProblem, t: Target) -> str:
 def _fit(tile: GemmTile, p: LinearProblem, t: Target) -> GemmTile:
     tile = replace(tile, block_k=p.group or WHOLE)
     if tile.block_m * tile.block_k > 64 * 64:
-        tile = replace(
-            tile, num_warps=8
-        )  # widened codes are in registers on their way to the tensor cores
+        tile = replace(tile, num_warps=8)  # widened codes pass through registers
     if t.device == "hip":
         tile = replace(tile, num_stages=2)
     if p.m > 16:

@@ -61,9 +61,8 @@ _TABLES = {"unary": _UNARY, "binary": _BINARY, "reduce": _REDUCE}
 @triton.jit
 def row_max(x, mask):
     """The largest of a row, NaN where one of it is."""
-    x = tl.where(
-        mask, x, float("-inf")
-    )  # a row even where x is one number, itself a reduction's result
+    # A row even where x is one number, itself a reduction's result.
+    x = tl.where(mask, x, float("-inf"))
     is_nan = tl.sum((x != x).to(tl.int32), 0) > 0
     return tl.where(is_nan, float("nan"), tl.max(x, 0))
 

@@ -32,9 +32,8 @@ class Kernel:
     function: Any = None  # the @triton.jit function; None where tiles are not tuned
     # Why a tile cannot compute a problem here, or ""; None: only warps and stages may differ from those of `configs`.
     reject_tile: Callable[[Any, Any, Target], str] | None = None
-    source: Callable[[], str] | None = (
-        None  # a digest of what it is built from, where `function` does not say
-    )
+    # A digest of what it is built from, where `function` does not say.
+    source: Callable[[], str] | None = None
 
 
 @dataclass(frozen=True)

@@ -65,9 +65,8 @@ class _Attention:
         qk = "i8" if self.qk == "int8" and many else "same"
         if qk == "i8" and k_scale is None:
             before, k, k_scale, mean = _round_keys(call, k)
-        special = mask is not None or self.softcap > 0 or not _lie_densely(q, k, v, o)
-        if k_scale is not None and v_scale is not None:
-            special |= k_scale.stride() != v_scale.stride()
+        dense = _lie_densely(q, k, v, o) and _lie_alike(k_scale, v_scale)
+        special = mask is not None or self.softcap > 0 or not dense
         p = AttentionProblem(
             q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3], v.shape[3],
             dtype_name(q.dtype), dtype_name(v.dtype), self.causal, window, special, qk,
@@ -90,6 +89,10 @@ def _lie_densely(q: Tensor, k: Tensor, v: Tensor, o: Tensor) -> bool:
     if any(number % 8 for number in (*starts, *k.stride()[:3])):
         return False
     return q.is_contiguous() and o.is_contiguous() and k.stride() == v.stride()
+
+
+def _lie_alike(k_scale: Tensor | None, v_scale: Tensor | None) -> bool:
+    return k_scale is None or v_scale is None or k_scale.stride() == v_scale.stride()
 
 
 def _codes_and_scales(

@@ -179,17 +179,8 @@ def _decode_record(
     q_ptr: Tensor, k_ptr: Tensor, v_ptr: Tensor, k_scale_ptr: Tensor | None, v_scale_ptr: Tensor | None, lengths_ptr: Tensor,
     o_ptr: Tensor, partial_ptr: Tensor | None, counter_ptr: Tensor, scale: float, splits: int,
 ) -> cuda.AttentionDecode:  # fmt: skip
-    tensors = (
-        q_ptr,
-        k_ptr,
-        v_ptr,
-        k_scale_ptr,
-        v_scale_ptr,
-        lengths_ptr,
-        o_ptr,
-        partial_ptr,
-        counter_ptr,
-    )
+    inputs = q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, lengths_ptr
+    tensors = *inputs, o_ptr, partial_ptr, counter_ptr
     batch, heads, _, head_dim = q_ptr.shape
     sizes = batch, heads, k_ptr.shape[1], head_dim, splits, DTYPE_CODES[k_ptr.dtype]
     scale_strides = (0, 0, 0) if k_scale_ptr is None else k_scale_ptr.stride()

@@ -44,6 +44,7 @@ def attention(
     causal_offset: int = 0,
     window: int = 0,
     softcap: float = 0.0,
+    *,
     qk: str = "same",
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
@@ -116,31 +117,35 @@ def attention_append(
     cos: Tensor | None = None,
     sin: Tensor | None = None,
     rope_kind: str = "none",
-    mask: Tensor | None = None,
-    scale: float = 1.0,
-    causal: bool = False,
-    causal_offset: int = 0,
-    window: int = 0,
-    softcap: float = 0.0,
-    *,
+    *settings: Any,
     as_codes: bool = False,
     qk: str = "same",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rotates q and k_new, appends k_new and v_new [B,Hkv,Sn,·] to the caches [B,Hkv,S,·], attends.
 
     Returns (out, keys, values); keys and values hold S + Sn positions. A cache of None is empty.
+    settings: mask, scale, causal, causal_offset, window and softcap of `attention`.
     as_codes: the caches are int8 rows of ops.kv_codes; what is appended is rounded first.
     """
-    if rope_kind != "none":
-        assert cos is not None
-        assert sin is not None
-        q, k_new = rope(q, cos, sin, rope_kind), rope(k_new, cos, sin, rope_kind)
+    q, k_new = _rotated(q, k_new, cos, sin, rope_kind)
     if as_codes:
         k_new, v_new = quantize_rows(k_new), quantize_rows(v_new)
-    keys = k_new if k_cache is None else torch.cat((k_cache, k_new), 2)
-    values = v_new if v_cache is None else torch.cat((v_cache, v_new), 2)
-    out = attention(q, keys, values, mask, scale, causal, causal_offset, window, softcap, qk)
-    return out, keys, values
+    keys, values = _joined(k_cache, k_new), _joined(v_cache, v_new)
+    return attention(q, keys, values, *settings, qk=qk), keys, values
+
+
+def _rotated(
+    q: Tensor, k_new: Tensor, cos: Tensor | None, sin: Tensor | None, kind: str
+) -> tuple[Tensor, Tensor]:
+    if kind == "none":
+        return q, k_new
+    assert cos is not None
+    assert sin is not None
+    return rope(q, cos, sin, kind), rope(k_new, cos, sin, kind)
+
+
+def _joined(cache: Tensor | None, new: Tensor) -> Tensor:
+    return new if cache is None else torch.cat((cache, new), 2)
 
 
 def slab_empty(
@@ -184,32 +189,19 @@ def attention_append_arrays(
     cos: Tensor | None = None,
     sin: Tensor | None = None,
     rope_kind: str = "none",
-    mask: Tensor | None = None,
-    scale: float = 1.0,
-    causal: bool = False,
-    causal_offset: int = 0,
-    window: int = 0,
-    softcap: float = 0.0,
-    *,
+    *settings: Any,
     qk: str = "same",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """attention_append over caches of codes [B,Hkv,S,·] int8 whose scales [B,Hkv,S,1] float32 are tensors of their own.
 
-    Returns (out, keys, values, their scales, theirs); caches and scales of None are empty.
+    Returns (out, keys, values, scales of keys, scales of values); caches and scales of None are empty.
     """
-    if rope_kind != "none":
-        assert cos is not None
-        assert sin is not None
-        q, k_new = rope(q, cos, sin, rope_kind), rope(k_new, cos, sin, rope_kind)
-    (keys, key_scales), (values, value_scales) = quantize_arrays(k_new), quantize_arrays(v_new)
-    olds = (k_cache, v_cache, k_scales, v_scales)
-    news = (keys, values, key_scales, value_scales)
-    joined = (n if o is None else torch.cat((o, n), 2) for o, n in zip(olds, news, strict=True))
-    keys, values, key_scales, value_scales = joined
-    out = attention(
-        q, keys, values, mask, scale, causal, causal_offset, window, softcap, qk, key_scales, value_scales
-    )  # fmt: skip
-    return out, keys, values, key_scales, value_scales
+    q, k_new = _rotated(q, k_new, cos, sin, rope_kind)
+    (k_codes, k_more), (v_codes, v_more) = quantize_arrays(k_new), quantize_arrays(v_new)
+    keys, values = _joined(k_cache, k_codes), _joined(v_cache, v_codes)
+    k_scale, v_scale = _joined(k_scales, k_more), _joined(v_scales, v_more)
+    out = attention(q, keys, values, *settings, qk=qk, k_scale=k_scale, v_scale=v_scale)
+    return out, keys, values, k_scale, v_scale
 
 
 def _fake_append_arrays(

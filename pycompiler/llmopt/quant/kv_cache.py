@@ -82,8 +82,8 @@ def _fake_widened(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     return codes.new_empty(codes.shape, dtype=dtype)
 
 
-class _Int8Rows:
-    """What makes a layer of a dynamic cache hold rows of bytes. Cropping, reordering and repeating work on rows as they are."""
+class _Int8:
+    """What makes a layer of a dynamic cache hold signed bytes."""
 
     keys: Tensor | None
     values: Tensor | None
@@ -93,6 +93,10 @@ class _Int8Rows:
         assert self.keys is not None
         assert self.values is not None
         self.keys, self.values = self.keys.to(torch.int8), self.values.to(torch.int8)
+
+
+class _Int8Rows(_Int8):
+    """Rows of bytes. Cropping, reordering and repeating work on rows as they are."""
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -109,12 +113,8 @@ class _Int8Rows:
         return dequantize_rows(self.keys, dtype), dequantize_rows(self.values, dtype)
 
 
-class _Int8Arrays:
-    """What makes a layer hold codes, and a second one of its kind, `scales`, that has the same done to it."""
-
-    keys: Tensor | None
-    values: Tensor | None
-    is_initialized: bool
+class _Int8Arrays(_Int8):
+    """Codes, and a second layer of the kind, `scales`, that has the same done to it."""
 
     def __init__(self, scales: Any, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -127,10 +127,7 @@ class _Int8Arrays:
         return twin
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        super().lazy_initialization(key_states, value_states)  # type: ignore[misc]
-        assert self.keys is not None
-        assert self.values is not None
-        self.keys, self.values = self.keys.to(torch.int8), self.values.to(torch.int8)
+        super().lazy_initialization(key_states, value_states)
         self.scales.lazy_initialization(key_states.float(), value_states.float())
 
     def update(
@@ -183,6 +180,10 @@ class Int8Layer(_Int8Rows, DynamicLayer):
     """All positions."""
 
 
+class Int8SlidingWindowLayer(_Int8Rows, DynamicSlidingWindowLayer):
+    """The last `sliding_window` positions."""
+
+
 class Int8ArraysLayer(_Int8Arrays, DynamicLayer):
     """All positions."""
 
@@ -193,10 +194,6 @@ class Int8ArraysSlidingWindowLayer(_Int8Arrays, DynamicSlidingWindowLayer):
     def activate_past_recording(self) -> None:
         super().activate_past_recording()
         self.scales.activate_past_recording()
-
-
-class Int8SlidingWindowLayer(_Int8Rows, DynamicSlidingWindowLayer):
-    """The last `sliding_window` positions."""
 
 
 class KVCache(Cache):

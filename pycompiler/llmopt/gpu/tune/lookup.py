@@ -58,9 +58,7 @@ Measure = Callable[[Kernel, Any], tuple[Entry, bool]]  # the bool: worth keeping
 log = logging.getLogger("llmopt")
 
 _asked = Recorder[Asked]()
-recording = (
-    _asked.recording
-)  # the problems of all GPU plans that are made within it, in their buckets
+recording = _asked.recording  # problems of GPU plans made within it, in their buckets
 
 
 def chooser_for(target: Target, mode: str, on: torch.device | None = None) -> Chooser:
