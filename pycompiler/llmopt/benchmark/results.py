@@ -160,14 +160,16 @@ def markdown(rows: Sequence[Row], setting: Setting) -> str:
         cells = [_cell(by_place.get((phase, system))) for phase, _, _ in phases]
         cells += [text(found.get(system)) for _, text in columns]
         lines.append(f"| {' | '.join([system, *cells])} |")
-    lines += ["", LEGEND + samples_of(found.values())]
+    lines += ["", _legend(any(row.ratio is not None for row in rows)) + samples_of(found.values())]
     return "\n".join(lines) + "\n"
 
 
-LEGEND = (
-    "In brackets: times eager's speed, percent of the roofline measured around it, which counts the bytes and the products "
-    "that the system's own form of the weights needs."
-)
+def _legend(has_eager: bool) -> str:
+    ratio = "times eager's speed, " if has_eager else ""
+    return (
+        f"In brackets: {ratio}percent of the roofline measured around it, which counts the bytes and the products "
+        "that the system's own form of the weights needs."
+    )
 
 
 def samples_of(found: Iterable[Accuracy]) -> str:
