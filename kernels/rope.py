@@ -119,11 +119,21 @@ def _kernel(
     part = tl.program_id(1)
     q_parts, kv_parts = tl.cdiv(H, BLOCK_H), tl.cdiv(Hkv, BLOCK_H)
     lane = tl.arange(0, BLOCK_H)
+    # What is None is no argument of the compiled kernel: its branch must not be compiled, whatever part says.
     if part < q_parts:
-        h = part * BLOCK_H + lane
-        x, y = q_ptr + b * stride_qb + s * stride_qs, q_out_ptr + b * stride_qob + s * stride_qos
-        _rotate(x, y, cos_ptr + b * stride_cb + s * stride_cs, sin_ptr + b * stride_sb + s * stride_ss,
-                h, H, stride_qh, stride_qoh, KIND, D, R, BLOCK_R, BLOCK_REST)  # fmt: skip
+        if q_ptr is not None:
+            h = part * BLOCK_H + lane
+            x, y = (
+                q_ptr + b * stride_qb + s * stride_qs,
+                q_out_ptr + b * stride_qob + s * stride_qos,
+            )
+            cos_row, sin_row = (
+                cos_ptr + b * stride_cb + s * stride_cs,
+                sin_ptr + b * stride_sb + s * stride_ss,
+            )
+            _rotate(
+                x, y, cos_row, sin_row, h, H, stride_qh, stride_qoh, KIND, D, R, BLOCK_R, BLOCK_REST
+            )
     elif part < q_parts + kv_parts:
         if k_ptr is not None:
             h = (part - q_parts) * BLOCK_H + lane

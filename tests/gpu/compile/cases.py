@@ -152,6 +152,13 @@ def _rope(t: Target) -> list[Launch]:
     )
 
 
+def _keys_alone(t: Target) -> list[Launch]:
+    k, v = (meta(1, 1, 8, 128).transpose(1, 2) for _ in range(2))
+    room = meta(1, 8, 640, 128)[:, :, 128:129]
+    p = RowProblem(1, 128, "fp16")
+    return _every_tile(rope, p, t, None, None, None, None, "none", k, room, v, room)
+
+
 def _rope_codes(t: Target) -> list[Launch]:
     k, v = (meta(1, 512, 8, 128).transpose(1, 2) for _ in range(2))
     rows = meta(640, 1, 8, 132, dtype=I8).permute(1, 2, 0, 3)[:, :, 128:]
@@ -268,6 +275,7 @@ ROWS: dict[str, Case] = {
     "norm": _norm,
     "rope": _rope,
     "rope and codes": _rope_codes,
+    "keys alone": _keys_alone,
     "round keys": _round_keys,
     "swiglu": _rows(swiglu, WIDE, meta(512, 2 * WIDE), meta(512, WIDE)),
     "softmax": _rows(softmax, 32000, meta(512, 32000), meta(512, 32000)),
