@@ -295,3 +295,26 @@ def written_afterwards(x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("function", [beside_its_tensor, written_afterwards])
 def test_windows_that_cannot_be_followed_stay_in_pytorch(function: Callable) -> None:
     check(function, randn(6, 12), leaves=["linear"])
+
+
+def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    a, b = x.chunk(2, -1)
+    return x * cos + torch.cat((-b, a), -1) * sin
+
+
+def test_rotations_with_tables_of_fewer_dimensions_than_heads() -> None:
+    x, tables = heads(), (randn(5, 8), randn(5, 8, seed=1))
+    check(rotary, x, *tables, takes=["rope"])
+    check(rotary, x, *(t[None] for t in tables), takes=["rope"])
+    check(rotary, x.transpose(1, 2), *(t[:, None] for t in tables), takes=["rope"])
+    check(
+        lambda x, a: rotary(x, a.cos(), a.sin()) + rotary(-x, a.cos(), a.sin()),
+        x,
+        tables[0],
+        takes=["rope"],
+    )
+
+
+def test_a_table_for_each_head_is_no_rotation_by_position() -> None:
+    check(rotary, heads(), randn(3, 5, 8), randn(3, 5, 8, seed=1), leaves=["rope"])
+    check(rotary, heads(), randn(5, 8), randn(3, 5, 8), leaves=["rope"])

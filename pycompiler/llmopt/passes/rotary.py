@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 from torch import fx
@@ -24,13 +25,38 @@ from llmopt.writes import Writes
 
 
 def run(graph: fx.Graph) -> None:
-    mode, writes = fake_mode_of(graph), Writes(graph)
+    tables = _Tables(graph)
+    writes = Writes(graph)
     for node in list(graph.nodes):
         if node.op in ("call_function", "call_method") and kind(node) == "add":
-            _match(graph, mode, node, writes)
+            _match(tables, node, writes)
 
 
-def _match(graph: fx.Graph, mode: Any, node: fx.Node, writes: Writes) -> None:
+class _Tables:
+    """cos and sin of a graph, with the dimensions of 1 that broadcasting puts before those of [S,R].
+
+    A table keeps its one view, by which layers that share it are known.
+    """
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.graph, self.mode = graph, fake_mode_of(graph)
+        self._first = next(n for n in graph.nodes if n.op != "placeholder")
+        self._views: dict[fx.Node, fx.Node] = {}
+
+    def of_four(self, table: fx.Node) -> fx.Node:
+        missing = 4 - fake(table).dim()
+        if missing == 0:
+            return table
+        if table not in self._views:
+            before = self._first if table.op == "placeholder" else table.next
+            with self.graph.inserting_before(before):
+                index = (None,) * missing + (Ellipsis,)
+                view = emit(self.graph, self.mode, operator.getitem, (table, index), like=table)
+            self._views[table] = view
+        return self._views[table]
+
+
+def _match(tables: _Tables, node: fx.Node, writes: Writes) -> None:
     pair = binary_operands(node)
     if pair is None or not all(is_tensor(p) and kind(p) == "mul" for p in pair):
         return
@@ -39,12 +65,14 @@ def _match(graph: fx.Graph, mode: Any, node: fx.Node, writes: Writes) -> None:
         if found is None:
             continue
         x, cos, sin, kind_name = found
-        if fake(x).dim() != 4 or fake(cos).dim() != 4 or fake(x).dtype != fake(node).dtype:
+        if fake(x).dim() != 4 or fake(x).dtype != fake(node).dtype:
+            return
+        if fake(cos).dim() not in (2, 3, 4) or fake(sin).dim() != fake(cos).dim():
             return
         tail = _pass_through(node, x)
         last, whole = (node, x) if tail is None else (tail, x.args[0])
         if not writes.moves_reads(last, (whole, cos, sin)):
-            _rewrite(graph, mode, last, whole, cos, sin, kind_name)
+            _rewrite(tables, last, whole, cos, sin, kind_name)
         return
 
 
@@ -129,12 +157,14 @@ def _interleaved(rotated: fx.Node) -> tuple[fx.Node, str] | None:
 
 
 def _rewrite(
-    graph: fx.Graph, mode: Any, last: fx.Node, whole: fx.Node, cos: fx.Node, sin: fx.Node, name: str
+    tables: _Tables, last: fx.Node, whole: fx.Node, cos: fx.Node, sin: fx.Node, name: str
 ) -> None:
-    heads_second = is_one(fake(cos).shape[1]) and not is_one(fake(cos).shape[2])
-    heads_third = is_one(fake(cos).shape[2]) and not heads_second and not is_one(fake(cos).shape[1])
-    if not (is_one(fake(cos).shape[1]) or heads_third):
+    graph, mode = tables.graph, tables.mode
+    size = (1,) * (4 - fake(cos).dim()) + tuple(fake(cos).shape)
+    heads_third = is_one(size[2]) and not is_one(size[1])
+    if not (is_one(size[1]) or heads_third):
         return
+    cos, sin = tables.of_four(cos), tables.of_four(sin)
     with graph.inserting_before(last):
         if heads_third:  # [B,S,H,D] with cos [B,S,1,R]
             whole, cos, sin = (
