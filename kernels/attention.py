@@ -159,7 +159,7 @@ def attend(
 
 
 @triton.jit
-def _kernel(
+def attention_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, k_scale_ptr, v_scale_ptr, mean_ptr, mask_ptr, slopes_ptr, lengths_ptr,
     H, group, Sq, Skv, stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_ksb, stride_ksh, stride_ksn, stride_vsb, stride_vsh, stride_vsn,
@@ -304,9 +304,13 @@ def launch(p: AttentionProblem, c: AttentionTile, t: Target, q, k, v, o, scores:
         )  # fewer products of s8 no instruction has
     mean = scores.mean if scores.softcap > 0 else None
     return Launch(
-        "attention.triton", _kernel, (triton.cdiv(p.q_len, c.block_m), p.batch * p.heads),
+        "attention.triton", attention_kernel, (triton.cdiv(p.q_len, c.block_m), p.batch * p.heads),
         {**operands(p, q, k, v, o, scores), "mean_ptr": mean}, constants, c.num_warps, c.num_stages, reads=READS, writes=("o_ptr",),
     )  # fmt: skip
 
 
-register(Kernel("attention.triton", "attention", 20, reject, tiles, launch, _kernel, reject_tile))
+register(
+    Kernel(
+        "attention.triton", "attention", 20, reject, tiles, launch, attention_kernel, reject_tile
+    )
+)

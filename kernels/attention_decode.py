@@ -66,7 +66,7 @@ def rows_of(p: AttentionProblem) -> int:
 
 
 @triton.jit
-def _kernel(
+def attention_decode_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, k_scale_ptr, v_scale_ptr, mask_ptr, slopes_ptr, lengths_ptr, partial_ptr, counter_ptr,
     H, group, Sq, Skv, stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_ksb, stride_ksh, stride_ksn, stride_vsb, stride_vsh, stride_vsn,
@@ -161,11 +161,20 @@ def launch(p: AttentionProblem, c: AttentionTile, t: Target, q, k, v, o, scores:
     arguments = {**operands(p, q, k, v, o, scores), "partial_ptr": partial, "counter_ptr": counter}
     constants = {**scores.constants(p), **c.constexprs()}
     return Launch(
-        "attention_decode.triton", _kernel, (p.batch * p.kv_heads, c.splits), arguments, constants,
+        "attention_decode.triton", attention_decode_kernel, (p.batch * p.kv_heads, c.splits), arguments, constants,
         c.num_warps, c.num_stages, reads=READS, writes=("o_ptr",),
     )  # fmt: skip
 
 
 register(
-    Kernel("attention_decode.triton", "attention", 10, reject, tiles, launch, _kernel, reject_tile)
+    Kernel(
+        "attention_decode.triton",
+        "attention",
+        10,
+        reject,
+        tiles,
+        launch,
+        attention_decode_kernel,
+        reject_tile,
+    )
 )

@@ -11,7 +11,7 @@ from llmopt.types import Target
 
 
 @triton.jit
-def _kernel(x_ptr, target_ptr, loss_ptr, K, stride_x, ignored, BLOCK_K: tl.constexpr):
+def cross_entropy_kernel(x_ptr, target_ptr, loss_ptr, K, stride_x, ignored, BLOCK_K: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(target_ptr + row).to(tl.int64)
     counts = target != ignored
@@ -32,7 +32,7 @@ def launch(p: RowProblem, c: RowTile, t: Target, x, target, loss, ignored: int =
         "ignored": ignored,
     }
     return Launch(
-        "cross_entropy.triton", _kernel, (p.rows,), arguments, c.constexprs(), c.num_warps, c.num_stages,
+        "cross_entropy.triton", cross_entropy_kernel, (p.rows,), arguments, c.constexprs(), c.num_warps, c.num_stages,
         reads=("x_ptr", "target_ptr"), writes=("loss_ptr",),
     )  # fmt: skip
 

@@ -18,7 +18,7 @@ def tiles(p: RowProblem, t: Target) -> tuple[RowTile, ...]:
 
 
 @triton.jit
-def _kernel(
+def embedding_kernel(
     ids_ptr, table_ptr, y_ptr, V, K, inner, stride_io, stride_ii, stride_t, stride_y, scale, BLOCK_K: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -40,7 +40,7 @@ def launch(p: RowProblem, c: RowTile, t: Target, ids, table, y, scale: float = 1
                  "inner": ids.shape[1], "stride_io": ids.stride(0), "stride_ii": ids.stride(1),
                  "stride_t": table.stride(0), "stride_y": y.stride(0), "scale": float(scale)}  # fmt: skip
     return Launch(
-        "embedding.triton", _kernel, (p.rows, triton.cdiv(p.k, c.block_k)), arguments, c.constexprs(),
+        "embedding.triton", embedding_kernel, (p.rows, triton.cdiv(p.k, c.block_k)), arguments, c.constexprs(),
         c.num_warps, c.num_stages, reads=("ids_ptr",), writes=("y_ptr",),
     )  # fmt: skip
 

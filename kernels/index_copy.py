@@ -22,7 +22,7 @@ def tiles(p: RowProblem, t: Target) -> tuple[RowTile, ...]:
 
 
 @triton.jit
-def _kernel(
+def index_copy_kernel(
     new_ptr, index_ptr, cache_ptr, H, Sn, S, stride_nb, stride_nh, stride_ns, stride_cb, stride_ch, stride_cs, stride_i,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
@@ -48,7 +48,7 @@ def launch(p: RowProblem, c: RowTile, t: Target, cache, index, new) -> Launch:
     constants = {"D": d, "BLOCK_D": triton.next_power_of_2(d), "BLOCK_H": c.block_k}
     grid = (batch * length, triton.cdiv(heads, c.block_k))
     return Launch(
-        "index_copy.triton", _kernel, grid, arguments, constants, c.num_warps, c.num_stages,
+        "index_copy.triton", index_copy_kernel, grid, arguments, constants, c.num_warps, c.num_stages,
         reads=("new_ptr", "index_ptr"), writes=("cache_ptr",),
     )  # fmt: skip
 

@@ -79,7 +79,7 @@ def _smem(tile: GemmTile, p: LinearProblem) -> int:
 
 
 @triton.jit
-def _kernel(
+def linear_kernel(
     x_ptr, w_ptr, up_ptr, bias_ptr, up_bias_ptr, residual_ptr, norm_weight_ptr, norm_bias_ptr,
     y_ptr, partial_ptr, counter_ptr,
     M, N, K, stride_xm, stride_wn, stride_un, stride_rm, stride_ym, alpha, norm_eps, norm_offset,
@@ -135,10 +135,12 @@ def launch(p: LinearProblem, c: GemmTile, t: Target, x, w, y, around: Around, up
     }  # fmt: skip
     constants = {"NORM": p.norm, "ACT": p.act, **c.constexprs()}
     return Launch(
-        "linear_f16.triton", _kernel, (tile_count, c.split_k), arguments, constants,
+        "linear_f16.triton", linear_kernel, (tile_count, c.split_k), arguments, constants,
         c.num_warps, c.num_stages,
         reads=("x_ptr", "w_ptr", "up_ptr", *around.READS), writes=("y_ptr",),
     )  # fmt: skip
 
 
-register(Kernel("linear_f16.triton", "linear", 20, reject, tiles, launch, _kernel, reject_tile))
+register(
+    Kernel("linear_f16.triton", "linear", 20, reject, tiles, launch, linear_kernel, reject_tile)
+)

@@ -52,7 +52,7 @@ def _dot_rows(w_rows, col_mask, ks, k_mask, x):
 
 
 @triton.jit
-def _kernel(
+def linear_gemv_kernel(
     x_ptr, w_ptr, up_ptr, bias_ptr, up_bias_ptr, residual_ptr, norm_weight_ptr, norm_bias_ptr, y_ptr,
     M, N, K, stride_xm, stride_wn, stride_un, stride_rm, stride_ym, alpha, norm_eps, norm_offset,
     NORM: tl.constexpr, ACT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -100,12 +100,21 @@ def launch(p: LinearProblem, c: GemmTile, t: Target, x, w, y, around: Around, up
     }  # fmt: skip
     constants = {"NORM": p.norm, "ACT": p.act, "BLOCK_N": c.block_n, "BLOCK_K": c.block_k}
     return Launch(
-        "linear_f16_gemv.triton", _kernel, (triton.cdiv(p.n, c.block_n), p.m), arguments, constants,
+        "linear_f16_gemv.triton", linear_gemv_kernel, (triton.cdiv(p.n, c.block_n), p.m), arguments, constants,
         c.num_warps, c.num_stages,
         reads=("x_ptr", "w_ptr", "up_ptr", *around.READS), writes=("y_ptr",),
     )  # fmt: skip
 
 
 register(
-    Kernel("linear_f16_gemv.triton", "linear", 10, reject, tiles, launch, _kernel, reject_tile)
+    Kernel(
+        "linear_f16_gemv.triton",
+        "linear",
+        10,
+        reject,
+        tiles,
+        launch,
+        linear_gemv_kernel,
+        reject_tile,
+    )
 )

@@ -58,7 +58,7 @@ def reject_tile(c: GemmTile, p: LinearProblem, t: Target) -> str:
 
 
 @triton.jit
-def _kernel(
+def linear_tma_kernel(
     x_desc, w_desc, up_desc, bias_ptr, up_bias_ptr, residual_ptr, y_ptr,
     M, N, K, stride_rm, stride_ym, alpha, blocks,
     ACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
@@ -95,9 +95,13 @@ def launch(p: LinearProblem, c: GemmTile, t: Target, x, w, y, around: Around, up
     constants = {"ACT": p.act, **c.constexprs()}
     del constants["SPLIT_K"]
     return Launch(
-        "linear_f16_tma.triton", _kernel, (blocks,), arguments, constants, c.num_warps, c.num_stages,
+        "linear_f16_tma.triton", linear_tma_kernel, (blocks,), arguments, constants, c.num_warps, c.num_stages,
         reads=("x_desc", "w_desc", "up_desc", "bias_ptr", "up_bias_ptr", "residual_ptr"), writes=("y_ptr",),
     )  # fmt: skip
 
 
-register(Kernel("linear_f16_tma.triton", "linear", 5, reject, tiles, launch, _kernel, reject_tile))
+register(
+    Kernel(
+        "linear_f16_tma.triton", "linear", 5, reject, tiles, launch, linear_tma_kernel, reject_tile
+    )
+)

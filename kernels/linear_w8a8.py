@@ -136,7 +136,7 @@ def _fold(acc, product, x_scale, x_sum, scale_ptr, offset_ptr, cols, col_mask, g
 
 
 @triton.jit
-def _kernel(
+def linear_w8a8_kernel(
     x_ptr, x_scale_ptr, w_ptr, w_scale_ptr, w_offset_ptr, up_ptr, up_scale_ptr, up_offset_ptr, bias_ptr, up_bias_ptr, residual_ptr,
     y_ptr, partial_ptr, counter_ptr,
     M, N, K, groups, stride_xm, stride_wn, stride_un, stride_rm, stride_ym, alpha,
@@ -212,7 +212,7 @@ def launch(
         "GROUPED": p.group != 0, **c.constexprs(),
     }  # fmt: skip
     return Launch(
-        f"linear_{p.scheme}.triton", _kernel, (tile_count, c.split_k), arguments, constants, c.num_warps, c.num_stages,
+        f"linear_{p.scheme}.triton", linear_w8a8_kernel, (tile_count, c.split_k), arguments, constants, c.num_warps, c.num_stages,
         reads=("x_ptr", "x_scale_ptr", "w_ptr", "w_scale_ptr", "w_offset_ptr", "up_ptr", "up_scale_ptr", "up_offset_ptr",
                "bias_ptr", "up_bias_ptr", "residual_ptr"),
         writes=("y_ptr",),
@@ -221,6 +221,13 @@ def launch(
 
 register(
     Kernel(
-        "linear_w8a8.triton", "linear_quantized", 10, reject, tiles, launch, _kernel, reject_tile
+        "linear_w8a8.triton",
+        "linear_quantized",
+        10,
+        reject,
+        tiles,
+        launch,
+        linear_w8a8_kernel,
+        reject_tile,
     )
 )

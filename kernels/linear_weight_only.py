@@ -104,7 +104,7 @@ def _step(acc, x, x_sum, codes, scale_ptr, offset_ptr, cols, col_mask, groups, g
 
 
 @triton.jit
-def _kernel(
+def linear_weight_only_kernel(
     x_ptr, w_ptr, w_scale_ptr, w_offset_ptr, up_ptr, up_scale_ptr, up_offset_ptr, bias_ptr, up_bias_ptr, residual_ptr,
     norm_weight_ptr, norm_bias_ptr, y_ptr, partial_ptr, counter_ptr,
     M, N, K, groups, stride_xm, stride_wn, stride_un, stride_rm, stride_ym, alpha, norm_eps, norm_offset,
@@ -168,7 +168,7 @@ def launch(
         "GROUPED": p.group != 0, **c.constexprs(),
     }  # fmt: skip
     return Launch(
-        f"linear_{p.scheme}.triton", _kernel, (tile_count, c.split_k), arguments, constants, c.num_warps, c.num_stages,
+        f"linear_{p.scheme}.triton", linear_weight_only_kernel, (tile_count, c.split_k), arguments, constants, c.num_warps, c.num_stages,
         reads=("x_ptr", "w_ptr", "w_scale_ptr", "w_offset_ptr", "up_ptr", "up_scale_ptr", "up_offset_ptr", *around.READS),
         writes=("y_ptr",),
     )  # fmt: skip
@@ -182,7 +182,7 @@ register(
         reject,
         tiles,
         launch,
-        _kernel,
+        linear_weight_only_kernel,
         reject_tile,
     )
 )

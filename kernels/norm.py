@@ -24,7 +24,7 @@ def tiles(p: RowProblem, t: Target) -> tuple[RowTile, ...]:
 
 
 @triton.jit
-def _kernel(
+def norm_kernel(
     x_ptr, weight_ptr, bias_ptr, y_ptr, inner, K, stride_xo, stride_xi, stride_y, eps, offset,
     NORM: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -53,7 +53,7 @@ def launch(
         "eps": float(eps), "offset": float(offset),
     }  # fmt: skip
     return Launch(
-        "norm.triton", _kernel, (p.rows,), arguments, {"NORM": norm, **c.constexprs()}, c.num_warps, c.num_stages,
+        "norm.triton", norm_kernel, (p.rows,), arguments, {"NORM": norm, **c.constexprs()}, c.num_warps, c.num_stages,
         reads=("x_ptr", "weight_ptr", "bias_ptr"), writes=("y_ptr",),
     )  # fmt: skip
 

@@ -26,7 +26,7 @@ def tiles(p: RowProblem, t: Target) -> tuple[RowTile, ...]:
 
 
 @triton.jit
-def _kernel(
+def quantize_rows_kernel(
     x_ptr, norm_weight_ptr, norm_bias_ptr, q_ptr, scale_ptr, K, groups, stride_xm, norm_eps, norm_offset,
     NORM: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, GROUP: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -69,7 +69,7 @@ def launch(
         **c.constexprs(),
     }
     return Launch(
-        "quantize_rows.triton", _kernel, (p.rows,), arguments, constants, c.num_warps, c.num_stages,
+        "quantize_rows.triton", quantize_rows_kernel, (p.rows,), arguments, constants, c.num_warps, c.num_stages,
         reads=("x_ptr", "norm_weight_ptr", "norm_bias_ptr"), writes=("q_ptr", "scale_ptr"),
     )  # fmt: skip
 

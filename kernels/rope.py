@@ -105,7 +105,7 @@ def _rotate(
 
 
 @triton.jit
-def _kernel(
+def rope_kernel(
     q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr, v_out_ptr, k_scale_ptr, v_scale_ptr, S, H, Hkv,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_qob, stride_qoh, stride_qos, stride_kob, stride_koh, stride_kos, stride_vob, stride_voh, stride_vos,
@@ -222,7 +222,7 @@ def launch(
     }  # fmt: skip
     parts = triton.cdiv(heads, c.block_k) + 2 * triton.cdiv(kv_heads, c.block_k)
     return Launch(
-        "rope.triton", _kernel, (batch * length, parts), arguments, constants, c.num_warps, c.num_stages,
+        "rope.triton", rope_kernel, (batch * length, parts), arguments, constants, c.num_warps, c.num_stages,
         reads=("q_ptr", "k_ptr", "v_ptr", "cos_ptr", "sin_ptr"),
         writes=("q_out_ptr", "k_out_ptr", "v_out_ptr", "k_scale_ptr", "v_scale_ptr"),
     )  # fmt: skip

@@ -21,7 +21,7 @@ def tiles(p: RowProblem, t: Target) -> tuple[RowTile, ...]:
 
 
 @triton.jit
-def _kernel(
+def rotary_table_kernel(
     frequency_ptr, position_ptr, cos_ptr, sin_ptr, S, half, scale,
     stride_fb, stride_fs, stride_fk, stride_pb, stride_ps, stride_cb, stride_cs, stride_sb, stride_ss, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -56,7 +56,7 @@ def launch(
     for name, tensor, axes in zip("fpcs", tensors, ("bsk", "bs", "bs", "bs"), strict=True):
         arguments |= {f"stride_{name}{axis}": tensor.stride(d) for d, axis in enumerate(axes)}
     return Launch(
-        "rotary_table.triton", _kernel, (p.rows,), arguments, c.constexprs(), c.num_warps, c.num_stages,
+        "rotary_table.triton", rotary_table_kernel, (p.rows,), arguments, c.constexprs(), c.num_warps, c.num_stages,
         reads=("frequency_ptr", "position_ptr"), writes=("cos_ptr", "sin_ptr"),
     )  # fmt: skip
 

@@ -38,7 +38,7 @@ def _keys(k_row, s, d, end, D, stride_ks):
 
 
 @triton.jit
-def _sums(
+def sum_keys_kernel(
     k_ptr,
     sums_ptr,
     H,
@@ -65,7 +65,7 @@ def _sums(
 
 
 @triton.jit
-def _codes(
+def round_keys_kernel(
     k_ptr, sums_ptr, codes_ptr, scale_ptr, mean_ptr, H, S, D, stride_kb, stride_kh, stride_ks,
     PARTS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -100,7 +100,7 @@ def launch_sums(p: RowProblem, c: RowTile, t: Target, k, sums) -> Launch:
     """k [B,Hkv,S,D] with dense rows → sums [B,Hkv,parts_of(S),D] fp32, dense."""
     grid = (k.shape[0] * k.shape[1], parts_of(k.shape[2]))
     return Launch(
-        "sum_keys.triton", _sums, grid, _arguments(k, sums), _constants(k, c), c.num_warps, c.num_stages,
+        "sum_keys.triton", sum_keys_kernel, grid, _arguments(k, sums), _constants(k, c), c.num_warps, c.num_stages,
         reads=("k_ptr",), writes=("sums_ptr",),
     )  # fmt: skip
 
@@ -110,7 +110,7 @@ def launch(p: RowProblem, c: RowTile, t: Target, k, sums, codes, scale, mean) ->
     grid = (k.shape[0] * k.shape[1], triton.cdiv(k.shape[2], BLOCK))
     arguments = {**_arguments(k, sums), "codes_ptr": codes, "scale_ptr": scale, "mean_ptr": mean}
     return Launch(
-        "round_keys.triton", _codes, grid, arguments, _constants(k, c), c.num_warps, c.num_stages,
+        "round_keys.triton", round_keys_kernel, grid, arguments, _constants(k, c), c.num_warps, c.num_stages,
         reads=("k_ptr", "sums_ptr"), writes=("codes_ptr", "scale_ptr", "mean_ptr"),
     )  # fmt: skip
 

@@ -36,7 +36,7 @@ def log_sum(x_row, K, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
-def _kernel(x_ptr, y_ptr, K, stride_x, stride_y, BLOCK_K: tl.constexpr):
+def softmax_kernel(x_ptr, y_ptr, K, stride_x, stride_y, BLOCK_K: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     highest, total = log_sum(x_ptr + row * stride_x, K, BLOCK_K)
     for k in range(0, K, BLOCK_K):
@@ -50,7 +50,7 @@ def launch(p: RowProblem, c: RowTile, t: Target, x, y) -> Launch:
     """x, y [M, K], rows dense. A row of nothing but -inf gives NaN, as in PyTorch."""
     arguments = {"x_ptr": x, "y_ptr": y, "K": p.k, "stride_x": x.stride(0), "stride_y": y.stride(0)}
     return Launch(
-        "softmax.triton", _kernel, (p.rows,), arguments, c.constexprs(), c.num_warps, c.num_stages,
+        "softmax.triton", softmax_kernel, (p.rows,), arguments, c.constexprs(), c.num_warps, c.num_stages,
         reads=("x_ptr",), writes=("y_ptr",),
     )  # fmt: skip
 

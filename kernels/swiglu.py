@@ -19,7 +19,7 @@ def tiles(p: RowProblem, t: Target) -> tuple[RowTile, ...]:
 
 
 @triton.jit
-def _kernel(x_ptr, y_ptr, K, stride_x, stride_y, ACT: tl.constexpr, BLOCK_K: tl.constexpr):
+def swiglu_kernel(x_ptr, y_ptr, K, stride_x, stride_y, ACT: tl.constexpr, BLOCK_K: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     ks = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     mask = ks < K
@@ -36,7 +36,7 @@ def launch(p: RowProblem, c: RowTile, t: Target, x, y, act: str = "silu") -> Lau
     """x [M, 2K], y [M, K], rows dense."""
     arguments = {"x_ptr": x, "y_ptr": y, "K": p.k, "stride_x": x.stride(0), "stride_y": y.stride(0)}
     return Launch(
-        "swiglu.triton", _kernel, (p.rows, triton.cdiv(p.k, c.block_k)), arguments, {"ACT": act, **c.constexprs()},
+        "swiglu.triton", swiglu_kernel, (p.rows, triton.cdiv(p.k, c.block_k)), arguments, {"ACT": act, **c.constexprs()},
         c.num_warps, c.num_stages, reads=("x_ptr",), writes=("y_ptr",),
     )  # fmt: skip
 

@@ -56,6 +56,12 @@ def test_hopper_products_are_warp_group_products():
     assert "wgmma.mma_async" in binary(launch, HOPPER).asm["ptx"]
 
 
+def test_profilers_tell_kernels_apart_by_name():
+    launches = [launch for table in (PRODUCTS, ROWS) for _, _, launch in cases(table, (HOPPER,))]
+    functions = {launch.function for launch in launches}
+    assert len({f.__name__ for f in functions}) == len(functions)
+
+
 def test_a_tile_that_is_too_large_is_named():
     """The check can fail: a tile no target's list has."""
     x, w, y = meta(512, 4096), meta(4096, 4096), meta(512, 4096)
