@@ -14,6 +14,7 @@ import subprocess
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -78,7 +79,10 @@ class Compiled:
 
 
 def signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple, list]]:
-    """(types, constants, attributes) of a launch's parameters, by name and position, as triton's compiler takes them."""
+    """(types, constants, attributes) of a launch's parameters, by name and position, as triton's compiler takes them.
+
+    attributes has the empty entries that triton's launcher has: its cache key includes them.
+    """
     types: dict[str, str] = {}
     constants = dict(launch.constants)
     attributes: dict[tuple, list] = {}
@@ -87,13 +91,26 @@ def signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tupl
         if name in launch.constants or value is None or (_is_int(value) and value == 1):
             types[name] = "constexpr"
             constants.setdefault(name, value)
-            attributes[(position,)] = []
+            if _lists_every_constant() or isinstance(constants[name], str):
+                attributes[(position,)] = []
             continue
         types[name] = _type(value)
-        # Empty entries as triton's launcher has them: its cache key includes them.
         if isinstance(value, torch.Tensor) or _is_int(value):
             attributes[(position,)] = [["tt.divisibility", 16]] if _divides_16(value) else []
     return types, constants, attributes
+
+
+@functools.cache
+def _lists_every_constant() -> bool:
+    """Whether triton's launcher has an entry for every constant, as 3.9 does, or only for texts, as 3.6: asked of it for a 1."""
+    from triton.runtime.jit import JITFunction
+
+    function = SimpleNamespace(params=[])
+    backend = SimpleNamespace(parse_options=lambda _: None, parse_attr=lambda _: [])
+    *_, attributes = JITFunction._pack_args(
+        function, backend, {}, {"one": 1}, [("constexpr", 1)], None
+    )
+    return bool(attributes)
 
 
 def _is_int(value: Any) -> bool:

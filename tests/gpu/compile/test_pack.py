@@ -79,7 +79,7 @@ def test_another_gpu_is_refused(folder):
 
 
 def test_a_changed_binary_is_refused(folder):
-    file = next((folder / "cuda_sm_90").iterdir())
+    file = next((folder / "cuda_sm_90").glob("*.cubin"))
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
