@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "cpu/dispatch.h"
+#include "gpu/launches.h"
 #include "runtime/prefetch.h"
 #include "runtime/program.h"
 #include "runtime/samples.h"
@@ -66,6 +67,45 @@ std::string refuse(const std::string& tier_name, const std::string& op, const st
   return reason ? reason : "";
 }
 
+using Place = std::tuple<uint32_t, uint32_t, int64_t>;  // slot, buffer, offset
+
+void bind_gpu(py::module_& m) {
+  using namespace gpu;
+  py::class_<Matrix>(m, "Matrix", "A matrix that the copy engine of a GPU reads in boxes.")
+      .def(py::init([](Place place, int data_type, int swizzle, uint64_t rows, uint64_t columns, uint64_t row_bytes,
+                       uint32_t box_rows, uint32_t box_columns) {
+             const auto [slot, buffer, offset] = place;
+             return Matrix{slot, buffer, offset, data_type, swizzle, rows, columns, row_bytes, box_rows, box_columns};
+           }),
+           py::arg("place"), py::arg("data_type"), py::arg("swizzle"), py::arg("rows"), py::arg("columns"),
+           py::arg("row_bytes"), py::arg("box_rows"), py::arg("box_columns"));
+  py::class_<Launches, std::shared_ptr<Launches>>(m, "Launches", "The launches of one step of a GPU plan.")
+      .def(py::init<>())
+      .def(
+          "add",
+          [](Launches& self, uint64_t function, const std::vector<unsigned>& grid, unsigned threads,
+             unsigned shared_bytes, const std::vector<uint64_t>& slots, const std::vector<Place>& places,
+             std::vector<Matrix> matrices) {
+            std::vector<Relocation> relocations;
+            for (const auto& [slot, buffer, offset] : places) relocations.push_back({slot, buffer, offset});
+            self.add(function, grid, threads, shared_bytes, slots, std::move(relocations), std::move(matrices));
+          },
+          py::arg("function"), py::arg("grid"), py::arg("threads"), py::arg("shared_bytes"), py::arg("slots"),
+          py::arg("places"), py::arg("matrices"))
+      .def("over", &Launches::over, py::arg("renamed"), "The same launches over other buffers: (number, new number).")
+      .def("__len__", &Launches::size);
+  py::class_<LaunchPlan>(m, "LaunchPlan", "The steps of one call on a GPU.")
+      .def(py::init([](const std::vector<std::shared_ptr<Launches>>& steps) {
+             return LaunchPlan({steps.begin(), steps.end()});
+           }),
+           py::arg("steps"))
+      .def("run", &LaunchPlan::run, py::arg("stream"), py::arg("addresses"))
+      .def("__len__", &LaunchPlan::size);
+  m.def("parameter_bytes", &parameter_bytes, py::arg("function"),
+        "The bytes of each parameter of a compiled GPU kernel.");
+  m.def("open_gpu_driver", &open_driver, py::arg("library"), "Takes this library for the GPU's driver; for tests.");
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -101,4 +141,5 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("num_steps", &Program::num_steps)
       .def_property_readonly("barriers", &Program::barriers)
       .def_property_readonly("arena_bytes", &Program::arena_bytes);
+  bind_gpu(m);
 }

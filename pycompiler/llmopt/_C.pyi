@@ -46,3 +46,39 @@ class Program:
     def barriers(self) -> int: ...
     @property
     def arena_bytes(self) -> int: ...
+
+class Matrix:
+    def __init__(
+        self,
+        place: tuple[int, int, int],
+        data_type: int,
+        swizzle: int,
+        rows: int,
+        columns: int,
+        row_bytes: int,
+        box_rows: int,
+        box_columns: int,
+    ) -> None: ...
+
+class Launches:
+    def __init__(self) -> None: ...
+    def add(
+        self,
+        function: int,
+        grid: Sequence[int],
+        threads: int,
+        shared_bytes: int,
+        slots: Sequence[int],
+        places: Sequence[tuple[int, int, int]],
+        matrices: Sequence[Matrix],
+    ) -> None: ...
+    def over(self, renamed: Sequence[tuple[int, int]]) -> Launches: ...
+    def __len__(self) -> int: ...
+
+class LaunchPlan:
+    def __init__(self, steps: Sequence[Launches]) -> None: ...
+    def run(self, stream: int, addresses: Sequence[int]) -> None: ...
+    def __len__(self) -> int: ...
+
+def parameter_bytes(function: int) -> list[int]: ...
+def open_gpu_driver(library: str) -> None: ...

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 from typing import Any
 
 
-def _constexprs(config: Any) -> dict[str, int]:
-    """block_m=64 → BLOCK_M=64; launch options keep their own names and are left out."""
+@functools.lru_cache(maxsize=1024)
+def _pairs(config: Any) -> tuple[tuple[str, int], ...]:
     options = ("num_warps", "num_stages")
     pairs = dataclasses.asdict(config).items()
-    return {name.upper(): value for name, value in pairs if name not in options}
+    return tuple((name.upper(), value) for name, value in pairs if name not in options)
+
+
+def _constexprs(config: Any) -> dict[str, int]:
+    """block_m=64 → BLOCK_M=64; launch options keep their own names and are left out."""
+    return dict(_pairs(config))
 
 
 @dataclass(frozen=True)

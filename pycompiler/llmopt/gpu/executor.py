@@ -1,8 +1,9 @@
-"""Running a GPU segment: tensors for its buffers, then its launches one after the other; or recording what it would launch."""
+"""Running a GPU segment: tensors for its results and caches, then its launches; or recording what it would launch."""
 
 from __future__ import annotations
 
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,9 +12,10 @@ from torch import Tensor
 
 from llmopt.gpu import device as gpu_device
 from llmopt.gpu.graphs import SegmentGraphs
+from llmopt.gpu.launching import Launcher
 from llmopt.gpu.plan import planned_steps
-from llmopt.gpu.run import check_runnable, run
-from llmopt.gpu.segment import Call, GpuSegmentBuilder, evaluate, memory
+from llmopt.gpu.run import check_runnable
+from llmopt.gpu.segment import GpuSegmentBuilder, evaluate
 from llmopt.gpu.weights import WeightCache
 from llmopt.graph import fake
 from llmopt.kv import groups_of
@@ -21,6 +23,7 @@ from llmopt.launch import Launch
 from llmopt.sizes import Size
 from llmopt.types import Target
 
+_MOST_VALUES = 32
 _Spec = tuple[torch.dtype, list[int], list[int]]  # a tensor's sizes and strides by their numbers
 
 
@@ -62,13 +65,15 @@ class GpuSegment(torch.nn.Module):
             for spec in [builder.kv[group.numbers[0]]]
         ]
         self._weights = WeightCache(builder.specs())
+        self.launcher = Launcher(builder, target)
+        self._values: OrderedDict[tuple[int, ...], list[int]] = OrderedDict()
         self.graphs = SegmentGraphs(builder, name) if mode == "reduce-overhead" else None
 
     def forward(self, *arguments: Any) -> tuple[Tensor, ...]:
         """Raises GpuMissing that says what is missing where the kernels cannot run."""
         device = next(a.device for a in arguments if isinstance(a, Tensor))
         symbols = [arguments[a] if d is None else arguments[a].shape[d] for a, d in self._symbols]
-        values = evaluate(self._builder.builder.sizes.codes, symbols)
+        values = self._values_of(tuple(symbols))
         if _recording.launches is not None:
             for launches in planned_steps(self._builder, self._target, symbols):
                 _recording.launches += launches
@@ -80,10 +85,9 @@ class GpuSegment(torch.nn.Module):
             caches = self._grow(arguments, values, device)
             weights = self._weights.get(arguments)
 
-            def launch(given: Sequence[Any], made: Sequence[Tensor]) -> None:
+            def launch(given: Sequence[Any], made: Sequence[Tensor]) -> Any:
                 sources = {"argument": given, "result": made, "kv": caches}
-                buffers = memory(self._builder, sources, values, device)
-                self._launch(Call(self._target, values, buffers, weights, self._builder.choose))
+                return self.launcher.run(sources, symbols, values, weights, device)
 
             if self.graphs is None or not self.graphs.run(
                 arguments, symbols, weights, results, launch
@@ -102,11 +106,15 @@ class GpuSegment(torch.nn.Module):
                 caches[number] = cache
         return caches
 
-    def _launch(self, call: Call) -> None:
-        """Launches every step on the current stream."""
-        for step in self._builder.steps:
-            for launch in step(call):
-                run(launch)
+    def _values_of(self, symbols: tuple[int, ...]) -> list[int]:
+        """The values of all sizes; those of recent calls are remembered."""
+        values = self._values.get(symbols)
+        if values is None:
+            values = evaluate(self._builder.builder.sizes.codes, symbols)
+            self._values[symbols] = values
+            if len(self._values) > _MOST_VALUES:
+                self._values.popitem(last=False)
+        return values
 
 
 def _allocate(specs: Sequence[_Spec], values: Sequence[int], device: torch.device) -> list[Tensor]:

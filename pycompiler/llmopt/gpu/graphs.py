@@ -29,9 +29,8 @@ log = logging.getLogger("llmopt")
 MOST_GRAPHS = 8  # of a segment; the one replayed longest ago goes
 _MOST_SEEN = 256
 _REPEATABLE = frozenset({"index_copy_"})  # writes that give the same when done twice
-Launch = Callable[
-    [Sequence[Any], Sequence[Tensor]], None
-]  # of all steps, over arguments and results
+# Of all steps, over arguments and results; gives what must live as long as the launches may be repeated.
+Launch = Callable[[Sequence[Any], Sequence[Tensor]], Any]
 
 
 class Recorder(Protocol):
@@ -89,6 +88,7 @@ class _Captured:
     inputs: list[tuple[int, Tensor]]  # (argument, its copy)
     results: list[Tensor]
     weights: list[Prepared]
+    plans: list[Any]
 
 
 class SegmentGraphs:
@@ -163,17 +163,18 @@ class SegmentGraphs:
                 own[i] = _memory_like(value)
                 inputs.append((i, own[i]))
         made = [_memory_like(r) for r in results]
+        plans: list[Any] = []
         try:
             with recorder.ordered():
                 _copy([(t, arguments[i]) for i, t in inputs])
                 launch(own, made)  # compiles for the copies' alignment: a capture cannot
-            replay = recorder.capture(lambda: launch(own, made))
+            replay = recorder.capture(lambda: plans.append(launch(own, made)))
         except RuntimeError as error:
             self.reason = f"capturing failed: {error}"
             log.warning("%s", self.summary())
             return None
         say(1, f"{self.name}: CUDA graph {len(self._graphs) + 1} captured")
-        return _Captured(replay, inputs, made, weights)
+        return _Captured(replay, inputs, made, weights, plans)
 
     def _replay(
         self, graph: _Captured, arguments: Sequence[Any], results: Sequence[Tensor]

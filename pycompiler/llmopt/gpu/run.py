@@ -59,7 +59,7 @@ def run(launch: Launch) -> None:
             **options,
         )
     except Exception as error:
-        if not _is_out_of_resources(error):
+        if not is_out_of_resources(error):
             raise
         raise DoesNotFit(
             f"llmopt: {launch.kernel} with {launch.constants}, {launch.num_warps} warps and {launch.num_stages} stages "
@@ -68,7 +68,8 @@ def run(launch: Launch) -> None:
         ) from error
 
 
-def _is_out_of_resources(error: Exception) -> bool:
+def is_out_of_resources(error: Exception) -> bool:
+    """Whether triton says that a kernel needs more of a GPU than there is."""
     from triton.runtime.errors import OutOfResources
 
     return isinstance(error, OutOfResources)

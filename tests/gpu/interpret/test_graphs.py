@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from llmopt.compiled import alive
-from llmopt.gpu import executor, graphs
+from llmopt.gpu import graphs, launching
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
 
@@ -43,9 +43,9 @@ class FakeRecorder:
     def capture(self, body: Callable[[], None]) -> Callable[[], None]:
         if self.fails:
             raise RuntimeError(self.fails)
-        run, launches = executor.run, []
+        run, launches = launching.run, []
         with self._patch.context() as patch, _OnlyAllocates():
-            patch.setattr(executor, "run", launches.append)
+            patch.setattr(launching, "run", launches.append)
             body()
         self.captures += 1
         assert launches
