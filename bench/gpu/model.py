@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.gpu.forms import FULL, SMALL, Sizes
+from bench.gpu.forms.work import FULL, SMALL, Sizes
 
 Cache = list[tuple[Tensor, Tensor]]
 

@@ -14,7 +14,8 @@ from llmopt.gpu.run import run
 from llmopt.registry import KERNELS
 
 from bench.gpu import model as llama
-from bench.gpu.forms import FORMS, FULL, SMALL, Work
+from bench.gpu.forms import FORMS
+from bench.gpu.forms.work import FULL, SMALL, Work
 from bench.gpu.session import ROOT, Session
 from tests.tolerance import assert_close
 
@@ -39,7 +40,7 @@ def correctness(session: Session) -> None:
             session.attempt("correctness", f"{name} {config}", kernel, check)
     if tuple(session.forms) == tuple(FORMS):
         for op in sorted({k.op for k in KERNELS.values()} - reached):
-            session.record.add("correctness", op, "every kernel", "skipped", detail="no form in bench/gpu/forms.py")  # fmt: skip
+            session.record.add("correctness", op, "every kernel", "skipped", detail="no form in bench/gpu/forms")  # fmt: skip
 
 
 def cuda_kernels(session: Session) -> None:

@@ -12,6 +12,7 @@ from llmopt.registry import KERNELS
 from llmopt.target import gpu_target
 
 from bench.gpu import clock, forms, phases, session, stand_in
+from bench.gpu.forms.work import FULL
 from bench.gpu.record import Record
 
 FEW = ["linear, 1 row", "w8a8, 1 row", "SwiGLU"]
@@ -126,5 +127,5 @@ def test_ops_without_a_form_are_named(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("form", forms.FORMS)
 def test_every_form_has_kernels_that_take_its_operands(form):
-    made = forms.FORMS[form](forms.SMALL, torch.device("cpu"))
+    made = forms.FORMS[form](FULL, torch.device("meta"))
     assert list(made.kernels(gpu_target("cuda:90")))
