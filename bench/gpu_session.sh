@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything a GPU is needed for, in one run of under 10 minutes: correctness of every kernel, tuning, times of kernels and of a model,
+# Everything a GPU is needed for, in one run of under 10 minutes: correctness of every kernel, tuning, times of kernels and of models,
 # compute-sanitizer where it is installed. Needs Python, torch, Triton, and nvcc for the CUDA kernels.
 #   bench/gpu_session.sh               on a GPU; writes bench/sessions/<gpu>/ and kernels/tuned/<gpu>.measured.json
 #   bench/gpu_session.sh --rehearse    the same code with no GPU, in triton's interpreter; writes no measurement
@@ -18,4 +18,6 @@ fi
 for argument in "$@"; do
   [ "$argument" = --rehearse ] && export TRITON_INTERPRET=1
 done
+# Asking torch whether there is a GPU must not begin to use it: processes that do are forked from the one that asks.
+export PYTORCH_NVML_BASED_CUDA_CHECK=1
 exec "$python" -m bench.gpu.session "$@"

@@ -5,11 +5,14 @@ A cache is a list of (keys, values) [B, Hkv, S, D] per layer, grown by `torch.ca
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.gpu.forms.work import FULL, SMALL, Sizes
+from bench.gpu.subject import Subject
 
 Cache = list[tuple[Tensor, Tensor]]
 
@@ -85,6 +88,21 @@ def llama(s: Sizes, layers: int, device: torch.device) -> Llama:
 def prompt(s: Sizes, device: torch.device) -> dict[str, Tensor]:
     ids = torch.arange(s.prompt, device=device)
     return {"ids": ids[None] % s.vocabulary, "positions": ids}
+
+
+def subject(s: Sizes, layers: int, device: torch.device) -> Subject:
+    """Prefill and decoding of this model."""
+    given = prompt(s, device)
+
+    def start(run: Any) -> tuple[Tensor, Cache]:
+        return run(**given)
+
+    def step(run: Any, cache: Cache) -> tuple[Tensor, Cache]:
+        length = cache[0][0].shape[2]
+        ids = given["ids"][:, length % s.prompt][:, None]
+        return run(ids, torch.full((1,), length, device=device), cache)
+
+    return Subject(llama(s, layers, device), start, step)
 
 
 def to_tune() -> tuple[Llama, dict[str, Tensor]]:

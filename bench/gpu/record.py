@@ -22,6 +22,7 @@ class Result:
     detail: str = ""  # a config, a reason
     tflops: float | None = None
     gbytes: float | None = None  # per second
+    percent: float | None = None  # of the floor's speed, see ceilings.py
 
 
 @dataclass
@@ -40,18 +41,25 @@ class Record:
 
     def add(
         self, phase: str, what: str, system: str, outcome: str = "ok", seconds: float | None = None,
-        detail: str = "", flops: float = 0.0, num_bytes: float = 0.0,
+        detail: str = "", flops: float = 0.0, num_bytes: float = 0.0, floor: float = 0.0,
     ) -> None:  # fmt: skip
+        """floor: seconds under which the GPU cannot be, or 0 where nobody knows."""
         rates = {}
         if seconds:
             rates = {
                 "tflops": flops / seconds / 1e12 or None,
                 "gbytes": num_bytes / seconds / 1e9 or None,
+                "percent": 100 * floor / seconds or None,
             }
         result = Result(phase, what, system, outcome, self.source, seconds, detail, **rates)
         self.results.append(result)
         with (self.folder / "results.jsonl").open("a") as file:
             file.write(json.dumps(asdict(result)) + "\n")
+
+    def reload(self) -> None:
+        """What other processes added as well."""
+        lines = (self.folder / "results.jsonl").read_text().splitlines()
+        self.results[:] = [Result(**json.loads(line)) for line in lines]
 
     def failures(self) -> list[Result]:
         return [r for r in self.results if r.outcome not in ("ok", "skipped")]
@@ -83,10 +91,11 @@ class Record:
 
 
 def _table(results: Sequence[Result]) -> list[str]:
-    lines = ["| what | system | time | TFLOP/s | GB/s | |", "| --- | --- | --- | --- | --- | --- |"]
+    head = ("what", "system", "time", "TFLOP/s", "GB/s", "% of the floor's speed", "")
+    lines = [f"| {' | '.join(head)} |", f"| {' | '.join(['---'] * len(head))} |"]
     for r in results:
         if r.seconds:
-            rates = (f"{v:.1f}" if v else "" for v in (r.tflops, r.gbytes))
+            rates = (f"{v:.1f}" if v else "" for v in (r.tflops, r.gbytes, r.percent))
             lines.append(
                 f"| {r.phase}: {r.what} | {r.system} | {_time(r.seconds)} | {' | '.join(rates)} | {r.detail} |"
             )

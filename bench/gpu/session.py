@@ -1,12 +1,14 @@
 """Everything a GPU is needed for, in one run of minutes: checks, tuning, times. `bench/gpu_session.sh` calls it.
 
-Phases go on after a failure, stop at the deadline, and say what they left out. With --rehearse the same code runs where there is no GPU:
-kernels in triton's interpreter, small sizes, calls timed once; nothing it writes is a measurement.
+Phases go on after a failure, stop at the deadline, and say what they left out. This process never uses the GPU: what does is forked from
+it, so that a GPU fault ends one phase or one model. With --rehearse the same code runs where there is no GPU, in one process: kernels in
+triton's interpreter, small sizes, calls timed once; nothing it writes is a measurement.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import platform
 import shutil
 import subprocess
@@ -23,6 +25,7 @@ from llmopt import kernels
 from llmopt.gpu import device as gpu_device
 from llmopt.types import Target
 
+from bench.gpu.apart import apart
 from bench.gpu.clock import MEASURED, REHEARSED, Clock
 from bench.gpu.record import Record
 
@@ -40,6 +43,10 @@ class Session:
     forms: Sequence[str]
     deadline: float  # of time.monotonic()
     full: bool  # full sizes and every config
+    models: Sequence[
+        str
+    ] = ()  # words one of which a run of a model has in its name; none: all runs
+    phases: Sequence[str] = ()  # names; none: all
 
     @property
     def left(self) -> float:
@@ -57,16 +64,36 @@ class Session:
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             self.record.add(phase, what, system, reason)
 
+    def apart(
+        self, phase: str, what: str, system: str, work: Callable[[], None], seconds: float = 600.0
+    ) -> None:
+        """`attempt` in a process of its own, for no longer than that and the time that is left; a rehearsal has no faults to keep apart."""
+        if not self.full or self.left < 0:
+            self.attempt(phase, what, system, work)
+            return
+        limit = min(seconds, self.left + _GRACE)
+        reason = apart(lambda: self.attempt(phase, what, system, work), limit)
+        self.record.reload()
+        if reason:
+            self.record.add(phase, what, system, reason)
+
+
+_GRACE = 15.0  # seconds for what had begun at the deadline
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """0: all that ran was right; 1: something was not; 2: it cannot run here."""
     from bench.gpu.forms import FORMS
+    from bench.gpu.phases import PHASES
 
     args = _arguments(arguments)
-    if unknown := set(args.only or ()) - set(FORMS):
-        names = ", ".join(FORMS)
-        print(f"gpu_session: no form {min(unknown)!r}; possible: {names}", file=sys.stderr)
-        return 2
+    for kind, given, known in (("form", args.only, FORMS), ("phase", args.phase, PHASES)):
+        if unknown := set(given or ()) - set(known):
+            print(
+                f"gpu_session: no {kind} {min(unknown)!r}; possible: {', '.join(known)}",
+                file=sys.stderr,
+            )
+            return 2
     try:
         session = rehearsal(args) if args.rehearse else on_gpu(args)
     except RuntimeError as error:
@@ -80,10 +107,13 @@ def run(session: Session) -> int:
     from bench.gpu import phases
 
     kernels.load()
-    for phase in phases.PHASES:
+    for name, phase in phases.PHASES.items():
+        if session.phases and name not in session.phases:
+            continue
         start = time.monotonic()
-        session.attempt(phase.__name__, "as a whole", "session", lambda p=phase: p(session))  # type: ignore[misc]
-        print(f"{phase.__name__}: {time.monotonic() - start:.0f} s", flush=True)
+        run_it = session.apart if phase.uses_gpu else session.attempt
+        run_it(name, "as a whole", "session", lambda p=phase: p.work(session))  # type: ignore[misc]
+        print(f"{name}: {time.monotonic() - start:.0f} s", flush=True)
     record = session.record
     print(record.write_table().read_text())
     try:
@@ -97,17 +127,28 @@ def run(session: Session) -> int:
 
 def on_gpu(args: argparse.Namespace) -> Session:
     """Raises RuntimeError that says what is missing."""
+    here, there = multiprocessing.Pipe(duplex=False)
+    reason = apart(lambda: there.send(_gpu()), 60.0)
+    if reason or not here.poll():
+        raise RuntimeError(f"the GPU cannot be asked: {reason or 'no answer'}")
+    device, target, missing = here.recv()
+    if target is None:
+        raise RuntimeError(missing)
+    return _session(args, device, target, MEASURED)
+
+
+def _gpu() -> tuple[torch.device | None, Target | None, str]:
+    """The GPU and its target, or why there is none."""
     if not torch.cuda.is_available():
-        raise RuntimeError(
-            "torch sees no GPU here; --rehearse runs everything but times in triton's interpreter"
+        return (
+            None,
+            None,
+            "torch sees no GPU here; --rehearse runs everything but times in triton's interpreter",
         )
     device = torch.device("cuda", torch.cuda.current_device())
     gpu = gpu_device.gpu_of(device)
     assert gpu is not None
-    target, reason = gpu_device.target_of(gpu)
-    if target is None:
-        raise RuntimeError(reason)
-    return _session(args, device, target, MEASURED)
+    return device, *gpu_device.target_of(gpu)
 
 
 def rehearsal(args: argparse.Namespace) -> Session:
@@ -131,8 +172,9 @@ def _session(
     record = Record(Path(folder), machine(device, target), clock.source)
     deadline = time.monotonic() + 60 * args.minutes
     return Session(
-        device, target, clock, record, args.only or tuple(FORMS), deadline, not args.rehearse
-    )
+        device, target, clock, record, args.only or tuple(FORMS), deadline, not args.rehearse,
+        args.models or (), args.phase or (),
+    )  # fmt: skip
 
 
 def machine(device: torch.device, target: Target) -> dict[str, Any]:
@@ -168,6 +210,8 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "--rehearse": {"action": "store_true", "help": "run where there is no GPU; writes no measurement"},
     "--output": {"type": Path, "metavar": "FOLDER", "help": "default: bench/sessions/<gpu>"},
     "--minutes": {"type": float, "default": 9.0, "help": "no piece of work begins after that"},
+    "--phase": {"action": "append", "metavar": "PHASE", "help": "just this one; may be repeated"},
+    "--models": {"action": "append", "metavar": "WORD", "help": "of the runs of models, those with this word; may be repeated"},
     "--only": {"action": "append", "metavar": "FORM", "help": "of the kernels' forms, just this one; may be repeated"},
 }  # fmt: skip
 

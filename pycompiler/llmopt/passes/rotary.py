@@ -39,7 +39,8 @@ class _Tables:
     """
 
     def __init__(self, graph: fx.Graph) -> None:
-        self.graph, self.mode = graph, fake_mode_of(graph)
+        self.graph = graph
+        self.mode: Any = fake_mode_of(graph)
         self._first = next(n for n in graph.nodes if n.op != "placeholder")
         self._views: dict[fx.Node, fx.Node] = {}
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import time
 
 import pytest
@@ -11,7 +13,7 @@ from llmopt.gpu import device, executor, graphs
 from llmopt.registry import KERNELS
 from llmopt.target import gpu_target
 
-from bench.gpu import clock, forms, phases, session, stand_in
+from bench.gpu import ceilings, clock, forms, phases, session, stand_in
 from bench.gpu.forms.work import FULL
 from bench.gpu.record import Record
 
@@ -27,7 +29,11 @@ def _afterwards(monkeypatch):
 
 def rehearse(folder, *only: str) -> int:
     chosen = [word for name in only for word in ("--only", name)]
-    return session.main(["--rehearse", "--output", str(folder), *chosen])
+    return session.main(["--rehearse", "--models", "own", "--output", str(folder), *chosen])
+
+
+def only(monkeypatch, *names: str) -> None:
+    monkeypatch.setattr(phases, "PHASES", {name: phases.PHASES[name] for name in names})
 
 
 def results(folder) -> list[dict]:
@@ -39,24 +45,24 @@ def test_a_rehearsal_runs_every_phase_and_measures_nothing(tmp_path, monkeypatch
     assert rehearse(tmp_path, *FEW) == 0
     found = results(tmp_path)
     assert {r["source"] for r in found} == {"rehearsed"}
-    assert {r["phase"] for r in found} >= {"correctness", "CUDA C++ kernels", "tuning", "kernels", "model"}  # fmt: skip
+    assert {r["phase"] for r in found} >= {p for p in phases.PHASES if p != "models"} | {"models"}
     checked = {(r["what"], r["system"]) for r in found if r["phase"] == "correctness"}
     assert ("linear, 1 row", "linear_f16_gemv.triton") in checked
     assert ("linear, 1 row", "linear_f16.triton") in checked
-    systems = {r["system"] for r in found if r["phase"] == "model" and r["outcome"] == "ok"}
+    systems = {r["system"] for r in found if r["phase"] == "models" and r["outcome"] == "ok"}
     assert systems == {"eager", "llmopt reduce-overhead"}
     (tuned,) = (r for r in found if r["phase"] == "tuning")
     assert tuned["detail"] == "a rehearsal has no times"
     table = (tmp_path / "table.md").read_text()
     assert table.startswith("Rehearsed on")
     assert "cuBLAS" in table
-    assert {p.name for p in tmp_path.glob("*.png")} == {"kernels.png", "model.png"}
+    assert {p.name for p in tmp_path.glob("*.png")} == {"ceilings.png", "kernels.png", "models.png"}
 
 
 def test_kernels_in_cuda_are_checked_and_timed_beside_tritons(tmp_path, monkeypatch, emulator):
     """As on a GPU for which csrc/cuda is built, with the emulator in its place."""
     monkeypatch.setattr(phases, "run", executor.run)  # which shows the emulator its tensors
-    monkeypatch.setattr(phases, "PHASES", (phases.correctness, phases.microbenchmarks))
+    only(monkeypatch, "correctness", "kernels")
     forms = ["w8a8, 1 row", "w8a8, prompt", "w4a16, 1 row", "attention, decode"]
     assert rehearse(tmp_path, *forms) == 0
     ours = ("linear_w8a8", "linear_w8a8_gemm", "linear_w4a16", "attention_decode")
@@ -76,7 +82,7 @@ def test_a_wrong_kernel_is_a_failure_and_the_session_goes_on(tmp_path, monkeypat
             launch.arguments["y_ptr"].neg_()
 
     monkeypatch.setattr(phases, "run", wrong)
-    monkeypatch.setattr(phases, "PHASES", (phases.correctness,))
+    only(monkeypatch, "correctness")
     assert rehearse(tmp_path, "SwiGLU", "softmax") == 1
     outcomes = {r["system"]: r["outcome"] for r in results(tmp_path)}
     assert "AssertionError" in outcomes["swiglu.triton"]
@@ -88,7 +94,8 @@ def test_a_phase_that_raises_leaves_the_others_the_table_and_the_plots(tmp_path,
     def broken(_):
         raise RuntimeError("no kernel of that name")
 
-    monkeypatch.setattr(phases, "PHASES", (broken, phases.microbenchmarks))
+    several = {"broken": phases.Phase(broken), "kernels": phases.PHASES["kernels"]}
+    monkeypatch.setattr(phases, "PHASES", several)
     assert rehearse(tmp_path, "SwiGLU") == 1
     outcomes = {(r["phase"], r["outcome"]) for r in results(tmp_path)}
     assert outcomes == {("broken", "RuntimeError: no kernel of that name"), ("kernels", "ok")}
@@ -101,6 +108,8 @@ def test_a_session_without_a_gpu_and_a_form_that_does_not_exist_are_errors(tmp_p
     assert "--rehearse" in capsys.readouterr().err
     assert rehearse(tmp_path, "convolution") == 2
     assert "possible: linear, 1 row" in capsys.readouterr().err
+    assert session.main(["--rehearse", "--phase", "training"]) == 2
+    assert "possible: compile, ceilings" in capsys.readouterr().err
 
 
 def test_out_of_time_is_said(tmp_path):
@@ -123,6 +132,47 @@ def test_ops_without_a_form_are_named(tmp_path, monkeypatch):
     phases.correctness(some)
     left_out = {r.what for r in record.results if r.outcome == "skipped"}
     assert left_out == {k.op for k in KERNELS.values()} - {"swiglu"}
+
+
+def test_a_fault_and_a_hang_end_their_process_alone(tmp_path):
+    record = Record(tmp_path, {}, "measured")
+    on_gpu = session.Session(
+        torch.device("cpu"), gpu_target("cuda:90"), clock.REHEARSED, record, (), time.monotonic() + 60, True
+    )  # fmt: skip
+    on_gpu.apart("kernels", "one", "system", lambda: os.kill(os.getpid(), signal.SIGKILL))
+    on_gpu.apart("kernels", "two", "system", lambda: time.sleep(60), 0.3)
+    on_gpu.apart("kernels", "three", "system", lambda: os._exit(3))
+    on_gpu.apart("kernels", "four", "system", lambda: record.add("kernels", "four", "system"))
+    assert [(r.what, r.outcome) for r in record.results] == [
+        ("one", "its process was ended by SIGKILL"),
+        ("two", "stopped after 0 s"),
+        ("three", "its process ended with exit code 3"),
+        ("four", "ok"),
+    ]
+
+
+def test_times_are_seen_beside_what_the_gpu_reaches(tmp_path):
+    record = Record(tmp_path, {}, "measured")
+    made = forms.FORMS["w8a8, prompt"](FULL, torch.device("meta"))
+    assert ceilings.floor(record, made) == 0.0
+    for what, seconds in (("copy", 1e-3), ("fp16 product", 1e-3), ("int8 product", 2e-3)):
+        record.add("ceilings", what, "PyTorch", "ok", seconds, "", 1e12, 1e9)
+    # 17 GFLOP at 500 TFLOP/s take longer than 23 MB at 1 TB/s.
+    assert ceilings.floor(record, made) == pytest.approx(made.flops / 500e12)
+    record.add("kernels", "x", "y", "ok", 4e-5, floor=1e-5)
+    assert record.results[-1].percent == pytest.approx(25)
+    assert "| 25.0 |" in record.write_table().read_text()
+
+
+def test_a_time_that_contains_the_host_says_so(monkeypatch):
+    def refuse(call):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(clock, "_captured", refuse)
+    monkeypatch.setattr("triton.testing.do_bench", lambda *_, **__: 2.0)
+    timed = clock.MEASURED.time(lambda: None)
+    assert timed.seconds == 2e-3
+    assert timed.note.endswith("no CUDA graph: operation not permitted when stream is capturing")
 
 
 @pytest.mark.parametrize("form", forms.FORMS)

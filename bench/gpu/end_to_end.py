@@ -1,0 +1,156 @@
+"""Whole models: eager, llmopt exact, with CUDA graphs and with codes for weights, Inductor; every run in a process of its own.
+
+Results are compared with eager's before they are timed. Times are those of a call on the host's clock, what a user sees, and beside them
+for how long the GPU runs kernels in it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from llmopt.backend import llmopt
+from torch import Tensor
+
+from bench.gpu import model as own
+from bench.gpu.clock import WARM_CALLS
+from bench.gpu.forms.work import FULL, SMALL
+from bench.gpu.session import Session
+from bench.gpu.subject import Subject
+
+PHASE = "models"
+SECONDS = 120.0  # of one run, at most
+CALLS = 20  # timed ones
+STEPS = 4  # of decoding, compared; then lengths are symbols, and graphs are captured
+_REDUCE = {"mode": "reduce-overhead"}
+
+
+def _graphs_of_codes(precision: str) -> dict[str, Any]:
+    """torch.compile takes a mode or options."""
+    return {"backend": functools.partial(llmopt, **_REDUCE, options={"precision": precision})}
+
+
+SYSTEMS: dict[str, dict[str, Any]] = {
+    "eager": {},
+    "llmopt": {"backend": "llmopt"},
+    "llmopt reduce-overhead": {"backend": "llmopt", **_REDUCE},
+    "llmopt w8a8": {"backend": "llmopt", "options": {"precision": "w8a8"}},
+    "llmopt w4a16": {"backend": "llmopt", "options": {"precision": "w4a16"}},
+    "llmopt w8a8 reduce-overhead": _graphs_of_codes("w8a8"),
+    "llmopt w4a16 reduce-overhead": _graphs_of_codes("w4a16"),
+    "Inductor": {"backend": "inductor"},
+    "Inductor reduce-overhead": {"backend": "inductor", **_REDUCE},
+}
+_EXACT = ("eager", "llmopt", "llmopt reduce-overhead", "Inductor")
+_CODES = ("llmopt w8a8", "llmopt w4a16")
+_GRAPHS = ("llmopt w8a8 reduce-overhead", "llmopt w4a16 reduce-overhead")
+# How far results may be from eager's, by a word of the system: RMS of the difference over RMS. Roundings on the way add up to less, and
+# another model's results are farther away; random weights lose more to codes than trained ones.
+BOUNDS = {"w8a8": 0.15, "w4a16": 0.5, "": 2e-2}
+
+Make = Callable[[torch.device, bool], Subject]
+
+
+@dataclass(frozen=True)
+class Model:
+    """systems: those whose numbers are worth their time, first those that are worth most."""
+
+    name: str
+    make: Make
+    systems: tuple[str, ...]
+    rehearsed: tuple[str, ...]
+
+
+def _models() -> Iterator[Model]:
+    yield Model("own Llama, 4 layers", _own, _EXACT, ("eager", "llmopt reduce-overhead"))
+    if importlib.util.find_spec("transformers") is None:
+        return
+    from bench.gpu import hugging_face as hf
+
+    static = ("eager", "llmopt reduce-overhead", "llmopt", "Inductor reduce-overhead", *_GRAPHS, "Inductor")  # fmt: skip
+    yield Model(
+        "Llama 1.2B, static cache",
+        functools.partial(hf.llama, cache="static"),
+        static,
+        (*_GRAPHS[1:],),
+    )
+    yield Model("Llama 1.2B, dynamic cache", functools.partial(hf.llama, cache="dynamic"),
+                ("eager", "llmopt", *_CODES, "Inductor"), ("llmopt",))  # fmt: skip
+    yield Model("BERT base 8x128", hf.bert, (*_EXACT, "llmopt w8a8"), ("llmopt w8a8",))
+    yield Model("Qwen3 0.5B, static cache", functools.partial(hf.qwen3, cache="static"), _EXACT, ())
+    yield Model("Qwen3 0.5B, dynamic cache", functools.partial(hf.qwen3, cache="dynamic"),
+                ("eager", "llmopt", "Inductor"), ("llmopt",))  # fmt: skip
+
+
+def _own(device: torch.device, full: bool) -> Subject:
+    return own.subject(*((FULL, 4) if full else (SMALL, 1)), device)
+
+
+def end_to_end(session: Session) -> None:
+    """All runs, or those that `session.models` names."""
+    if importlib.util.find_spec("transformers") is None:
+        session.record.add(PHASE, "models of transformers", "all", "skipped", detail="transformers is not installed")  # fmt: skip
+    for model in _models():
+        for system in model.systems if session.full else model.rehearsed:
+            name = f"{model.name}: {system}"
+            if session.models and not any(word in name for word in session.models):
+                continue
+            session.apart(PHASE, model.name, system, lambda m=model, s=system: _measure(session, m, s), SECONDS)  # type: ignore[misc]  # fmt: skip
+
+
+@torch.no_grad()
+def _measure(session: Session, model: Model, system: str) -> None:
+    torch._dynamo.reset()
+    subject, how = model.make(session.device, session.full), SYSTEMS[system]
+    steps = STEPS if session.full else 1
+    wanted = list(_results(subject, subject.model, steps))
+    run = torch.compile(subject.model, **how) if how else subject.model
+    start = time.perf_counter()
+    error = max(map(_error, _results(subject, run, steps), wanted))
+    first = f"compiled in {time.perf_counter() - start:.1f} s, " if how else ""
+    bound = next(b for word, b in BOUNDS.items() if word in system)
+    if not error < bound:
+        raise AssertionError(f"results differ from eager's by {error:.3g} of their RMS")
+    detail = f"{first}differs from eager by {error:.2g}"
+    _timed(session, f"{model.name}, prefill", system, lambda: subject.start(run), detail)
+    if subject.step is None:
+        return
+    kept = [subject.start(run)[1]]
+
+    def step() -> None:
+        assert subject.step is not None
+        _, kept[0] = subject.step(run, kept[0])
+
+    _timed(session, f"{model.name}, decode", system, step, detail)
+
+
+def _timed(session: Session, what: str, system: str, call: Callable[[], Any], detail: str) -> None:
+    clock, calls = session.clock, CALLS if session.full else 1
+    for _ in range(WARM_CALLS if session.full else 0):
+        call()
+    session.record.add(PHASE, what, system, "ok", clock.wall(call, calls), detail)
+    if busy := clock.busy(call, min(calls, 5)):
+        session.record.add(
+            PHASE, f"{what}, the GPU alone", system, "ok", busy, "kernels and copies, by CUPTI"
+        )
+
+
+def _results(subject: Subject, run: Any, steps: int) -> Iterator[Tensor]:
+    """Of a prompt and a few steps after it; copies, since a CUDA graph's results do not stay."""
+    result, cache = subject.start(run)
+    yield result.clone()
+    for _ in range(steps if subject.step else 0):
+        assert subject.step is not None
+        result, cache = subject.step(run, cache)
+        yield result.clone()
+
+
+def _error(got: Tensor, want: Tensor) -> float:
+    """NaN where one is in a result, which is within no bound."""
+    difference = (got.double() - want.double()).square().mean().sqrt()
+    return (difference / want.double().square().mean().sqrt()).item()
