@@ -92,15 +92,13 @@ void bind_gpu(py::module_& m) {
           },
           py::arg("function"), py::arg("grid"), py::arg("threads"), py::arg("shared_bytes"), py::arg("slots"),
           py::arg("places"), py::arg("matrices"))
-      .def("over", &Launches::over, py::arg("renamed"), "The same launches over other buffers: (number, new number).")
-      .def("__len__", &Launches::size);
+      .def("over", &Launches::over, py::arg("renamed"), "The same launches over other buffers: (number, new number).");
   py::class_<LaunchPlan>(m, "LaunchPlan", "The steps of one call on a GPU.")
       .def(py::init([](const std::vector<std::shared_ptr<Launches>>& steps) {
              return LaunchPlan({steps.begin(), steps.end()});
            }),
            py::arg("steps"))
-      .def("run", &LaunchPlan::run, py::arg("stream"), py::arg("addresses"))
-      .def("__len__", &LaunchPlan::size);
+      .def("run", &LaunchPlan::run, py::arg("stream"), py::arg("addresses"));
   m.def("parameter_bytes", &parameter_bytes, py::arg("function"),
         "The bytes of each parameter of a compiled GPU kernel.");
   m.def("open_gpu_driver", &open_driver, py::arg("library"), "Takes this library for the GPU's driver; for tests.");

@@ -144,12 +144,6 @@ LaunchPlan::LaunchPlan(std::vector<std::shared_ptr<const Launches>> steps) : ste
   driver();
 }
 
-int LaunchPlan::size() const {
-  int count = 0;
-  for (const auto& step : steps_) count += step->size();
-  return count;
-}
-
 void LaunchPlan::run(uint64_t stream, const std::vector<uint64_t>& addresses) const {
   if (addresses.size() < buffer_count_)
     throw std::invalid_argument(std::to_string(addresses.size()) + " addresses for " + std::to_string(buffer_count_) +

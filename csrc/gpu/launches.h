@@ -44,7 +44,6 @@ class Launches {
            const std::vector<uint64_t>& slots, std::vector<Relocation> relocations, std::vector<Matrix> matrices);
   // The same launches over other buffers: (number, new number).
   std::shared_ptr<Launches> over(const std::vector<std::pair<uint32_t, uint32_t>>& renamed) const;
-  int size() const { return static_cast<int>(launches_.size()); }
 
  private:
   friend class LaunchPlan;
@@ -63,7 +62,6 @@ class LaunchPlan {
   // Throws std::invalid_argument where an address is missing, std::runtime_error with the driver's words where it
   // refuses.
   void run(uint64_t stream, const std::vector<uint64_t>& addresses) const;
-  int size() const;
 
  private:
   std::vector<std::shared_ptr<const Launches>> steps_;
