@@ -39,14 +39,19 @@ def _choose(name: str, value: Any, known: tuple[str, ...]) -> str:
 
 
 def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> Options:
-    """Checks mode and options; raises ValueError that names the allowed values."""
+    """Checks mode and options; raises ValueError that names the allowed values.
+
+    The mode may stand among the options, since torch.compile takes a mode or options, not both.
+    """
     given = dict(options or {})
-    names = ("precision", "accuracy_budget", "kv_cache", "attention", "target", "weights")
+    names = ("mode", "precision", "accuracy_budget", "kv_cache", "attention", "target", "weights")
     for name in given:
         if name not in names:
             raise ValueError(
                 f"llmopt: option {name!r} does not exist; possible: {', '.join(names)}"
             )
+    if mode is not None and "mode" in given:
+        raise ValueError(f"llmopt: mode={mode!r} and options={{'mode': {given['mode']!r}}}: one of them is possible")  # fmt: skip
     wanted_target = given.get("target")
     device = wanted_target.split(":")[0] if isinstance(wanted_target, str) else wanted_target
     if wanted_target is not None and device not in DEVICES:
@@ -57,7 +62,7 @@ def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> Option
         raise ValueError("llmopt: accuracy_budget is for precision='auto'")
     chosen = Options(
         accuracy_budget=check_budget(given.get("accuracy_budget", DEFAULT_BUDGET)),
-        mode=_choose("mode", mode or "default", MODES),
+        mode=_choose("mode", mode or given.get("mode", "default"), MODES),
         precision=_choose("precision", given.get("precision", "exact"), PRECISIONS),
         kv_cache=_choose("kv_cache", given.get("kv_cache", "same"), KV_CACHES),
         attention=_choose("attention", given.get("attention", "exact"), ATTENTIONS),

@@ -11,6 +11,7 @@ import llmopt
 import pytest
 import torch
 from llmopt import _C
+from llmopt.options import parse_options
 from llmopt.target import _target
 
 from tests.e2e.blocks import Block, block_input, build
@@ -18,6 +19,7 @@ from tests.e2e.blocks import Block, block_input, build
 # keyword arguments of torch.compile → words the error must hold
 ERRORS = {
     "mode": ({"mode": "bogus"}, ("bogus", "default", "reduce-overhead", "max-autotune")),
+    "mode-option": ({"options": {"mode": "bogus"}}, ("bogus", "default", "reduce-overhead")),
     "option": ({"options": {"precison": "exact"}}, ("precison", "precision", "kv_cache", "target")),
     "precision": ({"options": {"precision": "w3a3"}}, ("w3a3", "exact", "w8a8")),
     "precision-type": ({"options": {"precision": 8}}, ("8", "exact")),
@@ -68,9 +70,21 @@ def test_known_modes_and_options_work(mode: str) -> None:
         )
 
 
+def test_a_mode_beside_the_same_option_is_an_error() -> None:
+    with pytest.raises(
+        ValueError, match="mode='default' and options=.*'max-autotune'.*: one of them"
+    ):
+        parse_options("default", {"mode": "max-autotune"})
+
+
 def test_known_options_work() -> None:
     module = build(Block)
-    options: dict[str, Any] = {"precision": "exact", "kv_cache": "same", "target": "cpu"}
+    options: dict[str, Any] = {
+        "precision": "exact",
+        "kv_cache": "same",
+        "target": "cpu",
+        "mode": "reduce-overhead",
+    }
     with torch.no_grad():
         compiled = torch.compile(module, backend="llmopt", options=options)
         torch.testing.assert_close(
