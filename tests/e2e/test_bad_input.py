@@ -72,7 +72,7 @@ def test_known_modes_and_options_work(mode: str) -> None:
 
 def test_a_mode_beside_the_same_option_is_an_error() -> None:
     with pytest.raises(
-        ValueError, match="mode='default' and options=.*'max-autotune'.*: one of them"
+        ValueError, match=r"mode='default' and options=.*'max-autotune'.*: one of them"
     ):
         parse_options("default", {"mode": "max-autotune"})
 
