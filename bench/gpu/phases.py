@@ -145,7 +145,7 @@ class Phase:
 
 
 PHASES = {
-    "compile": Phase(precompile),
+    "compile": Phase(precompile, uses_gpu=True),  # asking kernels what they take opens the driver
     "ceilings": Phase(ceilings, uses_gpu=True),
     "correctness": Phase(correctness, uses_gpu=True),
     "CUDA C++ kernels": Phase(cuda_kernels, uses_gpu=True),

@@ -188,7 +188,7 @@ def machine(device: torch.device, target: Target) -> dict[str, Any]:
         "triton": triton.__version__,
         "cuda": torch.version.cuda or torch.version.hip or "none",
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
-        "commit": _output("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"),
+        "commit": _output("git", "-C", str(ROOT), "describe", "--always", "--dirty"),
         "host": platform.processor() or platform.machine(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M"),
     }
