@@ -57,8 +57,9 @@ class Clock:
             for _ in range(calls):
                 call()
             torch.cuda.synchronize()
-        kernels = (e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA)
-        return sum(e.device_time_total for e in kernels if not e.is_user_annotation) / calls / 1e6
+        on_gpu = (e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA)
+        microseconds = sum(e.time_range.elapsed_us() for e in on_gpu if not e.is_user_annotation)
+        return microseconds / calls / 1e6
 
 
 def _on_gpu(call: Call) -> Timed:

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from llmopt.backend import llmopt
 from torch import Tensor
 
 from bench.gpu import model as own
@@ -30,19 +29,20 @@ STEPS = 4  # of decoding, compared; then lengths are symbols, and graphs are cap
 _REDUCE = {"mode": "reduce-overhead"}
 
 
-def _graphs_of_codes(precision: str) -> dict[str, Any]:
-    """torch.compile takes a mode or options."""
-    return {"backend": functools.partial(llmopt, **_REDUCE, options={"precision": precision})}
-
-
 SYSTEMS: dict[str, dict[str, Any]] = {
     "eager": {},
     "llmopt": {"backend": "llmopt"},
     "llmopt reduce-overhead": {"backend": "llmopt", **_REDUCE},
     "llmopt w8a8": {"backend": "llmopt", "options": {"precision": "w8a8"}},
     "llmopt w4a16": {"backend": "llmopt", "options": {"precision": "w4a16"}},
-    "llmopt w8a8 reduce-overhead": _graphs_of_codes("w8a8"),
-    "llmopt w4a16 reduce-overhead": _graphs_of_codes("w4a16"),
+    "llmopt w8a8 reduce-overhead": {
+        "backend": "llmopt",
+        "options": {"precision": "w8a8", **_REDUCE},
+    },
+    "llmopt w4a16 reduce-overhead": {
+        "backend": "llmopt",
+        "options": {"precision": "w4a16", **_REDUCE},
+    },
     "Inductor": {"backend": "inductor"},
     "Inductor reduce-overhead": {"backend": "inductor", **_REDUCE},
 }

@@ -8,7 +8,7 @@ import torch
 import triton.language as tl
 from cuda_emulator.emulator import Emulator, build
 from llmopt import kernels
-from llmopt.gpu import executor
+from llmopt.gpu import launching
 from llmopt.gpu.plan import tensors
 from llmopt.gpu.run import is_interpreting, run
 from llmopt.native import cuda
@@ -69,6 +69,6 @@ def emulator(emulated_gpu, monkeypatch):
         run(step)
 
     monkeypatch.setattr(cuda, "library", lambda: emulated_gpu.library)
-    monkeypatch.setattr(executor, "run", launch)
+    monkeypatch.setattr(launching, "run", launch)
     torch._dynamo.reset()
     return emulated_gpu

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from llmopt import registry
 from llmopt.compiled import alive
 from llmopt.counters import MOST_TILES, counters
-from llmopt.gpu import executor
+from llmopt.gpu import launching
 from llmopt.gpu.tune import tuning
 from llmopt.gpu.tune.tuning import LaunchBench, Tuning
 from llmopt.launch import AttentionProblem, LinearProblem
@@ -77,7 +77,7 @@ def test_the_tuner_times_one(emulator, monkeypatch):
         call()
         return 0.25
 
-    monkeypatch.setattr(tuning, "run", executor.run)  # which shows the emulator its tensors
+    monkeypatch.setattr(tuning, "run", launching.run)  # which shows the emulator its tensors
     entry, conclusive = Tuning(
         AMPERE, cpu, bench_of=lambda *of: LaunchBench(*of, AMPERE, cpu, timer)
     ).measure(kernel, of)

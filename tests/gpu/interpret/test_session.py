@@ -9,13 +9,14 @@ import time
 
 import pytest
 import torch
-from llmopt.gpu import device, executor, graphs
+from llmopt.gpu import device, graphs, launching
 from llmopt.registry import KERNELS
 from llmopt.target import gpu_target
 
-from bench.gpu import ceilings, clock, forms, phases, session, stand_in
+from bench.gpu import ceilings, clock, end_to_end, forms, phases, session, stand_in
 from bench.gpu.forms.work import FULL
 from bench.gpu.record import Record
+from bench.gpu.subject import Subject
 
 FEW = ["linear, 1 row", "w8a8, 1 row", "SwiGLU"]
 
@@ -61,7 +62,7 @@ def test_a_rehearsal_runs_every_phase_and_measures_nothing(tmp_path, monkeypatch
 
 def test_kernels_in_cuda_are_checked_and_timed_beside_tritons(tmp_path, monkeypatch, emulator):
     """As on a GPU for which csrc/cuda is built, with the emulator in its place."""
-    monkeypatch.setattr(phases, "run", executor.run)  # which shows the emulator its tensors
+    monkeypatch.setattr(phases, "run", launching.run)  # which shows the emulator its tensors
     only(monkeypatch, "correctness", "kernels")
     forms = ["w8a8, 1 row", "w8a8, prompt", "w4a16, 1 row", "attention, decode"]
     assert rehearse(tmp_path, *forms) == 0
@@ -162,6 +163,19 @@ def test_times_are_seen_beside_what_the_gpu_reaches(tmp_path):
     record.add("kernels", "x", "y", "ok", 4e-5, floor=1e-5)
     assert record.results[-1].percent == pytest.approx(25)
     assert "| 25.0 |" in record.write_table().read_text()
+
+
+@pytest.mark.parametrize("change", [lambda x: x + 0.1, lambda x: x * float("nan")])
+def test_a_model_with_other_results_is_not_timed(tmp_path, monkeypatch, change):
+    subject = Subject(torch.nn.Identity(), lambda run: (run(torch.ones(2, 3)), None))
+    wrong = end_to_end.Model("a model", lambda *_: subject, ("llmopt",), ("llmopt",))
+    monkeypatch.setattr(end_to_end, "_models", lambda: iter([wrong]))
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: change)
+    only(monkeypatch, "models")
+    assert session.main(["--rehearse", "--output", str(tmp_path)]) == 1
+    (result,) = (r for r in results(tmp_path) if r["outcome"] != "skipped")
+    assert "results differ from eager's by" in result["outcome"]
+    assert result["seconds"] is None
 
 
 def test_a_time_that_contains_the_host_says_so(monkeypatch):
