@@ -1,6 +1,6 @@
-"""What the GPU at hand reaches at most: its rates of copying and of matrix products; and the time of a launch that does nothing.
+"""What the GPU at hand reaches at most: its rates of reading, copying and matrix products; and the time of a launch that does nothing.
 
-A kernel's floor is the longer of its bytes at the rate of copying and its operations at the rate of products.
+A kernel's floor is the longer of its bytes at the faster rate of the two and its operations at the rate of products.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from bench.gpu.record import Record
 from bench.gpu.session import Session
 
 PHASE = "ceilings"
-_COPY, _PRODUCTS, _NOTHING = "copy", {"fp16": "fp16 product", "int8": "int8 product"}, "one number"
+_READ, _COPY, _NOTHING = "read", "copy", "one number"
+_PRODUCTS = {"fp16": "fp16 product", "int8": "int8 product"}
 
 
 def ceilings(session: Session) -> None:
@@ -27,6 +28,7 @@ def ceilings(session: Session) -> None:
     p, q = (torch.randint(-127, 128, (n, n), dtype=torch.int8, device=device) for _ in range(2))
     flops = 2.0 * n**3
     rows: tuple[tuple[str, Callable[[], Any], float, float], ...] = (
+        (_READ, lambda: torch.amax(source.view(torch.float32)), 0.0, 1.0 * source.numel()),
         (_COPY, lambda: copy.copy_(source), 0.0, 2.0 * source.numel()),
         (_PRODUCTS["fp16"], lambda: torch.mm(a, b.T, out=c), flops, 0.0),
         (_PRODUCTS["int8"], lambda: torch._int_mm(p, q.T), flops, 0.0),
@@ -46,7 +48,8 @@ def ceilings(session: Session) -> None:
 def floor(record: Record, made: Work) -> float:
     """Seconds under which this GPU cannot be, by the ceilings of this session; 0 where they were not measured."""
     found = {r.what: r for r in record.results if r.phase == PHASE and r.outcome == "ok"}
-    copy, product = found.get(_COPY), found.get(_PRODUCTS[made.products])
-    if copy is None or product is None or not copy.gbytes or not product.tflops:
+    rates = [found[what].gbytes or 0.0 for what in (_READ, _COPY) if what in found]
+    product = found.get(_PRODUCTS[made.products])
+    if not rates or product is None or not product.tflops:
         return 0.0
-    return max(made.bytes / copy.gbytes / 1e9, made.flops / product.tflops / 1e12)
+    return max(made.bytes / max(rates) / 1e9, made.flops / product.tflops / 1e12)

@@ -1,6 +1,7 @@
 """Seconds of a call on a GPU, with a cold L2 cache and without the host's share; and a stand-in that only runs the call, for rehearsals.
 
-The host needs longer to launch a short kernel than the kernel runs. So a call is captured in a CUDA graph, whose replay is timed.
+The host needs longer to launch a short kernel than the kernel runs, and a CUDA graph longer to begin. So two graphs are timed: one that
+clears L2 several times, and one that clears it before each of as many calls. What the second takes longer are the calls.
 """
 
 from __future__ import annotations
@@ -15,6 +16,11 @@ import torch
 
 Call = Callable[[], Any]
 WARM_CALLS = 3  # before a capture: they compile, and allocate what stays
+_CALLS = 10  # of one graph
+_REPLAYS = 15
+_CLEARING = (
+    256 << 20
+)  # bytes that are read: several times any L2. Written ones would go back to memory while the call runs
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,7 @@ class Clock:
         from torch.profiler import ProfilerActivity, profile
 
         torch.cuda.synchronize()
-        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
             for _ in range(calls):
                 call()
             torch.cuda.synchronize()
@@ -63,31 +69,56 @@ class Clock:
 
 
 def _on_gpu(call: Call) -> Timed:
+    try:
+        return Timed(_between_clearings(call))
+    except RuntimeError as error:
+        note = f"with the host's share, no CUDA graph: {error}".splitlines()[0][:120]
     from triton.testing import do_bench
 
-    try:
-        replay, note = _captured(call), ""
-    except RuntimeError as error:
-        replay, note = call, f"with the host's share, no CUDA graph: {error}".splitlines()[0][:120]
     # do_bench clears L2 between calls and waits for the GPU; milliseconds.
-    milliseconds = float(do_bench(replay, warmup=10, rep=40, return_mode="median"))
-    return Timed(milliseconds / 1e3, note)
+    return Timed(float(do_bench(call, warmup=10, rep=40, return_mode="median")) / 1e3, note)
 
 
-def _captured(call: Call) -> Call:
-    """The replay of a call. Raises RuntimeError where it cannot be captured."""
+def _between_clearings(call: Call) -> float:
+    """Seconds of a call as a node of a graph. Raises RuntimeError where it cannot be captured."""
+    buffer = torch.zeros(_CLEARING // 4, device="cuda")
+
+    def clear() -> None:
+        torch.amax(buffer)
+
+    def both() -> None:
+        clear()
+        call()
+
+    graphs = [_captured(clear), _captured(both)]
+    seconds: list[list[float]] = [[], []]
+    for _ in range(_REPLAYS):
+        for graph, found in zip(graphs, seconds, strict=True):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            found.append(start.elapsed_time(end) / 1e3)
+    cleared, whole = map(median, seconds)
+    return max(whole - cleared, 0.0) / _CALLS
+
+
+def _captured(body: Call) -> torch.cuda.CUDAGraph:
+    """A body several times over, run once already."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(WARM_CALLS):
-            call()
+            body()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
-        call()
+        for _ in range(_CALLS):
+            body()
     graph.replay()
     torch.cuda.synchronize()
-    return graph.replay
+    return graph
 
 
 def _once(call: Call) -> Timed:

@@ -77,12 +77,17 @@ def _causal(
     length, room = (_PROMPT, _ROOM) if full else (12, 40)
     ids = torch.arange(room, device=device)[None] * 7 % config.vocab_size
 
+    static = None
+    if (
+        cache == "static"
+    ):  # made beforehand and reset, as generate() does: CUDA graphs need its addresses
+        static = StaticCache(config=config, max_cache_len=room)
+        static.early_initialization(1, config.num_key_value_heads, config.head_dim, dtype, device)
+
     def start(run: Run) -> tuple[Tensor, tuple[Any, int]]:
-        kept = (
-            DynamicCache(config=config)
-            if cache == "dynamic"
-            else StaticCache(config=config, max_cache_len=room)
-        )
+        if static is not None:
+            static.reset()
+        kept = DynamicCache(config=config) if static is None else static
         out = run(ids[:, :length], past_key_values=kept, logits_to_keep=1)
         return out.logits[:, -1], (kept, length)
 

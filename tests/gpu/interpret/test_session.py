@@ -6,10 +6,12 @@ import json
 import os
 import signal
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from llmopt.gpu import device, graphs, launching
+from llmopt.native import cuda
 from llmopt.registry import KERNELS
 from llmopt.target import gpu_target
 
@@ -165,6 +167,30 @@ def test_times_are_seen_beside_what_the_gpu_reaches(tmp_path):
     assert "| 25.0 |" in record.write_table().read_text()
 
 
+def test_the_process_that_forks_leaves_the_gpu_alone(tmp_path, monkeypatch):
+    """What has opened the driver has no GPU in its forks."""
+
+    def opened(*_):
+        raise AssertionError("the driver was opened")
+
+    monkeypatch.setattr(cuda, "missing", opened)
+    monkeypatch.setattr(cuda, "library", opened)
+    monkeypatch.setattr(torch.cuda, "_lazy_init", opened)
+    monkeypatch.setattr(
+        phases.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=0, stdout="")
+    )
+    forked = []
+    monkeypatch.setattr(
+        session.Session, "apart", lambda _, phase, what, *more: forked.append((phase, what))
+    )
+    record = Record(tmp_path / "gpu", {}, "measured")
+    target, soon = gpu_target("cuda:90"), time.monotonic() + 60
+    whole = session.Session(torch.device("cuda:0"), target, clock.MEASURED, record, (), soon, True)
+    assert session.run(whole) == 0
+    assert {phase for phase, _ in forked} == set(phases.PHASES) - {"tuning"}
+    assert ("models", "own Llama, 4 layers") in forked
+
+
 @pytest.mark.parametrize("change", [lambda x: x + 0.1, lambda x: x * float("nan")])
 def test_a_model_with_other_results_is_not_timed(tmp_path, monkeypatch, change):
     subject = Subject(torch.nn.Identity(), lambda run: (run(torch.ones(2, 3)), None))
@@ -182,7 +208,7 @@ def test_a_time_that_contains_the_host_says_so(monkeypatch):
     def refuse(call):
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
-    monkeypatch.setattr(clock, "_captured", refuse)
+    monkeypatch.setattr(clock, "_between_clearings", refuse)
     monkeypatch.setattr("triton.testing.do_bench", lambda *_, **__: 2.0)
     timed = clock.MEASURED.time(lambda: None)
     assert timed.seconds == 2e-3
