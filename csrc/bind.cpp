@@ -84,14 +84,15 @@ void bind_gpu(py::module_& m) {
       .def(
           "add",
           [](Launches& self, uint64_t function, const std::vector<unsigned>& grid, unsigned threads,
-             unsigned shared_bytes, const std::vector<uint64_t>& slots, const std::vector<Place>& places,
-             std::vector<Matrix> matrices) {
+             unsigned shared_bytes, const std::vector<uint64_t>& slots, std::vector<uint32_t> parameters,
+             const std::vector<Place>& places, std::vector<Matrix> matrices) {
             std::vector<Relocation> relocations;
             for (const auto& [slot, buffer, offset] : places) relocations.push_back({slot, buffer, offset});
-            self.add(function, grid, threads, shared_bytes, slots, std::move(relocations), std::move(matrices));
+            self.add(function, grid, threads, shared_bytes, slots, std::move(parameters), std::move(relocations),
+                     std::move(matrices));
           },
           py::arg("function"), py::arg("grid"), py::arg("threads"), py::arg("shared_bytes"), py::arg("slots"),
-          py::arg("places"), py::arg("matrices"))
+          py::arg("parameters"), py::arg("places"), py::arg("matrices"))
       .def("over", &Launches::over, py::arg("renamed"), "The same launches over other buffers: (number, new number).");
   py::class_<LaunchPlan>(m, "LaunchPlan", "The steps of one call on a GPU.")
       .def(py::init([](const std::vector<std::shared_ptr<Launches>>& steps) {

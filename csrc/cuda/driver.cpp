@@ -144,28 +144,31 @@ std::string Driver::multiprocessors(int* count) {
   return attribute(kMultiprocessorCount, count);
 }
 
-std::string Driver::launch(const char* file, const std::string& kernel, Grid grid, int threads, int shared_bytes,
-                           const void* params, void* stream) {
-  Handle context = nullptr, function = nullptr;
+std::string Driver::prepare(const Planned& planned, void** function) {
+  Handle context = nullptr;
   if (std::string e = current_context(&context); !e.empty()) return e;
   {
     const std::lock_guard<std::mutex> lock(state().mutex);
-    if (std::string e = find_function(context, file, kernel, &function); !e.empty()) return e;
+    if (std::string e = find_function(context, planned.file, planned.kernel, function); !e.empty()) return e;
   }
-  Api& api = state().api;
-  if (shared_bytes > kSharedBytesUnasked) {
-    int limit = 0;
-    if (std::string e = attribute(kMaxSharedBytes, &limit); !e.empty()) return e;
-    if (shared_bytes > limit)
-      return kernel + " needs " + std::to_string(shared_bytes) + " bytes of shared memory; this GPU has " +
-             std::to_string(limit) + " for a block";
-    if (Result r = api.cuFuncSetAttribute(function, kFunctionSharedBytes, shared_bytes))
-      return said("cuFuncSetAttribute", r);
-  }
+  if (planned.shared_bytes <= kSharedBytesUnasked) return "";
+  int limit = 0;
+  if (std::string e = attribute(kMaxSharedBytes, &limit); !e.empty()) return e;
+  if (planned.shared_bytes > limit)
+    return planned.kernel + " needs " + std::to_string(planned.shared_bytes) +
+           " bytes of shared memory; this GPU has " + std::to_string(limit) + " for a block";
+  const Result r = state().api.cuFuncSetAttribute(*function, kFunctionSharedBytes, planned.shared_bytes);
+  return r ? said("cuFuncSetAttribute", r) : "";
+}
+
+std::string Driver::launch(const Planned& planned, const void* params, void* stream) {
+  Handle function = nullptr;
+  if (std::string e = prepare(planned, &function); !e.empty()) return e;
   void* parameters[] = {const_cast<void*>(params)};
-  const Result r =
-      api.cuLaunchKernel(function, grid.x, grid.y, grid.z, threads, 1, 1, shared_bytes, stream, parameters, nullptr);
-  return r ? said(("cuLaunchKernel " + kernel).c_str(), r) : "";
+  const Grid& grid = planned.grid;
+  const Result r = state().api.cuLaunchKernel(function, grid.x, grid.y, grid.z, planned.threads, 1, 1,
+                                              planned.shared_bytes, stream, parameters, nullptr);
+  return r ? said(("cuLaunchKernel " + planned.kernel).c_str(), r) : "";
 }
 
 }  // namespace llmopt::cuda

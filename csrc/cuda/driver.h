@@ -18,6 +18,14 @@ struct Grid {
   unsigned x, y, z;
 };
 
+// Which kernel solves a problem, and how many threads it takes. No kernel: there is nothing to do.
+struct Planned {
+  const char* file = nullptr;
+  std::string kernel;
+  Grid grid{};
+  int threads = 0, shared_bytes = 0;
+};
+
 // All return "" or what is wrong, for the context that is current in this thread.
 class Driver {
  public:
@@ -26,9 +34,10 @@ class Driver {
   // Whether kernels can be launched now.
   std::string check();
   std::string multiprocessors(int* count);
-  // kernel(*params); loads the file's cubin into the context the first time.
-  std::string launch(const char* file, const std::string& kernel, Grid grid, int threads, int shared_bytes,
-                     const void* params, void* stream);
+  // The kernel's function in the current context, ready to be launched; loads its file's cubin the first time.
+  std::string prepare(const Planned& planned, void** function);
+  // kernel(*params).
+  std::string launch(const Planned& planned, const void* params, void* stream);
 };
 Driver& driver();
 

@@ -11,6 +11,13 @@
 namespace llmopt::cuda {
 namespace {
 
+// A launch as whoever repeats it needs it; its only parameter is the record.
+struct Prepared {
+  void* function;
+  uint32_t grid[3];
+  int32_t threads, shared_bytes;
+};
+
 const char* answer(std::string error) {
   thread_local std::string last;
   last = std::move(error);
@@ -74,7 +81,8 @@ std::string check(const LinearW4A16& p) {
 int head_blocks(const AttentionDecode& p) { return ceil_div(p.heads / p.kv_heads, kDecodeMaxHeads); }
 
 std::string check(const AttentionDecode& p) {
-  if (!p.q || !p.k || !p.v || !p.o || !p.lengths) return "q, k, v, o and lengths must be given";
+  if (!p.q || !p.k || !p.v || !p.o) return "q, k, v and o must be given";
+  if (!p.lengths && p.keys < 0) return "without lengths, keys must not be negative";
   if (p.batch < 0 || p.heads < 1 || p.kv_heads < 1 || p.heads % p.kv_heads)
     return std::to_string(p.heads) + " heads over " + std::to_string(p.kv_heads) + " heads of the cache";
   if (p.head_dim != 64 && p.head_dim != 128)
@@ -94,14 +102,15 @@ std::string check(const AttentionDecode& p) {
   return "";
 }
 
-std::string launch(const LinearW8A8& p, void* stream) {
+std::string plan(const LinearW8A8& p, Planned* planned) {
   if (std::string e = check(p); !e.empty()) return e;
   if (p.m == 0 || p.n == 0) return "";
   const std::string dtype = dtype_name(p.dtype);
   if (p.m <= kGemvMaxTokens) {
     const std::string name = "linear_w8a8_gemv_" + std::to_string(tokens_of_kernel(p.m)) + "_" + dtype;
     const Grid grid{static_cast<unsigned>(ceil_div(p.n, kChannelsOfBlock)), 1, 1};
-    return driver().launch("linear_w8a8_gemv", name, grid, 32 * kGemvWarps, 0, &p, stream);
+    *planned = {"linear_w8a8_gemv", name, grid, 32 * kGemvWarps, 0};
+    return "";
   }
   int multiprocessors = 0;
   if (std::string e = driver().multiprocessors(&multiprocessors); !e.empty()) return e;
@@ -113,20 +122,22 @@ std::string launch(const LinearW8A8& p, void* stream) {
   const Grid grid{static_cast<unsigned>(ceil_div(p.m, tile->block_m)),
                   static_cast<unsigned>(ceil_div(p.n, tile->block_n)), 1};
   if (grid.y > kLargestGridY) return "N = " + std::to_string(p.n) + " is more than a grid";
-  return driver().launch("linear_w8a8_gemm", std::string("linear_w8a8_gemm_") + tile->name + "_" + dtype, grid,
-                         tile->threads(), tile->shared_bytes(), &p, stream);
+  *planned = {"linear_w8a8_gemm", std::string("linear_w8a8_gemm_") + tile->name + "_" + dtype, grid, tile->threads(),
+              tile->shared_bytes()};
+  return "";
 }
 
-std::string launch(const LinearW4A16& p, void* stream) {
+std::string plan(const LinearW4A16& p, Planned* planned) {
   if (std::string e = check(p); !e.empty()) return e;
   if (p.m == 0 || p.n == 0) return "";
   const std::string name = "linear_w4a16_gemv_" + std::to_string(tokens_of_kernel(p.m)) +
                            (p.offset ? "_asymmetric_" : "_symmetric_") + dtype_name(p.dtype);
   const Grid grid{static_cast<unsigned>(ceil_div(p.n, kChannelsOfBlock)), 1, 1};
-  return driver().launch("linear_w4a16_gemv", name, grid, 32 * kGemvWarps, 0, &p, stream);
+  *planned = {"linear_w4a16_gemv", name, grid, 32 * kGemvWarps, 0};
+  return "";
 }
 
-std::string launch(const AttentionDecode& p, void* stream) {
+std::string plan(const AttentionDecode& p, Planned* planned) {
   if (std::string e = check(p); !e.empty()) return e;
   if (p.batch == 0) return "";
   const int group = p.heads / p.kv_heads, heads = group == 1 ? 1 : group <= 4 ? 4 : kDecodeMaxHeads;
@@ -134,8 +145,24 @@ std::string launch(const AttentionDecode& p, void* stream) {
                            (p.cache_dtype == static_cast<int32_t>(DType::s8) ? "_s8" : "_f16");
   const Grid grid{static_cast<unsigned>(p.splits), static_cast<unsigned>(p.kv_heads * head_blocks(p)),
                   static_cast<unsigned>(p.batch)};
-  return driver().launch("attention_decode", name, grid, 32 * kDecodeWarps, decode_shared_bytes(heads, p.head_dim), &p,
-                         stream);
+  *planned = {"attention_decode", name, grid, 32 * kDecodeWarps, decode_shared_bytes(heads, p.head_dim)};
+  return "";
+}
+
+template <class Problem>
+std::string launch(const Problem& p, void* stream) {
+  Planned planned;
+  if (std::string e = plan(p, &planned); !e.empty()) return e;
+  return planned.file ? driver().launch(planned, &p, stream) : "";
+}
+
+template <class Problem>
+std::string prepare(const void* p, Prepared* prepared) {
+  Planned planned;
+  if (std::string e = plan(*static_cast<const Problem*>(p), &planned); !e.empty()) return e;
+  if (!planned.file) return "there is nothing to launch";
+  *prepared = {nullptr, {planned.grid.x, planned.grid.y, planned.grid.z}, planned.threads, planned.shared_bytes};
+  return driver().prepare(planned, &prepared->function);
 }
 
 // Enough splits to give every multiprocessor two blocks, none of fewer than kFewestKeys keys; a guess until measured.
@@ -167,6 +194,14 @@ LLMOPT_API const char* llmopt_cuda_linear_w4a16(const LinearW4A16* p, void* stre
 }
 LLMOPT_API const char* llmopt_cuda_attention_decode(const AttentionDecode* p, void* stream) {
   return answer(launch(*p, stream));
+}
+// The launch of a record, counted as in llmopt_cuda_record_bytes, in the current context: for who launches it again and
+// again.
+LLMOPT_API const char* llmopt_cuda_prepare(int record, const void* p, Prepared* prepared) {
+  if (record == 0) return answer(prepare<LinearW8A8>(p, prepared));
+  if (record == 1) return answer(prepare<LinearW4A16>(p, prepared));
+  if (record == 2) return answer(prepare<AttentionDecode>(p, prepared));
+  return answer("record " + std::to_string(record) + ": 0, 1 and 2 are possible");
 }
 LLMOPT_API const char* llmopt_cuda_decode_splits(int batch, int heads, int kv_heads, int keys, int* splits) {
   return answer(decode_splits(batch, heads, kv_heads, keys, splits));

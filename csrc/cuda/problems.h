@@ -39,7 +39,7 @@ struct LinearW4A16 {
   int32_t act;    // Activation
 };
 
-// o = softmax(scale * q k^T) v for one query position a sequence, over the first lengths[b] keys.
+// o = softmax(scale * q k^T) v for one query position a sequence, over the first lengths[b] keys, or `keys` of each.
 // Heads h of q read head h / (H / Hkv) of the cache. A sequence without keys gives zeros.
 struct AttentionDecode {
   const void* q;         // [B, H, D] f16, dense
@@ -47,7 +47,7 @@ struct AttentionDecode {
   const void* v;         // as k
   const float* k_scale;  // [B, Hkv, S] where the cache is s8: a key is its codes times its scale
   const float* v_scale;
-  const int32_t* lengths;  // [B], at most S
+  const int32_t* lengths;  // [B], at most S; or null
   void* o;                 // [B, H, D] f16, dense
   float* partial;          // B * H * splits * (D + 2) floats of scratch; null where splits is 1
   int32_t* finished;       // B * Hkv * ceil(H / Hkv / 8) counters, zero before the first launch; left at zero
@@ -56,7 +56,7 @@ struct AttentionDecode {
   float scale;
   int32_t batch, heads, kv_heads, head_dim, splits;
   int32_t cache_dtype;  // DType: f16 or s8
-  int32_t reserved;
+  int32_t keys;         // of every sequence, where there are no lengths
 };
 
 }  // namespace llmopt::cuda

@@ -101,25 +101,25 @@ std::vector<size_t> parameter_bytes(uint64_t function) {
 }
 
 void Launches::add(uint64_t function, const std::vector<unsigned>& grid, unsigned threads, unsigned shared_bytes,
-                   const std::vector<uint64_t>& slots, std::vector<Relocation> relocations,
-                   std::vector<Matrix> matrices) {
+                   const std::vector<uint64_t>& slots, std::vector<uint32_t> parameters,
+                   std::vector<Relocation> relocations, std::vector<Matrix> matrices) {
   if (grid.size() != 3) throw std::invalid_argument("a grid has three sizes");
   const auto first = static_cast<uint32_t>(slots_.size());
   const auto place = [&](uint32_t& slot) {
     if (slot >= slots.size())
-      throw std::invalid_argument("an address for parameter " + std::to_string(slot) + " of " +
-                                  std::to_string(slots.size()));
+      throw std::invalid_argument("slot " + std::to_string(slot) + " of " + std::to_string(slots.size()));
     slot += first;
   };
+  for (uint32_t& p : parameters) place(p);
   for (Relocation& r : relocations) place(r.slot);
   for (Matrix& m : matrices) place(m.slot);
   launches_.push_back({reinterpret_cast<void*>(function),
                        {grid[0], grid[1], grid[2]},
                        threads,
                        shared_bytes,
-                       first,
-                       static_cast<uint32_t>(slots.size())});
+                       static_cast<uint32_t>(parameters_.size())});
   slots_.insert(slots_.end(), slots.begin(), slots.end());
+  parameters_.insert(parameters_.end(), parameters.begin(), parameters.end());
   relocations_.insert(relocations_.end(), relocations.begin(), relocations.end());
   matrices_.insert(matrices_.end(), matrices.begin(), matrices.end());
 }
@@ -151,23 +151,25 @@ void LaunchPlan::run(uint64_t stream, const std::vector<uint64_t>& addresses) co
   const Driver& d = driver();
   // Of this thread: others may run the same plan.
   std::vector<uint64_t> slots;
-  std::vector<void*> parameters;
+  std::vector<void*> at, parameters;  // where each slot's value is; each parameter's
   std::vector<TensorMap> maps;
   for (const auto& step : steps_) {
     slots = step->slots_;
     for (const Relocation& r : step->relocations_) slots[r.slot] = addresses[r.buffer] + r.offset;
-    parameters.resize(slots.size());
-    for (size_t i = 0; i < slots.size(); ++i) parameters[i] = &slots[i];
+    at.resize(slots.size());
+    for (size_t i = 0; i < slots.size(); ++i) at[i] = &slots[i];
     maps.resize(step->matrices_.size());
     for (size_t i = 0; i < maps.size(); ++i) {
       const Matrix& m = step->matrices_[i];
       encode(d, m, (m.buffer == kFixed ? 0 : addresses[m.buffer]) + m.offset, &maps[i]);
-      parameters[m.slot] = &maps[i];
+      at[m.slot] = &maps[i];
     }
+    parameters.clear();
+    for (uint32_t slot : step->parameters_) parameters.push_back(at[slot]);
     for (const Launches::Launch& l : step->launches_) {
       check(d, "cuLaunchKernel",
             d.cuLaunchKernel(l.function, l.grid[0], l.grid[1], l.grid[2], l.threads, 1, 1, l.shared_bytes,
-                             reinterpret_cast<void*>(stream), parameters.data() + l.first_slot, nullptr));
+                             reinterpret_cast<void*>(stream), parameters.data() + l.first_parameter, nullptr));
     }
   }
 }

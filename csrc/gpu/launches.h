@@ -26,7 +26,8 @@ struct Matrix {
 };
 constexpr uint32_t kFixed = UINT32_MAX;
 
-// The launches of one step. A parameter is a slot of eight bytes, of which a kernel takes as many as its parameter has.
+// The launches of one step. A parameter is one slot of eight bytes or several, of which a kernel takes as many as it
+// needs.
 class Launches {
  public:
   struct Launch {
@@ -34,14 +35,14 @@ class Launches {
     unsigned grid[3];
     unsigned threads;
     unsigned shared_bytes;
-    uint32_t first_slot;
-    uint32_t slot_count;
+    uint32_t first_parameter;
   };
 
   // relocations, matrices: their slots counted from this launch's first. Throws std::invalid_argument for a slot it
   // does not have.
   void add(uint64_t function, const std::vector<unsigned>& grid, unsigned threads, unsigned shared_bytes,
-           const std::vector<uint64_t>& slots, std::vector<Relocation> relocations, std::vector<Matrix> matrices);
+           const std::vector<uint64_t>& slots, std::vector<uint32_t> parameters, std::vector<Relocation> relocations,
+           std::vector<Matrix> matrices);
   // The same launches over other buffers: (number, new number).
   std::shared_ptr<Launches> over(const std::vector<std::pair<uint32_t, uint32_t>>& renamed) const;
 
@@ -49,6 +50,7 @@ class Launches {
   friend class LaunchPlan;
   std::vector<Launch> launches_;
   std::vector<uint64_t> slots_;
+  std::vector<uint32_t> parameters_;
   std::vector<Relocation> relocations_;
   std::vector<Matrix> matrices_;
 };

@@ -69,6 +69,7 @@ class Launches:
         threads: int,
         shared_bytes: int,
         slots: Sequence[int],
+        parameters: Sequence[int],
         places: Sequence[tuple[int, int, int]],
         matrices: Sequence[Matrix],
     ) -> None: ...

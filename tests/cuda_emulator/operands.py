@@ -136,7 +136,19 @@ class Decode:
         self.finished = guarded(torch.zeros(problem.num_counters(), dtype=torch.int32))
 
     def record(self) -> AttentionDecode:
-        names = ["q", "k", "v", "k_scale", "v_scale", "lengths", "o", "partial", "finished"]
+        """Sequences of one length are told by a number, others by lengths."""
+        alike = len(set(self.lengths.tolist())) == 1
+        names = [
+            "q",
+            "k",
+            "v",
+            "k_scale",
+            "v_scale",
+            "" if alike else "lengths",
+            "o",
+            "partial",
+            "finished",
+        ]
         tensors = [getattr(self, name, None) for name in names]
         scale_strides = (0, 0, 0) if self.k_scale is None else self.k_scale.stride()
         return AttentionDecode(
@@ -149,6 +161,7 @@ class Decode:
             self.q.shape[2],
             self.splits,
             DTYPE_CODES[self.k.dtype],
+            int(self.lengths[0]) if alike else 0,
         )
 
     def run(self, emulator: Emulator) -> torch.Tensor:

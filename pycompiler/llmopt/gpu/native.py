@@ -6,6 +6,7 @@ compiled kernel's handle, a grid and slots; a tensor becomes a place in a buffer
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import struct
 from collections.abc import Callable, Sequence
@@ -19,12 +20,14 @@ from llmopt import _C
 from llmopt.gpu.compile import binary, signature
 from llmopt.gpu.run import is_out_of_resources
 from llmopt.launch import Descriptor, Launch
+from llmopt.native import cuda
 from llmopt.native.cuda_kernels import CudaFunction
 from llmopt.types import Target
 
 log = logging.getLogger("llmopt")
 
 _MASK = (1 << 64) - 1
+_FOUND, _OFFSET_BITS = 1 << 60, 44  # of addresses that are not known yet
 _FIXED = (
     1 << 32
 ) - 1  # in the place of a buffer: the offset is the address, kFixed of csrc/gpu/launches.h
@@ -70,8 +73,9 @@ def pack(launches: Sequence[Launch], target: Target, device: torch.device, find:
     packed = Packed()
     for launch in launches:
         if isinstance(launch.function, CudaFunction):
-            raise NotNative(f"{launch.kernel} is launched by its own library")
-        _add(packed, launch, handle_of(launch, target, device), find)
+            _add_cuda(packed, launch, find)
+        else:
+            _add(packed, launch, handle_of(launch, target, device), find)
     return packed
 
 
@@ -88,8 +92,10 @@ def _add(packed: Packed, launch: Launch, handle: Handle, find: Find) -> None:
         packed.kept.append(tensor)
         return slot, _FIXED, tensor.data_ptr()
 
+    parameters = []
     for kind, name in handle.parameters:
         value = launch.arguments[name]
+        parameters.append(len(slots))
         if kind == "pointer":
             place = put(name, value)
             if place[1] == _FIXED:
@@ -101,14 +107,48 @@ def _add(packed: Packed, launch: Launch, handle: Handle, find: Find) -> None:
         elif kind == "map":
             place = put(name, value.tensor)
             matrices.append(_matrix(place, value, handle.maps[len(matrices)]))
-            slots += [*value.tensor.shape, *value.tensor.stride()]
+            numbers = (*value.tensor.shape, *value.tensor.stride())
+            parameters += range(len(slots), len(slots) + len(numbers))
+            slots += numbers
         else:
             slots.append(value & _MASK)
+    parameters += range(len(slots), len(slots) + len(_SCRATCH))
     slots += [0] * len(_SCRATCH)
     grid = (*launch.grid, 1, 1)[:3]
     packed.launches.add(
-        handle.function, grid, handle.threads, handle.shared, slots, places, matrices
+        handle.function, grid, handle.threads, handle.shared, slots, parameters, places, matrices
     )
+
+
+def _add_cuda(packed: Packed, launch: Launch, find: Find) -> None:
+    """A kernel of csrc/cuda, whose one parameter is a record; its addresses are pointers among the record's fields."""
+    names = {id(value): name for name, value in launch.arguments.items()}
+    found: list[Place] = []
+
+    def address(tensor: Tensor | None) -> int | None:
+        if tensor is None:
+            return None
+        if not tensor.is_meta:
+            packed.kept.append(tensor)
+            return tensor.data_ptr()
+        found.append(find(names[id(tensor)], tensor))
+        # Above all real addresses, aligned as the memory will be, and it says which of the found it is.
+        return _FOUND + ((len(found) - 1) << _OFFSET_BITS) + found[-1][1]
+
+    record = launch.function.record(**launch.arguments, address=address)
+    prepared = cuda.library().prepare(record)
+    raw = bytes(record)
+    slots = list(struct.unpack(f"<{len(raw) // 8}Q", raw))
+    places = []
+    for name, kind in type(record)._fields_:
+        slot = getattr(type(record), name).offset // 8
+        if kind is ctypes.c_void_p and slots[slot] >= _FOUND:
+            buffer, offset = found[(slots[slot] - _FOUND) >> _OFFSET_BITS]
+            places.append((slot, buffer, offset))
+    assert len(places) == len(found), f"{launch.kernel}: an address is no field of its record"
+    packed.launches.add(
+        prepared.function, tuple(prepared.grid), prepared.threads, prepared.shared_bytes, slots, [0], places, []
+    )  # fmt: skip
 
 
 def _matrix(place: tuple[int, int, int], value: Descriptor, facts: dict[str, Any]) -> _C.Matrix:

@@ -46,7 +46,10 @@ class LinearW4A16(ctypes.Structure):
 
 
 class AttentionDecode(ctypes.Structure):
-    """o [B,H,D] = softmax(scale·q kᵀ) v over lengths [B] keys of a cache [B,Hkv,S,D] in f16, or in int8 with scales [B,Hkv,S]."""
+    """o [B,H,D] = softmax(scale·q kᵀ) v over a cache [B,Hkv,S,D] in f16, or in int8 with scales [B,Hkv,S].
+
+    A sequence has lengths [B] keys, or `keys` where there are no lengths.
+    """
 
     _fields_ = _fields(
         (_P, "q k v k_scale v_scale lengths o partial finished"),
@@ -55,7 +58,7 @@ class AttentionDecode(ctypes.Structure):
             "batch_stride head_stride row_stride scale_batch_stride scale_head_stride scale_row_stride",
         ),
         (_F, "scale"),
-        (_I, "batch heads kv_heads head_dim splits cache_dtype reserved"),
+        (_I, "batch heads kv_heads head_dim splits cache_dtype keys"),
     )
 
     def partial_floats(self) -> int:
@@ -76,6 +79,12 @@ RECORDS = {
 }
 
 
+class Prepared(ctypes.Structure):
+    """A launch as whoever repeats it needs it: a CUfunction whose one parameter is the record, and how it is launched."""
+
+    _fields_ = (("function", _P), ("grid", ctypes.c_uint32 * 3), ("threads", _I), ("shared_bytes", _I))  # fmt: skip
+
+
 class Library:
     """A built library of kernels over a driver. Raises CudaError when either cannot be opened, or was built from other records."""
 
@@ -85,7 +94,12 @@ class Library:
             self._library = ctypes.CDLL(str(path))
         except OSError as error:
             raise CudaError(f"the CUDA kernels cannot be loaded: {error}") from error
-        for name in (*RECORDS.values(), "llmopt_cuda_open", "llmopt_cuda_check"):
+        for name in (
+            *RECORDS.values(),
+            "llmopt_cuda_open",
+            "llmopt_cuda_check",
+            "llmopt_cuda_prepare",
+        ):
             getattr(self._library, name).restype = ctypes.c_char_p
         self._library.llmopt_cuda_decode_splits.restype = ctypes.c_char_p
         built = [self._library.llmopt_cuda_record_bytes(i) for i in range(len(RECORDS))]
@@ -109,6 +123,15 @@ class Library:
         """
         function = getattr(self._library, RECORDS[type(problem)])
         self._raise(function(ctypes.byref(problem), ctypes.c_void_p(stream)))
+
+    def prepare(self, problem: LinearW8A8 | LinearW4A16 | AttentionDecode) -> Prepared:
+        """As `launch`, but for the launch itself: loads the kernel into the current context and says how it is launched.
+
+        Pointers may be any that are aligned as the memory will be. Raises CudaError also where there is nothing to launch.
+        """
+        prepared, number = Prepared(), list(RECORDS).index(type(problem))
+        self._raise(self._library.llmopt_cuda_prepare(number, ctypes.byref(problem), ctypes.byref(prepared)))  # fmt: skip
+        return prepared
 
     def decode_splits(self, batch: int, heads: int, kv_heads: int, keys: int) -> int:
         """Blocks that share the keys of one head: a guess that fills the GPU, not measured."""

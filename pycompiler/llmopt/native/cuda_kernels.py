@@ -27,16 +27,22 @@ _ALIGNMENT = 16  # bytes, of what is read 16 bytes at a time
 _BY_THE_LAUNCHER = RowTile(0)
 
 
+Address = Callable[[Tensor | None], int | None]
+
+
 @dataclass(frozen=True)
 class CudaFunction:
-    """Stands in a Launch where a Triton function would: makes the record of a problem and launches it on the current stream."""
+    """Stands in a Launch where a Triton function would: makes the record of a problem and launches it on the current stream.
+
+    record: of a launch's arguments and `address`, which gives a tensor's address or None for None.
+    """
 
     record: Callable[..., ctypes.Structure]
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         def launch(*, num_warps: int, num_stages: int, **arguments: Any) -> None:
             stream = torch.cuda.current_stream().cuda_stream if torch.cuda.is_available() else 0
-            cuda.library().launch(self.record(**arguments), stream)  # type: ignore[arg-type]
+            cuda.library().launch(self.record(**arguments, address=_address), stream)  # type: ignore[arg-type]
 
         return launch
 
@@ -78,13 +84,13 @@ def reject_gemm(p: LinearProblem, t: Target) -> str:
 
 def _w8a8_record(
     x_ptr: Tensor, w_ptr: Tensor, x_scale_ptr: Tensor, w_scale_ptr: Tensor, bias_ptr: Tensor | None,
-    residual_ptr: Tensor | None, y_ptr: Tensor, act: str,
+    residual_ptr: Tensor | None, y_ptr: Tensor, act: str, address: Address,
 ) -> cuda.LinearW8A8:  # fmt: skip
     tensors = (x_ptr, w_ptr, x_scale_ptr, w_scale_ptr, bias_ptr, residual_ptr, y_ptr)
     residual_stride = 0 if residual_ptr is None else residual_ptr.stride(0)
     strides = x_ptr.stride(0), w_ptr.stride(0), residual_stride, y_ptr.stride(0)
     codes = DTYPE_CODES[y_ptr.dtype], activation.CODES[act]
-    return cuda.LinearW8A8(*map(_address, tensors), *strides, *y_ptr.shape, x_ptr.shape[1], *codes)
+    return cuda.LinearW8A8(*map(address, tensors), *strides, *y_ptr.shape, x_ptr.shape[1], *codes)
 
 
 def launch_w8a8(
@@ -113,13 +119,13 @@ def reject_w4a16(p: LinearProblem, t: Target) -> str:
 
 def _w4a16_record(
     x_ptr: Tensor, codes_ptr: Tensor, w_scale_ptr: Tensor, w_offset_ptr: Tensor | None, bias_ptr: Tensor | None,
-    residual_ptr: Tensor | None, y_ptr: Tensor, group: int, act: str,
+    residual_ptr: Tensor | None, y_ptr: Tensor, group: int, act: str, address: Address,
 ) -> cuda.LinearW4A16:  # fmt: skip
     tensors = (x_ptr, codes_ptr, w_scale_ptr, w_offset_ptr, bias_ptr, residual_ptr, y_ptr)
     residual_stride = 0 if residual_ptr is None else residual_ptr.stride(0)
     strides = x_ptr.stride(0), residual_stride, y_ptr.stride(0)
     codes = group, DTYPE_CODES[y_ptr.dtype], activation.CODES[act]
-    return cuda.LinearW4A16(*map(_address, tensors), *strides, *y_ptr.shape, x_ptr.shape[1], *codes)
+    return cuda.LinearW4A16(*map(address, tensors), *strides, *y_ptr.shape, x_ptr.shape[1], *codes)
 
 
 def launch_w4a16(
@@ -176,16 +182,16 @@ def _sizes_record(p: AttentionProblem, splits: int = 1) -> cuda.AttentionDecode:
 
 
 def _decode_record(
-    q_ptr: Tensor, k_ptr: Tensor, v_ptr: Tensor, k_scale_ptr: Tensor | None, v_scale_ptr: Tensor | None, lengths_ptr: Tensor,
-    o_ptr: Tensor, partial_ptr: Tensor | None, counter_ptr: Tensor, scale: float, splits: int,
+    q_ptr: Tensor, k_ptr: Tensor, v_ptr: Tensor, k_scale_ptr: Tensor | None, v_scale_ptr: Tensor | None, o_ptr: Tensor,
+    partial_ptr: Tensor | None, counter_ptr: Tensor, scale: float, splits: int, keys: int, address: Address,
 ) -> cuda.AttentionDecode:  # fmt: skip
-    inputs = q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, lengths_ptr
-    tensors = *inputs, o_ptr, partial_ptr, counter_ptr
+    inputs = q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr
+    tensors = *inputs, None, o_ptr, partial_ptr, counter_ptr
     batch, heads, _, head_dim = q_ptr.shape
-    sizes = batch, heads, k_ptr.shape[1], head_dim, splits, DTYPE_CODES[k_ptr.dtype]
+    sizes = batch, heads, k_ptr.shape[1], head_dim, splits, DTYPE_CODES[k_ptr.dtype], keys
     scale_strides = (0, 0, 0) if k_scale_ptr is None else k_scale_ptr.stride()
     strides = *k_ptr.stride()[:3], *scale_strides
-    return cuda.AttentionDecode(*map(_address, tensors), *strides, scale, *sizes)
+    return cuda.AttentionDecode(*map(address, tensors), *strides, scale, *sizes)
 
 
 def launch_decode(
@@ -201,18 +207,18 @@ def launch_decode(
     """q and o [B,H,1,D] dense fp16, k and v [B,Hkv,S,D] fp16 or s8, equal strides; of scores what a plain attention has."""
     keys = min(p.kv_len, max(scores.offset + 1, 0)) if scores.causal else p.kv_len
     splits = cuda.library().decode_splits(p.batch, p.heads, p.kv_heads, keys)
-    lengths = torch.full((p.batch,), keys, dtype=torch.int32, device=q.device)
     record = _sizes_record(p, splits)
     floats = record.partial_floats()
     arguments = {
         "q_ptr": q, "k_ptr": k, "v_ptr": v, "k_scale_ptr": scores.k_scale, "v_scale_ptr": scores.v_scale,
-        "lengths_ptr": lengths, "o_ptr": o,
+        "o_ptr": o,
         "partial_ptr": torch.empty(floats, device=q.device) if floats else None,
         "counter_ptr": counters(q.device, record.num_counters()), "scale": scores.scale, "splits": splits,
+        "keys": keys,
     }  # fmt: skip
     return Launch(
         "attention_decode.cuda", CudaFunction(_decode_record), (), arguments, {},
-        reads=("q_ptr", "k_ptr", "v_ptr", "k_scale_ptr", "v_scale_ptr", "lengths_ptr"), writes=("o_ptr",),
+        reads=("q_ptr", "k_ptr", "v_ptr", "k_scale_ptr", "v_scale_ptr"), writes=("o_ptr",),
     )  # fmt: skip
 
 

@@ -8,12 +8,13 @@ import llmopt
 import pytest
 import torch
 import torch.nn.functional as F
-from llmopt import registry
+from llmopt import _C, registry
 from llmopt.compiled import alive
 from llmopt.counters import MOST_TILES, counters
-from llmopt.gpu import launching
+from llmopt.gpu import launching, native
 from llmopt.gpu.tune import tuning
 from llmopt.gpu.tune.tuning import LaunchBench, Tuning
+from llmopt.kernels.attention import Scores
 from llmopt.launch import AttentionProblem, LinearProblem
 from llmopt.native import cuda
 from llmopt.ops.kv_codes import dequantize_arrays, quantize_arrays
@@ -158,3 +159,32 @@ def test_where_nothing_is_built_they_say_so(monkeypatch):
     assert registry.choose("linear_quantized", p, AMPERE)[0].name == "linear_w8a8.triton"
     amd = {k.name: why for k, why in registry.candidates("linear_quantized", p, gpu_target("hip:gfx942"))}  # fmt: skip
     assert "NVIDIA" in amd["linear_w8a8.cuda"]
+
+
+@pytest.mark.parametrize("keys", [200, 700])
+def test_a_launch_is_packed(emulator, keys):
+    """Planned on meta tensors, run over addresses that come later; with 700 keys by several blocks, whose counters end as zeros."""
+    kernel, place = registry.KERNELS["attention_decode.cuda"], torch.device("meta")
+    problem = AttentionProblem(1, 4, 2, 1, keys, 64, 64, "fp16", "fp16")
+    q, o = torch.randn(1, 4, 1, 64).half(), torch.empty(1, 4, 1, 64).half()
+    k, v = (torch.randn(1, 2, keys, 64).half() for _ in range(2))
+    metas = [torch.empty_like(t, device=place) for t in (q, k, v, o)]
+    (tile,) = kernel.configs(problem, AMPERE)
+    launch = kernel.launch(problem, tile, AMPERE, *metas, Scores(scale=0.125))
+    share = launch.arguments["partial_ptr"]
+    partial = torch.full((1 if share is None else share.numel(),), float("nan"))
+    assert (share is None) == (keys == 200)
+    counter = torch.zeros(launch.arguments["counter_ptr"].numel(), dtype=torch.int32)
+    made = {"partial_ptr": 4, "counter_ptr": 5}
+
+    def find(name, tensor):
+        known = [i for i, meta in enumerate(metas) if meta is tensor]
+        return (known[0] if known else made[name]), 0
+
+    packed = native.pack([launch], AMPERE, torch.device("cpu"), find)
+    _C.open_gpu_driver(str(emulator.path))
+    emulator.buffers((q, k, v), (o, partial, counter))
+    _C.LaunchPlan([packed.launches]).run(0, [t.data_ptr() for t in (q, k, v, o, partial, counter)])
+    want = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), scale=0.125, enable_gqa=True)  # fmt: skip
+    assert_close(o, want)
+    assert not counter.any()
