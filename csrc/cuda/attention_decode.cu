@@ -84,7 +84,8 @@ struct Decode {
       for (int i = 0; i < 8; ++i) q[h][i] = to_float(values.at[i]) * (p.scale * kLog2E);
       states[h] = {kLowest, 0.0f, {}};
     }
-    const int length = p.lengths ? load(global<int32_t>(p.lengths) + batch) : p.keys;
+    int length = p.keys;
+    if (p.lengths) length = load(global<int32_t>(p.lengths) + batch);
     const int share = ceil_div(length, p.splits), begin = split * share;
     const int end = begin + share < length ? begin + share : length;
     const int64_t rows = batch * p.batch_stride + kv_head * p.head_stride + part * 8;
