@@ -83,23 +83,24 @@ void bind_gpu(py::module_& m) {
       .def(py::init<>())
       .def(
           "add",
-          [](Launches& self, uint64_t function, const std::vector<unsigned>& grid, unsigned threads,
+          [](Launches& self, std::string kernel, uint64_t function, const std::vector<unsigned>& grid, unsigned threads,
              unsigned shared_bytes, const std::vector<uint64_t>& slots, std::vector<uint32_t> parameters,
              const std::vector<Place>& places, std::vector<Matrix> matrices) {
             std::vector<Relocation> relocations;
             for (const auto& [slot, buffer, offset] : places) relocations.push_back({slot, buffer, offset});
-            self.add(function, grid, threads, shared_bytes, slots, std::move(parameters), std::move(relocations),
-                     std::move(matrices));
+            self.add(std::move(kernel), function, grid, threads, shared_bytes, slots, std::move(parameters),
+                     std::move(relocations), std::move(matrices));
           },
-          py::arg("function"), py::arg("grid"), py::arg("threads"), py::arg("shared_bytes"), py::arg("slots"),
-          py::arg("parameters"), py::arg("places"), py::arg("matrices"))
+          py::arg("kernel"), py::arg("function"), py::arg("grid"), py::arg("threads"), py::arg("shared_bytes"),
+          py::arg("slots"), py::arg("parameters"), py::arg("places"), py::arg("matrices"))
       .def("over", &Launches::over, py::arg("renamed"), "The same launches over other buffers: (number, new number).");
   py::class_<LaunchPlan>(m, "LaunchPlan", "The steps of one call on a GPU.")
       .def(py::init([](const std::vector<std::shared_ptr<Launches>>& steps) {
              return LaunchPlan({steps.begin(), steps.end()});
            }),
            py::arg("steps"))
-      .def("run", &LaunchPlan::run, py::arg("stream"), py::arg("addresses"));
+      .def("run", &LaunchPlan::run, py::arg("device"), py::arg("stream"), py::arg("addresses"),
+           py::call_guard<py::gil_scoped_release>());
   m.def("parameter_bytes", &parameter_bytes, py::arg("function"),
         "The bytes of each parameter of a compiled GPU kernel.");
   m.def("open_gpu_driver", &open_driver, py::arg("library"), "Takes this library for the GPU's driver; for tests.");

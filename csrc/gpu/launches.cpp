@@ -18,6 +18,9 @@ struct Driver {
                            void**) = nullptr;
   Result (*cuGetErrorString)(Result, const char**) = nullptr;
   // May be missing.
+  Result (*cuCtxGetCurrent)(void**) = nullptr;
+  Result (*cuCtxSetCurrent)(void*) = nullptr;
+  Result (*cuDevicePrimaryCtxRetain)(void**, int) = nullptr;
   Result (*cuFuncGetParamInfo)(void*, size_t, size_t*, size_t*) = nullptr;
   Result (*cuTensorMapEncodeTiled)(void*, int, uint32_t, void*, const uint64_t*, const uint64_t*, const uint32_t*,
                                    const uint32_t*, int, int, int, int) = nullptr;
@@ -34,6 +37,9 @@ Driver opened(const char* name) {
   Driver d;
   bind(library, "cuLaunchKernel", d.cuLaunchKernel);
   bind(library, "cuGetErrorString", d.cuGetErrorString);
+  bind(library, "cuCtxGetCurrent", d.cuCtxGetCurrent);
+  bind(library, "cuCtxSetCurrent", d.cuCtxSetCurrent);
+  bind(library, "cuDevicePrimaryCtxRetain", d.cuDevicePrimaryCtxRetain);
   bind(library, "cuFuncGetParamInfo", d.cuFuncGetParamInfo);
   bind(library, "cuTensorMapEncodeTiled", d.cuTensorMapEncodeTiled);
   if (!d.cuLaunchKernel || !d.cuGetErrorString)
@@ -57,11 +63,21 @@ const Driver& driver() {
   return s.driver;
 }
 
-void check(const Driver& d, const char* call, Result result) {
+void check(const Driver& d, const std::string& call, Result result) {
   if (!result) return;
   const char* text = nullptr;
   d.cuGetErrorString(result, &text);
-  throw std::runtime_error(std::string(call) + ": " + (text ? text : "error " + std::to_string(result)));
+  throw std::runtime_error(call + ": " + (text ? text : "error " + std::to_string(result)));
+}
+
+// A thread that has not used the GPU yet has no context.
+void ensure_context(const Driver& d, int device) {
+  if (!d.cuCtxGetCurrent || !d.cuCtxSetCurrent || !d.cuDevicePrimaryCtxRetain) return;
+  void* context = nullptr;
+  check(d, "cuCtxGetCurrent", d.cuCtxGetCurrent(&context));
+  if (context) return;
+  check(d, "cuDevicePrimaryCtxRetain", d.cuDevicePrimaryCtxRetain(&context, device));
+  check(d, "cuCtxSetCurrent", d.cuCtxSetCurrent(context));
 }
 
 struct alignas(64) TensorMap {
@@ -100,8 +116,8 @@ std::vector<size_t> parameter_bytes(uint64_t function) {
   }
 }
 
-void Launches::add(uint64_t function, const std::vector<unsigned>& grid, unsigned threads, unsigned shared_bytes,
-                   const std::vector<uint64_t>& slots, std::vector<uint32_t> parameters,
+void Launches::add(std::string kernel, uint64_t function, const std::vector<unsigned>& grid, unsigned threads,
+                   unsigned shared_bytes, const std::vector<uint64_t>& slots, std::vector<uint32_t> parameters,
                    std::vector<Relocation> relocations, std::vector<Matrix> matrices) {
   if (grid.size() != 3) throw std::invalid_argument("a grid has three sizes");
   const auto first = static_cast<uint32_t>(slots_.size());
@@ -113,7 +129,8 @@ void Launches::add(uint64_t function, const std::vector<unsigned>& grid, unsigne
   for (uint32_t& p : parameters) place(p);
   for (Relocation& r : relocations) place(r.slot);
   for (Matrix& m : matrices) place(m.slot);
-  launches_.push_back({reinterpret_cast<void*>(function),
+  launches_.push_back({std::move(kernel),
+                       reinterpret_cast<void*>(function),
                        {grid[0], grid[1], grid[2]},
                        threads,
                        shared_bytes,
@@ -144,11 +161,12 @@ LaunchPlan::LaunchPlan(std::vector<std::shared_ptr<const Launches>> steps) : ste
   driver();
 }
 
-void LaunchPlan::run(uint64_t stream, const std::vector<uint64_t>& addresses) const {
+void LaunchPlan::run(int device, uint64_t stream, const std::vector<uint64_t>& addresses) const {
   if (addresses.size() < buffer_count_)
     throw std::invalid_argument(std::to_string(addresses.size()) + " addresses for " + std::to_string(buffer_count_) +
                                 " buffers");
   const Driver& d = driver();
+  ensure_context(d, device);
   // Of this thread: others may run the same plan.
   std::vector<uint64_t> slots;
   std::vector<void*> at, parameters;  // where each slot's value is; each parameter's
@@ -167,9 +185,10 @@ void LaunchPlan::run(uint64_t stream, const std::vector<uint64_t>& addresses) co
     parameters.clear();
     for (uint32_t slot : step->parameters_) parameters.push_back(at[slot]);
     for (const Launches::Launch& l : step->launches_) {
-      check(d, "cuLaunchKernel",
-            d.cuLaunchKernel(l.function, l.grid[0], l.grid[1], l.grid[2], l.threads, 1, 1, l.shared_bytes,
-                             reinterpret_cast<void*>(stream), parameters.data() + l.first_parameter, nullptr));
+      const Result r =
+          d.cuLaunchKernel(l.function, l.grid[0], l.grid[1], l.grid[2], l.threads, 1, 1, l.shared_bytes,
+                           reinterpret_cast<void*>(stream), parameters.data() + l.first_parameter, nullptr);
+      if (r) check(d, "cuLaunchKernel " + l.kernel, r);
     }
   }
 }

@@ -31,18 +31,20 @@ constexpr uint32_t kFixed = UINT32_MAX;
 class Launches {
  public:
   struct Launch {
-    void* function;  // CUfunction
+    std::string kernel;  // for messages
+    void* function;      // CUfunction
     unsigned grid[3];
     unsigned threads;
     unsigned shared_bytes;
     uint32_t first_parameter;
   };
 
-  // relocations, matrices: their slots counted from this launch's first. Throws std::invalid_argument for a slot it
+  // parameters: the slots at which they begin. Slots are counted from the first of this launch, also in relocations and
+  // matrices. Throws std::invalid_argument for a slot it
   // does not have.
-  void add(uint64_t function, const std::vector<unsigned>& grid, unsigned threads, unsigned shared_bytes,
-           const std::vector<uint64_t>& slots, std::vector<uint32_t> parameters, std::vector<Relocation> relocations,
-           std::vector<Matrix> matrices);
+  void add(std::string kernel, uint64_t function, const std::vector<unsigned>& grid, unsigned threads,
+           unsigned shared_bytes, const std::vector<uint64_t>& slots, std::vector<uint32_t> parameters,
+           std::vector<Relocation> relocations, std::vector<Matrix> matrices);
   // The same launches over other buffers: (number, new number).
   std::shared_ptr<Launches> over(const std::vector<std::pair<uint32_t, uint32_t>>& renamed) const;
 
@@ -60,10 +62,10 @@ class LaunchPlan {
  public:
   // Throws std::runtime_error that says what is missing where there is no CUDA driver.
   explicit LaunchPlan(std::vector<std::shared_ptr<const Launches>> steps);
-  // Launches everything on a stream, in the context that is current. addresses: of the buffers, by number.
-  // Throws std::invalid_argument where an address is missing, std::runtime_error with the driver's words where it
-  // refuses.
-  void run(uint64_t stream, const std::vector<uint64_t>& addresses) const;
+  // Launches everything on a stream of a device, in the context that is current in this thread, or the device's primary
+  // one. addresses: of the buffers, by number. Throws std::invalid_argument where one is missing, std::runtime_error
+  // with the kernel and the driver's words where it refuses.
+  void run(int device, uint64_t stream, const std::vector<uint64_t>& addresses) const;
 
  private:
   std::vector<std::shared_ptr<const Launches>> steps_;

@@ -17,6 +17,7 @@ def counters(device: torch.device, tiles: int) -> torch.Tensor:
         raise ValueError(f"{tiles} tiles are split, at most {MOST_TILES} can be")
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     key = device, stream
-    if key not in _COUNTERS:
-        _COUNTERS[key] = torch.zeros(MOST_TILES, dtype=torch.int32, device=device)
-    return _COUNTERS[key]
+    found = _COUNTERS.get(key)
+    if found is None:
+        found = _COUNTERS.setdefault(key, torch.zeros(MOST_TILES, dtype=torch.int32, device=device))
+    return found

@@ -151,8 +151,11 @@ def specialisation(launch: Launch, target: Target) -> str:
     return json.dumps(parts, sort_keys=True)
 
 
-def binary(launch: Launch, target: Target) -> Any:
-    """triton's compiled kernel: `.asm`, `.metadata`. Raises RuntimeError while kernels are interpreted in this process."""
+def binary(launch: Launch, target: Target, generation: Any = None) -> Any:
+    """triton's compiled kernel: `.asm`, `.metadata`. generation: triton's word for it where it is not the target's own, as 86.
+
+    Raises RuntimeError while kernels are interpreted in this process.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -165,7 +168,8 @@ def binary(launch: Launch, target: Target) -> Any:
         (launch.function.arg_names.index(name),): value for name, value in constants.items()
     }
     source = ASTSource(launch.function, types, positions, attributes)
-    arch: Any = int(target.gpu.arch) if target.device == "cuda" else target.gpu.arch
+    own: Any = int(target.gpu.arch) if target.device == "cuda" else target.gpu.arch
+    arch = own if generation is None else generation
     options = {
         "num_warps": launch.num_warps,
         "num_stages": launch.num_stages,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import logging
 import threading
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -25,12 +24,12 @@ from llmopt.gpu.run import check_runnable, is_interpreting, run
 from llmopt.gpu.segment import Call, GpuSegmentBuilder, Number, Operand, slot_bytes
 from llmopt.gpu.weights import Prepared
 from llmopt.launch import Launch
+from llmopt.messages import say
 from llmopt.types import Target
-
-log = logging.getLogger("llmopt")
 
 _MOST_PLANS = 32  # of a segment; the one used longest ago goes
 _MOST_OF_A_STEP = 8
+_ALIGNMENT = 16  # bytes, of what triton specialises kernels for
 _META = torch.device("meta")
 Sources = Mapping[str, Sequence[Any]]  # a call's tensors by where externals come from
 
@@ -180,8 +179,9 @@ class Launcher:
             list
         )  # by the shape of their form
         self._weights: list[Prepared] = []
+        self._weight_storages: set[int] = set()
         self._lock = threading.Lock()
-        self.packed = True  # False once a step could not be packed, for who asks
+        self.through_triton: set[str] = set()  # why steps could not be packed
 
     def run(
         self,
@@ -196,11 +196,11 @@ class Launcher:
         Returns what must live as long as these launches may be repeated, by a CUDA graph.
         """
         externals = [sources[source][number] for source, number in self._builder.externals]
-        addresses = [t.data_ptr() for t in externals]
-        if not _can_pack(device) or any(address % 16 for address in addresses):
+        if not _can_pack(device):
             return self._run_all(externals, values, weights, device)
+        addresses = [t.data_ptr() for t in externals]
         with self._lock:
-            plan = self._plan_of(externals, symbols, values, weights, device)
+            plan = self._plan_of(externals, addresses, symbols, values, weights, device)
         offsets = _offsets(plan.slots)
         arena = torch.empty(offsets[-1] + plan.scratch_bytes, dtype=torch.uint8, device=device)
         start = arena.data_ptr()
@@ -213,7 +213,7 @@ class Launcher:
         call: Call | None = None
         for part in plan.parts:
             if isinstance(part, _C.LaunchPlan):
-                part.run(stream, places)
+                part.run(device.index or 0, stream, places)
                 continue
             if call is None:
                 slots = [arena[a : a + n] for a, n in zip(offsets, plan.slots, strict=False)]
@@ -243,25 +243,31 @@ class Launcher:
         return Call(self._target, values, buffers, weights, self._builder.choose)
 
     def _plan_of(
-        self, externals: Sequence[Tensor], symbols: Sequence[int], values: Sequence[int], weights: list[Prepared],
+        self, externals: Sequence[Tensor], addresses: Sequence[int], symbols: Sequence[int], values: Sequence[int], weights: list[Prepared],
         device: torch.device,
     ) -> _Plan:  # fmt: skip
         if len(weights) != len(self._weights) or any(map(_differ, weights, self._weights)):
             self._weights = weights
+            self._weight_storages = {
+                t.untyped_storage()._cdata for w in weights for t in w.tensors()
+            }
             self._plans.clear()
             self._known.clear()
-        key = (device, *symbols)
+        starts = tuple(address % _ALIGNMENT for address in addresses)
+        key = (device, starts, *symbols)
         plan = self._plans.get(key)
         if plan is None:
-            plan = self._plans[key] = self._plan(externals, values, weights, device)
+            plan = self._plans[key] = self._plan(externals, starts, values, weights, device)
             if len(self._plans) > _MOST_PLANS:
                 self._plans.popitem(last=False)
         self._plans.move_to_end(key)
         return plan
 
     def _plan(
-        self, externals: Sequence[Tensor], values: Sequence[int], weights: list[Prepared], device: torch.device
+        self, externals: Sequence[Tensor], starts: tuple[int, ...], values: Sequence[int], weights: list[Prepared],
+        device: torch.device,
     ) -> _Plan:  # fmt: skip
+        """starts: where the externals' memory begins behind a multiple of _ALIGNMENT, for which kernels are specialised."""
         slots = slot_bytes(self._builder, values)
         places = self._builder.builder.buffers
 
@@ -270,12 +276,20 @@ class Launcher:
             if not outside:
                 return torch.empty(slots[n], dtype=torch.uint8, device=_META)
             t = externals[n]
-            return torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device=_META)
+            last = sum(
+                (size - 1) * stride
+                for size, stride in zip(t.size(), t.stride(), strict=True)
+                if size
+            )
+            before = starts[n] // t.element_size()
+            memory = torch.empty(before + last + 1, dtype=t.dtype, device=_META)
+            return memory.as_strided(t.size(), t.stride(), before)
 
         call = _PlannedCall(
             self._target, values, _MetaBuffers(len(places), like), weights, functools.cache(self._builder.choose)
         )  # fmt: skip
-        steps = [self._step(i, call, device) for i in range(len(self._forms))]
+        begins = [starts[n] if outside else 0 for outside, n in places]
+        steps = [self._step(i, call, begins, device) for i in range(len(self._forms))]
         parts: list[_C.LaunchPlan | int] = []
         native: list[_C.Launches] = []
         for number, step in enumerate(steps):
@@ -291,9 +305,13 @@ class Launcher:
         scratch = max((s.packed.scratch_bytes for s in steps if s.packed), default=0)
         return _Plan(tuple(parts), tuple(steps), tuple(slots), scratch)
 
-    def _step(self, number: int, call: _PlannedCall, device: torch.device) -> _Step:
+    def _step(
+        self, number: int, call: _PlannedCall, begins: Sequence[int], device: torch.device
+    ) -> _Step:
+        """begins: of every buffer, as `starts` of its external."""
         form = self._forms[number]
-        known = self._known[form.shape]
+        own = tuple(begins[b] for b in form.buffers) if form.buffers else tuple(begins)
+        known = self._known[device, form.shape, own]
         for step in known:
             if step.fits(form, call.values):
                 return step.over(form)
@@ -301,14 +319,14 @@ class Launcher:
         call = dataclasses.replace(call, values=noted, scratch_at={}, kept=[])
         launches = self._builder.steps[number](call)
         read = ((form.size(i) if form.sizes else i, value) for i, value in noted.read.items())
-        made = _Step(form, tuple(read), self._pack(launches, call, device))
+        made = _Step(form, tuple(read), self._pack(launches, call, begins, device))
         known.insert(0, made)
         del known[_MOST_OF_A_STEP:]
         return made
 
     def _pack(
-        self, launches: Sequence[Launch], call: _PlannedCall, device: torch.device
-    ) -> Packed | None:
+        self, launches: Sequence[Launch], call: _PlannedCall, begins: Sequence[int], device: torch.device
+    ) -> Packed | None:  # fmt: skip
         buffers = call.buffers
         scratch, counter = len(buffers), len(buffers) + 1
 
@@ -316,7 +334,8 @@ class Launcher:
             storage = tensor.untyped_storage()._cdata
             offset = int(tensor.storage_offset()) * tensor.element_size()
             if storage in buffers.numbers:
-                return buffers.numbers[storage], offset
+                number = buffers.numbers[storage]
+                return number, offset - begins[number]
             if storage in call.scratch_at or name == "partial_ptr":
                 return scratch, call.take(tensor) + offset
             if name == "counter_ptr":
@@ -326,10 +345,14 @@ class Launcher:
         try:
             packed = pack(launches, self._target, device, find)
         except NotNative as error:
-            log.debug("llmopt: launched through triton: %s", error)
-            self.packed = False
+            self.through_triton.add(str(error))
+            say(1, f"a step is launched through triton: {error}")
             return None
         packed.scratch_bytes = call.scratch_bytes
+        tensors = (t for t in packed.kept if isinstance(t, Tensor))
+        if any(t.untyped_storage()._cdata not in self._weight_storages for t in tensors):
+            # What the step computed of weights is there then, whatever stream launches it.
+            torch.cuda.current_stream(device).synchronize()
         return packed
 
 

@@ -58,10 +58,10 @@ class Handle:
 
 @dataclass
 class Packed:
-    """The launches of one step, and the tensors they point to that belong to nobody else."""
+    """The launches of one step, and what they point to that nobody else may keep."""
 
     launches: _C.Launches = field(default_factory=_C.Launches)
-    kept: list[Tensor] = field(default_factory=list)
+    kept: list[Any] = field(default_factory=list)  # those tensors, and the kernels
     scratch_bytes: int = 0
 
 
@@ -89,8 +89,7 @@ def _add(packed: Packed, launch: Launch, handle: Handle, find: Find) -> None:
         slots.append(0)
         if tensor.is_meta:
             return (slot, *find(name, tensor))
-        packed.kept.append(tensor)
-        return slot, _FIXED, tensor.data_ptr()
+        return slot, _FIXED, _kept(packed, tensor)
 
     parameters = []
     for kind, name in handle.parameters:
@@ -115,9 +114,27 @@ def _add(packed: Packed, launch: Launch, handle: Handle, find: Find) -> None:
     parameters += range(len(slots), len(slots) + len(_SCRATCH))
     slots += [0] * len(_SCRATCH)
     grid = (*launch.grid, 1, 1)[:3]
+    packed.kept.append(handle)
     packed.launches.add(
-        handle.function, grid, handle.threads, handle.shared, slots, parameters, places, matrices
+        launch.kernel,
+        handle.function,
+        grid,
+        handle.threads,
+        handle.shared,
+        slots,
+        parameters,
+        places,
+        matrices,
     )
+
+
+def _kept(packed: Packed, tensor: Tensor) -> int:
+    """The address of a tensor that a launch points to. Raises NotNative where it is not aligned as its offset says."""
+    address = tensor.data_ptr()
+    if (address - tensor.storage_offset() * tensor.element_size()) % 16:
+        raise NotNative("a weight's memory does not begin at a multiple of 16 bytes")
+    packed.kept.append(tensor)
+    return address
 
 
 def _add_cuda(packed: Packed, launch: Launch, find: Find) -> None:
@@ -129,8 +146,7 @@ def _add_cuda(packed: Packed, launch: Launch, find: Find) -> None:
         if tensor is None:
             return None
         if not tensor.is_meta:
-            packed.kept.append(tensor)
-            return tensor.data_ptr()
+            return _kept(packed, tensor)
         found.append(find(names[id(tensor)], tensor))
         # Above all real addresses, aligned as the memory will be, and it says which of the found it is.
         return _FOUND + ((len(found) - 1) << _OFFSET_BITS) + found[-1][1]
@@ -147,7 +163,7 @@ def _add_cuda(packed: Packed, launch: Launch, find: Find) -> None:
             places.append((slot, buffer, offset))
     assert len(places) == len(found), f"{launch.kernel}: an address is no field of its record"
     packed.launches.add(
-        prepared.function, tuple(prepared.grid), prepared.threads, prepared.shared_bytes, slots, [0], places, []
+        launch.kernel, prepared.function, tuple(prepared.grid), prepared.threads, prepared.shared_bytes, slots, [0], places, []
     )  # fmt: skip
 
 
@@ -170,7 +186,7 @@ def handle_of(launch: Launch, target: Target, device: torch.device) -> Handle:
     )  # fmt: skip
     found = _handles.get(key)
     if found is None:
-        found = _handles[key] = _loaded(launch, target)
+        found = _handles.setdefault(key, _loaded(launch, target))
     return found
 
 
@@ -189,7 +205,7 @@ def _loaded(launch: Launch, target: Target) -> Handle:
     types, _, _ = signature(launch)
     names = [n for n in launch.function.arg_names if types[n] != "constexpr"]
     parameters = tuple((_parameter(types[n], launch.arguments[n]), n) for n in names)
-    kernel = binary(launch, target)
+    kernel = binary(launch, target, _arch())
     facts = kernel.metadata
     for name, plain in (("num_ctas", 1), ("global_scratch_size", 0), ("profile_scratch_size", 0),
                         ("launch_cooperative_grid", False), ("launch_pdl", False)):  # fmt: skip
@@ -204,7 +220,7 @@ def _loaded(launch: Launch, target: Target) -> Handle:
         if not is_out_of_resources(error):
             raise
         raise NotNative(str(error)) from error  # whoever launches it says what does not fit
-    expected = [b for kind, _ in parameters for b in _bytes(kind)] + list(_SCRATCH)
+    expected = [b for kind, _ in parameters for b in bytes_of(kind)] + list(_SCRATCH)
     try:
         actual = _C.parameter_bytes(kernel.function)
     except RuntimeError as error:
@@ -213,8 +229,15 @@ def _loaded(launch: Launch, target: Target) -> Handle:
         raise NotNative(
             f"{launch.kernel} takes parameters of {actual} bytes, {expected} were expected"
         )
-    threads = launch.num_warps * target.gpu.warp_size  # type: ignore[union-attr]
+    threads = facts.num_warps * target.gpu.warp_size  # type: ignore[union-attr]
     return Handle(kernel, kernel.function, threads, facts.shared, parameters, maps)
+
+
+def _arch() -> Any:
+    """The GPU's own generation, for which triton's launcher compiles too; a target's row may be of an older one."""
+    import triton
+
+    return triton.runtime.driver.active.get_current_target().arch
 
 
 def _parameter(type_: str, value: Any) -> str:
@@ -225,6 +248,6 @@ def _parameter(type_: str, value: Any) -> str:
     return "pointer" if type_.startswith("*") else type_
 
 
-def _bytes(kind: str) -> list[int]:
-    """Of a descriptor also two sizes and two strides."""
+def bytes_of(kind: str) -> list[int]:
+    """Of the parameters of a kind of argument: of a descriptor also two sizes and two strides."""
     return [_BYTES[kind], 4, 4, 8, 8] if kind == "map" else [_BYTES[kind]]

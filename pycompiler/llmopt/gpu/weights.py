@@ -26,6 +26,10 @@ class Prepared:
     offsets: Tensor | None = None
     up: Prepared | None = None
 
+    def tensors(self) -> list[Tensor]:
+        own = [t for t in (self.weight, self.bias, self.scales, self.offsets) if t is not None]
+        return own if self.up is None else own + self.up.tensors()
+
 
 class WeightCache:
     """The prepared weights of one segment."""

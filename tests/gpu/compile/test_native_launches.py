@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import re
 import shutil
 import struct
@@ -107,7 +108,11 @@ def driver(library, monkeypatch):
     monkeypatch.setattr(native, "_handles", {})
     for module in (run, executor, launching):
         monkeypatch.setattr(module, "check_runnable", lambda _: None)
-    return fake
+    yield fake
+    # Kernels are unloaded when they go: while there is this driver.
+    torch._dynamo.reset()
+    native._handles.clear()
+    gc.collect()
 
 
 def no_place(name: str, tensor: torch.Tensor) -> tuple[int, int]:
@@ -122,7 +127,7 @@ def test_a_packed_launch_has_the_kernel_s_grid_and_arguments(driver, library):
     x, y = aligned(4, 256), aligned(4, 128)
     launch = swiglu.launch(RowProblem(4, 128, "fp16"), RowTile(128), HOPPER, x, y)
     plan = _C.LaunchPlan([native.pack([launch], HOPPER, CPU, no_place).launches])
-    plan.run(STREAM, [])
+    plan.run(0, STREAM, [])
     (launched,) = library.launches()
     handle = native.handle_of(launch, HOPPER, CPU)
     assert words(launched) == [handle.function, *(*launch.grid, 1, 1)[:3], 32 * launch.num_warps, handle.shared, STREAM]  # fmt: skip
@@ -139,7 +144,7 @@ def test_matrices_become_tensor_maps(driver, library):
     tile = linear_tma.tiles(p, HOPPER)[0]
     x, w, y = aligned(256, 64), aligned(128, 64), aligned(256, 128)
     launch = linear_tma.launch(p, tile, HOPPER, x, w, y, Around())
-    _C.LaunchPlan([native.pack([launch], HOPPER, CPU, no_place).launches]).run(STREAM, [])
+    _C.LaunchPlan([native.pack([launch], HOPPER, CPU, no_place).launches]).run(0, STREAM, [])
     (launched,) = library.launches()
     for start, tensor, rows in ((56, x, tile.block_m), (56 + 152, w, tile.block_n)):
         address, columns, count, row_bytes, box_columns, box_rows, data_type, _, rank = (
@@ -156,21 +161,23 @@ def test_addresses_are_those_of_the_call(driver, library):
     launch = swiglu.launch(RowProblem(4, 128, "fp16"), RowTile(128), HOPPER, x, y)
     packed = native.pack([launch], HOPPER, CPU, lambda _, t: (0, 32) if t is x else (1, 0))
     plan = _C.LaunchPlan([packed.launches])
-    plan.run(STREAM, [1 << 40, 1 << 41])
-    plan.run(STREAM, [1 << 42, 1 << 43])
+    plan.run(0, STREAM, [1 << 40, 1 << 41])
+    plan.run(0, STREAM, [1 << 42, 1 << 43])
     first, second = (sorted(struct.unpack_from("<2Q", one, 56)) for one in library.launches())
     assert first == [(1 << 40) + 32, 1 << 41]
     assert second == [(1 << 42) + 32, 1 << 43]
     with pytest.raises(ValueError, match="1 addresses for 2 buffers"):
-        plan.run(STREAM, [1 << 40])
+        plan.run(0, STREAM, [1 << 40])
 
 
 def test_a_refusal_of_the_driver_is_an_error(driver, library):
     launch = swiglu.launch(RowProblem(4, 128, "fp16"), RowTile(128), HOPPER, aligned(4, 256), aligned(4, 128))  # fmt: skip
     plan = _C.LaunchPlan([native.pack([launch], HOPPER, CPU, no_place).launches])
     library.refuse(2)
-    with pytest.raises(RuntimeError, match="cuLaunchKernel: a refusal of the test's"):
-        plan.run(STREAM, [])
+    with pytest.raises(
+        RuntimeError, match=r"cuLaunchKernel swiglu\.triton: a refusal of the test's"
+    ):
+        plan.run(0, STREAM, [])
 
 
 def test_a_kernel_with_other_parameters_is_left_to_triton(driver, monkeypatch):
@@ -178,6 +185,31 @@ def test_a_kernel_with_other_parameters_is_left_to_triton(driver, monkeypatch):
     launch = swiglu.launch(RowProblem(4, 128, "fp16"), RowTile(128), HOPPER, aligned(4, 256), aligned(4, 128))  # fmt: skip
     with pytest.raises(NotNative, match="takes parameters of"):
         native.pack([launch], HOPPER, CPU, no_place)
+
+
+def numbers(handle: native.Handle, launched: bytes) -> dict[str, int | float]:
+    """The arguments of a launch that are no addresses, by name."""
+    found: dict[str, int | float] = {}
+    at = 56
+    for kind, name in handle.parameters:
+        if kind in ("i32", "i64", "fp32"):
+            form = {"i32": "<i", "i64": "<q", "fp32": "<f"}[kind]
+            (found[name],) = struct.unpack_from(form, launched, at)
+        at += sum(native.bytes_of(kind))
+    return found
+
+
+def test_another_layer_s_buffers(driver, library):
+    x, y = torch.empty(4, 256, dtype=torch.float16, device="meta"), torch.empty(4, 128, dtype=torch.float16, device="meta")  # fmt: skip
+    launch = swiglu.launch(RowProblem(4, 128, "fp16"), RowTile(128), HOPPER, x, y)
+    packed = native.pack([launch], HOPPER, CPU, lambda _, t: (0, 32) if t is x else (1, 0))
+    other = packed.launches.over([(0, 3), (1, 0)])
+    addresses = [(40 + i) << 32 for i in range(4)]
+    for launches in (packed.launches, other):
+        _C.LaunchPlan([launches]).run(0, STREAM, addresses)
+    first, second = (sorted(struct.unpack_from("<2Q", one, 56)) for one in library.launches())
+    assert first == [addresses[0] + 32, addresses[1]]
+    assert second == [addresses[0], addresses[3] + 32]
 
 
 def _llama() -> torch.nn.Module:
@@ -190,12 +222,12 @@ def _llama() -> torch.nn.Module:
 
 
 def _step(model: Any, compiled: Any, length: int) -> None:
-    """A prompt and two tokens."""
+    """A prompt and four tokens."""
     cache = transformers.DynamicCache(config=model.config)
     ids = torch.arange(length)[None]
     compiled(input_ids=ids, past_key_values=cache)
-    for _ in range(2):
-        compiled(input_ids=ids[:, :1], past_key_values=cache)
+    for i in range(4):  # every second id begins at 8 bytes
+        compiled(input_ids=ids[:, i : i + 1], past_key_values=cache)
 
 
 def test_a_model_launches_natively_what_it_launches_through_triton(driver, library, monkeypatch):
@@ -216,12 +248,20 @@ def test_a_model_launches_natively_what_it_launches_through_triton(driver, libra
         modules = [m for graph in alive() for m in graph.executable.modules()]
         segments = [m for m in modules if isinstance(m, executor.GpuSegment)]
         assert segments
-        assert all(s.launcher.packed for s in segments)
+        assert not any(s.launcher.through_triton for s in segments)
         logs[packed] = library.launches()
         through_triton = driver.launched
     assert logs[False] == []
     assert len(logs[True]) == len(through_triton)
+    handles = {h.function: h for h in native._handles.values()}
+    lengths = set()
     for mine, theirs in zip(logs[True], through_triton, strict=True):
         function, *grid = words(mine)[:4]
         assert driver.binaries[function] == theirs.binary
         assert tuple(grid) == theirs.grid
+        names = handles[function].kernel.src.fn.arg_names
+        given = dict(zip(names, theirs.arguments, strict=True))
+        mine_given = numbers(handles[function], mine)
+        assert mine_given == pytest.approx({name: given[name] for name in mine_given})
+        lengths.add(mine_given.get("Skv"))
+    assert {21, 22, 23, 24} <= lengths

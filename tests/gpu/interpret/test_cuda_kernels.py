@@ -184,7 +184,9 @@ def test_a_launch_is_packed(emulator, keys):
     packed = native.pack([launch], AMPERE, torch.device("cpu"), find)
     _C.open_gpu_driver(str(emulator.path))
     emulator.buffers((q, k, v), (o, partial, counter))
-    _C.LaunchPlan([packed.launches]).run(0, [t.data_ptr() for t in (q, k, v, o, partial, counter)])
+    _C.LaunchPlan([packed.launches]).run(
+        0, 0, [t.data_ptr() for t in (q, k, v, o, partial, counter)]
+    )
     want = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), scale=0.125, enable_gqa=True)  # fmt: skip
     assert_close(o, want)
     assert not counter.any()
