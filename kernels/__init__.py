@@ -14,6 +14,7 @@ FAMILIES = (
     "linear_tma",
     "linear_w8a8",
     "linear_weight_only",
+    "linear_codes_gemv",
     "quantize",
     "attention",
     "attention_decode",

@@ -22,11 +22,13 @@ from llmopt.types import Target
 
 # Up to which head size a row is the default, and its tiles, best first.
 TILES = (
-    (64, (AttentionTile(128, 64, 8, 3), AttentionTile(64, 64, 4, 3))),
-    (128, (AttentionTile(128, 64, 8, 3), AttentionTile(64, 32, 4, 3))),
+    (64, (AttentionTile(64, 64, 4, 3), AttentionTile(128, 64, 8, 3))),
+    (128, (AttentionTile(64, 64, 4, 3), AttentionTile(64, 32, 4, 3))),
     (256, (AttentionTile(64, 32, 8, 2), AttentionTile(32, 32, 4, 2))),
 )
 LARGEST_HEAD = 256
+WARP_GROUPS = ("sm_90", "sm_100")  # whose products leave registers free
+LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
 def reject(p: AttentionProblem, t: Target) -> str:
@@ -44,6 +46,8 @@ def reject(p: AttentionProblem, t: Target) -> str:
 def tiles(p: AttentionProblem, t: Target) -> tuple[AttentionTile, ...]:
     head = max(p.head_dim, p.value_dim)
     row = next(tiles for most, tiles in TILES if head <= most)
+    if head > 64 and t.device == "cuda" and t.tier not in WARP_GROUPS:
+        row = tuple(c for c in row if c != AttentionTile(64, 64, 4, 3))  # it spills
     return tuple(dict.fromkeys(fit(tile, p, t) for tile in row))
 
 
@@ -88,39 +92,75 @@ def keys_of(
     WINDOWED: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """[low, high): the keys that some query from first to last may see; low is a multiple of BLOCK_N."""
+    """Keys that some query from first to last may see are in [low, high), and without a window or a mask all see [0, middle).
+
+    low and middle are multiples of BLOCK_N.
+    """
     low = 0
     high = kv_len
     if CAUSAL:
         high = tl.minimum(kv_len, tl.maximum(last + offset + 1, 0))
+    middle = high // BLOCK_N * BLOCK_N
+    if CAUSAL:
+        middle = tl.minimum(kv_len, tl.maximum(first + offset + 1, 0)) // BLOCK_N * BLOCK_N
     if WINDOWED:
         low = tl.maximum(first + offset - window + 1, 0) // BLOCK_N * BLOCK_N
-    return low, high
+    return low, middle, high
+
+
+@triton.jit
+def base_of(PLAIN: tl.constexpr):
+    """What differences of scores are multiplied with to be exponents of 2; masks may hold numbers too large to be multiplied before."""
+    return 1.0 if PLAIN else LOG2_E
+
+
+@triton.jit
+def _masked(
+    s, inside, row_mask, mask_rows, i, j, stride_mn, offset, window,
+    MASK: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr,
+):  # fmt: skip
+    """Scores, -inf where query i does not see key j, with what a float mask adds."""
+    seen = inside[None, :] & row_mask[:, None]
+    if CAUSAL:
+        seen &= j[None, :] <= (i + offset)[:, None]
+    if WINDOWED:
+        seen &= j[None, :] > (i + offset - window)[:, None]
+    if MASK != "none":
+        m = tl.load(mask_rows[:, None] + j.to(tl.int64)[None, :] * stride_mn, mask=seen, other=0)
+        if MASK == "bool":
+            seen &= m != 0
+        else:
+            s += m.to(tl.float32)
+    return tl.where(seen, s, float("-inf"))
 
 
 @triton.jit
 def attend(
     q, q_scale, shift, o_ptr, best, total, acc, i, row_mask, mask_rows, slopes, j0, high, k_base, v_base, k_scale_base, v_scale_base,
     stride_kn, stride_vn, stride_ksn, stride_vsn, stride_mn, offset, window, softcap, scale,
-    MASK: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
+    MASK: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, PLAIN: tl.constexpr, ALL: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys for rows of queries: (largest score, Σ exp, Σ exp · v) so far → with these keys."""
+    """One block of keys for rows of queries: (largest score, Σ exp, Σ exp · v) so far → with these keys.
+
+    ALL: every row sees all of these keys. PLAIN: nothing is added to scores, which are then exponents of 2, as `base_of` says.
+    """
+    to_base = base_of(PLAIN)
+    first_scale = scale * LOG2_E if PLAIN else scale
     j = j0 + tl.arange(0, BLOCK_N)
     d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    inside = j < high
+    # Without keys to leave out and with heads that fill their blocks, nothing is compared.
+    inside = j < j0 + BLOCK_N if ALL else j < high
     far = j.to(tl.int64)
-    k = tl.load(
-        k_base + far[None, :] * stride_kn + d[:, None],
-        mask=inside[None, :] & (d < D)[:, None],
-        other=0,
-    )
+    k_rows = k_base + far[None, :] * stride_kn + d[:, None]
+    whole: tl.constexpr = ALL and D == BLOCK_D and DV == BLOCK_DV
+    k = tl.load(k_rows) if whole else tl.load(k_rows, mask=inside[None, :] & (d < D)[:, None], other=0)  # fmt: skip
     if q_scale is not None:
-        s = tl.dot(q, k, out_dtype=tl.int32).to(tl.float32) * (q_scale * scale)[:, None]
+        s = tl.dot(q, k, out_dtype=tl.int32).to(tl.float32) * (q_scale * first_scale)[:, None]
     else:
         if k_scale_base is not None:
             k = k.to(tl.float32).to(q.dtype)  # codes are exact in fp16 and bf16
-        s = tl.dot(q, k, input_precision="ieee") * scale
+        s = tl.dot(q, k, input_precision="ieee") * first_scale
     if k_scale_base is not None:
         s *= tl.load(k_scale_base + far * stride_ksn, mask=inside, other=0.0)[None, :]
     if CAPPED:
@@ -129,28 +169,15 @@ def attend(
         s = softcap * tanh(s / softcap)
     if slopes is not None:
         s += slopes[:, None] * (j[None, :] - (i + offset)[:, None]).to(tl.float32)
-    seen = inside[None, :] & row_mask[:, None]
-    if CAUSAL:
-        seen &= j[None, :] <= (i + offset)[:, None]
-    if WINDOWED:
-        seen &= j[None, :] > (i + offset - window)[:, None]
-    if MASK != "none":
-        m = tl.load(mask_rows[:, None] + far[None, :] * stride_mn, mask=seen, other=0)
-        if MASK == "bool":
-            seen &= m != 0
-        else:
-            s += m.to(tl.float32)
-    s = tl.where(seen, s, float("-inf"))
+    if not ALL:
+        s = _masked(s, inside, row_mask, mask_rows, i, j, stride_mn, offset, window, MASK, CAUSAL, WINDOWED)  # fmt: skip
     higher = tl.maximum(best, tl.max(s, 1))
     base = tl.where(higher == float("-inf"), 0.0, higher)  # no key so far: exp(-inf - 0) = 0
-    p = tl.exp2((s - base[:, None]) * 1.4426950408889634)
-    shrink = tl.exp2((best - base) * 1.4426950408889634)
+    p = tl.exp2((s - base[:, None]) * to_base)
+    shrink = tl.exp2((best - base) * to_base)
     total = total * shrink + tl.sum(p, 1)
-    v = tl.load(
-        v_base + far[:, None] * stride_vn + dv[None, :],
-        mask=inside[:, None] & (dv < DV)[None, :],
-        other=0,
-    )
+    v_rows = v_base + far[:, None] * stride_vn + dv[None, :]
+    v = tl.load(v_rows) if whole else tl.load(v_rows, mask=inside[:, None] & (dv < DV)[None, :], other=0)  # fmt: skip
     if v_scale_base is not None:
         p *= tl.load(v_scale_base + far * stride_vsn, mask=inside, other=0.0)[None, :]
         v = v.to(tl.float32).to(o_ptr.dtype.element_ty)
@@ -164,13 +191,14 @@ def attention_kernel(
     H, group, Sq, Skv, stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_ksb, stride_ksh, stride_ksn, stride_vsb, stride_vsh, stride_vsn,
     stride_ob, stride_oh, stride_om, stride_mb, stride_mh, stride_mm, stride_mn, offset, window, softcap, scale,
-    QK: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
+    QK: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, PLAIN: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, APART: tl.constexpr,
 ):  # fmt: skip
     # 1 which queries of which head am I
     b, h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
-    first = tl.program_id(0) * BLOCK_M
+    # Blocks of later queries see more keys under a causal mask: they begin first.
+    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
     i = first + tl.arange(0, BLOCK_M)
     row_mask = i < Sq
     # 2 pointers
@@ -202,7 +230,7 @@ def attention_kernel(
     best = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
-    low, high = keys_of(
+    low, middle, high = keys_of(
         first,
         tl.minimum(first + BLOCK_M, Sq) - 1,
         kv_len,
@@ -212,13 +240,25 @@ def attention_kernel(
         WINDOWED,
         BLOCK_N,
     )
+    k_scale_base = (
+        k_scale_ptr + b * stride_ksb + hk * stride_ksh if k_scale_ptr is not None else None
+    )
+    v_scale_base = (
+        v_scale_ptr + b * stride_vsb + hk * stride_vsh if v_scale_ptr is not None else None
+    )
+    if APART:
+        for j0 in range(low, middle, BLOCK_N):
+            best, total, acc = attend(
+                q, q_scale, shift, o_ptr, best, total, acc, i, row_mask, mask_rows, slopes, j0, high, k_base, v_base,
+                k_scale_base, v_scale_base, stride_kn, stride_vn, stride_ksn, stride_vsn, stride_mn, offset, window, softcap, scale,
+                MASK, CAUSAL, WINDOWED, CAPPED, PLAIN, True, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
+            )  # fmt: skip
+        low = middle
     for j0 in range(low, high, BLOCK_N):
         best, total, acc = attend(
             q, q_scale, shift, o_ptr, best, total, acc, i, row_mask, mask_rows, slopes, j0, high, k_base, v_base,
-            k_scale_ptr + b * stride_ksb + hk * stride_ksh if k_scale_ptr is not None else None,
-            v_scale_ptr + b * stride_vsb + hk * stride_vsh if v_scale_ptr is not None else None,
-            stride_kn, stride_vn, stride_ksn, stride_vsn, stride_mn, offset, window, softcap, scale,
-            MASK, CAUSAL, WINDOWED, CAPPED, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
+            k_scale_base, v_scale_base, stride_kn, stride_vn, stride_ksn, stride_vsn, stride_mn, offset, window, softcap, scale,
+            MASK, CAUSAL, WINDOWED, CAPPED, PLAIN, False, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
     # 4 divide and 5 store
     o = acc / tl.where(total == 0.0, 1.0, total)[:, None]
@@ -261,6 +301,7 @@ class Scores:
         kind = "none" if self.mask is None else "bool" if self.mask.dtype == torch.bool else "float"
         return {
             "MASK": kind, "CAUSAL": self.causal, "WINDOWED": self.window > 0, "CAPPED": self.softcap > 0,
+            "PLAIN": self.softcap <= 0 and self.slopes is None and kind != "float",
             "D": p.head_dim, "DV": p.value_dim,
             "BLOCK_D": head_block(p.head_dim), "BLOCK_DV": head_block(p.value_dim),
         }  # fmt: skip
@@ -298,6 +339,9 @@ def operands(p: AttentionProblem, q, k, v, o, scores: Scores) -> dict[str, Any]:
 def launch(p: AttentionProblem, c: AttentionTile, t: Target, q, k, v, o, scores: Scores) -> Launch:
     """q, k, v, o as above, of any strides with dense last dimensions."""
     constants = {**scores.constants(p), "QK": p.qk, "BLOCK_M": c.block_m, "BLOCK_N": c.block_n}
+    # Keys that all see have a loop of their own where two loops do not spill: sums of warp groups leave registers.
+    everywhere = constants["MASK"] == "none" and not constants["WINDOWED"]
+    constants["APART"] = everywhere and t.tier in WARP_GROUPS
     if p.qk == "i8":
         constants["BLOCK_D"] = max(
             constants["BLOCK_D"], 32

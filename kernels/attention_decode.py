@@ -9,7 +9,16 @@ import torch
 import triton
 import triton.language as tl
 from llmopt.counters import counters
-from llmopt.kernels.attention import READS, Scores, attend, fit, head_block, keys_of, operands
+from llmopt.kernels.attention import (
+    READS,
+    Scores,
+    attend,
+    base_of,
+    fit,
+    head_block,
+    keys_of,
+    operands,
+)
 from llmopt.kernels.attention import reject as reject_operands
 from llmopt.kernels.gemm import arrive
 from llmopt.kernels.tiles import reject_attention
@@ -18,8 +27,9 @@ from llmopt.registry import Kernel, register
 from llmopt.types import Target
 
 MOST_ROWS = 64
-FEWEST_KEYS = 128  # of one split
+FEWEST_KEYS = 64  # of one split
 MOST_SPLITS = 64
+_MERGED = 8192  # numbers of splits that are in registers at once
 
 
 def reject(p: AttentionProblem, t: Target) -> str:
@@ -34,10 +44,11 @@ def reject(p: AttentionProblem, t: Target) -> str:
 def tiles(p: AttentionProblem, t: Target) -> tuple[AttentionTile, ...]:
     rows = rows_of(p)
     wide = max(p.head_dim, p.value_dim) > 128
-    seeds = (AttentionTile(rows, 32 if wide else 64, 4, 3), AttentionTile(rows, 32, 4, 4))
+    warps = 2 if rows == 16 and t.tier == "sm_90" else 4
+    seeds = (AttentionTile(rows, 32 if wide else 64, warps, 3), AttentionTile(rows, 32, warps, 4))
     splits = 1
     while (
-        p.batch * p.kv_heads * splits * 2 <= 2 * t.gpu.sms
+        p.batch * p.kv_heads * splits * 2 <= t.gpu.sms
         and p.kv_len >= FEWEST_KEYS * splits * 2
         and splits < MOST_SPLITS
     ):
@@ -55,8 +66,8 @@ def tiles(p: AttentionProblem, t: Target) -> tuple[AttentionTile, ...]:
 def reject_tile(c: AttentionTile, p: AttentionProblem, t: Target) -> str:
     if c.block_m != rows_of(p):
         return f"block_m={c.block_m}: all {rows_of(p)} rows of a kv head are one block"
-    if not 1 <= c.splits <= MOST_SPLITS:
-        return f"splits={c.splits}: up to {MOST_SPLITS} are possible"
+    if not 1 <= c.splits <= MOST_SPLITS or c.splits & (c.splits - 1):
+        return f"splits={c.splits}: powers of two up to {MOST_SPLITS} are possible"
     return reject_attention(c, p, t, head_block(p.head_dim), head_block(p.value_dim))
 
 
@@ -66,14 +77,37 @@ def rows_of(p: AttentionProblem) -> int:
 
 
 @triton.jit
+def _merge(
+    slots, size, PLAIN: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr, BLOCK_DV: tl.constexpr, AT_ONCE: tl.constexpr
+):  # fmt: skip
+    """What all splits found, [ROWS, BLOCK_DV], read AT_ONCE splits at a time: one after the other each would wait for memory."""
+    row, dv = tl.arange(0, ROWS), tl.arange(0, BLOCK_DV)
+    # .cg reads the L2 cache: other multiprocessors wrote these.
+    scores = slots + tl.arange(0, SPLITS)[:, None] * size + ROWS * BLOCK_DV + row[None, :]
+    best = tl.load(scores, cache_modifier=".cg")
+    highest = tl.max(best, 0)
+    base = tl.where(highest == float("-inf"), 0.0, highest)
+    shares = tl.exp2((best - base[None, :]) * base_of(PLAIN))
+    whole = tl.sum(shares * tl.load(scores + ROWS, cache_modifier=".cg"), 0)
+    merged = tl.zeros((ROWS, BLOCK_DV), tl.float32)
+    for first in range(0, SPLITS, AT_ONCE):
+        slot = slots + (first + tl.arange(0, AT_ONCE)) * size
+        theirs = tl.load(slot[:, None] + ROWS * BLOCK_DV + row[None, :], cache_modifier=".cg")
+        weight = tl.exp2((theirs - base[None, :]) * base_of(PLAIN))
+        part = slot[:, None, None] + row[None, :, None] * BLOCK_DV + dv[None, None, :]
+        merged += tl.sum(tl.load(part, cache_modifier=".cg") * weight[:, :, None], 0)
+    return merged / tl.where(whole == 0.0, 1.0, whole)[:, None]
+
+
+@triton.jit
 def attention_decode_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, k_scale_ptr, v_scale_ptr, mask_ptr, slopes_ptr, lengths_ptr, partial_ptr, counter_ptr,
     H, group, Sq, Skv, stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_ksb, stride_ksh, stride_ksn, stride_vsb, stride_vsh, stride_vsn,
     stride_ob, stride_oh, stride_om, stride_mb, stride_mh, stride_mm, stride_mn, offset, window, softcap, scale,
-    MASK: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
+    MASK: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, PLAIN: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     # 1 which keys of which kv head am I; row r is query r % Sq of the head's r // Sq
     head, split = tl.program_id(0), tl.program_id(1)
@@ -101,17 +135,21 @@ def attention_decode_kernel(
     best = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
-    low, high = keys_of(0, Sq - 1, kv_len, offset, window, CAUSAL, WINDOWED, BLOCK_N)
+    low, _, high = keys_of(0, Sq - 1, kv_len, offset, window, CAUSAL, WINDOWED, BLOCK_N)
     share = tl.cdiv(tl.cdiv(high - low, BLOCK_N), SPLITS) * BLOCK_N
     first = low + split * share
     last = tl.minimum(first + share, high)
+    k_scale_base = (
+        k_scale_ptr + b * stride_ksb + hk * stride_ksh if k_scale_ptr is not None else None
+    )
+    v_scale_base = (
+        v_scale_ptr + b * stride_vsb + hk * stride_vsh if v_scale_ptr is not None else None
+    )
     for j0 in range(first, last, BLOCK_N):
         best, total, acc = attend(
             q, None, None, o_ptr, best, total, acc, i, row_mask, mask_rows, slopes, j0, last, k_base, v_base,
-            k_scale_ptr + b * stride_ksb + hk * stride_ksh if k_scale_ptr is not None else None,
-            v_scale_ptr + b * stride_vsb + hk * stride_vsh if v_scale_ptr is not None else None,
-            stride_kn, stride_vn, stride_ksn, stride_vsn, stride_mn, offset, window, softcap, scale,
-            MASK, CAUSAL, WINDOWED, CAPPED, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
+            k_scale_base, v_scale_base, stride_kn, stride_vn, stride_ksn, stride_vsn, stride_mn, offset, window, softcap, scale,
+            MASK, CAUSAL, WINDOWED, CAPPED, PLAIN, False, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
     # 4 merge, divide and 5 store, by the last block of this head
     o_rows = o_ptr + b * stride_ob + h * stride_oh + i * stride_om
@@ -120,46 +158,35 @@ def attention_decode_kernel(
         o = acc / tl.where(total == 0.0, 1.0, total)[:, None]
         tl.store(o_rows[:, None] + dv[None, :], o.to(o_ptr.dtype.element_ty), mask=o_mask)
     else:
-        # A slot holds Σ exp · v [BLOCK_M, BLOCK_DV], then the largest scores [BLOCK_M], then Σ exp [BLOCK_M].
-        size = BLOCK_M * BLOCK_DV + 2 * BLOCK_M
+        # A slot holds Σ exp · v [ROWS, BLOCK_DV], then the largest scores [ROWS], then Σ exp [ROWS]: of the rows there are.
+        size = ROWS * BLOCK_DV + 2 * ROWS
         slots = partial_ptr + head.to(tl.int64) * SPLITS * size
-        inside = r[:, None] * BLOCK_DV + dv[None, :]
         mine = slots + split * size
-        tl.store(mine + inside, acc)
-        tl.store(mine + BLOCK_M * BLOCK_DV + r, best)
-        tl.store(mine + BLOCK_M * BLOCK_DV + BLOCK_M + r, total)
+        tl.store(mine + r[:, None] * BLOCK_DV + dv[None, :], acc, mask=(r < ROWS)[:, None])
+        tl.store(mine + ROWS * BLOCK_DV + r, best, mask=r < ROWS)
+        tl.store(mine + ROWS * BLOCK_DV + ROWS + r, total, mask=r < ROWS)
         if arrive(counter_ptr, head) == SPLITS - 1:
-            highest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-            for s in range(SPLITS):
-                theirs = tl.load(slots + s * size + BLOCK_M * BLOCK_DV + r, cache_modifier=".cg")
-                highest = tl.maximum(highest, theirs)
-            base = tl.where(highest == float("-inf"), 0.0, highest)
-            whole = tl.zeros((BLOCK_M,), tl.float32)
-            merged = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
-            for s in range(SPLITS):
-                slot = slots + s * size
-                theirs = tl.load(slot + BLOCK_M * BLOCK_DV + r, cache_modifier=".cg")
-                weight = tl.exp2((theirs - base) * 1.4426950408889634)
-                whole += weight * tl.load(
-                    slot + BLOCK_M * BLOCK_DV + BLOCK_M + r, cache_modifier=".cg"
-                )
-                merged += weight[:, None] * tl.load(slot + inside, cache_modifier=".cg")
-            o = merged / tl.where(whole == 0.0, 1.0, whole)[:, None]
-            tl.store(o_rows[:, None] + dv[None, :], o.to(o_ptr.dtype.element_ty), mask=o_mask)
+            merged = _merge(slots, size, PLAIN, SPLITS, ROWS, BLOCK_DV, AT_ONCE)
+            m = tl.arange(0, ROWS)
+            o_far = o_ptr + b * stride_ob + (hk * group + m // Sq) * stride_oh + m % Sq * stride_om
+            tl.store(o_far[:, None] + dv[None, :], merged.to(o_ptr.dtype.element_ty),
+                     mask=(m < group * Sq)[:, None] & (dv < DV)[None, :])  # fmt: skip
             tl.store(counter_ptr + head, 0)  # ready for the next launch
 
 
 def launch(p: AttentionProblem, c: AttentionTile, t: Target, q, k, v, o, scores: Scores) -> Launch:
     """As attention.launch."""
     partial = counter = None
+    rows = triton.next_power_of_2(p.heads // p.kv_heads * p.q_len)
     if c.splits > 1:
-        size = c.block_m * head_block(p.value_dim) + 2 * c.block_m
+        size = rows * (head_block(p.value_dim) + 2)
         partial = torch.empty(
             p.batch * p.kv_heads * c.splits * size, dtype=torch.float32, device=q.device
         )
         counter = counters(q.device, p.batch * p.kv_heads)
     arguments = {**operands(p, q, k, v, o, scores), "partial_ptr": partial, "counter_ptr": counter}
-    constants = {**scores.constants(p), **c.constexprs()}
+    at_once = min(c.splits, max(_MERGED // (rows * head_block(p.value_dim)), 1))
+    constants = {**scores.constants(p), **c.constexprs(), "ROWS": rows, "AT_ONCE": at_once}
     return Launch(
         "attention_decode.triton", attention_decode_kernel, (p.batch * p.kv_heads, c.splits), arguments, constants,
         c.num_warps, c.num_stages, reads=READS, writes=("o_ptr",),

@@ -196,3 +196,11 @@ def finish(
             tl.store(counter_ptr + tile, 0)  # ready for the next launch
         epilogue(acc, up, bias_ptr, up_bias_ptr, residual_ptr, y_ptr, rows, cols, M, N,
                  stride_rm, stride_ym, alpha, ACT)  # fmt: skip
+
+
+@triton.jit
+def times_weight(x, weight_ptr, ks, K, offset):
+    """A row's block x [BLOCK_K] in fp32 times the weight of its norm, whose deviation is yet to come."""
+    if weight_ptr is not None:
+        x *= tl.load(weight_ptr + ks, mask=ks < K, other=0.0).to(tl.float32) + offset
+    return x

@@ -19,6 +19,7 @@ from llmopt.kernels import (  # noqa: E402
     embedding,
     index_copy,
     linear,
+    linear_codes_gemv,
     linear_gemv,
     linear_tma,
     linear_w8a8,
@@ -66,7 +67,7 @@ def _linear(module, m: int, gated: bool = False, norm_kind: str = "none", n: int
     return launches
 
 
-def _w8a8(m: int, group: int, gated: bool = False, bits: int = 8) -> Case:
+def _w8a8(m: int, group: int, gated: bool = False, bits: int = 8, gemv: bool = False) -> Case:
     def launches(t: Target) -> list[Launch]:
         groups = HIDDEN // group if group else 1
         p = LinearProblem(
@@ -78,16 +79,30 @@ def _w8a8(m: int, group: int, gated: bool = False, bits: int = 8) -> Case:
         more = {"up": weight, "up_scale": scale} if gated else {}
         if bits == 4:
             more |= {"w_offset": scale, "up_offset": scale if gated else None}
-        return _every_tile(linear_w8a8, p, t, meta(m, HIDDEN, dtype=I8), meta(m, groups, dtype=F32), weight, scale,
-                           meta(m, HIDDEN), Around(bias=meta(HIDDEN)), **more)  # fmt: skip
+        given = (
+            meta(m, HIDDEN, dtype=I8),
+            meta(m, groups, dtype=F32),
+            weight,
+            scale,
+            meta(m, HIDDEN),
+            Around(bias=meta(HIDDEN)),
+        )
+        if not gemv:
+            return _every_tile(linear_w8a8, p, t, *given, **more)
+        return [
+            linear_codes_gemv.launch_w8a8(p, c, t, *given, **more)
+            for c in linear_codes_gemv.tiles(p, t)
+        ]
 
     return launches
 
 
-def _weight_only(scheme: str, m: int, group: int, offsets: bool, gated: bool = False) -> Case:
+def _weight_only(
+    scheme: str, m: int, group: int, offsets: bool, gated: bool = False, module=linear_weight_only, norm_kind: str = "none"
+) -> Case:  # fmt: skip
     def launches(t: Target) -> list[Launch]:
         act = "silu" if gated else "none"
-        p = LinearProblem(m, HIDDEN, HIDDEN, "fp16", scheme, group, act, gated, offsets=offsets)
+        p = LinearProblem(m, HIDDEN, HIDDEN, "fp16", scheme, group, act, gated, norm_kind, offsets)
         w = (
             meta(HIDDEN, HIDDEN, dtype=I8)
             if scheme == "w8a16"
@@ -96,8 +111,11 @@ def _weight_only(scheme: str, m: int, group: int, offsets: bool, gated: bool = F
         scale = meta(HIDDEN, HIDDEN // group if group else 1, dtype=F32)
         offset = scale if offsets else None
         more = {"up": w, "up_scale": scale, "up_offset": offset} if gated else {}
-        return _every_tile(linear_weight_only, p, t, meta(m, HIDDEN), w, scale, offset,
-                           meta(m, HIDDEN), Around(residual=None if gated else meta(m, HIDDEN)), **more)  # fmt: skip
+        around = Around(residual=None if gated else meta(m, HIDDEN), norm_eps=1e-5,
+                        norm_weight=meta(HIDDEN) if norm_kind != "none" else None)  # fmt: skip
+        return _every_tile(
+            module, p, t, meta(m, HIDDEN), w, scale, offset, meta(m, HIDDEN), around, **more
+        )
 
     return launches
 
@@ -270,6 +288,13 @@ PRODUCTS: dict[str, Case] = {
 ROWS: dict[str, Case] = {
     "gemv 1": _linear(linear_gemv, 1),
     "gemv 1 gated rms": _linear(linear_gemv, 1, gated=True, norm_kind="rms", n=WIDE),
+    "w4a16 gemv 1": _weight_only("w4a16", 1, 32, True, module=linear_codes_gemv),
+    "w4a16 gemv 1 gated rms": _weight_only("w4a16", 1, 32, True, True, linear_codes_gemv, "rms"),
+    "w8a16 gemv 2": _weight_only("w8a16", 2, 0, False, module=linear_codes_gemv),
+    "w8a16 gemv 1 gated rms": _weight_only("w8a16", 1, 32, False, True, linear_codes_gemv, "rms"),
+    "w8a8 gemv 1": _w8a8(1, 64, gemv=True),
+    "w8a8 gemv 1 channel gated": _w8a8(1, 0, gated=True, gemv=True),
+    "w4a8 gemv 1": _w8a8(1, 32, bits=4, gemv=True),
     "quantize rms": _quantize,
     "quantize gated": _quantize_gated,
     "norm": _norm,

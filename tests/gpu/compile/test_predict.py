@@ -57,15 +57,16 @@ def test_the_package_predicts_all_standard_problems(name):
 def test_every_predicted_tile_is_possible_at_both_ends_of_its_bucket(name):
     target = part_named(name).target
     below = {high: low + 1 for low, high in itertools.pairwise((0, *BUCKETS))}
-    count = 0
     for entry in shipped_for(name).values():
         of, kernel = problem_of(entry), KERNELS[str(entry.problem["kernel"])]
         ends = [dataclasses.replace(of, m=m) for m in (below[of.m], of.m)] if isinstance(of, LinearProblem) else [of]  # fmt: skip
         for end in ends:
             if entry.config and not kernel.reject(end, target):
                 assert refuse(kernel, tile_of(kernel, entry.config, end, target), end, target) == ""
-                count += 1
-    assert count > 0, "nothing differs from the defaults"
+
+
+def test_predictions_differ_from_the_defaults_somewhere():
+    assert sum(bool(entry.config) for name in SHIPPED for entry in shipped_for(name).values()) > 0
 
 
 def test_one_behind_an_edge_is_the_next_buckets(monkeypatch, tmp_path):

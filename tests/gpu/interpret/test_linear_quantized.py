@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from llmopt.gpu.run import run
-from llmopt.kernels import linear_w8a8, linear_weight_only, quantize
+from llmopt.kernels import linear_codes_gemv, linear_w8a8, linear_weight_only, quantize
 from llmopt.kernels.operands import Around, dtype_name
 from llmopt.launch import GemmTile, LinearProblem, RowProblem
 from llmopt.ops.activation import activate
@@ -154,3 +154,68 @@ def test_quantize_rows(form, group, dtype):
     # A last-bit difference of the scale may move a value that lies halfway.
     assert (q.float() - want.flatten(1)).abs().max() <= (0 if form == "plain" else 1)
     assert (q.float() != want.flatten(1)).float().mean() < 0.01
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("scheme", ["w8a16", "w4a16"])
+@pytest.mark.parametrize(
+    ("group", "with_offsets", "norm"),
+    [
+        (32, True, "rms"),
+        (64, False, "layer"),
+        (0, False, "none"),
+        (0, True, "rms"),
+        (64, True, "none"),
+    ],
+)
+def test_weight_only_of_two_rows(scheme, dtype, group, with_offsets, norm):
+    m, bits, groups = 2, linear_weight_only.BITS[scheme], K // group if group else 1
+    weights = [
+        codes(N, K) if bits == 8 else torch.randint(0, 256, (N, K // 2), dtype=torch.uint8)
+        for _ in range(2)
+    ]
+    scales = [torch.rand(N, groups) * (0.002 if bits == 8 else 0.02) for _ in range(2)]
+    offsets = [torch.randn(N, groups) * 0.02 if with_offsets else None for _ in range(2)]
+    x, norm_weight = torch.randn(m, K).to(dtype), torch.randn(K).to(dtype)
+    norm_bias = torch.randn(K).to(dtype) if norm == "layer" else None
+    y, residual = torch.empty(m, N, dtype=dtype), torch.randn(m, N).to(dtype)
+    gated = norm != "none"
+    problem = LinearProblem(
+        m, N, K, dtype_name(dtype), scheme, group, "silu", gated, norm, with_offsets
+    )
+    around = Around(norm_weight=norm_weight, norm_bias=norm_bias, norm_eps=1e-6, residual=residual)
+    tile = GemmTile(1, 32, 128, 4, 1)
+    assert linear_codes_gemv.reject(problem, HOPPER) == ""
+    assert linear_codes_gemv.reject_tile(tile, problem, HOPPER) == ""
+    run(linear_codes_gemv.launch(problem, tile, HOPPER, x, weights[0], scales[0], offsets[0], y, around,
+                                       *((weights[1], scales[1], offsets[1]) if gated else ())))  # fmt: skip
+    h = normalized(x, norm, norm_weight, norm_bias, 1e-6, 0.0).double() if gated else x.double()
+    gate, up = (
+        h @ dequantized(*w, bits).double().T for w in zip(weights, scales, offsets, strict=True)
+    )
+    assert_close(y, activate("silu", gate) * (up if gated else 1) + residual.double())
+
+
+@pytest.mark.parametrize(
+    ("scheme", "group", "with_offsets"),
+    [("w8a8", 0, False), ("w8a8", 64, True), ("w4a8", 32, True), ("w4a8", 0, False)],
+)
+def test_rounded_rows_one_by_one(scheme, group, with_offsets):
+    m, bits, groups = 2, linear_w8a8.BITS[scheme], K // group if group else 1
+    weights = [
+        codes(N, K) if bits == 8 else torch.randint(0, 256, (N, K // 2), dtype=torch.uint8)
+        for _ in range(2)
+    ]
+    scales = [torch.rand(N, groups) * 0.01 for _ in range(2)]
+    offsets = [torch.randn(N, groups) * 0.1 if with_offsets else None for _ in range(2)]
+    x, x_scale, y = codes(m, K), torch.rand(m, groups) * 0.01, torch.empty(m, N).half()
+    problem = LinearProblem(m, N, K, "fp16", scheme, group, "silu", True, offsets=with_offsets)
+    assert linear_codes_gemv.reject_w8a8(problem, HOPPER) == ""
+    run(linear_codes_gemv.launch_w8a8(problem, GemmTile(1, 32, 128, 4, 1), HOPPER, x, x_scale, weights[0], scales[0], y,
+                                      Around(), weights[1], scales[1], offsets[0], offsets[1]))  # fmt: skip
+    h = dequantized(x, x_scale, None, 8).double()
+    gate, up = (
+        h @ dequantized(w, s, o, bits).double().T
+        for w, s, o in zip(weights, scales, offsets, strict=True)
+    )
+    assert_close(y, activate("silu", gate) * up)
