@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -108,7 +109,7 @@ def end_to_end(session: Session) -> None:
         name = f"{model.name}: {system}"
         if system not in (model.systems if session.full else model.rehearsed):
             continue
-        if session.models and not any(word in name for word in session.models):
+        if session.models and not any(re.search(wanted, name) for wanted in session.models):
             continue
         session.apart(PHASE, model.name, system, lambda m=model, s=system: _measure(session, m, s), SECONDS)  # type: ignore[misc]  # fmt: skip
 

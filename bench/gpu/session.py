@@ -43,9 +43,7 @@ class Session:
     forms: Sequence[str]
     deadline: float  # of time.monotonic()
     full: bool  # full sizes and every config
-    models: Sequence[
-        str
-    ] = ()  # words one of which a run of a model has in its name; none: all runs
+    models: Sequence[str] = ()  # patterns one of which is found in a run's name; none: all runs
     phases: Sequence[str] = ()  # names; none: all
 
     @property
@@ -211,7 +209,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "--output": {"type": Path, "metavar": "FOLDER", "help": "default: bench/sessions/<gpu>"},
     "--minutes": {"type": float, "default": 9.0, "help": "no piece of work begins after that"},
     "--phase": {"action": "append", "metavar": "PHASE", "help": "just this one; may be repeated"},
-    "--models": {"action": "append", "metavar": "WORD", "help": "of the runs of models, those with this word; may be repeated"},
+    "--models": {"action": "append", "metavar": "PATTERN", "help": "of the runs of models, those in whose name this regular expression is found; may be repeated"},
     "--only": {"action": "append", "metavar": "FORM", "help": "of the kernels' forms, just this one; may be repeated"},
 }  # fmt: skip
 
