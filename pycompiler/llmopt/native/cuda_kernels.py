@@ -55,6 +55,11 @@ def _reject_everywhere(t: Target) -> str:
     return cuda.missing() if t.device == "cuda" else f"CUDA C++ for {t}: NVIDIA GPUs are possible"
 
 
+def _reject_slower(t: Target) -> str:
+    """Where Triton's kernel for the same was measured to be faster: on an H100."""
+    return "Triton's kernel was measured to be faster on an H100" if t.tier == "sm_90" else ""
+
+
 def _reject_around(p: LinearProblem) -> str:
     """Why no linear of csrc/cuda has what stands around this product, or ""."""
     if p.gated or p.norm != "none" or p.dtype not in ("fp16", "bf16"):
@@ -114,7 +119,7 @@ def reject_w4a16(p: LinearProblem, t: Target) -> str:
         return "weights that are not w4a16 in groups of 32, 64 or 128 that divide K"
     if p.m > MOST_TOKENS:
         return f"{p.m} tokens: up to {MOST_TOKENS} are possible"
-    return _reject_around(p) or _reject_everywhere(t)
+    return _reject_around(p) or _reject_slower(t) or _reject_everywhere(t)
 
 
 def _w4a16_record(
@@ -171,7 +176,7 @@ def reject_decode(p: AttentionProblem, t: Target) -> str:
     count = _sizes_record(p).num_counters()
     if count > MOST_TILES:
         return f"{p.batch} sequences of {p.kv_heads} heads: up to {MOST_TILES} groups of heads are possible"
-    return _reject_everywhere(t)
+    return _reject_slower(t) or _reject_everywhere(t)
 
 
 def _sizes_record(p: AttentionProblem, splits: int = 1) -> cuda.AttentionDecode:

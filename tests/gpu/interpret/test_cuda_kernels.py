@@ -141,6 +141,17 @@ def test_what_they_cannot_do_is_tritons(emulator):
         assert registry.choose("attention", p, AMPERE)[0].name == "attention_decode.triton"
 
 
+def test_where_tritons_were_measured_to_be_faster_they_run(emulator):
+    hopper = gpu_target("cuda:90")
+    nibbles = LinearProblem(1, 64, 64, "fp16", "w4a16", 32)
+    chosen = registry.choose("linear_quantized", nibbles, hopper)[0].name
+    assert chosen == "linear_weight_only_gemv.triton"
+    decode = AttentionProblem(1, 4, 4, 1, 33, 64, 64, "fp16", "fp16")
+    assert registry.choose("attention", decode, hopper)[0].name == "attention_decode.triton"
+    codes = LinearProblem(1, 64, 64, "fp16", "w8a8")
+    assert registry.choose("linear_quantized", codes, hopper)[0].name == "linear_w8a8.cuda"
+
+
 def test_counters_stay_where_graphs_know_them():
     few = counters(torch.device("cpu"), 1)
     assert counters(torch.device("cpu"), MOST_TILES).data_ptr() == few.data_ptr()
