@@ -25,6 +25,14 @@ TILES = (
     (512, (GemmTile(64, 128, 128, 8, 3), GemmTile(64, 64, 128, 4, 4))),
     (None, (GemmTile(128, 128, 128, 8, 3), GemmTile(128, 64, 128, 8, 3))),
 )
+# As a sweep over an H100 found them: one scale a channel, groups of 64 (the default scheme), those with a gate.
+_SM_90_CHANNEL = (
+    (64, (GemmTile(64, 32, 128, 4, 5, 2), GemmTile(32, 32, 128, 4, 5))),
+    (128, (GemmTile(64, 64, 256, 4, 4), GemmTile(64, 128, 256, 4, 4))),
+    (512, (GemmTile(64, 128, 128, 4, 4), GemmTile(128, 64, 128, 4, 4))),
+)
+_SM_90_GROUPS = ((64, (GemmTile(64, 64, 64, 4, 4, 4),)), (None, (GemmTile(64, 128, 64, 4, 3),)))
+_SM_90_GATED_GROUPS = ((None, (GemmTile(128, 32, 64, 4, 3),)),)
 _LEAST_K = 32  # bytes of K in one instruction
 
 
@@ -43,9 +51,21 @@ def reject(p: LinearProblem, t: Target) -> str:
 
 
 def tiles(p: LinearProblem, t: Target) -> tuple[GemmTile, ...]:
+    measured = next((row for most, row in _measured(p, t) if most is None or p.m <= most), ())
     row = next(tiles for most, tiles in TILES if most is None or p.m <= most)
-    fitting = dict.fromkeys(_fit(tile, p, t) for tile in row)
+    fitting = dict.fromkeys((*measured, *(_fit(tile, p, t) for tile in row)))
     return tuple(c for c in fitting if _smem(c, p) <= t.gpu.smem_block)
+
+
+def _measured(p: LinearProblem, t: Target) -> tuple:
+    """Rows of tiles that were measured on this generation for problems like this one."""
+    if t.tier != "sm_90" or p.scheme != "w8a8" or p.m <= 16:
+        return ()
+    if p.group == 0:
+        return () if p.gated else _SM_90_CHANNEL
+    if p.group != 64:
+        return ()
+    return _SM_90_GROUPS if not p.gated else _SM_90_GATED_GROUPS if p.m > 64 else ()
 
 
 def reject_tile(c: GemmTile, p: LinearProblem, t: Target) -> str:

@@ -20,9 +20,9 @@ from llmopt.ops.linear import parts as linear_parts
 from llmopt.ops.linear_quantized import parts as quantized_parts
 from llmopt.types import Choice
 
-FUSED_NORM_ROWS = (
-    16  # up to here every block normalises its rows itself; above, a launch of its own does it once
-)
+# Up to here every block normalises its rows itself, above a launch of its own does it once: on an H100 a linear of 16 rows and 4096x4096
+# takes 39 us with the norm in front and 17 without, the norm alone 2.
+FUSED_NORM_ROWS = 2
 _GROUPS = (32, 64, 128)
 
 

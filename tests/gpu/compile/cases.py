@@ -256,6 +256,8 @@ PRODUCTS: dict[str, Case] = {
     "w8a8 64 groups": _w8a8(64, 64),
     "w8a8 64 groups gated": _w8a8(64, 128, gated=True),
     "w8a8 512 groups gated": _w8a8(512, 128, gated=True),
+    "w8a8 512 groups of 64": _w8a8(512, 64),
+    "w8a8 512 groups of 64 gated": _w8a8(512, 64, gated=True),
     "w8a8 4096 groups gated": _w8a8(4096, 128, gated=True),
     "w8a8 512 channel": _w8a8(512, 0),
     "w8a8 4096 channel": _w8a8(4096, 0),

@@ -1,7 +1,7 @@
 """A model of a tile's time on a GPU, made to rank tiles: arithmetic, memory and latency against each other, in waves of blocks.
 
 Its one blind test (int8 products on an A100 against tables that others measured) found the measured best first for 16 rows and fewer,
-and within 1.55 times of the model's own best above. Nothing of it was ever run on a GPU: what it says is *predicted*.
+and within 1.55 times of the model's own best above. It was fitted to no GPU: what it says is *predicted*.
 """
 
 from __future__ import annotations
