@@ -209,7 +209,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "--output": {"type": Path, "metavar": "FOLDER", "help": "default: bench/sessions/<gpu>"},
     "--minutes": {"type": float, "default": 9.0, "help": "no piece of work begins after that"},
     "--phase": {"action": "append", "metavar": "PHASE", "help": "just this one; may be repeated"},
-    "--models": {"action": "append", "metavar": "PATTERN", "help": "of the runs of models, those that this regular expression finds; may be repeated"},
+    "--models": {"action": "append", "metavar": "PATTERN", "help": "of the runs of models, those that this pattern finds; may be repeated"},
     "--only": {"action": "append", "metavar": "FORM", "help": "of the kernels' forms, just this one; may be repeated"},
 }  # fmt: skip
 
