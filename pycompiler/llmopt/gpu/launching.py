@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import threading
+import weakref
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -168,18 +169,25 @@ class _Plan:
     scratch_bytes: int
 
 
+class _Plans:
+    """What was planned for one set of weights."""
+
+    def __init__(self, weights: Sequence[Prepared], gone: Callable[[object], None]) -> None:
+        self.alive = [weakref.ref(w, gone) for w in weights]
+        # Memory that is a weight's own, not something a step computed of it.
+        self.storages = {t.untyped_storage()._cdata for w in weights for t in w.tensors()}
+        self.plans: OrderedDict[tuple, _Plan] = OrderedDict()
+        # By device, the shape of their form, and where its buffers begin.
+        self.known: defaultdict[tuple, list[_Step]] = defaultdict(list)
+
+
 class Launcher:
     """Makes the launches of one segment."""
 
     def __init__(self, builder: GpuSegmentBuilder, target: Target) -> None:
         self._builder, self._target = builder, target
-        self._plans: OrderedDict[tuple, _Plan] = OrderedDict()
         self._forms = [_form(number, step) for number, step in enumerate(builder.steps)]
-        self._known: defaultdict[Hashable, list[_Step]] = defaultdict(
-            list
-        )  # by the shape of their form
-        self._weights: list[Prepared] = []
-        self._weight_storages: set[int] = set()
+        self._sets: dict[tuple[int, ...], _Plans] = {}  # by the ids of prepared weights
         self._lock = threading.Lock()
         self.through_triton: set[str] = set()  # why steps could not be packed
 
@@ -242,29 +250,30 @@ class Launcher:
         buffers = [externals[n] if out else slots[n] for out, n in self._builder.builder.buffers]
         return Call(self._target, values, buffers, weights, self._builder.choose)
 
+    def _forget(self, ids: tuple[int, ...], _: object) -> None:
+        """A weight was prepared anew, or its module is gone."""
+        self._sets.pop(ids, None)
+
     def _plan_of(
         self, externals: Sequence[Tensor], addresses: Sequence[int], symbols: Sequence[int], values: Sequence[int], weights: list[Prepared],
         device: torch.device,
     ) -> _Plan:  # fmt: skip
-        if len(weights) != len(self._weights) or any(map(_differ, weights, self._weights)):
-            self._weights = weights
-            self._weight_storages = {
-                t.untyped_storage()._cdata for w in weights for t in w.tensors()
-            }
-            self._plans.clear()
-            self._known.clear()
+        ids = tuple(map(id, weights))
+        of = self._sets.get(ids)
+        if of is None:
+            of = self._sets[ids] = _Plans(weights, functools.partial(self._forget, ids))
         starts = tuple(address % _ALIGNMENT for address in addresses)
         key = (device, starts, *symbols)
-        plan = self._plans.get(key)
+        plan = of.plans.get(key)
         if plan is None:
-            plan = self._plans[key] = self._plan(externals, starts, values, weights, device)
-            if len(self._plans) > _MOST_PLANS:
-                self._plans.popitem(last=False)
-        self._plans.move_to_end(key)
+            plan = of.plans[key] = self._plan(of, externals, starts, values, weights, device)
+            if len(of.plans) > _MOST_PLANS:
+                of.plans.popitem(last=False)
+        of.plans.move_to_end(key)
         return plan
 
     def _plan(
-        self, externals: Sequence[Tensor], starts: tuple[int, ...], values: Sequence[int], weights: list[Prepared],
+        self, of: _Plans, externals: Sequence[Tensor], starts: tuple[int, ...], values: Sequence[int], weights: list[Prepared],
         device: torch.device,
     ) -> _Plan:  # fmt: skip
         """starts: where the externals' memory begins behind a multiple of _ALIGNMENT, for which kernels are specialised."""
@@ -289,7 +298,7 @@ class Launcher:
             self._target, values, _MetaBuffers(len(places), like), weights, functools.cache(self._builder.choose)
         )  # fmt: skip
         begins = [starts[n] if outside else 0 for outside, n in places]
-        steps = [self._step(i, call, begins, device) for i in range(len(self._forms))]
+        steps = [self._step(of, i, call, begins, device) for i in range(len(self._forms))]
         parts: list[_C.LaunchPlan | int] = []
         native: list[_C.Launches] = []
         for number, step in enumerate(steps):
@@ -306,12 +315,12 @@ class Launcher:
         return _Plan(tuple(parts), tuple(steps), tuple(slots), scratch)
 
     def _step(
-        self, number: int, call: _PlannedCall, begins: Sequence[int], device: torch.device
-    ) -> _Step:
+        self, of: _Plans, number: int, call: _PlannedCall, begins: Sequence[int], device: torch.device
+    ) -> _Step:  # fmt: skip
         """begins: of every buffer, as `starts` of its external."""
         form = self._forms[number]
         own = tuple(begins[b] for b in form.buffers) if form.buffers else tuple(begins)
-        known = self._known[device, form.shape, own]
+        known = of.known[device, form.shape, own]
         for step in known:
             if step.fits(form, call.values):
                 return step.over(form)
@@ -319,13 +328,13 @@ class Launcher:
         call = dataclasses.replace(call, values=noted, scratch_at={}, kept=[])
         launches = self._builder.steps[number](call)
         read = ((form.size(i) if form.sizes else i, value) for i, value in noted.read.items())
-        made = _Step(form, tuple(read), self._pack(launches, call, begins, device))
+        made = _Step(form, tuple(read), self._pack(of, launches, call, begins, device))
         known.insert(0, made)
         del known[_MOST_OF_A_STEP:]
         return made
 
     def _pack(
-        self, launches: Sequence[Launch], call: _PlannedCall, begins: Sequence[int], device: torch.device
+        self, of: _Plans, launches: Sequence[Launch], call: _PlannedCall, begins: Sequence[int], device: torch.device
     ) -> Packed | None:  # fmt: skip
         buffers = call.buffers
         scratch, counter = len(buffers), len(buffers) + 1
@@ -350,14 +359,10 @@ class Launcher:
             return None
         packed.scratch_bytes = call.scratch_bytes
         tensors = (t for t in packed.kept if isinstance(t, Tensor))
-        if any(t.untyped_storage()._cdata not in self._weight_storages for t in tensors):
+        if any(t.untyped_storage()._cdata not in of.storages for t in tensors):
             # What the step computed of weights is there then, whatever stream launches it.
             torch.cuda.current_stream(device).synchronize()
         return packed
-
-
-def _differ(a: object, b: object) -> bool:
-    return a is not b
 
 
 def _offsets(sizes: Sequence[int]) -> list[int]:

@@ -5,6 +5,8 @@ A prepared copy is made again when a source is another tensor, has moved or was 
 
 from __future__ import annotations
 
+import functools
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -32,22 +34,43 @@ class Prepared:
 
 
 class WeightCache:
-    """The prepared weights of one segment."""
+    """The prepared weights of one segment, of every set of tensors it is called with that is still alive.
+
+    A graph that is shared by layers is called with the weights of each in turn.
+    """
 
     def __init__(self, specs: Sequence[PackedSpec]) -> None:
+        self._arguments = [[v.argument for v in spec.views()] for spec in specs]
         self._specs = specs
-        self._made: dict[int, tuple[tuple, Prepared]] = {}
+        self._made: dict[tuple, _Made] = {}  # by the number of a spec and the ids of its tensors
 
     def get(self, arguments: Sequence[Tensor]) -> list[Prepared]:
         """Every weight over a segment's arguments."""
         result = []
-        for number, spec in enumerate(self._specs):
-            state = state_of([arguments[v.argument] for v in spec.views()])
-            known = self._made.get(number)
-            if known is None or known[0] != state:
-                known = self._made[number] = (state, prepare(spec, arguments))
-            result.append(known[1])
+        for number, indices in enumerate(self._arguments):
+            tensors = [arguments[i] for i in indices]
+            state = state_of(tensors)
+            key = (number, *(entry[0] for entry in state))
+            known = self._made.get(key)
+            if known is None or known.state != state:
+                forget = functools.partial(self._forget, key)
+                alive = tuple(weakref.ref(t, forget) for t in tensors)
+                known = self._made[key] = _Made(
+                    state, prepare(self._specs[number], arguments), alive
+                )
+            result.append(known.prepared)
         return result
+
+    def _forget(self, key: tuple, _: object) -> None:
+        """One of its tensors is gone, whose id another may get."""
+        self._made.pop(key, None)
+
+
+@dataclass(frozen=True)
+class _Made:
+    state: tuple
+    prepared: Prepared
+    alive: tuple[weakref.ref, ...]
 
 
 def prepare(spec: PackedSpec, arguments: Sequence[Tensor]) -> Prepared:

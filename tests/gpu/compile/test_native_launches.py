@@ -17,7 +17,7 @@ import transformers
 import triton
 from llmopt import _C, kernels
 from llmopt.compiled import alive
-from llmopt.gpu import device, executor, launching, native, run
+from llmopt.gpu import device, executor, launching, native, run, weights
 from llmopt.gpu.compile import _tools
 from llmopt.gpu.native import NotNative
 from llmopt.kernels import linear_tma, swiglu
@@ -265,3 +265,33 @@ def test_a_model_launches_natively_what_it_launches_through_triton(driver, libra
         assert mine_given == pytest.approx({name: given[name] for name in mine_given})
         lengths.add(mine_given.get("Skv"))
     assert {21, 22, 23, 24} <= lengths
+
+
+def test_layers_that_share_a_graph_are_planned_once_each(driver, library, monkeypatch):
+    """Weights are prepared and launches packed once a layer; what is kept goes with the layer."""
+    stream = type("Stream", (), {"cuda_stream": STREAM})()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: stream)
+    monkeypatch.setattr(launching, "_can_pack", lambda _: True)
+    torch._dynamo.reset()
+    prepared, packed = [], []
+    for module, name, calls in ((weights, "prepare", prepared), (launching, "pack", packed)):
+        plain = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, f=plain, c=calls: c.append(1) or f(*a))
+
+    def run(layer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return layer(x)
+
+    compiled = torch.compile(run, backend="llmopt", options={"target": "cuda:90"})
+    layers = [torch.nn.Linear(64, 64).half() for _ in range(3)]
+    x = aligned(4, 64)
+    with torch.no_grad():
+        for layer in layers * 2:
+            compiled(layer, x)
+    modules = [m for graph in alive() for m in graph.executable.modules()]
+    (segment,) = [m for m in modules if isinstance(m, executor.GpuSegment)]
+    assert (len(prepared), len(packed), len(segment.launcher._sets)) == (3, 3, 3)
+    addresses = {struct.unpack_from("<Q", one, 56 + 8 * 1)[0] for one in library.launches()}
+    assert addresses >= {layer.weight.data_ptr() for layer in layers}
+    del layer, layers[1:]
+    gc.collect()
+    assert len(segment.launcher._sets) == 1
