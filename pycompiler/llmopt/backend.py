@@ -32,6 +32,8 @@ from llmopt.windows import pin
 
 log = logging.getLogger("llmopt")
 
+_RECOMPILE_LIMITS = (8, 64)  # Dynamo's own default, and ours
+
 
 def llmopt(
     gm: fx.GraphModule,
@@ -46,6 +48,7 @@ def llmopt(
     Raises ValueError for a mode or option that does not exist, naming those that do.
     """
     chosen = parse_options(mode, options)
+    _raise_recompile_limit()
     tensors = [t for t in example_inputs if isinstance(t, torch.Tensor)]
     machine, reason = choose_target(chosen.target, tensors)
     reason = reason or _why_not(example_inputs, tensors) or enclose(gm) or pin(gm)
@@ -57,6 +60,17 @@ def llmopt(
     else:
         check_for_gpu(chosen, str(machine))
     return _compile(gm, example_inputs, chosen, machine)
+
+
+def _raise_recompile_limit() -> None:
+    """Prompts, batches and padding of a few shapes, or a few models, soon make eight graphs of one forward; then Dynamo gives up for good.
+
+    A limit that somebody set stays as it is.
+    """
+    config: Any = torch._dynamo.config
+    default, ours = _RECOMPILE_LIMITS
+    if config.recompile_limit == default:
+        config.recompile_limit = ours
 
 
 def _compile(
@@ -140,7 +154,12 @@ def _say_exact(options: Options, layers: Sequence[str]) -> None:
     """Names the layers that cannot have the precision that was asked for."""
     if layers:
         more = f" (and {len(layers) - 1} more: LLMOPT_DEBUG=1 lists them)" if layers[1:] else ""
-        log.warning("precision=%r leaves exact: %s%s", options.precision, layers[0], more)
+        other = (
+            "; llmopt.quantize(model, scheme, group=...) takes others"
+            if "groups of" in layers[0]
+            else ""
+        )
+        log.warning("precision=%r leaves exact: %s%s%s", options.precision, layers[0], other, more)
     for layer in layers:
         say(1, f"stays exact: {layer}")
 

@@ -188,7 +188,8 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
             model(*args, **kwargs)
     if not runs:
         raise ValueError(
-            'explain: no graph compiled by llmopt ran in this call; compile the model with backend="llmopt" first'
+            'explain: no graph compiled by llmopt ran in this call; compile the model with backend="llmopt" first. If it is: Dynamo '
+            "gives up on a forward after torch._dynamo.config.recompile_limit kinds of calls, and says so in a warning"
         )
     threads = torch.get_num_threads()
     probe = measure(threads)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from llmopt.benchmark import systems
-from llmopt.benchmark.phases import CAUSAL, Phase, phases_of, run_once, sample
+from llmopt.benchmark.phases import CAUSAL, Phase, phases_of, run_once, sample, token_ids
 from llmopt.benchmark.systems import ModuleRunner
 from llmopt.models import ModelError
 
@@ -87,3 +88,23 @@ def test_samples_of_equal_systems_are_equal():
         first = sample(runner, loaded, DECODE)
         assert first.shape == (2, 1, VOCAB)
         assert torch.equal(first, sample(runner, loaded, DECODE))
+
+
+def loaded_of(vocabulary: int, positions: int, kind: str) -> Any:
+    config = SimpleNamespace(vocab_size=vocabulary, max_position_embeddings=positions)
+    return SimpleNamespace(model=SimpleNamespace(config=config), kind=kind)
+
+
+@pytest.mark.parametrize(("vocabulary", "first"), [(97, 0), (100, 0), (101, 100), (5000, 100)])
+def test_tokens_are_of_the_vocabulary_without_its_special_ones(vocabulary, first):
+    ids = token_ids(loaded_of(vocabulary, 64, "causal"), 3, 50)
+    assert ids.min() >= first
+    assert ids.max() < vocabulary
+
+
+def test_an_encoder_is_not_given_more_tokens_than_it_has_positions():
+    assert token_ids(loaded_of(300, 64, "encoder"), 2, 64).shape == (2, 64)
+    with pytest.raises(
+        ModelError, match="128 tokens: this encoder has 64 positions; --phase 2x64 is"
+    ):
+        token_ids(loaded_of(300, 64, "encoder"), 2, 128)

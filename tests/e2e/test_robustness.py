@@ -344,3 +344,15 @@ def test_forgotten_models_give_their_weights_back(backend: str) -> None:
     gc.collect()
     assert held_by_us() == ours
     assert resident_bytes() - before < 48 << 20
+
+
+@pytest.mark.parametrize(("given", "expected"), [(8, 64), (16, 16)])
+def test_a_forward_may_have_many_graphs(backend: str, given: int, expected: int) -> None:
+    """Dynamo's default of 8 is raised, a limit that somebody set is not."""
+    if backend != "llmopt":
+        pytest.skip("about llmopt's own setting")
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=given), torch.no_grad():
+        eager, compiled = twins(Block, backend)
+        assert_same_output(compiled(block_input()), eager(block_input()))
+        assert torch._dynamo.config.recompile_limit == expected

@@ -20,6 +20,7 @@ from llmopt.models import LoadedModel, ModelError
 
 PREFILL_TOKENS = 512
 PROMPT_TOKENS = 128
+_SPECIAL_TOKENS = 100  # at the beginning of most vocabularies
 NEW_TOKENS = 64
 STATIC_TOKENS = 300  # live in a static cache
 STATIC_SLOTS = (512, 8192)
@@ -106,10 +107,23 @@ def _encode(name: str) -> Phase:
 
 
 def token_ids(loaded: LoadedModel, batch: int, tokens: int) -> torch.Tensor:
-    """Seeded random ids [batch, tokens]; the first ids, often special tokens, are left out."""
+    """Seeded random ids [batch, tokens]; the first ids, often special tokens, are left out of a vocabulary that has others.
+
+    Raises ModelError for more tokens than an encoder has positions.
+    """
     config: Any = loaded.model.config
+    most = getattr(config, "max_position_embeddings", None)
+    if loaded.kind == "encoder" and most is not None and tokens > most:
+        raise ModelError(f"{tokens} tokens: this encoder has {most} positions; --phase {batch}x{most} is possible")  # fmt: skip
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(100, config.vocab_size, (batch, tokens), generator=generator)
+    first = first_token(loaded)
+    return torch.randint(first, config.vocab_size, (batch, tokens), generator=generator)
+
+
+def first_token(loaded: LoadedModel) -> int:
+    """The first id that is used: 100, or 0 of a small vocabulary."""
+    config: Any = loaded.model.config
+    return _SPECIAL_TOKENS if config.vocab_size > _SPECIAL_TOKENS else 0
 
 
 def inputs_of(loaded: LoadedModel, phase: Phase) -> dict[str, Any]:
@@ -175,5 +189,7 @@ def sample(runner: Runner, loaded: LoadedModel, phase: Phase) -> torch.Tensor:
     if loaded.kind != "causal":
         return runner.call(inputs_of(loaded, phase)).float()
     logits, cache = runner.step(inputs_of(loaded, phase)["input_ids"], None)
-    after, _ = runner.step(torch.full_like(logits[:, :1], 100, dtype=torch.int64), cache)
+    after, _ = runner.step(
+        torch.full_like(logits[:, :1], first_token(loaded), dtype=torch.int64), cache
+    )
     return torch.stack([logits, after]).float()
