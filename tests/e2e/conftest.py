@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import transformers
+from llmopt import backend
 
 transformers.logging.set_verbosity_error()
 # pytest captures every level: without this a failure prints thousands of empty compile trace records.
@@ -25,9 +26,11 @@ def empty_dynamo() -> Iterator[None]:
 def fresh_dynamo(request: pytest.FixtureRequest) -> Iterator[None]:
     """Past its recompile limit Dynamo runs eager without a word, which would compare eager with itself.
 
-    A module with KEEP_GRAPHS lets its tests share one compiled model.
+    The limit is Dynamo's own of 8 here, so that a model that compiles again and again fails. A module with KEEP_GRAPHS lets its
+    tests share one compiled model.
     """
     if not getattr(request.module, "KEEP_GRAPHS", False):
         torch._dynamo.reset()
-    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+    with pytest.MonkeyPatch.context() as patch, torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):  # fmt: skip
+        patch.setattr(backend, "_RECOMPILE_LIMITS", (8, 8))
         yield
