@@ -7,6 +7,8 @@ import os
 import pytest
 
 os.environ["LLMOPT_TUNE"] = "0"  # what somebody measured on this machine is no part of a test
+# Teams of the suite's processes share the cores: one that spins while it waits takes them from the others.
+os.environ["OMP_WAIT_POLICY"] = "passive"
 # A process either interprets GPU kernels or compiles them: see the Makefile.
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["gpu/interpret"]
 
