@@ -149,7 +149,16 @@ def _fresh(geometry: tuple, length: int, new_length: int) -> Sequence[Tensor]:
             _slabs[memory.data_ptr()] = _Slab(storage, geometry, capacity, total)
     # A part keeps the whole alive.
     parts = [from_dlpack(part) for part in memory.view(layers, -1).unbind(0)]
-    return _views(parts, geometry, total)
+    caches = _views(parts, geometry, total)
+    for cache in caches:
+        _will_grow(cache)
+    return caches
+
+
+def _will_grow(cache: Tensor) -> None:
+    """Tells Dynamo, as AOTAutograd does of results whose sizes change, that the length is to be a symbol when it first meets this
+    cache: the next call's would be another one. Nothing is guarded by it, and a PyTorch that does not know it takes no notice."""
+    cache._dynamo_propagated_dynamic_indices = {2}  # type: ignore[attr-defined]
 
 
 def _views(parts: Sequence[Tensor], geometry: tuple, length: int) -> Sequence[Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -63,6 +64,27 @@ def test_no_recompiles_after_warm_up(name: str, cache: str, backend: str) -> Non
         assert_same_generation(got, eager.generate(**x, max_new_tokens=new, **how))
     assert counted.graphs == graphs, "new sizes recompiled"
     assert counted.calls - calls == 4 + 25 + 7, "every forward is one whole graph"
+
+
+@pytest.mark.parametrize("length", [1, 9])
+def test_decoding_compiles_one_graph(length: int, backend: str) -> None:
+    """The first call with a cache is compiled for every length; one with a cache of one position is not: Dynamo takes 1 for a constant."""
+    model, eager, counted = zoo.make("llama", **ONE), zoo.make("llama", **ONE), Counted(backend)
+    model.compile(backend=counted)
+    x = zoo.inputs("llama", length)
+    got = model.generate(**x, max_new_tokens=6, **GREEDY)
+    assert_same_generation(got, eager.generate(**x, max_new_tokens=6, **GREEDY))
+    assert counted.graphs == (2 if length > 1 else 3), "the prompt, and one token after any length"
+
+
+def test_caches_are_copied_and_saved_as_any_tensor(backend: str, tmp_path: Path) -> None:
+    model = zoo.make("llama", **ONE)
+    model.compile(backend=backend)
+    with torch.no_grad():
+        keys = model(**zoo.inputs("llama", 9), use_cache=True).past_key_values.layers[0].keys
+    torch.save(keys, tmp_path / "keys.pt")
+    for same in (copy.deepcopy(keys), torch.load(tmp_path / "keys.pt", weights_only=True)):
+        torch.testing.assert_close(same, keys)
 
 
 BATCHES = {
