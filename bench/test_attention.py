@@ -32,7 +32,7 @@ def ours(shape: Attention, q, k, v, mask) -> OneOp:
         mask = mask.expand(*q.shape[:3], shape.slots)
         bounds = bounds.expand(*q.shape[:3], 4)
     operands = [q, k, v, out, mask, bounds, None, None, None, None, None]
-    ints = [int(shape.causal), shape.keys - shape.queries if shape.causal else 0, 0, 0, 0]
+    ints = [int(shape.causal), shape.keys - shape.queries if shape.causal else 0, 0, 0, 0, 0]
     return OneOp("attention", operands, ints, [shape.dim**-0.5, 0.0])
 
 

@@ -5,7 +5,8 @@
 //   k and v may be signed bytes with a scale per row, [B,Hkv,Skv,D+4] (attention/codes.h)
 //   4 mask [B,H,Sq,Skv] (b8: true attends; float: bias) -   5 bounds i32 [B,H,Sq,4] of mask_bounds, always with a mask
 //   - 6 cos, 7 sin [B,1,Sq,R] -   8 k_new [B,Hkv,Sn,D] -   9 v_new [B,Hkv,Sn,Dv] -   10 positions i64 [Sn] -
-// ints: is_causal, causal_offset, window (0: none), rope_kind (0 none, 1 half, 2 interleaved), write_kv
+// ints: is_causal, causal_offset, window (0: none), rope_kind (0 none, 1 half, 2 interleaved), write_kv, bf16_products
+//   (1: a prompt's products may round what they multiply to bf16)
 // floats: scale, softcap (0: none)
 //   H is a multiple of Hkv; D and Dv are at most 256. Key j is allowed for row i when j <= i + causal_offset (causal),
 //   j > i + causal_offset - window (window) and the mask lets it. A row with no allowed key gives zeros; what lies in
@@ -101,9 +102,9 @@ inline void attend(const Problem& p, const Plan& plan, int64_t chunk, int64_t sp
                    const Scratch& scratch) {
   if (plan.decode) return decode(p, plan, chunk, splits, threads, scratch);
 #ifdef __AMX_TILE__
-  if (plan.tiles) return prefill_tiles(p, plan, chunk, splits, scratch);
+  if (plan.terms > 0) return prefill_tiles(p, plan, chunk, splits, scratch);
 #endif
-  prefill(p, plan, chunk, splits, scratch);
+  prefill_rows(p, plan, RowChunk(p, plan, chunk, splits), scratch);
 }
 
 void run(const Step& s, int phase, int64_t chunk, int threads, const Scratch& scratch) {

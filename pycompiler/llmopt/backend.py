@@ -77,7 +77,7 @@ def _compile(
     gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, machine: Target
 ) -> Callable:
     clock = _Clock()
-    decision = _run_passes(gm, example_inputs, options, clock)
+    decision = _run_passes(gm, example_inputs, options, machine, clock)
     if machine.gpu is None:
         plan = make_plan(gm.graph, machine, tuner_for(machine, options.mode))
     else:
@@ -118,7 +118,11 @@ def _why_not(example_inputs: Sequence[Any], tensors: Sequence[torch.Tensor]) -> 
 
 
 def _run_passes(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, clock: _Clock
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    options: Options,
+    machine: Target,
+    clock: _Clock,
 ) -> Decision | None:
     """Returns what precision="auto" decided."""
     decision = None
@@ -132,8 +136,7 @@ def _run_passes(
                 decision, schemes = chosen.decision, chosen.schemes
         exact = quantize.run(graph, SCHEMES.get(options.precision), schemes)
         _say_exact(options, exact)
-        if options.attention == "int8":
-            attention_precision.run(graph)
+        attention_precision.run(graph, _attention(graph, options, machine))
 
     chosen = passes(quantise, settings.disabled_passes())
     values = run_copy(gm, example_inputs) if settings.verify_passes() else None
@@ -148,6 +151,14 @@ def _run_passes(
             check_values(values, run_copy(gm, example_inputs), name)
             clock.lap("verify")
     return decision
+
+
+def _attention(graph: fx.Graph, options: Options, machine: Target) -> str:
+    """What the products of attentions may round to. precision="auto" has measured them as they are."""
+    if options.attention is not None:
+        return options.attention
+    rounds = machine.gpu is None and options.precision != "auto"
+    return "bf16" if rounds and attention_precision.rounds_activations(graph) else "exact"
 
 
 def _say_exact(options: Options, layers: Sequence[str]) -> None:

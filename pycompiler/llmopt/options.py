@@ -13,10 +13,10 @@ MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagrap
 PRECISIONS = ("exact", *SCHEMES, "auto")
 WEIGHTS = ("keep", "packed")
 KV_CACHES = ("same", "int8")
-ATTENTIONS = ("exact", "int8")
+ATTENTIONS = ("exact", "bf16", "int8")
 DEVICES = ("cpu", "cuda", "hip")
-CPU_ONLY = {"precision": "auto", "weights": "packed"}
-GPU_ONLY = {"attention": "int8"}
+CPU_ONLY = (("precision", "auto"), ("weights", "packed"), ("attention", "bf16"))
+GPU_ONLY = (("attention", "int8"),)
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,9 @@ class Options:
     precision: str = "exact"
     accuracy_budget: float = DEFAULT_BUDGET  # of precision="auto": how far the result may move
     kv_cache: str = "same"
-    attention: str = "exact"  # "int8": queries and keys are multiplied as signed bytes
+    attention: str | None = (
+        None  # what products may round to; None: bf16 where linears round activations to 8 bits, else exact
+    )
     target: str | None = None  # None: the machine or GPU the tensors are on
     weights: str = "keep"  # "packed": the module's own leave memory once packed, see llmopt.offload
 
@@ -65,7 +67,9 @@ def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> Option
         mode=_choose("mode", mode or given.get("mode", "default"), MODES),
         precision=_choose("precision", given.get("precision", "exact"), PRECISIONS),
         kv_cache=_choose("kv_cache", given.get("kv_cache", "same"), KV_CACHES),
-        attention=_choose("attention", given.get("attention", "exact"), ATTENTIONS),
+        attention=_choose("attention", given["attention"], ATTENTIONS)
+        if "attention" in given
+        else None,
         target=wanted_target,
         weights=_choose("weights", given.get("weights", "keep"), WEIGHTS),
     )
@@ -76,7 +80,7 @@ def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> Option
 
 def check_for_gpu(options: Options, target: str) -> None:
     """Raises ValueError when options that only the CPU has were asked for with a GPU target."""
-    for name, value in CPU_ONLY.items():
+    for name, value in CPU_ONLY:
         if getattr(options, name) == value:
             raise ValueError(
                 f"llmopt: {name}={value!r} is not available for target={target!r}; possible: for cpu"
@@ -85,7 +89,7 @@ def check_for_gpu(options: Options, target: str) -> None:
 
 def check_for_cpu(options: Options) -> None:
     """Raises ValueError when options that only GPUs have were asked for where the target is the CPU."""
-    for name, value in GPU_ONLY.items():
+    for name, value in GPU_ONLY:
         if getattr(options, name) == value:
             raise ValueError(
                 f"llmopt: {name}={value!r} is not available for target='cpu'; possible: for cuda:<generation>, hip:<generation>"

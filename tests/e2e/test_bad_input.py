@@ -31,10 +31,14 @@ ERRORS = {
         {"options": {"target": "cuda:90", "precision": "auto"}},
         ("precision='auto'", "not available", "cuda:90", "cpu"),
     ),
-    "attention": ({"options": {"attention": "fp8"}}, ("fp8", "exact", "int8")),
+    "attention": ({"options": {"attention": "fp8"}}, ("fp8", "exact", "bf16", "int8")),
     "cpu-attention": (
         {"options": {"attention": "int8"}},
         ("attention='int8'", "not available", "target='cpu'", "cuda", "hip"),
+    ),
+    "target-attention": (
+        {"options": {"target": "cuda:90", "attention": "bf16"}},
+        ("attention='bf16'", "not available", "cuda:90", "cpu"),
     ),
     "target-weights": (
         {"options": {"target": "cuda:90", "weights": "packed"}},

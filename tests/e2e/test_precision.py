@@ -101,7 +101,7 @@ def test_a_llama_generates(precision: str, tied: bool) -> None:
     arguments = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 6}
     arguments |= {"do_sample": False, "pad_token_id": 0}
     want = wanted.generate(prompt, **arguments)
-    model.compile(backend="llmopt", options={"precision": precision})
+    model.compile(backend="llmopt", options={"precision": precision, "attention": "exact"})
     assert torch.equal(model.generate(prompt, **arguments), want)
     ids = torch.arange(3, 23)[None]
     assert relative(model(ids).logits, wanted(ids).logits) < 5e-3
@@ -109,6 +109,26 @@ def test_a_llama_generates(precision: str, tied: bool) -> None:
     assert len(details) == 9  # qkv, o, gate and up, down, twice; the head
     assert all(precision in d for d in details[:-1])
     assert "160x64 w8a16" in details[-1]
+
+
+@torch.no_grad()
+def test_attention_rounds_where_linears_do() -> None:
+    """Products in bf16 are the default beside activations of 8 bits, through both doors, and nowhere else."""
+
+    def attentions(model: nn.Module, options: dict[str, str]) -> set[bool]:
+        torch._dynamo.reset()
+        torch.compile(model, backend="llmopt", options=options)(torch.arange(3, 43)[None])
+        records = [r for r in alive()[-1].plan.records() if r.op == "attention"]
+        return {"+bf16_products" in r.detail for r in records}
+
+    model = llama(True)
+    for precision in ("w8a8", "w4a8"):
+        assert attentions(model, {"precision": precision}) == {True}
+        assert attentions(llmopt.quantize(model, precision), {}) == {True}
+        assert attentions(model, {"precision": precision, "attention": "exact"}) == {False}
+    for precision in ("exact", "w8a16", "w4a16"):
+        assert attentions(model, {"precision": precision}) == {False}
+        assert attentions(model, {"precision": precision, "attention": "bf16"}) == {True}
 
 
 @torch.no_grad()

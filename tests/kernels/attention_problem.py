@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -11,8 +12,11 @@ from hypothesis import strategies as st
 from llmopt import _C
 from llmopt.native.program import run_op
 
+from tests.tolerance import BF16_PRODUCTS, assert_close
+
 TIERS = _C.tiers()
 ROPE_NONE, ROPE_HALF, ROPE_INTERLEAVED = 0, 1, 2
+ALL = -1  # of an index: every batch or head
 
 
 @dataclass(frozen=True)
@@ -38,10 +42,16 @@ class Case:
     positions: bool = False
     seq_first: bool = False  # memory is [B,S,H,D]
     threads: int = 2
+    bf16_products: bool = False
 
     @property
     def causal_offset(self) -> int:
         return self.kv_len - self.q_len if self.offset is None else self.offset
+
+    @property
+    def accuracy(self) -> torch.dtype | str:
+        """Of the output."""
+        return BF16_PRODUCTS if self.bf16_products else self.dtype
 
 
 def float_mask(live: torch.Tensor, dead: float) -> torch.Tensor:
@@ -142,7 +152,7 @@ def run(c: Case, t: Tensors, tier: str) -> torch.Tensor:
         shape = (c.batch, c.heads, c.q_len)
         mask, bounds = mask.expand(*shape, c.kv_len), bounds.expand(*shape, 4)
     operands = [t.q, t.k, t.v, out, mask, bounds, t.cos, t.sin, t.k_new, t.v_new, t.positions]
-    ints = [int(c.is_causal), c.causal_offset, c.window, c.rope, int(c.new)]
+    ints = [int(c.is_causal), c.causal_offset, c.window, c.rope, int(c.new), int(c.bf16_products)]
     run_op("attention", operands, ints, [c.dim**-0.5, c.softcap], tier=tier, threads=c.threads)
     return out
 
@@ -199,6 +209,34 @@ def reference(c: Case, t: Tensors) -> tuple[torch.Tensor, torch.Tensor, torch.Te
         seen = torch.where(allowed[..., None], value[:, :, None], 0)
         return (weight[..., None] * seen).sum(-2), k, v
     return weight @ value, k, v
+
+
+@cache
+def solved(c: Case, seed: int) -> tuple[Tensors, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A problem and its reference, shared by the tiers."""
+    t = make(c, seed)
+    return t, *reference(c, t)
+
+
+@cache
+def solved_with(
+    c: Case, where: str, rows: tuple[tuple[int, ...], ...], value: float
+) -> tuple[Tensors, torch.Tensor]:
+    """The same with numbers at some indices of q, k or v replaced by `value`."""
+    t = make(c)
+    for index in rows:
+        getattr(t, where)[tuple(slice(None) if i == ALL else i for i in index)] = value
+    return t, reference(c, t)[0]
+
+
+def check(c: Case, tier: str, seed: int = 0) -> None:
+    """The kernel against the reference, what it wrote to keys and values included."""
+    t, want, k, v = solved(c, seed)
+    t = replace(t, k=t.k.clone(), v=t.v.clone())
+    assert_close(run(c, t, tier), want, c.accuracy)
+    if c.new:
+        assert_close(t.k, k, c.dtype)
+        assert torch.equal(t.v.double(), v)
 
 
 def _any_case(

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from llmopt.native.program import run_op
 
 from tests.kernels.attention_problem import (
+    ALL,
     MASKS,
     ROPE_HALF,
     ROPE_INTERLEAVED,
@@ -22,43 +23,17 @@ from tests.kernels.attention_problem import (
     Case,
     Tensors,
     allowed_keys,
+    check,
     make,
     problems,
     reference,
     run,
+    solved_with,
 )
 from tests.tolerance import assert_close
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-ALL = -1  # of an index: every batch or head
-
-
-@cache
-def solved(c: Case, seed: int) -> tuple[Tensors, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A problem and its reference, shared by the tiers."""
-    t = make(c, seed)
-    return t, *reference(c, t)
-
-
-@cache
-def solved_with(
-    c: Case, where: str, rows: tuple[tuple[int, ...], ...], value: float
-) -> tuple[Tensors, torch.Tensor]:
-    """The same with numbers at some indices of q, k or v replaced by `value`."""
-    t = make(c)
-    for index in rows:
-        getattr(t, where)[tuple(slice(None) if i == ALL else i for i in index)] = value
-    return t, reference(c, t)[0]
-
-
-def check(c: Case, tier: str, seed: int = 0) -> None:
-    t, want, k, v = solved(c, seed)
-    t = replace(t, k=t.k.clone(), v=t.v.clone())
-    assert_close(run(c, t, tier), want, c.dtype)
-    if c.new:
-        assert_close(t.k, k, c.dtype)
-        assert torch.equal(t.v.double(), v)
 
 
 @pytest.mark.parametrize("dim", [16, 20, 64, 80, 128])
@@ -235,7 +210,7 @@ def test_bf16_scale_of_any_sign(tier: str, factor: float) -> None:
     want, _, _ = reference(c, replace(t, q=t.q * factor))
     out = torch.empty_like(t.q)
     operands = [t.q, t.k, t.v, out] + [None] * 7
-    run_op("attention", operands, [0, 40, 0, 0, 0], [factor * c.dim**-0.5, 0.0], tier, 2)
+    run_op("attention", operands, [0, 40, 0, 0, 0, 0], [factor * c.dim**-0.5, 0.0], tier, 2)
     assert_close(out, want)
 
 
@@ -339,7 +314,7 @@ for tier, rows, (k, v) in product(_C.tiers(), (1, 3, 40), caches):
     bounds = torch.zeros(1, 1, rows, 4, dtype=torch.int32)
     run_op("mask_bounds", [mask, bounds], tier=tier)
     operands = [q, k, v, out, mask.expand(1, HEADS, -1, -1), bounds.expand(1, HEADS, -1, -1)]
-    run_op("attention", operands + [None] * 5, [0, 0, 0, 0, 0], [0.125, 0.0], tier, 2)
+    run_op("attention", operands + [None] * 5, [0, 0, 0, 0, 0, 0], [0.125, 0.0], tier, 2)
     weight = torch.softmax(q.float() @ k[:, :, :LIVE].float().mT * 0.125, -1)
     error = (out.float() - weight @ v[:, :, :LIVE].float()).abs().max()
     assert error < (1e-5 if k.dtype == torch.float32 else 1e-2), (tier, rows, k.dtype, error)

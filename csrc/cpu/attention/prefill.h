@@ -278,15 +278,35 @@ inline void store_panel(const Problem& p, const Plan& plan, Panel& a, int64_t sp
   }
 }
 
-// Chunks run over splits fastest, then panels from the last (under a causal mask the longest), then heads: the chunks
-// in flight share a head's keys, and the shortest come at the end.
-inline void prefill(const Problem& p, const Plan& plan, int64_t chunk, int64_t splits, const Scratch& scratch) {
+struct KeySpan {
+  int64_t begin, end;
+};
+
+// Rows of one kv head and the part of their keys that one chunk of work takes. Chunks run over splits fastest, then
+// panels from the last (under a causal mask the longest), then heads: the chunks in flight share a head's keys, and the
+// shortest come at the end.
+struct RowChunk {
+  int64_t b, kv_head, row0, rows, split, splits;
+
+  RowChunk(const Problem& p, const Plan& plan, int64_t number, int64_t splits_) : splits(splits_) {
+    const int64_t head = number / splits / plan.panels;
+    split = number % splits;
+    row0 = (plan.panels - 1 - number / splits % plan.panels) * plan.nv * kLanes;
+    b = head / p.kv_heads, kv_head = head % p.kv_heads;
+    rows = min64(plan.nv * kLanes, plan.rows - row0);
+  }
+  // Of keys [lo, hi) that its rows may see, those of its split.
+  KeySpan keys(int64_t lo, int64_t hi) const {
+    const int64_t length = max64(0, hi - lo);
+    return {lo + length * split / splits, lo + length * (split + 1) / splits};
+  }
+};
+
+// At most kLd rows.
+inline void prefill_rows(const Problem& p, const Plan& plan, const RowChunk& chunk, const Scratch& scratch) {
   Panel a;
-  const int64_t split = chunk % splits, head = chunk / splits / plan.panels;
-  const int64_t panel = plan.panels - 1 - chunk / splits % plan.panels;
-  a.b = head / p.kv_heads, a.kv_head = head % p.kv_heads;
-  a.row0 = panel * plan.nv * kLanes;
-  a.rows = min64(plan.nv * kLanes, plan.rows - a.row0);
+  a.b = chunk.b, a.kv_head = chunk.kv_head;
+  a.row0 = chunk.row0, a.rows = chunk.rows;
   a.nv = static_cast<int>(ceil_div(a.rows, kLanes));
   place_scratch(a, scratch.local);
   find_ranges(p, a);
@@ -298,9 +318,9 @@ inline void prefill(const Problem& p, const Plan& plan, int64_t chunk, int64_t s
   }
   for (int64_t d = 0; d < p.v_dim; ++d)
     for (int v = 0; v < a.nv; ++v) vstore(a.ot + d * kLd + v * kLanes, vzero());
-  const int64_t length = max64(0, hi - lo), end = lo + length * (split + 1) / splits;
-  for (int64_t j = lo + length * split / splits; j < end; j += kBlock) attend_block(p, a, j, min64(kBlock, end - j));
-  store_panel(p, plan, a, split, splits, scratch.shared);
+  const KeySpan span = chunk.keys(lo, hi);
+  for (int64_t j = span.begin; j < span.end; j += kBlock) attend_block(p, a, j, min64(kBlock, span.end - j));
+  store_panel(p, plan, a, chunk.split, chunk.splits, scratch.shared);
 }
 
 }  // namespace

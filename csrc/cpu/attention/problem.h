@@ -13,6 +13,8 @@ constexpr int kLd = kMaxNv * kLanes;                 // floats per row of every 
 constexpr int64_t kMinSplitKeys = 128;               // fewer keys cost less than handing them to another thread
 constexpr int64_t kHeadsPerChunk = 8;                // of kv heads whose rows lie side by side in memory
 constexpr int64_t kTileDecodeRows = 8;               // more rows of several queries are worth tiles
+constexpr int64_t kRoundedTileRows = 31;             // of operands that are rounded first
+constexpr int64_t kSplitTileRows = 63;               // of operands that are split into terms
 constexpr int kTileVectors = 16;                     // vectors of query rows in one chunk on tiles: whole panels
 #ifdef __AMX_TILE__
 constexpr bool kHasTiles = true;
@@ -24,6 +26,7 @@ struct Problem {
   const Tensor *q, *k, *v, *out, *mask, *bounds, *cos, *sin, *k_new, *v_new, *positions;  // nullptr: not given
   int64_t batch, heads, kv_heads, group, q_len, kv_len, head_dim, v_dim, new_len;
   bool is_causal, codes_by_byte;  // byte products give the scores of keys that are codes
+  bool bf16_products;             // products may round what they multiply to bf16
   int64_t causal_offset, window, rope_kind;
   float scale, softcap;
 };
@@ -50,7 +53,7 @@ inline Problem parse(const Step& s) {
   p.kv_heads = p.k->size[1], p.kv_len = p.k->size[2], p.v_dim = head_size(*p.v);
   p.group = p.kv_heads ? p.heads / p.kv_heads : 1;
   p.new_len = p.k_new ? p.k_new->size[2] : p.v_new ? p.v_new->size[2] : 0;
-  p.is_causal = s.i[0] != 0, p.causal_offset = s.i[1], p.window = s.i[2];
+  p.is_causal = s.i[0] != 0, p.causal_offset = s.i[1], p.window = s.i[2], p.bf16_products = s.i[5] != 0;
   p.rope_kind = p.cos && p.sin ? s.i[3] : kRopeNone;
   p.scale = s.f[0], p.softcap = s.f[1];
   p.codes_by_byte = kMultipliesBytes && p.k->dtype == DType::s8;
@@ -91,7 +94,7 @@ inline KeyRange key_range(const Problem& p, int64_t b, int64_t h, int64_t i) {
 // How the work is cut. Rows of one kv head are stacked as i * group + g, so that the heads of a group share every key.
 struct Plan {
   bool decode;                // few rows: dot products along the head dimension; else panels of rows in vector lanes
-  bool tiles;                 // prefill by attention/tiles.h
+  int terms;                  // of numbers that prefill by attention/tiles.h multiplies; 0: not by tiles
   bool write_first;           // new keys and values get a phase of their own; decode writes them in its chunks
   int nv;                     // vectors of rows in one chunk of prefill
   int64_t rows, panels;       // of one kv head: rows, and chunks that they make
@@ -99,24 +102,41 @@ struct Plan {
   int64_t units, max_splits;  // chunks of a phase without splits; most splits of the keys
 };
 
-// Tiles multiply bf16 by bf16; scores are scaled behind the products, where their largest must stay the largest.
-inline bool suits_tiles(const Problem& p) {
-  return kHasTiles && p.head_dim > 0 && p.v_dim > 0 && p.q->dtype == DType::bf16 && p.k->dtype == DType::bf16 &&
-         p.v->dtype == DType::bf16 && p.scale > 0.0f;
+// bf16 numbers that the widest operand is the sum of when tiles multiply it; 0: they do not.
+inline int terms_of(const Problem& p) {
+  // Scores are scaled behind the products, where their largest must stay the largest.
+  if (!kHasTiles || p.head_dim == 0 || p.v_dim == 0 || !(p.scale > 0.0f)) return 0;
+  if (p.bf16_products) return 1;
+  auto all = [&p](DType a, DType b) {
+    return (p.q->dtype == a || p.q->dtype == b) && (p.k->dtype == a || p.k->dtype == b) &&
+           (p.v->dtype == a || p.v->dtype == b);
+  };
+  return all(DType::bf16, DType::bf16) ? 1 : all(DType::f16, DType::bf16) ? 2 : 0;
+}
+
+// More rows than these are worth the preparation of tiles.
+inline int64_t fewer_than_tiles(const Problem& p, int terms) {
+  if (terms == 0) return INT64_MAX;
+  if (terms == 2) return kSplitTileRows;
+  if (p.q->dtype != DType::bf16 || p.k->dtype != DType::bf16 || p.v->dtype != DType::bf16) return kRoundedTileRows;
+  return p.q_len > 1 ? kTileDecodeRows : kLanes;
 }
 
 inline Plan make_plan(const Problem& p, int threads) {
   Plan plan{};
   plan.rows = p.q_len * p.group;
-  plan.decode = plan.rows <= (suits_tiles(p) && p.q_len > 1 ? kTileDecodeRows : kLanes);
+  const int terms = terms_of(p);
+  const int64_t few_rows = fewer_than_tiles(p, terms);
+  plan.decode = plan.rows <= min64(kLanes, few_rows);
   plan.write_first = (p.k_new || p.v_new) && !plan.decode;
-  plan.tiles = !plan.decode && suits_tiles(p);
-  plan.nv = plan.tiles ? kTileVectors : kMaxNv;
+  plan.terms = plan.rows > few_rows ? terms : 0;
+  const bool tiles = plan.terms > 0;
+  plan.nv = tiles ? kTileVectors : kMaxNv;
   plan.heads = 1;
   // With [B,S,H,D] memory a chunk takes neighbouring heads together, so that it reads whole stretches of memory.
   if (plan.decode && p.k->stride[1] < p.k->stride[2]) plan.heads = max64(1, min64(p.kv_heads, kHeadsPerChunk));
   const int64_t head_groups = p.batch * ceil_div(p.kv_heads, plan.heads);
-  const int least = plan.tiles ? kMaxNv : 1, step = plan.tiles ? kMaxNv : 1, chunks = (plan.tiles ? 4 : 2) * threads;
+  const int least = tiles ? kMaxNv : 1, step = tiles ? kMaxNv : 1, chunks = (tiles ? 4 : 2) * threads;
   if (!plan.decode)
     while (plan.nv > least && head_groups * ceil_div(plan.rows, plan.nv * kLanes) < chunks) plan.nv -= step;
   plan.panels = plan.decode ? 1 : ceil_div(plan.rows, plan.nv * kLanes);

@@ -67,6 +67,10 @@ def reject_heads(
 _ARRAYS = "scales in tensors of their own are for GPUs: KVCache(model, layout='rows') is for CPUs"
 
 
+def _bf16_products(node: fx.Node) -> int:
+    return int(node.kwargs.get("products") == "bf16")
+
+
 def _reject_gpu_only(node: fx.Node) -> str:
     if node.kwargs.get("k_scale") is not None:
         return _ARRAYS
@@ -127,6 +131,10 @@ def codes(keys: Tensor) -> str:
     return "+int8_kv" if keys.dtype == torch.int8 else ""
 
 
+def _products(node: fx.Node) -> str:
+    return "+bf16_products" if _bf16_products(node) else ""
+
+
 def attention_record(
     node: fx.Node,
     q: fx.Node,
@@ -157,9 +165,9 @@ def _lower_attention(s: SegmentBuilder, node: fx.Node) -> None:
     keys = fake(k).shape[2]
     mask, bounds = _mask_operands(s, node, a["mask"], (*fake(q).shape[:3], keys))
     operands = [s.view(q), s.view(k), s.view(v), s.view(node), mask, bounds, *[None] * 5]
-    ints = [int(a["causal"]), a["causal_offset"], a["window"], 0, 0]
+    ints = [int(a["causal"]), a["causal_offset"], a["window"], 0, 0, _bf16_products(node)]
     detail = "causal" if a["causal"] else "mask" if mask is not None else "full"
-    detail += codes(fake(k))
+    detail += codes(fake(k)) + _products(node)
     record = attention_record(node, q, (fake(k), fake(v)), detail, (q, k, v), (node,))
     s.step("attention", operands, ints, [a["scale"], a["softcap"]], record)
 
@@ -199,9 +207,10 @@ def _lower_attention_append(s: SegmentBuilder, node: fx.Node) -> None:
     ]
     operands += [s.view(k_new), s.view(v_new), None]
     ints = [int(a["causal"]), a["causal_offset"], a["window"], ROPE_KINDS.index(rope_name), 1]
+    ints.append(_bf16_products(node))
     detail = "append" + (f"+rope_{rope_name}" if rope_name != "none" else "")
     detail += "+causal" if a["causal"] else "+mask" if mask is not None else ""
-    detail += codes(keys)
+    detail += codes(keys) + _products(node)
     record = attention_record(node, q, (keys, values), detail, (q, k_new, v_new), ())
     s.step("attention", operands, ints, [a["scale"], a["softcap"]], record)
 

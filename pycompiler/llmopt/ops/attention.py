@@ -46,6 +46,7 @@ def attention(
     softcap: float = 0.0,
     *,
     qk: str = "same",
+    products: str = "same",
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> Tensor:
@@ -55,6 +56,7 @@ def attention(
     mask: bool (True = attend) or additive float, broadcastable to [B,H,Sq,Skv]. Computed in float32. A row with no key gives zeros.
     qk: "int8" rounds queries and keys to signed bytes before they are multiplied, a scale for each, keys less their mean over all
     positions (unless they are codes already); a kernel may leave few queries as they are.
+    products: "bf16" allows a kernel to round what it multiplies to bf16; sums and softmax stay float32. Here nothing is rounded.
     """
     group = q.shape[1] // k.shape[1]
     floats = [_widened(t, scale) for t, scale in ((k, k_scale), (v, v_scale))]
@@ -120,6 +122,7 @@ def attention_append(
     *settings: Any,
     as_codes: bool = False,
     qk: str = "same",
+    products: str = "same",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rotates q and k_new, appends k_new and v_new [B,Hkv,Sn,·] to the caches [B,Hkv,S,·], attends.
 
@@ -131,7 +134,7 @@ def attention_append(
     if as_codes:
         k_new, v_new = quantize_rows(k_new), quantize_rows(v_new)
     keys, values = _joined(k_cache, k_new), _joined(v_cache, v_new)
-    return attention(q, keys, values, *settings, qk=qk), keys, values
+    return attention(q, keys, values, *settings, qk=qk, products=products), keys, values
 
 
 def _rotated(
