@@ -10,10 +10,10 @@
 
 namespace {
 
-constexpr int64_t kTileStep = 32;                      // k of one product
-constexpr int64_t kTileSize = kTileRows * kTileBytes;  // bytes of a tile
-constexpr int64_t kTileKeys = 128;                     // keys per block
-constexpr int64_t kKeySteps = kTileKeys / kTileStep;   // of a block
+constexpr int64_t kTileStep = 32;                        // k of one product
+constexpr int64_t kTileSize = kTileRows * kTileBytes;    // bytes of a tile
+constexpr int64_t kTileKeys = 128;                       // keys per block
+constexpr int64_t kKeySteps = kTileKeys / kTileStep;     // of a block
 constexpr int64_t kColumn = (kMaxHeadDim + 8) * kLanes;  // floats of one vector's scores or outputs, off a power of two
 constexpr int kTilePanels = kTileVectors / kMaxNv;       // of a chunk
 static_assert(kTileVectors % kMaxNv == 0 && kMaxNv % 2 == 0 && kTileKeys <= kBlock && kLanes == kTileRows);

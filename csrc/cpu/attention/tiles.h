@@ -1,6 +1,6 @@
-// Prefill on AMX tiles, which multiply bf16: bf16 queries, keys and values as they are, f16 as sums of two such numbers,
-// any others rounded where that was asked for (f32 as sums of three took as long as FMA). Sums, masks and softmax are
-// f32, weights are split as their operands are.
+// Prefill on AMX tiles, which multiply bf16: bf16 queries, keys and values as they are, f16 as sums of two such
+// numbers, any others rounded where that was asked for (f32 as sums of three took as long as FMA). Sums, masks and
+// softmax are f32, weights are split as their operands are.
 //
 // As in prefill.h a vector holds one key for kLanes query rows: Sᵀ = K Qᵀ, softmax down the keys, Oᵀ = alpha Oᵀ + Vᵀ
 // Pᵀ. A chunk is several panels, for which each block of keys and values is brought into tiles once; a panel takes two
