@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import operator
 import re
-import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from heapq import heappop, heappush
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -189,12 +188,26 @@ def map_fakes(value: Any) -> Any:
 def compute_fake(mode: FakeTensorMode, target: Callable | str, args: Any, kwargs: Any) -> Any:
     """The example value of a call, from the example values of its arguments."""
     fake_args, fake_kwargs = map_fakes(tuple(args)), map_fakes(dict(kwargs))
+    rule = getattr(target, "fake", None)
     # As Dynamo does: some operations take sizes that change only in their Python form.
-    with mode, torch.no_grad(), enable_python_dispatcher():
+    with mode, torch.no_grad(), enable_python_dispatcher(), _uncached(mode, fake_args):
         if isinstance(target, str):
             return getattr(fake_args[0], target)(*fake_args[1:], **fake_kwargs)
-        rule = getattr(target, "fake", None)
         return (rule or target)(*fake_args, **fake_kwargs)
+
+
+@contextmanager
+def _uncached(mode: FakeTensorMode, args: tuple) -> Iterator[None]:
+    """Without the mode's cache where sizes are symbols: taking a window from a cached one takes up to five times what computing it does."""
+    symbolic = any(isinstance(a, FakeTensor) and a._has_symbolic_sizes_strides for a in args)
+    if not (symbolic and mode.cache_enabled):
+        yield
+        return
+    mode.cache_enabled = False
+    try:
+        yield
+    finally:
+        mode.cache_enabled = True
 
 
 def emit(
@@ -235,13 +248,29 @@ def replace(old: fx.Node, new: fx.Node) -> None:
 
 
 def replace_all(pairs: Sequence[tuple[fx.Node, fx.Node]]) -> None:
-    """Replaces several nodes, and follows their new memory downstream once."""
+    """Replaces several nodes, and follows their new memory downstream once.
+
+    A new node whose memory is laid out as the old one's was takes over the old example value, which windows downstream are on.
+    """
     stale: list[fx.Node] = []
     for old, new in pairs:
+        if _takes_over(old, new):
+            new.meta["example_value"] = fake(old)
         stale += _stale_users(old, fake(new))
         old.replace_all_uses_with(new)
         old.graph.erase_node(old)
     refresh(stale)
+
+
+def _takes_over(old: fx.Node, new: fx.Node) -> bool:
+    """True when both have memory of their own, alike in all, and nobody reads the new node yet."""
+    if new.users or new.op not in ("call_function", "call_method"):
+        return False
+    if any(is_view(n) or is_in_place(n) for n in (old, new)) or not _same_layout(
+        fake(old), fake(new)
+    ):
+        return False
+    return old.op in ("call_function", "call_method") and fake(old).device == fake(new).device
 
 
 def _stale_users(node: fx.Node, now: Any) -> list[fx.Node]:
@@ -439,48 +468,6 @@ def binary_operands(node: fx.Node) -> tuple[Any, Any] | None:
     if extra or len(operands) != 2:
         return None
     return operands[0], operands[1]
-
-
-def source_line(node: fx.Node) -> str:
-    """The user's source line that made this node, as `file:line: code`, "" when unknown.
-
-    A member of an nn.Sequential has no line of its own: its path and class, as `0.2 (GELU)`, stand before the line that called the
-    container. Paths are short: from the working directory, or from the package's name on.
-    """
-    return "  ".join(part for part in (_member(node), _nearest_line(node)) if part)
-
-
-def _nearest_line(node: fx.Node) -> str:
-    lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines()]
-    frames = [i for i, line in enumerate(lines) if line.startswith("File ")]
-    if not frames:
-        return ""
-    last = frames[-1]
-    file, _, rest = lines[last].removeprefix('File "').partition('", line ')
-    number = rest.partition(",")[0] or "?"
-    code = lines[last + 1] if last + 1 < len(lines) else ""
-    return f"{_short_path(file)}:{number}: {code}"
-
-
-def _member(node: fx.Node) -> str:
-    """`path (Class)` below the outermost container, when the innermost module is called by an nn.Sequential."""
-    stack = list((node.meta.get("nn_module_stack") or {}).values())
-    if len(stack) < 2 or not issubclass(stack[-2][1], torch.nn.Sequential):
-        return ""
-    paths = [path for path, _ in stack]
-    first = next(i for i, (_, cls) in enumerate(stack) if issubclass(cls, torch.nn.Sequential))
-    return f"{paths[-1].removeprefix(paths[first] + '.')} ({stack[-1][1].__name__})"
-
-
-def _short_path(file: str) -> str:
-    path = Path(file)
-    longest = sorted(sys.path, key=len, reverse=True)
-    # Installed packages first: their environment may lie in the working directory.
-    installed = [p for p in longest if Path(p).name in ("site-packages", "dist-packages")]
-    for root in (*installed, str(Path.cwd()), *longest):
-        if root and path.is_relative_to(root):
-            return str(path.relative_to(root))
-    return file
 
 
 getitem = operator.getitem

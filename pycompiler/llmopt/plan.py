@@ -23,7 +23,6 @@ from llmopt.graph import (
     is_view,
     kind,
     numel,
-    source_line,
     storage,
     view_base,
 )
@@ -36,6 +35,7 @@ from llmopt.ops.attention import APPENDS
 from llmopt.passes.simplify import PURE
 from llmopt.registry import Chooser, by_default
 from llmopt.sizes import Size, SizeTable, UnsupportedSize, expression
+from llmopt.source_lines import source_line
 from llmopt.types import Target
 from llmopt.writes import mutated_storages
 

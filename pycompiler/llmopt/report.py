@@ -259,7 +259,7 @@ def _steps(run: Run, probe: Probe) -> list[StepTime]:
 def _step(
     record: StepRecord, isa: str, ns: int, flops: int, num_bytes: int, probe: Probe
 ) -> StepTime:
-    from llmopt.graph import source_line
+    from llmopt.source_lines import source_line
 
     peak = probe.linear_peak(record.multiplies) if record.multiplies else probe.fma_flops
     compute, memory = flops / peak, num_bytes / probe.read_bytes

@@ -23,7 +23,7 @@ from llmopt.graph import (
     is_empty,
     is_tensor,
     kind,
-    refresh,
+    replace_all,
     same_size,
     sole_user,
     storage,
@@ -205,14 +205,9 @@ def _match(graph: fx.Graph, mode: Any, node: fx.Node, written: set[int], writes:
         joined = emit(graph, mode, append, args, kwargs, like=node)
         parts = [emit(graph, mode, getitem, (joined, i), like=node) for i in range(1 + len(wholes))]
     graph.erase_node(anchor)
-    changed = []
-    for old, new in zip((node, *wholes), parts, strict=True):
-        changed += list(old.users)
-        old.replace_all_uses_with(new)
-        graph.erase_node(old)
+    replace_all(list(zip((node, *wholes), parts, strict=True)))
     for part in (k_parts, v_parts):
         _erase_rounding(graph, part)
-    refresh(changed)
 
 
 def _erase_rounding(graph: fx.Graph, part: _Joined) -> None:
