@@ -1,6 +1,7 @@
 """Types of the native module, which csrc/bind.cpp defines; test_architecture.py compares them."""
 
 from collections.abc import Sequence
+from typing import Any
 
 def tiers(supported_only: bool = True) -> list[str]: ...
 def tier_ops(tier: str) -> list[str]: ...
@@ -23,6 +24,17 @@ class Samples:
 class Prefetch:
     def __init__(self, addresses: Sequence[int], bytes: Sequence[int]) -> None: ...
     def fetch(self) -> None: ...
+
+class Arguments:
+    def __init__(
+        self,
+        arguments: tuple,
+        positions: Sequence[int],
+        address_of: Any,
+        version_of: Any,
+        counted: Sequence[bool],
+    ) -> None: ...
+    def same(self, arguments: tuple) -> bool: ...
 
 class Program:
     def __init__(

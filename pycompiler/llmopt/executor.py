@@ -56,7 +56,7 @@ class Segment(torch.nn.Module):
         self._symbols = symbols
         self._packed = [spec for _, spec in sorted(builder.packed.values(), key=lambda p: p[0])]
         views = [v for p in self._packed for v in p.views()]
-        self._weight_arguments = picker(list(dict.fromkeys(v.argument for v in views)))
+        self._weights = list(dict.fromkeys(v.argument for v in views))
         self._matrices = sorted({v.argument for p in self._packed for v in p.sources})
         self._offload = options.weights == "packed"
         self._arguments = picker([n for source, n in builder.externals if source == "argument"])
@@ -139,10 +139,9 @@ class Segment(torch.nn.Module):
         """The addresses of packed weights and biases, made again first where a source changed."""
         if not self._packed:
             return self._packed_addresses
-        tensors = self._weight_arguments(arguments)
         watch = self._watch
         same = False
-        if watch is not None and watch.same_tensors(tensors):
+        if watch is not None and watch.same_tensors(arguments):
             if watch.same_content():
                 return self._packed_addresses
             same = True
@@ -154,7 +153,7 @@ class Segment(torch.nn.Module):
                 _address(held[number], source) for source, number in self._packed_externals
             ]
             self._held = [weakref.ref(entry) for entry in held]
-            self._packed_addresses, self._watch = addresses, Watch(tensors)
+            self._packed_addresses, self._watch = addresses, Watch(arguments, self._weights)
             return addresses
 
     def forget_weights(self) -> None:

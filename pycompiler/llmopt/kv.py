@@ -165,6 +165,9 @@ def _views(parts: Sequence[Tensor], geometry: tuple, length: int) -> Sequence[Te
     """[B,H,length,D] of every layer; parts: tensors over the layers' storages, which begin where the result does."""
     _, batch, heads, width, _, _ = geometry
     size, stride = (batch, heads, length, width), (heads * width, width, batch * heads * width, 1)
+    if parts[0].is_inference():
+        return [p.as_strided(size, stride) for p in parts]
+    # Detached: a window remembers the tensor that it is a view of, whose sizes Dynamo checks too; they must not be the capacity.
     return [p.detach().as_strided(size, stride) for p in parts]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from llmopt import _C
-from llmopt.weights import STORE, version_of
+from llmopt.weights import STORE
 
 _ADDRESS = Tensor.data_ptr
 
@@ -23,26 +23,22 @@ class Watch:
     elements through `.data` can escape for a while; `llmopt.refresh` is for that.
     """
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
+    def __init__(self, arguments: tuple, positions: Sequence[int]) -> None:
+        """positions: which of a call's arguments are the weights."""
         self.epoch = STORE.epoch
-        self._ids = list(map(id, tensors))
-        self._addresses = list(map(_ADDRESS, tensors))
-        self._version = version_of(tensors)
-        self._versions = list(map(self._version, tensors))
+        tensors = [arguments[p] for p in positions]
+        counted = [not t.is_inference() for t in tensors]  # those have no edit count
+        self._tensors = _C.Arguments(arguments, positions, _ADDRESS, Tensor._version, counted)
         self._samples = _C.Samples(
-            self._addresses, [t.untyped_storage().nbytes() - _start(t) for t in tensors]
+            list(map(_ADDRESS, tensors)),
+            [t.untyped_storage().nbytes() - _start(t) for t in tensors],
         )
         self._objects = _objects(tensors)
 
-    def same_tensors(self, tensors: Sequence[Tensor]) -> bool:
+    def same_tensors(self, arguments: tuple) -> bool:
         """The same objects at the same addresses with the same edit counts."""
         self._samples.fetch()  # arrives while the tensors are asked
-        return (
-            self.epoch == STORE.epoch
-            and self._ids == list(map(id, tensors))
-            and self._addresses == list(map(_ADDRESS, tensors))
-            and self._versions == list(map(self._version, tensors))
-        )
+        return self.epoch == STORE.epoch and self._tensors.same(arguments)
 
     def same_content(self) -> bool:
         """The sampled lines hold what they held; meaningful only while `same_tensors` is true."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,17 +52,9 @@ def _cut(tensor: Tensor, view: WeightView) -> Tensor:
     return tensor.detach().as_strided(view.size, view.stride, tensor.storage_offset() + view.offset)
 
 
-_EDITS = Tensor._version.__get__  # type: ignore[attr-defined]
-
-
 def version(tensor: Tensor) -> int:
     """The tensor's edit count; 0 for inference tensors, which have none."""
-    return 0 if tensor.is_inference() else _EDITS(tensor)
-
-
-def version_of(tensors: Sequence[Tensor]) -> Callable[[Tensor], int]:
-    """`version` for just these tensors, without the question where none of them was made in inference mode."""
-    return version if any(t.is_inference() for t in tensors) else _EDITS
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def state_of(tensors: Sequence[Tensor]) -> tuple:

@@ -1,4 +1,5 @@
-"""Samples of memory: an edit of all of it shows at once, one of a few elements within 16 looks."""
+"""Signs that a weight changed: samples of memory show an edit of all of it at once, one of a few elements within 16 looks; arguments
+show another object, another address, another count of edits."""
 
 from __future__ import annotations
 
@@ -38,3 +39,47 @@ def test_an_edit_of_an_end_shows_soon(place: int) -> None:
 def test_each_range_needs_a_size() -> None:
     with pytest.raises(ValueError, match="as many sizes"):
         _C.Samples([1, 2], [3])
+
+
+def arguments_of(*tensors: torch.Tensor, counted: bool = True) -> _C.Arguments:
+    """Watches a call's tensors, in front of which a number stands."""
+    rows, flags = list(range(1, 1 + len(tensors))), [counted] * len(tensors)
+    return _C.Arguments((7, *tensors), rows, torch.Tensor.data_ptr, torch.Tensor._version, flags)
+
+
+def test_arguments_are_the_same_until_one_is_replaced_edited_or_moved() -> None:
+    first, second = torch.nn.Parameter(torch.ones(3), requires_grad=False), torch.ones(3)
+    seen = arguments_of(first, second)
+    assert seen.same((7, first, second))
+    assert seen.same((8, first, second)), "nobody watches the number"
+    assert not seen.same((7, first, second.clone())), "another object"
+    assert not seen.same((7, first)), "too few arguments"
+    second += 1
+    assert not seen.same((7, first, second)), "edited"
+    seen = arguments_of(first, second)
+    first.data = torch.ones(3)
+    assert not seen.same((7, first, second)), "moved, which counts as no edit"
+
+
+def test_tensors_of_inference_mode_have_no_count_of_edits() -> None:
+    with torch.inference_mode():
+        tensor = torch.ones(3)
+    assert arguments_of(tensor, counted=False).same((7, tensor))
+    with pytest.raises(RuntimeError, match="version counter"):
+        arguments_of(tensor)
+
+
+def test_an_argument_that_cannot_be_asked_is_not_the_same() -> None:
+    plain = torch.ones(3)
+    with torch.inference_mode():
+        inference = torch.ones(3)
+    seen = arguments_of(plain)
+    torch.utils.swap_tensors(plain, inference)
+    assert not seen.same((7, plain))
+
+
+def test_positions_of_arguments_must_exist() -> None:
+    with pytest.raises(IndexError, match="beyond the arguments"):
+        _C.Arguments((1,), [1], torch.Tensor.data_ptr, torch.Tensor._version, [True])
+    with pytest.raises(ValueError, match="as many flags"):
+        _C.Arguments((1,), [0], torch.Tensor.data_ptr, torch.Tensor._version, [])
