@@ -88,9 +88,9 @@ class Arguments {
 
   // The same objects, each where it was and as often edited.
   bool same(const py::tuple& arguments) const {
-    const auto number = static_cast<size_t>(PyTuple_GET_SIZE(arguments.ptr()));
+    const auto given = static_cast<size_t>(PyTuple_GET_SIZE(arguments.ptr()));
     for (const Row& row : rows_)
-      if (row.position >= number || PyTuple_GET_ITEM(arguments.ptr(), row.position) != row.object) return false;
+      if (row.position >= given || PyTuple_GET_ITEM(arguments.ptr(), row.position) != row.object) return false;
     for (const Row& row : rows_) {
       int64_t address = 0, version = 0;
       if (!ask(row, &address, &version)) {

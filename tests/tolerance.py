@@ -11,6 +11,8 @@ BF16_PRODUCTS = (
     "bf16 products"  # of attention: scores of f32 operands move by a 256th of themselves
 )
 
+SPLIT_F16 = "f16 as two bf16 numbers"  # of attention, its output in f32
+
 # dtype: (largest relative error, RMS of the relative error)
 BOUNDS = {
     torch.float64: (1e-10, 1e-11),
@@ -18,6 +20,7 @@ BOUNDS = {
     torch.float16: (2e-2, 4e-3),
     torch.bfloat16: (4e-2, 8e-3),
     BF16_PRODUCTS: (1e-1, 1.6e-2),
+    SPLIT_F16: (1e-3, 1e-4),
 }
 
 # RMS error of attention whose queries and keys are rounded to 8 bits, relative to the RMS of the exact result.

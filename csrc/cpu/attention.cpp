@@ -6,7 +6,7 @@
 //   4 mask [B,H,Sq,Skv] (b8: true attends; float: bias) -   5 bounds i32 [B,H,Sq,4] of mask_bounds, always with a mask
 //   - 6 cos, 7 sin [B,1,Sq,R] -   8 k_new [B,Hkv,Sn,D] -   9 v_new [B,Hkv,Sn,Dv] -   10 positions i64 [Sn] -
 // ints: is_causal, causal_offset, window (0: none), rope_kind (0 none, 1 half, 2 interleaved), write_kv, bf16_products
-//   (1: a prompt's products may round what they multiply to bf16)
+//   (1: products of several queries may round what they multiply to bf16)
 // floats: scale, softcap (0: none)
 //   H is a multiple of Hkv; D and Dv are at most 256. Key j is allowed for row i when j <= i + causal_offset (causal),
 //   j > i + causal_offset - window (window) and the mask lets it. A row with no allowed key gives zeros; what lies in

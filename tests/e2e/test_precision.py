@@ -119,7 +119,7 @@ def test_attention_rounds_where_linears_do() -> None:
         torch._dynamo.reset()
         torch.compile(model, backend="llmopt", options=options)(torch.arange(3, 43)[None])
         records = [r for r in alive()[-1].plan.records() if r.op == "attention"]
-        return {"+bf16_products" in r.detail for r in records}
+        return {"+bf16_allowed" in r.detail for r in records}
 
     model = llama(True)
     for precision in ("w8a8", "w4a8"):
@@ -129,6 +129,32 @@ def test_attention_rounds_where_linears_do() -> None:
     for precision in ("exact", "w8a16", "w4a16"):
         assert attentions(model, {"precision": precision}) == {False}
         assert attentions(model, {"precision": precision, "attention": "bf16"}) == {True}
+    assert attentions(llmopt.quantize(model, "w8a8"), {"precision": "auto"}) == {False}
+
+
+@torch.no_grad()
+def test_what_rounding_in_attention_changes() -> None:
+    model, ids = llama(True), torch.arange(3, 73)[None]
+    got = {}
+    for attention in ("exact", "bf16"):
+        torch._dynamo.reset()
+        options = {"precision": "w8a8", "attention": attention}
+        got[attention] = torch.compile(model, backend="llmopt", options=options)(ids).logits
+    torch._dynamo.reset()
+    assert torch.equal(compiled(model, "w8a8")(ids).logits, got["bf16"])
+    want = model(ids).logits
+    assert relative(got["bf16"], want) < 1.2 * relative(got["exact"], want)
+    assert torch.equal(got["bf16"], got["exact"]) == (target().tier != "amx")
+
+
+@torch.no_grad()
+def test_a_layout_for_gpus_runs_as_in_pytorch() -> None:
+    """Linears that round their inputs, beside a cache whose attention the CPU has no kernel for."""
+    model, ids = llama(True), torch.arange(3, 43)[None]
+    rows, arrays = (llmopt.KVCache(model, layout=layout) for layout in ("rows", "arrays"))
+    want, fast = model(ids).logits, compiled(model, "w8a8")
+    native = relative(fast(ids, past_key_values=rows).logits, want)
+    assert relative(fast(ids, past_key_values=arrays).logits, want) < 1.2 * native
 
 
 @torch.no_grad()

@@ -141,10 +141,10 @@ def make(c: Case, seed: int = 0) -> Tensors:
     return t
 
 
-def run(c: Case, t: Tensors, tier: str) -> torch.Tensor:
-    """The kernel's output; writes t.k and t.v when the case has new rows."""
+def run(c: Case, t: Tensors, tier: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """The kernel's output, in the case's dtype or this one; writes t.k and t.v when the case has new rows."""
     v_dim = c.v_dim or c.dim
-    out = rows(c, c.heads, c.q_len, v_dim).fill_(math.nan)
+    out = rows(c, c.heads, c.q_len, v_dim).fill_(math.nan).to(dtype or c.dtype)
     mask, bounds = t.mask, None
     if mask is not None:
         bounds = torch.full((*mask.shape[:3], 4), -7, dtype=torch.int32)

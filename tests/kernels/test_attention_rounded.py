@@ -26,7 +26,7 @@ from tests.kernels.attention_problem import (
     solved,
     solved_with,
 )
-from tests.tolerance import BF16_PRODUCTS, assert_close
+from tests.tolerance import BF16_PRODUCTS, SPLIT_F16, assert_close
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 TIER = TIERS[0]
@@ -95,6 +95,45 @@ def test_numbers_that_bf16_cannot_hold_are_no_infinities(where: str) -> None:
     want = reference(c, t)[0]
     assert torch.isfinite(want).all()
     assert_close(run(c, t, TIER), want, BF16_PRODUCTS)
+
+
+@pytest.mark.parametrize("dim", [32, 80])
+def test_f16_keeps_both_of_its_terms(dim: int) -> None:
+    """An output in f32 shows what one in f16 would hide."""
+    c = replace(SPLIT, heads=4, q_len=90, kv_len=200, dim=dim, is_causal=True)
+    t, want, _, _ = solved(c, 0)
+    assert_close(run(c, t, TIER, torch.float32), want, SPLIT_F16)
+
+
+@pytest.mark.skipif(TIER != "amx", reason="only tiles round")
+def test_rounding_happens() -> None:
+    c = replace(FORMS["f32 rounded"], heads=4, q_len=40, kv_len=200, dim=64)
+    exact = run(replace(c, bf16_products=False), make(c), TIER)
+    error = (run(c, make(c), TIER) - exact).norm() / exact.norm()
+    assert 1e-4 < error < 1e-2
+
+
+@pytest.mark.parametrize("where", ["first", "last"])
+def test_a_part_of_the_keys_that_leaves_tiles(form: Case, where: str) -> None:
+    """Keys are split between threads, and only one part holds a number that has no terms."""
+    c = replace(form, heads=1, kv_heads=1, q_len=64, kv_len=700, dim=40, is_causal=True)
+    t = make(c)
+    key = 0 if where == "first" else 636  # the last that all rows see
+    t.k[0, 0, key, 3] = math.inf
+    t.q[..., 3] = 0.25
+    want = reference(c, t)[0]
+    assert_close(run(c, t, TIER), want, c.accuracy)
+    t.k[0, 0, key] = 0.0
+    t.k[0, 0, key, 3] = 6e4 if c.dtype == torch.float16 else torch.finfo(torch.float32).max
+    t.q[..., 3] = 0.0  # the score is finite
+    assert_close(run(c, t, TIER), reference(c, t)[0], c.accuracy)
+
+
+@pytest.mark.parametrize("group", [33, 40])
+def test_one_query_is_never_rounded(group: int) -> None:
+    c = replace(FORMS["f32 rounded"], heads=group, kv_heads=1, q_len=1, kv_len=200, dim=64)
+    t, want, _, _ = solved(c, 0)
+    assert_close(run(c, t, TIER), want, torch.float32)
 
 
 def test_few_rows_are_never_rounded() -> None:

@@ -26,7 +26,7 @@ struct Problem {
   const Tensor *q, *k, *v, *out, *mask, *bounds, *cos, *sin, *k_new, *v_new, *positions;  // nullptr: not given
   int64_t batch, heads, kv_heads, group, q_len, kv_len, head_dim, v_dim, new_len;
   bool is_causal, codes_by_byte;  // byte products give the scores of keys that are codes
-  bool bf16_products;             // products may round what they multiply to bf16
+  bool bf16_products;             // products of several queries may round what they multiply to bf16
   int64_t causal_offset, window, rope_kind;
   float scale, softcap;
 };
@@ -103,10 +103,10 @@ struct Plan {
 };
 
 // bf16 numbers that the widest operand is the sum of when tiles multiply it; 0: they do not.
-inline int terms_of(const Problem& p) {
+inline int tile_terms(const Problem& p) {
   // Scores are scaled behind the products, where their largest must stay the largest.
   if (!kHasTiles || p.head_dim == 0 || p.v_dim == 0 || !(p.scale > 0.0f)) return 0;
-  if (p.bf16_products) return 1;
+  if (p.bf16_products && p.q_len > 1) return 1;
   auto all = [&p](DType a, DType b) {
     return (p.q->dtype == a || p.q->dtype == b) && (p.k->dtype == a || p.k->dtype == b) &&
            (p.v->dtype == a || p.v->dtype == b);
@@ -125,7 +125,7 @@ inline int64_t fewer_than_tiles(const Problem& p, int terms) {
 inline Plan make_plan(const Problem& p, int threads) {
   Plan plan{};
   plan.rows = p.q_len * p.group;
-  const int terms = terms_of(p);
+  const int terms = tile_terms(p);
   const int64_t few_rows = fewer_than_tiles(p, terms);
   plan.decode = plan.rows <= min64(kLanes, few_rows);
   plan.write_first = (p.k_new || p.v_new) && !plan.decode;
@@ -142,7 +142,10 @@ inline Plan make_plan(const Problem& p, int threads) {
   plan.panels = plan.decode ? 1 : ceil_div(plan.rows, plan.nv * kLanes);
   plan.units = head_groups * plan.panels;
   const int64_t wanted = threads > 1 ? 4 * threads : 1, per = max64(1, plan.units);
-  plan.max_splits = per >= wanted ? 1 : max64(1, min64(ceil_div(wanted, per), p.kv_len * plan.heads / kMinSplitKeys));
+  // The parts of a chunk's keys are those of each of its panels only where it is one panel: any of them may leave
+  // tiles.
+  const bool whole = per >= wanted || plan.nv > kMaxNv;
+  plan.max_splits = whole ? 1 : max64(1, min64(ceil_div(wanted, per), p.kv_len * plan.heads / kMinSplitKeys));
   return plan;
 }
 

@@ -94,7 +94,7 @@ inline void add_bad_values(const Problem& p, const TileChunk& c, const TilePair&
       const Mask dead = veq(vload(c.scores_of(slot) + v * kColumn + j * kLanes), vset(kNegInf));
       const char* pairs = c.weights_of(slot) + v * c.weight_bytes() + j / 2 * kTileBytes;
       Vec w = vzero();
-      for (int64_t n = 0; n < c.terms; ++n, pairs += kKeySteps * kTileSize) {
+      for (int64_t term = 0; term < c.terms; ++term, pairs += kKeySteps * kTileSize) {
         const __m512i words = _mm512_load_si512(pairs);
         w = vadd(w, j % 2 ? odd_words(words) : even_words(words));
       }

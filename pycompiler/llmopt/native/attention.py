@@ -132,7 +132,7 @@ def codes(keys: Tensor) -> str:
 
 
 def _products(node: fx.Node) -> str:
-    return "+bf16_products" if _bf16_products(node) else ""
+    return "+bf16_allowed" if _bf16_products(node) else ""
 
 
 def attention_record(

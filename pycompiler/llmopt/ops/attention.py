@@ -194,6 +194,7 @@ def attention_append_arrays(
     rope_kind: str = "none",
     *settings: Any,
     qk: str = "same",
+    products: str = "same",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """attention_append over caches of codes [B,Hkv,S,·] int8 whose scales [B,Hkv,S,1] float32 are tensors of their own.
 
@@ -203,7 +204,9 @@ def attention_append_arrays(
     (k_codes, k_more), (v_codes, v_more) = quantize_arrays(k_new), quantize_arrays(v_new)
     keys, values = _joined(k_cache, k_codes), _joined(v_cache, v_codes)
     k_scale, v_scale = _joined(k_scales, k_more), _joined(v_scales, v_more)
-    out = attention(q, keys, values, *settings, qk=qk, k_scale=k_scale, v_scale=v_scale)
+    out = attention(
+        q, keys, values, *settings, qk=qk, products=products, k_scale=k_scale, v_scale=v_scale
+    )
     return out, keys, values, k_scale, v_scale
 
 
