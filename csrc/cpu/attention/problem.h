@@ -102,23 +102,25 @@ struct Plan {
   int64_t units, max_splits;  // chunks of a phase without splits; most splits of the keys
 };
 
+// Whether q, k and v are of these dtypes.
+inline bool all_of(const Problem& p, DType a, DType b) {
+  return (p.q->dtype == a || p.q->dtype == b) && (p.k->dtype == a || p.k->dtype == b) &&
+         (p.v->dtype == a || p.v->dtype == b);
+}
+
 // bf16 numbers that the widest operand is the sum of when tiles multiply it; 0: they do not.
 inline int tile_terms(const Problem& p) {
   // Scores are scaled behind the products, where their largest must stay the largest.
   if (!kHasTiles || p.head_dim == 0 || p.v_dim == 0 || !(p.scale > 0.0f)) return 0;
   if (p.bf16_products && p.q_len > 1) return 1;
-  auto all = [&p](DType a, DType b) {
-    return (p.q->dtype == a || p.q->dtype == b) && (p.k->dtype == a || p.k->dtype == b) &&
-           (p.v->dtype == a || p.v->dtype == b);
-  };
-  return all(DType::bf16, DType::bf16) ? 1 : all(DType::f16, DType::bf16) ? 2 : 0;
+  return all_of(p, DType::bf16, DType::bf16) ? 1 : all_of(p, DType::f16, DType::bf16) ? 2 : 0;
 }
 
 // More rows than these are worth the preparation of tiles.
-inline int64_t fewer_than_tiles(const Problem& p, int terms) {
+inline int64_t most_rows_without_tiles(const Problem& p, int terms) {
   if (terms == 0) return INT64_MAX;
   if (terms == 2) return kSplitTileRows;
-  if (p.q->dtype != DType::bf16 || p.k->dtype != DType::bf16 || p.v->dtype != DType::bf16) return kRoundedTileRows;
+  if (!all_of(p, DType::bf16, DType::bf16)) return kRoundedTileRows;
   return p.q_len > 1 ? kTileDecodeRows : kLanes;
 }
 
@@ -126,7 +128,7 @@ inline Plan make_plan(const Problem& p, int threads) {
   Plan plan{};
   plan.rows = p.q_len * p.group;
   const int terms = tile_terms(p);
-  const int64_t few_rows = fewer_than_tiles(p, terms);
+  const int64_t few_rows = most_rows_without_tiles(p, terms);
   plan.decode = plan.rows <= min64(kLanes, few_rows);
   plan.write_first = (p.k_new || p.v_new) && !plan.decode;
   plan.terms = plan.rows > few_rows ? terms : 0;
