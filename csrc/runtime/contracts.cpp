@@ -378,21 +378,21 @@ const struct {
   const char* op;
   Contract contract;
 } kContracts[] = {
-    {"pack_linear", pack_linear},
-    {"linear", linear},
-    {"pack_linear_quantized", pack_linear_quantized},
-    {"linear_quantized", linear_quantized},
-    {"attention", attention},
-    {"mask_bounds", mask_bounds},
-    {"norm", norm},
-    {"softmax", softmax},
-    {"embedding", embedding},
-    {"index_copy", index_copy},
-    {"copy", copy},
-    {"rope", rope},
-    {"rotary_table", rotary_table},
-    {"arange", arange},
-    {"vm", vm},
+    {"pack_linear", {pack_linear, false}},
+    {"linear", {linear, false}},
+    {"pack_linear_quantized", {pack_linear_quantized, false}},
+    {"linear_quantized", {linear_quantized, false}},
+    {"attention", {attention, true}},
+    {"mask_bounds", {mask_bounds, false}},
+    {"norm", {norm, false}},
+    {"softmax", {softmax, false}},
+    {"embedding", {embedding, true}},
+    {"index_copy", {index_copy, true}},
+    {"copy", {copy, false}},
+    {"rope", {rope, false}},
+    {"rotary_table", {rotary_table, false}},
+    {"arange", {arange, false}},
+    {"vm", {vm, false}},
 };
 
 }  // namespace
@@ -415,7 +415,7 @@ const char* refuse_tuning(const char* op, const Call& c) {
 Contract contract_of(const char* op) {
   for (const auto& row : kContracts)
     if (std::strcmp(row.op, op) == 0) return row.contract;
-  return nullptr;
+  return {};
 }
 
 }  // namespace llmopt

@@ -26,15 +26,16 @@ struct Call {
   IndexFault* fault;  // set where the reason is kIndexRange
 };
 
-// nullptr, or what is wrong with the operands.
-using Contract = const char* (*)(const Call&);
+struct Contract {
+  const char* (*reason)(const Call&) = nullptr;  // nullptr, or what is wrong with the operands; nullptr for ops without
+  bool looks_inside = false;                     // at the content of operands, which changes where they do not
+};
 
 extern const char* const kIndexRange;  // the reason that is an IndexError in Python
 
 // nullptr, or why an op cannot run with the tuning in its ints, the only part of the step that counts here.
 const char* refuse_tuning(const char* op, const Call& call);
 
-// The contract of an op; nullptr for ops that have none.
 Contract contract_of(const char* op);
 
 }  // namespace llmopt

@@ -9,6 +9,15 @@ namespace llmopt {
 // Codes: the contract with pycompiler/llmopt/sizes.py. kConst and kSymbol are followed by their operand.
 enum ExprCode : int64_t { kConst = 0, kSymbol = 1, kAdd = 2, kMul = 3, kFloorDiv = 4, kMod = 5, kMax = 6, kMin = 7 };
 
+// Whether its value is another one in another call.
+inline bool has_symbol(const std::vector<int64_t>& code) {
+  for (size_t i = 0; i < code.size(); ++i) {
+    if (code[i] == kSymbol) return true;
+    if (code[i] == kConst) ++i;
+  }
+  return false;
+}
+
 inline int64_t floor_div(int64_t a, int64_t b) {
   if (b == 0) throw std::domain_error("a size expression divides by zero");
   int64_t q = a / b;

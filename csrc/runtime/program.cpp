@@ -39,7 +39,9 @@ std::string operands_in_words(const Step& step) {
 // What one run needs and the next may reuse. A context belongs to one thread at a time.
 struct Program::Context {
   const Program* program = nullptr;
+  int threads = 0;  // that everything here is resolved for; 0: nothing is
   std::vector<int64_t> values, stack, slot_offset, ints;
+  std::vector<char*> bases;  // of the buffers
   std::vector<Tensor> tensors;
   std::vector<Step> steps;
   std::vector<int> phases;
@@ -100,9 +102,39 @@ Program::Program(const Tier& tier, int num_symbols, int num_externals, std::vect
     for (ExprId e : step.ints)
       if (e < 0 || e >= num_exprs) throw std::invalid_argument("an attribute names an expression that does not exist");
   }
+  sort_steps();
 }
 
 Program::~Program() = default;
+
+bool Program::varies(const StepSpec& step) const {
+  const auto known = [&](ExprId e) { return std::binary_search(varying_exprs_.begin(), varying_exprs_.end(), e); };
+  const auto any = [&](const std::vector<ExprId>& list) { return std::any_of(list.begin(), list.end(), known); };
+  const auto moves = [&](const Operand& o) {
+    return o.buffer >= 0 && (known(o.offset) || any(o.size) || any(o.stride));
+  };
+  return any(step.ints) || std::any_of(step.operands.begin(), step.operands.end(), moves);
+}
+
+// What stays from run to run, and what does not.
+void Program::sort_steps() {
+  for (size_t e = 0; e < exprs_.size(); ++e)
+    if (has_symbol(exprs_[e])) varying_exprs_.push_back(static_cast<ExprId>(e));
+  uses_.resize(buffers_.size());
+  size_t tensors = 0, ints = 0;
+  for (size_t k = 0; k < steps_.size(); ++k) {
+    const StepSpec& step = steps_[k];
+    first_tensor_.push_back(tensors), first_int_.push_back(ints);
+    if (contracts_[k].looks_inside || varies(step))
+      varying_steps_.push_back(k);
+    else
+      for (size_t n = 0; n < step.operands.size(); ++n)
+        if (const Operand& o = step.operands[n]; o.buffer >= 0)
+          uses_[static_cast<size_t>(o.buffer)].push_back({tensors + n, o.offset, o.dtype});
+    tensors += step.operands.size(), ints += step.ints.size();
+  }
+  first_tensor_.push_back(tensors), first_int_.push_back(ints);
+}
 
 void Program::check(const Operand& o) const {
   if (o.buffer == -1) return;
@@ -122,12 +154,12 @@ void Program::check(const Step& step, size_t index) const {
   for (int n = 0; n < step.num_tensors; ++n)
     for (int d = 0; d < step.t[n].ndim; ++d)
       if (step.t[n].size[d] < 0) throw std::invalid_argument(spec.op + ": a size is negative");
-  if (!contracts_[index]) return;
+  if (!contracts_[index].reason) return;
   bool is_external[kMaxOperands];
   for (int n = 0; n < step.num_tensors; ++n)
     is_external[n] = spec.operands[n].buffer >= 0 && buffers_[spec.operands[n].buffer].external;
   IndexFault fault{};
-  const char* reason = contracts_[index]({step, is_external, panel_width_, tile_rows_[index], &fault});
+  const char* reason = contracts_[index].reason({step, is_external, panel_width_, tile_rows_[index], &fault});
   if (reason == kIndexRange)
     throw std::out_of_range(spec.op + ": index " + std::to_string(fault.index) + " is out of range: 0 to " +
                             std::to_string(fault.limit - 1) + " are possible");
@@ -142,13 +174,69 @@ std::vector<int64_t> Program::sizes(const std::vector<int64_t>& symbols, const s
   return values;
 }
 
+// The bases of this run's buffers, and with them the operands of steps that do not vary. False when a buffer has come
+// or gone: contracts ask whether operands are there.
+bool Program::move_buffers(Context& c, const std::vector<int64_t>& externals) const {
+  bool same = true;
+  for (size_t b = 0; b < buffers_.size(); ++b) {
+    const auto index = static_cast<size_t>(buffers_[b].index);
+    char* base =
+        buffers_[b].external ? reinterpret_cast<char*>(externals[index]) : c.arena.data() + c.slot_offset[index];
+    if (base == c.bases[b]) continue;
+    same = same && (base == nullptr) == (c.bases[b] == nullptr);
+    c.bases[b] = base;
+    for (const Use& use : uses_[b]) c.tensors[use.tensor].data = base + c.values[use.offset] * itemsize(use.dtype);
+  }
+  return same;
+}
+
+void Program::resolve_step(Context& c, size_t k, int threads) const {
+  const StepSpec& spec = steps_[k];
+  Tensor* t = c.tensors.data() + first_tensor_[k];
+  int64_t* attr = c.ints.data() + first_int_[k];
+  Step& step = c.steps[k];
+  step = {t,
+          attr,
+          spec.floats.data(),
+          static_cast<int32_t>(spec.operands.size()),
+          static_cast<int32_t>(spec.ints.size()),
+          static_cast<int32_t>(spec.floats.size())};
+  for (const Operand& o : spec.operands) {
+    Tensor& out = *t++;
+    out = Tensor{};
+    if (o.buffer < 0) continue;
+    out.data = c.bases[o.buffer] + c.values[o.offset] * itemsize(o.dtype);
+    out.dtype = o.dtype;
+    out.ndim = static_cast<int32_t>(o.size.size());
+    for (int d = 0; d < out.ndim; ++d) {
+      out.size[d] = c.values[o.size[d]];
+      out.stride[d] = c.values[o.stride[d]];
+    }
+  }
+  for (ExprId e : spec.ints) *attr++ = c.values[e];
+  check(step, k);
+  c.phases[k] = kernels_[k]->phases(step, threads);
+  if (kernels_[k]->workspace) c.workspace.reserve(kernels_[k]->workspace(step, threads));
+}
+
 void Program::resolve(Context& c, const std::vector<int64_t>& externals, const std::vector<int64_t>& symbols,
                       int threads) {
-  c.values.resize(exprs_.size());
-  for (size_t i = 0; i < exprs_.size(); ++i) c.values[i] = evaluate(exprs_[i], symbols, c.stack);
+  bool follows = c.threads == threads;
+  c.threads = 0;  // until all of it is right
+  if (follows) {
+    for (ExprId e : varying_exprs_) c.values[e] = evaluate(exprs_[e], symbols, c.stack);
+  } else {
+    c.values.resize(exprs_.size());
+    for (size_t i = 0; i < exprs_.size(); ++i) c.values[i] = evaluate(exprs_[i], symbols, c.stack);
+    c.slot_offset.resize(slots_.size());
+    c.bases.assign(buffers_.size(), nullptr);
+    c.tensors.resize(first_tensor_.back());
+    c.ints.resize(first_int_.back());
+    c.steps.resize(steps_.size());
+    c.phases.resize(steps_.size());
+  }
 
   size_t arena = 0;
-  c.slot_offset.resize(slots_.size());
   for (size_t i = 0; i < slots_.size(); ++i) {
     int64_t bytes = 0;
     for (ExprId e : slots_[i]) bytes = std::max(bytes, c.values[e]);
@@ -156,46 +244,13 @@ void Program::resolve(Context& c, const std::vector<int64_t>& externals, const s
     arena += (static_cast<size_t>(bytes) + 255) / 256 * 256;  // 256: neighbours never share a line or its pair
   }
   c.arena.reserve(arena);
-
-  size_t num_tensors = 0, num_ints = 0;
-  for (const StepSpec& s : steps_) num_tensors += s.operands.size(), num_ints += s.ints.size();
-  c.tensors.resize(num_tensors);
-  c.ints.resize(num_ints);
-  c.steps.resize(steps_.size());
-  c.phases.resize(steps_.size());
-  Tensor* t = c.tensors.data();
-  int64_t* attr = c.ints.data();
-  size_t workspace = 0;
-  for (size_t k = 0; k < steps_.size(); ++k) {
-    const StepSpec& spec = steps_[k];
-    Step& step = c.steps[k];
-    step = {t,
-            attr,
-            spec.floats.data(),
-            static_cast<int32_t>(spec.operands.size()),
-            static_cast<int32_t>(spec.ints.size()),
-            static_cast<int32_t>(spec.floats.size())};
-    for (const Operand& o : spec.operands) {
-      Tensor& out = *t++;
-      out = Tensor{};
-      if (o.buffer < 0) continue;
-      const Buffer& b = buffers_[o.buffer];
-      char* base = b.external ? reinterpret_cast<char*>(externals[b.index]) : c.arena.data() + c.slot_offset[b.index];
-      out.data = base + c.values[o.offset] * itemsize(o.dtype);
-      out.dtype = o.dtype;
-      out.ndim = static_cast<int32_t>(o.size.size());
-      for (int d = 0; d < out.ndim; ++d) {
-        out.size[d] = c.values[o.size[d]];
-        out.stride[d] = c.values[o.stride[d]];
-      }
-    }
-    for (ExprId e : spec.ints) *attr++ = c.values[e];
-    check(step, k);
-    c.phases[k] = kernels_[k]->phases(step, threads);
-    if (kernels_[k]->workspace) workspace = std::max(workspace, kernels_[k]->workspace(step, threads));
-  }
-  c.workspace.reserve(workspace);
+  follows = move_buffers(c, externals) && follows;
+  if (follows)
+    for (size_t k : varying_steps_) resolve_step(c, k, threads);
+  else
+    for (size_t k = 0; k < steps_.size(); ++k) resolve_step(c, k, threads);
   c.local.reserve(kLocalBytes * static_cast<size_t>(threads));
+  c.threads = threads;
 }
 
 // What a thread will read next after a phase of step k, as far as a few steps tell.

@@ -63,10 +63,19 @@ class Program {
  private:
   struct Context;
   struct ContextLease;
+  struct Use {
+    size_t tensor;  // among the operands of all steps
+    ExprId offset;
+    DType dtype;
+  };
 
   void check(const Operand& operand) const;
   void check(const Step& step, size_t index) const;
+  bool varies(const StepSpec& step) const;
+  void sort_steps();
   void resolve(Context& c, const std::vector<int64_t>& externals, const std::vector<int64_t>& symbols, int threads);
+  void resolve_step(Context& c, size_t k, int threads) const;
+  bool move_buffers(Context& c, const std::vector<int64_t>& externals) const;
   Span first_read_after(const Context& c, size_t k, int phase, int threads, int thread) const;
   static void body(Team& team, int thread, void* context);
 
@@ -76,9 +85,15 @@ class Program {
   const std::vector<Buffer> buffers_;
   const std::vector<StepSpec> steps_;
   std::vector<const Kernel*> kernels_;
-  std::vector<Contract> contracts_;  // nullptr for a step whose op has none
+  std::vector<Contract> contracts_;
   std::vector<int> tile_rows_;       // of each step's op
   const int panel_width_;
+  std::vector<size_t> first_tensor_, first_int_;  // of each step, and behind the last
+  // What has to be made again by a run that follows another one: expressions over symbols, and the steps that read one
+  // of them or whose contract looks at memory.
+  std::vector<ExprId> varying_exprs_;
+  std::vector<size_t> varying_steps_;
+  std::vector<std::vector<Use>> uses_;  // by buffer: the operands of the other steps that lie in it
   std::mutex mutex_;
   std::vector<std::unique_ptr<Context>> idle_;
   std::atomic<size_t> arena_bytes_{0};  // for information: of whichever run came last

@@ -163,6 +163,49 @@ def test_division_by_a_zero_size_is_an_error_and_the_program_lives_on(symbol):
     program.run([a.data_ptr()], [3], 1)
 
 
+def test_runs_follow_each_other_with_other_sizes_addresses_operands_and_threads(symbol):
+    """What stays between runs is resolved once: nothing of it may be another run's."""
+    builder = ProgramBuilder()
+    n = symbol("n", 4)
+    w, r, y, x, z = (builder.external() for _ in range(5))
+    grows = builder.arena(builder.slot(), n * 4)
+    behind = builder.arena(builder.slot(), 2 * 16 * 4)  # moves with n
+    rows = {b: View(b, torch.float32, (2, 16), (16, 1)) for b in (w, r, y, behind)}
+    line = {b: View(b, torch.float32, (n,), (1,)) for b in (x, z, grows)}
+    norm = [rows[w], rows[r], None, None, rows[behind], None]
+    builder.step("norm", norm, [1], [1e-6, 0.0])
+    builder.step("copy", [rows[behind], rows[y]])
+    builder.step("copy", [line[x], line[grows]])
+    builder.step("copy", [line[grows], line[z]])
+    program = builder.build(TIER)
+    torch.manual_seed(0)
+    for size, has_residual, threads in [
+        (4, True, 1),
+        (4, True, 1),
+        (5000, True, 1),
+        (4, False, 1),
+        (4, False, 2),
+        (300, True, 2),
+        (300, False, 2),
+        (0, False, 2),
+        (300, True, 2),
+    ]:
+        given_w, given_r, given_x = torch.randn(2, 16), torch.randn(2, 16), torch.randn(size)
+        got_y, got_z = torch.zeros(2, 16), torch.zeros(size)
+        kept = (given_w, given_r, got_y, given_x, got_z)
+        addresses = [t.data_ptr() for t in kept]
+        if not has_residual:
+            addresses[1] = 0
+        program.run(addresses, [size], threads)
+        total = given_w + given_r if has_residual else given_w
+        want = total * torch.rsqrt(total.pow(2).mean(-1, keepdim=True) + 1e-6)
+        torch.testing.assert_close(got_y, want, rtol=1e-5, atol=1e-5)
+        assert torch.equal(got_z, given_x)
+        if size == 0:  # a refused run leaves nothing behind
+            with pytest.raises(ValueError, match=r"copy: .*differ"):
+                program.run([*addresses[:2], 0, *addresses[3:]], [size], threads)
+
+
 def test_two_python_threads_share_one_program():
     builder, _ = mlp(37, 600)
     program = builder.build(TIER)
