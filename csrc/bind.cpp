@@ -4,6 +4,7 @@
 
 #include "cpu/dispatch.h"
 #include "gpu/launches.h"
+#include "runtime/dlpack.h"
 #include "runtime/prefetch.h"
 #include "runtime/program.h"
 #include "runtime/samples.h"
@@ -128,6 +129,25 @@ class Arguments {
   std::vector<Row> rows_;
 };
 
+std::unique_ptr<dlpack::Parts> make_parts(const py::capsule& exchange, const py::object& tensor) {
+  const auto* known = static_cast<const dlpack::Exchange*>(exchange.get_pointer());
+  while (known && known->major != 1) known = known->older;
+  if (!known) throw std::invalid_argument("the exchange functions are not those of DLPack 1");
+  dlpack::ManagedArray* memory = nullptr;
+  if (known->from_object(tensor.ptr(), &memory)) throw py::error_already_set();
+  return std::make_unique<dlpack::Parts>(known, memory);
+}
+
+py::list over_parts(dlpack::Parts& parts, int64_t count, int64_t start, int64_t step, const std::vector<int64_t>& size,
+                    const std::vector<int64_t>& stride) {
+  std::vector<void*> objects;
+  const bool good = parts.over(count, start, step, size, stride, objects);
+  py::list tensors;
+  for (void* object : objects) tensors.append(py::reinterpret_steal<py::object>(static_cast<PyObject*>(object)));
+  if (!good) throw py::error_already_set();
+  return tensors;
+}
+
 using Place = std::tuple<uint32_t, uint32_t, int64_t>;  // slot, buffer, offset
 
 void bind_gpu(py::module_& m) {
@@ -196,6 +216,10 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<py::tuple, std::vector<size_t>, py::object, py::object, std::vector<bool>>(), py::arg("arguments"),
            py::arg("positions"), py::arg("address_of"), py::arg("version_of"), py::arg("counted"))
       .def("same", &Arguments::same, py::arg("arguments"));
+  py::class_<dlpack::Parts>(m, "Parts", "Tensors over parts of another tensor's memory, which they keep alive.")
+      .def(py::init(&make_parts), py::arg("exchange"), py::arg("tensor"))
+      .def("over", &over_parts, py::arg("count"), py::arg("start"), py::arg("step"), py::arg("size"), py::arg("stride"),
+           "Tensor i begins at element start + i * step, in a storage of its own.");
   py::class_<Program>(m, "Program", "A native segment of a plan.")
       .def(py::init(&make_program), py::arg("tier"), py::arg("num_symbols"), py::arg("num_externals"), py::arg("exprs"),
            py::arg("slots"), py::arg("buffers"), py::arg("steps"))

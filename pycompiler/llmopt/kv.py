@@ -1,49 +1,64 @@
 """Caches that grow in place.
 
 All caches of one graph with equal geometry lie in one slab [layers, capacity, B, H, D]; a cache is the view [B,H,S,D] of its part.
-Its strides depend neither on S nor on the capacity, and each part is a storage of its own in which the cache begins at 0, so neither
-strides nor offsets trip the checks of compiled code or become arguments of it. Appending to a cache that ends where its slab is filled
+Its strides depend neither on S nor on the capacity, and it begins where its storage does, so neither strides nor offsets trip the
+checks of compiled code or become arguments of it. Appending to a cache that ends where its slab is filled
 up to writes behind it; any other cache (forked, reordered, cropped, foreign) is copied into a new slab first.
 """
 
 from __future__ import annotations
 
 import threading
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.dlpack import from_dlpack
 
+from llmopt import _C
 from llmopt.native.segment import KvSpec, picker
 
 _MIN_SPARE = 64  # positions
+_address_of = attrgetter("address")
 _CPU = torch.device("cpu")
 _ADDRESS = Tensor.data_ptr
+_EXCHANGE = getattr(Tensor, "__dlpack_c_exchange_api__", None)  # not in every PyTorch
 
 
 @dataclass
 class _Slab:
     """A slab and how far it is filled. Holds no reference that keeps the memory alive."""
 
+    address: int
     storage: StorageWeakRef
+    parts: _C.Parts | None  # makes the tensors over it, where PyTorch has the functions for that
     geometry: tuple  # (layers, B, H, D, dtype, device)
     capacity: int
     filled: int
 
 
-_slabs: dict[int, _Slab] = {}
+_slabs: list[_Slab] = []  # by address; replaced, never changed, so that it is read without the lock
 _lock = (
     threading.Lock()
 )  # threads that go on from one cache must not append to it at the same place
 
 
-def _drop_dead_slabs() -> None:
+def _keep(slab: _Slab) -> None:
+    global _slabs
     with _lock:
-        for address in [a for a, s in _slabs.items() if s.storage.expired()]:
-            del _slabs[address]
+        living = [s for s in _slabs if not s.storage.expired()]
+        _slabs = sorted([*living, slab], key=_address_of)
+
+
+def _slab_around(address: int) -> _Slab | None:
+    """The last that begins at the address or before it."""
+    slabs = _slabs
+    position = bisect_right(slabs, address, key=_address_of)
+    return slabs[position - 1] if position else None
 
 
 def _spare(length: int) -> int:
@@ -103,15 +118,14 @@ def _in_place(
 ) -> Sequence[Tensor] | None:
     """The caches behind which there is room, grown; None where they have to be copied. alike: all are laid out as the first."""
     first = caches[0]
-    itemsize = first.element_size()
-    address, offset = first.data_ptr(), int(first.storage_offset())
-    slab = _slabs.get(address - offset * itemsize)
+    itemsize, address = first.element_size(), first.data_ptr()
+    slab = _slab_around(address)
     if slab is None or slab.geometry != geometry or slab.storage.expired():
         return None
     _, batch, heads, width, _, _ = geometry
     row = batch * heads * width
     length = int(first.shape[2])
-    start, rest = divmod(offset, row) if row else (0, 1)
+    start, rest = divmod(address - slab.address, row * itemsize) if row else (0, 1)
     end = start + length
     if rest or end + new_length > slab.capacity:
         return None
@@ -126,7 +140,7 @@ def _in_place(
         if slab.filled != end:
             return None
         slab.filled = end + new_length
-    return _views(caches, geometry, length + new_length)
+    return _caches(slab, caches, start, length + new_length)
 
 
 def _copied(caches: Sequence[Tensor], geometry: tuple, new_length: int) -> Sequence[Tensor]:
@@ -141,15 +155,17 @@ def _fresh(geometry: tuple, length: int, new_length: int) -> Sequence[Tensor]:
     layers, batch, heads, width, dtype, device = geometry
     total = length + new_length
     capacity = total + _spare(total)
-    _drop_dead_slabs()
     memory = torch.empty(layers * capacity * batch * heads * width, dtype=dtype, device=device)
+    parts = None if _EXCHANGE is None else _C.Parts(_EXCHANGE, memory)
+    storage = StorageWeakRef(memory.untyped_storage())
+    slab = _Slab(memory.data_ptr(), storage, parts, geometry, capacity, total)
     if memory.numel():
-        storage = StorageWeakRef(memory.untyped_storage())
-        with _lock:
-            _slabs[memory.data_ptr()] = _Slab(storage, geometry, capacity, total)
+        _keep(slab)
     # A part keeps the whole alive.
-    parts = [from_dlpack(part) for part in memory.view(layers, -1).unbind(0)]
-    caches = _views(parts, geometry, total)
+    whole = (
+        [from_dlpack(part) for part in memory.view(layers, -1).unbind(0)] if parts is None else ()
+    )
+    caches = _caches(slab, whole, 0, total)
     for cache in caches:
         _will_grow(cache)
     return caches
@@ -161,14 +177,18 @@ def _will_grow(cache: Tensor) -> None:
     cache._dynamo_propagated_dynamic_indices = {2}  # type: ignore[attr-defined]
 
 
-def _views(parts: Sequence[Tensor], geometry: tuple, length: int) -> Sequence[Tensor]:
-    """[B,H,length,D] of every layer; parts: tensors over the layers' storages, which begin where the result does."""
-    _, batch, heads, width, _, _ = geometry
-    size, stride = (batch, heads, length, width), (heads * width, width, batch * heads * width, 1)
-    if parts[0].is_inference():
-        return [p.as_strided(size, stride) for p in parts]
+def _caches(slab: _Slab, begun: Sequence[Tensor], start: int, length: int) -> Sequence[Tensor]:
+    """[B,H,length,D] of every layer of a slab, from position `start` on; begun: without exchange functions, tensors that begin there, over
+    storages as long as a layer's part."""
+    layers, batch, heads, width, _, _ = slab.geometry
+    row = batch * heads * width
+    size, stride = (batch, heads, length, width), (heads * width, width, row, 1)
+    if slab.parts is not None:
+        return slab.parts.over(layers, start * row, slab.capacity * row, size, stride)
+    if begun[0].is_inference():
+        return [t.as_strided(size, stride) for t in begun]
     # Detached: a window remembers the tensor that it is a view of, whose sizes Dynamo checks too; they must not be the capacity.
-    return [p.detach().as_strided(size, stride) for p in parts]
+    return [t.detach().as_strided(size, stride) for t in begun]
 
 
 def groups_of(specs: Sequence[KvSpec]) -> list[KvGroup]:
