@@ -44,9 +44,13 @@ struct CodeSchedule : Cut {
   CodeSchedule(const CodeTiles& p, int threads) {
     panels = p.panels(), tiles = p.row_tiles();
     const int64_t wanted = kChunksPerThread * threads;
-    span = max64(1, panels / wanted);
+    // All panels of a chunk pass over its rows, which stay in L2. Fewer rows let more panels share a chunk: rows and
+    // weights are fetched about equally often then.
+    const int64_t fit = max64(1, kTileL2 / (kTileHeight * p.row_bytes()));
+    const int64_t row_blocks = max64(1, ceil_div(tiles, fit));
+    span = max64(1, panels * row_blocks / wanted);
     blocks = 1, tiles_per_block = tiles;
-    if (panels > 0) cut_rows(wanted, tiles);
+    if (panels > 0) cut_rows(wanted, fit);
   }
 };
 
