@@ -25,7 +25,6 @@ from llmopt.passes.pipeline import passes
 from llmopt.passes.verify import check_form, check_values, run_copy
 from llmopt.plan import make_plan
 from llmopt.quant.budget import Decision
-from llmopt.quant.schemes import SCHEMES
 from llmopt.tune.lookup import tuner_for
 from llmopt.types import Choice, Target
 from llmopt.windows import pin
@@ -134,7 +133,7 @@ def _run_passes(
             chosen = auto.choose(gm, example_inputs, options.accuracy_budget)
             if chosen is not None:
                 decision, schemes = chosen.decision, chosen.schemes
-        exact = quantize.run(graph, SCHEMES.get(options.precision), schemes)
+        exact = quantize.run(graph, options.scheme, schemes)
         _say_exact(options, exact)
         attention_precision.run(graph, _attention(graph, options, machine))
 
@@ -165,11 +164,7 @@ def _say_exact(options: Options, layers: Sequence[str]) -> None:
     """Names the layers that cannot have the precision that was asked for."""
     if layers:
         more = f" (and {len(layers) - 1} more: LLMOPT_DEBUG=1 lists them)" if layers[1:] else ""
-        other = (
-            "; llmopt.quantize(model, scheme, group=...) takes others"
-            if "groups of" in layers[0]
-            else ""
-        )
+        other = "; the option group has others" if "groups of" in layers[0] else ""
         log.warning("precision=%r leaves exact: %s%s%s", options.precision, layers[0], other, more)
     for layer in layers:
         say(1, f"stays exact: {layer}")

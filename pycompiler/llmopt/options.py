@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmopt.quant.budget import DEFAULT_BUDGET, check_budget
-from llmopt.quant.schemes import SCHEMES
+from llmopt.quant.schemes import SCHEMES, Scheme, scheme_of
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 PRECISIONS = ("exact", *SCHEMES, "auto")
@@ -25,6 +25,7 @@ class Options:
 
     mode: str = "default"
     precision: str = "exact"
+    group: int | str | None = None  # of the precision's scales; None: as its scheme has them
     accuracy_budget: float = DEFAULT_BUDGET  # of precision="auto": how far the result may move
     kv_cache: str = "same"
     attention: str | None = (
@@ -32,6 +33,11 @@ class Options:
     )
     target: str | None = None  # None: the machine or GPU the tensors are on
     weights: str = "keep"  # "packed": the module's own leave memory once packed, see llmopt.offload
+
+    @property
+    def scheme(self) -> Scheme | None:
+        """Of the linears that are not quantised yet; None where one is chosen for each of them, or none is."""
+        return scheme_of(self.precision, self.group) if self.precision in SCHEMES else None
 
 
 def _choose(name: str, value: Any, known: tuple[str, ...]) -> str:
@@ -46,7 +52,7 @@ def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> Option
     The mode may stand among the options, since torch.compile takes a mode or options, not both.
     """
     given = dict(options or {})
-    names = ("mode", "precision", "accuracy_budget", "kv_cache", "attention", "target", "weights")
+    names = ("mode", "precision", "group", "accuracy_budget", "kv_cache", "attention", "target", "weights")  # fmt: skip
     for name in given:
         if name not in names:
             raise ValueError(
@@ -62,10 +68,14 @@ def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> Option
         )
     if "accuracy_budget" in given and given.get("precision") != "auto":
         raise ValueError("llmopt: accuracy_budget is for precision='auto'")
+    precision = _choose("precision", given.get("precision", "exact"), PRECISIONS)
+    if "group" in given and precision not in SCHEMES:
+        raise ValueError(f"llmopt: group is for precision={', '.join(SCHEMES)}, not {precision!r}")
     chosen = Options(
         accuracy_budget=check_budget(given.get("accuracy_budget", DEFAULT_BUDGET)),
         mode=_choose("mode", mode or given.get("mode", "default"), MODES),
-        precision=_choose("precision", given.get("precision", "exact"), PRECISIONS),
+        precision=precision,
+        group=given.get("group"),
         kv_cache=_choose("kv_cache", given.get("kv_cache", "same"), KV_CACHES),
         attention=_choose("attention", given["attention"], ATTENTIONS)
         if "attention" in given
@@ -73,6 +83,7 @@ def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> Option
         target=wanted_target,
         weights=_choose("weights", given.get("weights", "keep"), WEIGHTS),
     )
+    _ = chosen.scheme  # a group that does not exist is an error now
     if wanted_target not in (None, "cpu"):
         check_for_gpu(chosen, str(wanted_target))
     return chosen

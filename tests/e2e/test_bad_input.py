@@ -23,6 +23,12 @@ ERRORS = {
     "option": ({"options": {"precison": "exact"}}, ("precison", "precision", "kv_cache", "target")),
     "precision": ({"options": {"precision": "w3a3"}}, ("w3a3", "exact", "w8a8")),
     "precision-type": ({"options": {"precision": 8}}, ("8", "exact")),
+    "group": (
+        {"options": {"precision": "w8a8", "group": 48}},
+        ("group=48", "'channel'", "32", "64", "128"),
+    ),
+    "group-exact": ({"options": {"group": 64}}, ("group", "w8a8", "'exact'")),
+    "group-auto": ({"options": {"precision": "auto", "group": 64}}, ("group", "w8a8", "'auto'")),
     "budget": ({"options": {"accuracy_budget": 0.1}}, ("accuracy_budget", "precision='auto'")),
     "kv-cache": ({"options": {"kv_cache": "int3"}}, ("int3", "same", "int8")),
     "target": ({"options": {"target": "tpu"}}, ("tpu", "cpu")),

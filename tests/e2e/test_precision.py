@@ -78,6 +78,21 @@ def test_the_plan_says_what_is_quantised_and_what_is_not() -> None:
 
 
 @torch.no_grad()
+def test_the_option_group_is_that_of_quantize() -> None:
+    model, ids, results = llama(True), torch.arange(3, 93)[None], []
+    for group, inputs in ((None, 64), (32, 32), ("channel", 128)):
+        options = {"precision": "w8a8"} | ({} if group is None else {"group": group})
+        for module, how in ((model, options), (llmopt.quantize(model, "w8a8", group=group), {})):
+            torch._dynamo.reset()
+            results.append(torch.compile(module, backend="llmopt", options=how)(ids).logits)
+            linears = [r for r in alive()[-1].plan.records() if r.op == "linear_quantized"]
+            assert len(linears) == 9
+            assert f"64x128 w8a8 groups of {inputs} " in linears[3].detail
+        assert torch.equal(results[-1], results[-2])
+    assert len({r.sum().item() for r in results}) == 3
+
+
+@torch.no_grad()
 def test_what_stays_exact_is_no_secret(caplog) -> None:
     with caplog.at_level("WARNING", "llmopt"):
         compiled(Mlp(), "w4a8")(torch.randn(3, 64))

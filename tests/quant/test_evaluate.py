@@ -104,7 +104,8 @@ def test_bad_requests(tmp_path, capsys) -> None:
         (["--scheme", "gguf"], "--scheme gguf is for smollm2"),
         (["--precision", "w1"], "'w1' does not exist"),
         (["--scheme", "w8a8", "--tokens", "100"], "100 tokens hold no window of 128"),
-        (["--precision", "w8a8", "--group", "32"], "--group and --algorithm are for --scheme"),
+        (["--precision", "w8a8", "--group", "7"], "group=7"),
+        (["--precision", "exact", "--group", "32"], "group is for precision=w8a8"),
         (
             ["--scheme", "w8a8", "--precision", "exact", "--algorithm", "awq"],
             "measure --precision apart",

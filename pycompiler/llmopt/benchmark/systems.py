@@ -18,7 +18,7 @@ import torch
 from llmopt.benchmark.phases import Phase, Runner, last_logits_only
 from llmopt.benchmark.work import EXACT, Form, form_of
 from llmopt.models import LoadedModel, ModelError
-from llmopt.quant.schemes import SCHEMES
+from llmopt.quant.schemes import SCHEMES, scheme_of
 
 Builder = Callable[[LoadedModel, Sequence[Phase]], Runner]
 
@@ -73,9 +73,9 @@ def _eager(loaded: LoadedModel, phases: Sequence[Phase]) -> Runner:
     return _module_runner(loaded, loaded.model)
 
 
-def _llmopt(precision: str) -> Builder:
+def _llmopt(precision: str, **more: Any) -> Builder:
     def build(loaded: LoadedModel, phases: Sequence[Phase]) -> Runner:
-        chosen: dict[str, Any] = {"precision": precision}
+        chosen: dict[str, Any] = {"precision": precision, **more}
         return _module_runner(loaded, torch.compile(loaded.model, backend="llmopt", options=chosen))
 
     return build
@@ -150,6 +150,13 @@ SYSTEMS = {
         *(
             System(f"llmopt-{name}", True, _nothing, _llmopt(name), form_of(scheme))
             for name, scheme in SCHEMES.items()
+        ),
+        System(
+            "llmopt-w8a8-channel",
+            True,
+            _nothing,
+            _llmopt("w8a8", group="channel"),
+            form_of(scheme_of("w8a8", "channel")),
         ),
         System("llmopt-auto", True, _nothing, _llmopt("auto"), None),
         System("eager", False, _nothing, _eager),

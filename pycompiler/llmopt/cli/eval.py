@@ -53,7 +53,7 @@ def add(commands: Any) -> None:
         "--algorithm",
         help="with --scheme: round (default), smoothquant, awq, gptq, smoothquant+gptq, awq+gptq",
     )
-    parser.add_argument("--group", type=_group, help="with --scheme: channel, 32, 64 or 128")
+    parser.add_argument("--group", type=_group, help="channel, 32, 64 or 128")
     parser.add_argument(
         "--tokens", type=options.positive, default=20480, metavar="N", help="default: 20480"
     )
@@ -76,8 +76,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(
             "say what to measure: --scheme w8a8,w8a16,w4a16, --precision w8a8 or --kv-cache int8"
         )
-    if args.precision and (args.group is not None or args.algorithm is not None):
-        raise ValueError("--group and --algorithm are for --scheme: measure --precision apart")
+    if args.precision and args.algorithm is not None:
+        raise ValueError("--algorithm is for --scheme: measure --precision apart")
     if args.threads:
         torch.set_num_threads(args.threads)
     with working(f"{args.model}: loading"):
@@ -199,9 +199,10 @@ def _models(
     for dtype in args.kv_cache:
         for name, model in (("", loaded.model), *tuple(models.items())):
             models[f"{name} + {dtype} KV".removeprefix(" + ")] = _with_cache(model, dtype)
+    group = {} if args.group is None else {"group": args.group}
     for precision in args.precision:
         models[f"compiled {precision}"] = torch.compile(
-            twin_of(loaded.model), backend="llmopt", options={"precision": precision}
+            twin_of(loaded.model), backend="llmopt", options={"precision": precision, **group}
         )
     return models
 
