@@ -31,7 +31,7 @@ bench: $(VENV)/installed
 	$(BIN)/python -m pytest bench $(ARGS)
 
 QUANTISED := llmopt-w8a8,llmopt-w8a16,llmopt-w4a16,eager,torchao,torchao-w8a16,onnxruntime-int8,openvino,openvino-int8
-ENCODERS := llmopt-w8a8,llmopt-w4a16,eager,onnxruntime,onnxruntime-int8,openvino,openvino-int8,torchao
+ENCODERS := llmopt-w8a8,llmopt-w8a8-channel,llmopt-w4a16,eager,onnxruntime,onnxruntime-int8,openvino,openvino-int8,torchao
 
 peers: $(VENV)/installed
 	$(PIP) onnx onnxruntime onnxscript openvino nncf torchao llama-cpp-python
