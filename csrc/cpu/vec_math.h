@@ -6,9 +6,9 @@
 namespace {
 
 // 2^x, within 2 ulp. |x - round(x)| <= 1/2 and a polynomial of degree 5 that is minimax in ulps (1.1 by itself).
-// 0 and inf at the ends, denormals in between; the argument order of vmin and vmax lets NaN through.
-inline Vec vexp2(Vec x) {
-  x = vmin(vset(160.0f), vmax(vset(-180.0f), x));
+// 0 and inf at the ends, denormals in between; the argument order of vmin and vmax lets NaN through. The bounded form
+// is for finite x or NaN.
+inline Vec vexp2_bounded(Vec x) {
   Vec n = vround(x);
   Vec r = vsub(x, n);
   Vec p = vset(0.00132245652f);
@@ -19,6 +19,7 @@ inline Vec vexp2(Vec x) {
   p = vfma(p, r, vset(1.0f));
   return vscale2(p, n);
 }
+inline Vec vexp2(Vec x) { return vexp2_bounded(vmin(vset(160.0f), vmax(vset(-180.0f), x))); }
 
 // e^x, within 1 ulp: ln 2 in two parts keeps the reduced argument exact, the minimax polynomial of degree 6 is good
 // to 3e-9. 0 and inf at the ends, denormals in between, NaN stays NaN. The bounded form is for |x| < 120 or NaN.
@@ -80,9 +81,19 @@ inline Vec verf(Vec x) {
   return vcopysign(vselect(vlt(ax, vset(0.927734375f)), small, big), x);
 }
 
+// max(x, 0) - |x| Φ(-|x|) with Φ(-t) = 2^(t p(t)) / 2, where p of degree 7 moves t Φ(-t) by less than 3e-8: no range is
+// apart, as with erf, and nothing cancels in the negative tail. p goes on downwards: from 16 on Φ is zero.
 inline Vec vgelu_erf(Vec x) {
-  Vec half = vmul(x, vset(0.5f));
-  return vfma(half, verf(vmul(x, vset(0.707106781f))), half);
+  Vec t = vmin(vset(16.0f), vabs(x));  // NaN passes
+  Vec t2 = vmul(t, t);
+  Vec p = vfma(vset(-2.46519113e-6f), t, vset(3.55569442e-5f));
+  Vec u = vfma(vset(-1.70782536e-4f), t, vset(-1.68028705e-4f));
+  p = vfma(p, t2, u);
+  p = vfma(p, t, vset(7.09718994e-3f));
+  p = vfma(p, t, vset(-5.2515797e-2f));
+  p = vfma(p, t, vset(-4.59202714e-1f));
+  p = vfma(p, t, vset(-1.15110573f));
+  return vfma(vmul(t, vset(-0.5f)), vexp2_bounded(vmul(p, t)), vmax(vzero(), x));
 }
 // x/2 (1 + tanh t) is x * sigmoid(2t): cheaper, and relative accuracy in the negative tail as well.
 inline Vec vgelu_tanh(Vec x) {
