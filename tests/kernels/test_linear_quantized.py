@@ -13,7 +13,8 @@ from llmopt import _C
 from llmopt.native.program import run_op
 from llmopt.ops.linear_quantized import dequantized, quantized_activations
 
-from tests.kernels.test_linear import ACTIVATIONS, EPS, FLOATS, Case, randn
+from tests.kernels.activations import ACTIVATIONS
+from tests.kernels.test_linear import EPS, FLOATS, Case, randn
 from tests.tolerance import assert_close
 
 TIERS = _C.tiers()

@@ -17,6 +17,7 @@ from llmopt.native.vm import (
     VmProgram,
 )
 
+from tests.kernels.activations import EXACT
 from tests.tolerance import assert_close
 
 each_tier = pytest.mark.parametrize("tier", _C.tiers())
@@ -33,15 +34,7 @@ UNARY = {
     "exp2": torch.exp2,
     "log": torch.log,
     "log1p": torch.log1p,
-    "tanh": torch.tanh,
-    "sigmoid": torch.sigmoid,
     "erf": torch.erf,
-    "silu": torch.nn.functional.silu,
-    "gelu_erf": torch.nn.functional.gelu,
-    "gelu_tanh": lambda a: torch.nn.functional.gelu(a, approximate="tanh"),
-    "quick_gelu": lambda a: a * torch.sigmoid(1.702 * a),
-    "relu": torch.relu,
-    "relu2": lambda a: torch.relu(a).square(),
     "square": torch.square,
     "sin": torch.sin,
     "cos": torch.cos,
@@ -50,6 +43,7 @@ UNARY = {
     "logical_not": lambda a: torch.logical_not(a).to(a.dtype),
     "round_f16": lambda a: a.half().to(a.dtype),
     "round_bf16": lambda a: a.bfloat16().to(a.dtype),
+    **{name: exact for name, exact in EXACT.items() if name != "none"},
 }
 BINARY = {
     "add": torch.add,
