@@ -11,8 +11,10 @@ import transformers
 from llmopt import backend
 
 transformers.logging.set_verbosity_error()
-# Nobody reads Dynamo's trace of every compilation: without a handler it is not written, nor printed with a failure.
+# Nobody reads Dynamo's trace of every compilation: without a handler it is not written, nor printed with a failure. pytest gives
+# its own to every logger that does not propagate.
 logging.getLogger("torch.__trace").handlers.clear()
+logging.getLogger("torch.__trace").propagate = True
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -7,6 +7,7 @@ tolerance: with the library's own initialisation (0.02) attention is almost unif
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -42,6 +43,19 @@ def pair(
     compiled = copy.deepcopy(eager)
     compiled.compile(backend=backend)
     return eager, compiled
+
+
+def after_first_call(compiled: Any, look: Callable[[Any], None]) -> None:
+    """What a module compiled in place gives is shown to `look` once, before anything is called again."""
+    call = compiled._compiled_call_impl
+
+    def first(*args: Any, **kwargs: Any) -> Any:
+        output = call(*args, **kwargs)
+        compiled._compiled_call_impl = call
+        look(output)
+        return output
+
+    compiled._compiled_call_impl = first
 
 
 def randomize(model: torch.nn.Module, seed: int) -> None:
