@@ -14,14 +14,14 @@ from llmopt.models import smollm2
 
 MODULE_FILE = """
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 def call():
     torch.manual_seed(0)
     layers = [torch.nn.Linear(16, 48), torch.nn.GELU(), torch.nn.Linear(48, 8)]
     return torch.nn.Sequential(*layers), {"input": torch.randn(5, 16)}
 
-def llama():
+def llama():  # imports what the other functions' processes would wait for
+    from transformers import LlamaConfig, LlamaForCausalLM
     torch.manual_seed(0)
     return LlamaForCausalLM(LlamaConfig(
         vocab_size=256, hidden_size=32, intermediate_size=64, num_hidden_layers=1,

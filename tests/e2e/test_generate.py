@@ -211,16 +211,20 @@ def feed(model: Any, cache: Any, ids: torch.Tensor) -> torch.Tensor:
         return model(input_ids=ids, past_key_values=cache, use_cache=True).logits
 
 
+def pieces_of(ids: torch.Tensor) -> list[torch.Tensor]:
+    """Two prefills, tokens one by one past the capacity that the first left, a prefill past what that became, more tokens."""
+    sizes = [23, 17, *[1] * 60, ids.shape[1] - 105, *[1] * 5]
+    return list(ids.split(sizes, dim=1))
+
+
 @BOTH
 def test_chunked_prefill_and_long_decode(name: str, backend: str) -> None:
-    """Two prefills into one cache, then 300 single tokens: past any capacity a cache may have started with."""
     eager, compiled = zoo.pair(name, backend, **ONE)
     ids = zoo.inputs(name, 340)["input_ids"]
     want = feed(eager, DynamicCache(config=eager.config), ids)
     cache = DynamicCache(config=compiled.config)
-    pieces = [feed(compiled, cache, chunk) for chunk in ids[:, :40].split([23, 17], dim=1)]
-    pieces += [feed(compiled, cache, ids[:, i : i + 1]) for i in range(40, 340)]
-    assert_same_output(torch.cat(pieces, dim=1), want)
+    got = torch.cat([feed(compiled, cache, piece) for piece in pieces_of(ids)], dim=1)
+    assert_same_output(got, want)
 
 
 def test_generate_with_prefill_chunks(backend: str) -> None:

@@ -11,7 +11,7 @@ import torch
 from transformers.cache_utils import DynamicCache, StaticCache
 
 from tests.e2e import zoo
-from tests.e2e.test_generate import GREEDY, ONE, Counted, feed, padded
+from tests.e2e.test_generate import GREEDY, ONE, Counted, feed, padded, pieces_of
 
 BOTH = pytest.mark.parametrize("name", ["llama", "mistral-window"])
 
@@ -32,7 +32,7 @@ def assert_much_nearer(got: torch.Tensor, want: torch.Tensor, exact: torch.Tenso
 def test_chunked_prefill_and_long_decode(name: str, dtype: torch.dtype, backend: str) -> None:
     eager, compiled = zoo.pair(name, backend, dtype, **ONE)
     ids = zoo.inputs(name, 180)["input_ids"]
-    pieces = [*ids[:, :40].split([23, 17], dim=1), *ids[:, 40:].split(1, dim=1)]
+    pieces = pieces_of(ids)
     logits, caches = [], []
     for model, cache in (
         (compiled, llmopt.KVCache(compiled)),

@@ -13,6 +13,7 @@ from llmopt.quant.schemes import SCHEMES
 from llmopt.target import target
 from torch import Tensor, nn
 
+from tests.e2e import zoo
 from tests.quant.models import llama
 
 # scheme → how far random weights may be from the float result
@@ -115,15 +116,20 @@ def test_a_llama_generates(precision: str, tied: bool) -> None:
     prompt = torch.arange(1, 8)[None]
     arguments = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 6}
     arguments |= {"do_sample": False, "pad_token_id": 0}
+    arguments |= {"return_dict_in_generate": True, "output_logits": True, "logits_to_keep": 0}
     want = wanted.generate(prompt, **arguments)
     model.compile(backend="llmopt", options={"precision": precision, "attention": "exact"})
-    assert torch.equal(model.generate(prompt, **arguments), want)
-    ids = torch.arange(3, 23)[None]
-    assert relative(model(ids).logits, wanted(ids).logits) < 5e-3
-    details = [r.detail for r in alive()[-1].plan.records() if r.op.startswith("linear")]
-    assert len(details) == 9  # qkv, o, gate and up, down, twice; the head
-    assert all(precision in d for d in details[:-1])
-    assert "160x64 w8a16" in details[-1]
+    prompts: list[Tensor] = []
+    zoo.after_first_call(model, lambda output: prompts.append(output.logits))
+    got = model.generate(prompt, **arguments)
+    assert torch.equal(got.sequences, want.sequences)
+    assert relative(prompts[0], wanted(prompt).logits) < 5e-3
+    assert relative(torch.cat(got.logits), torch.cat(want.logits)) < 5e-3
+    for graph in alive()[-2:]:  # the prompt's and the next tokens'
+        details = [r.detail for r in graph.plan.records() if r.op.startswith("linear")]
+        assert len(details) == 9  # qkv, o, gate and up, down, twice; the head
+        assert all(precision in d for d in details[:-1])
+        assert "160x64 w8a16" in details[-1]
 
 
 @torch.no_grad()
@@ -136,7 +142,7 @@ def test_attention_rounds_where_linears_do() -> None:
         records = [r for r in alive()[-1].plan.records() if r.op == "attention"]
         return {"+bf16_allowed" in r.detail for r in records}
 
-    model = llama(True)
+    model = llama(True, layers=1)
     for precision in ("w8a8", "w4a8"):
         assert attentions(model, {"precision": precision}) == {True}
         assert attentions(llmopt.quantize(model, precision), {}) == {True}

@@ -14,13 +14,13 @@ from transformers import (
 )
 
 
-def llama(tied: bool = True) -> LlamaForCausalLM:
+def llama(tied: bool = True, layers: int = 2) -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=160,
         hidden_size=64,
         intermediate_size=128,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=128,
