@@ -84,6 +84,7 @@ inline Vec verf(Vec x) {
 // max(x, 0) - |x| Φ(-|x|) with Φ(-t) = 2^(t p(t)) / 2, where p of degree 7 moves t Φ(-t) by less than 3e-8: no range is
 // apart, as with erf, and nothing cancels in the negative tail. p goes on downwards: from 16 on Φ is zero.
 inline Vec vgelu_erf(Vec x) {
+  Vec half = vmul(x, vset(0.5f));      // half + |half| is max(x, 0), and NaN for -inf, as in PyTorch
   Vec t = vmin(vset(16.0f), vabs(x));  // NaN passes
   Vec t2 = vmul(t, t);
   Vec p = vfma(vset(-2.46519113e-6f), t, vset(3.55569442e-5f));
@@ -93,7 +94,7 @@ inline Vec vgelu_erf(Vec x) {
   p = vfma(p, t, vset(-5.2515797e-2f));
   p = vfma(p, t, vset(-4.59202714e-1f));
   p = vfma(p, t, vset(-1.15110573f));
-  return vfma(vmul(t, vset(-0.5f)), vexp2_bounded(vmul(p, t)), vmax(vzero(), x));
+  return vfma(vmul(t, vset(-0.5f)), vexp2_bounded(vmul(p, t)), vadd(half, vabs(half)));
 }
 // x/2 (1 + tanh t) is x * sigmoid(2t): cheaper, and relative accuracy in the negative tail as well.
 inline Vec vgelu_tanh(Vec x) {
