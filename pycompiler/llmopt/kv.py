@@ -159,13 +159,13 @@ def _fresh(geometry: tuple, length: int, new_length: int) -> Sequence[Tensor]:
     parts = None if _EXCHANGE is None else _C.Parts(_EXCHANGE, memory)
     storage = StorageWeakRef(memory.untyped_storage())
     slab = _Slab(memory.data_ptr(), storage, parts, geometry, capacity, total)
-    if memory.numel():
-        _keep(slab)
     # A part keeps the whole alive.
     whole = (
         [from_dlpack(part) for part in memory.view(layers, -1).unbind(0)] if parts is None else ()
     )
     caches = _caches(slab, whole, 0, total)
+    if memory.numel():
+        _keep(slab)
     for cache in caches:
         _will_grow(cache)
     return caches
