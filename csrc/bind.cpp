@@ -129,9 +129,17 @@ class Arguments {
   std::vector<Row> rows_;
 };
 
-std::unique_ptr<dlpack::Parts> make_parts(const py::capsule& exchange, const py::object& tensor) {
-  const auto* known = static_cast<const dlpack::Exchange*>(exchange.get_pointer());
-  while (known && known->major != 1) known = known->older;
+// nullptr for what is no exchange functions of DLPack 1.
+const dlpack::Exchange* exchange_in(const py::object& capsule) {
+  constexpr const char* kName = "dlpack_exchange_api";
+  if (!PyCapsule_IsValid(capsule.ptr(), kName)) return nullptr;
+  const auto* found = static_cast<const dlpack::Exchange*>(PyCapsule_GetPointer(capsule.ptr(), kName));
+  while (found && found->major != 1) found = found->older;
+  return found;
+}
+
+std::unique_ptr<dlpack::Parts> make_parts(const py::object& exchange, const py::object& tensor) {
+  const dlpack::Exchange* known = exchange_in(exchange);
   if (!known) throw std::invalid_argument("the exchange functions are not those of DLPack 1");
   dlpack::ManagedArray* memory = nullptr;
   if (known->from_object(tensor.ptr(), &memory)) throw py::error_already_set();
@@ -140,11 +148,11 @@ std::unique_ptr<dlpack::Parts> make_parts(const py::capsule& exchange, const py:
 
 py::list over_parts(dlpack::Parts& parts, int64_t count, int64_t start, int64_t step, const std::vector<int64_t>& size,
                     const std::vector<int64_t>& stride) {
-  std::vector<void*> objects;
-  const bool good = parts.over(count, start, step, size, stride, objects);
   py::list tensors;
-  for (void* object : objects) tensors.append(py::reinterpret_steal<py::object>(static_cast<PyObject*>(object)));
-  if (!good) throw py::error_already_set();
+  const auto take = [&](void* object) {
+    tensors.append(py::reinterpret_steal<py::object>(static_cast<PyObject*>(object)));
+  };
+  if (!parts.over(count, start, step, size, stride, take)) throw py::error_already_set();
   return tensors;
 }
 
@@ -216,6 +224,9 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<py::tuple, std::vector<size_t>, py::object, py::object, std::vector<bool>>(), py::arg("arguments"),
            py::arg("positions"), py::arg("address_of"), py::arg("version_of"), py::arg("counted"))
       .def("same", &Arguments::same, py::arg("arguments"));
+  m.def(
+      "knows_exchange", [](const py::object& exchange) { return exchange_in(exchange) != nullptr; },
+      py::arg("exchange"), "Whether these are exchange functions that Parts can use.");
   py::class_<dlpack::Parts>(m, "Parts", "Tensors over parts of another tensor's memory, which they keep alive.")
       .def(py::init(&make_parts), py::arg("exchange"), py::arg("tensor"))
       .def("over", &over_parts, py::arg("count"), py::arg("start"), py::arg("step"), py::arg("size"), py::arg("stride"),

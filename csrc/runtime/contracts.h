@@ -27,8 +27,9 @@ struct Call {
 };
 
 struct Contract {
-  const char* (*reason)(const Call&) = nullptr;  // nullptr, or what is wrong with the operands; nullptr for ops without
-  bool looks_inside = false;                     // at the content of operands, which changes where they do not
+  // Gives what is wrong with the operands, or nullptr. An op without a contract has no such function.
+  const char* (*reason)(const Call&) = nullptr;
+  bool looks_inside = false;  // at the content of operands, which changes where they do not
 };
 
 extern const char* const kIndexRange;  // the reason that is an IndexError in Python
@@ -36,6 +37,7 @@ extern const char* const kIndexRange;  // the reason that is an IndexError in Py
 // nullptr, or why an op cannot run with the tuning in its ints, the only part of the step that counts here.
 const char* refuse_tuning(const char* op, const Call& call);
 
+// The contract of an op; an empty one for ops that have none.
 Contract contract_of(const char* op);
 
 }  // namespace llmopt

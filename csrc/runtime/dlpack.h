@@ -8,7 +8,7 @@
 
 namespace llmopt::dlpack {
 
-// The structs of DLPack's C interface; only what is used here has a name of its own meaning.
+// The structs of DLPack's C interface, as far as they are used.
 struct Array {
   void* data;
   int32_t device_type, device_id;
@@ -45,10 +45,11 @@ class Parts {
 
   static constexpr int kDims = 4;
 
-  // `count` new objects: tensor i begins at element start + i * step, and so does its storage. What fails leaves a
-  // Python error and the objects made so far.
+  // Hands `count` new objects to take(void*): tensor i begins at element start + i * step, and so does its storage.
+  // False, with a Python error, where one cannot be made.
+  template <class Take>
   bool over(int64_t count, int64_t start, int64_t step, const std::vector<int64_t>& size,
-            const std::vector<int64_t>& stride, std::vector<void*>& objects) {
+            const std::vector<int64_t>& stride, Take take) {
     if (size.size() != kDims || stride.size() != kDims || count < 0 || start < 0 || step < 0)
       throw std::invalid_argument("parts have four sizes and strides");
     int64_t last = start + (count - 1) * step;
@@ -63,7 +64,6 @@ class Parts {
     if (!memory) throw std::invalid_argument("the memory is gone: no tensor over it is left");
     const Array& whole = memory->array;
     const int64_t itemsize = whole.dtype_bits / 8;
-    objects.reserve(static_cast<size_t>(count));
     for (int64_t i = 0; i < count; ++i) {
       auto part = std::make_unique<Part>();
       part->memory = memory;
@@ -76,7 +76,7 @@ class Parts {
       void* object = nullptr;
       // Never deleted where that fails: whether it was taken over by then cannot be known.
       if (exchange_->to_object(&part.release()->managed, &object)) return false;
-      objects.push_back(object);
+      take(object);
     }
     kept_.reset();
     return true;

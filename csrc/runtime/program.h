@@ -86,7 +86,7 @@ class Program {
   const std::vector<StepSpec> steps_;
   std::vector<const Kernel*> kernels_;
   std::vector<Contract> contracts_;
-  std::vector<int> tile_rows_;       // of each step's op
+  std::vector<int> tile_rows_;  // of each step's op
   const int panel_width_;
   std::vector<size_t> first_tensor_, first_int_;  // of each step, and behind the last
   // What has to be made again by a run that follows another one: expressions over symbols, and the steps that read one

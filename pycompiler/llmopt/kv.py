@@ -2,8 +2,8 @@
 
 All caches of one graph with equal geometry lie in one slab [layers, capacity, B, H, D]; a cache is the view [B,H,S,D] of its part.
 Its strides depend neither on S nor on the capacity, and it begins where its storage does, so neither strides nor offsets trip the
-checks of compiled code or become arguments of it. Appending to a cache that ends where its slab is filled
-up to writes behind it; any other cache (forked, reordered, cropped, foreign) is copied into a new slab first.
+checks of compiled code or become arguments of it. Appending to a cache that ends where its slab is filled up to writes behind it;
+any other cache (forked, reordered, cropped, foreign) is copied into a new slab first.
 """
 
 from __future__ import annotations
@@ -26,7 +26,15 @@ _MIN_SPARE = 64  # positions
 _address_of = attrgetter("address")
 _CPU = torch.device("cpu")
 _ADDRESS = Tensor.data_ptr
-_EXCHANGE = getattr(Tensor, "__dlpack_c_exchange_api__", None)  # not in every PyTorch
+
+
+def _exchange(tensors: type) -> object | None:
+    """The functions by which C++ makes tensors; None where a PyTorch has none, or others."""
+    given = getattr(tensors, "__dlpack_c_exchange_api__", None)
+    return given if _C.knows_exchange(given) else None
+
+
+_EXCHANGE = _exchange(Tensor)
 
 
 @dataclass

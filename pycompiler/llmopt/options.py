@@ -69,7 +69,9 @@ def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> Option
     if "accuracy_budget" in given and given.get("precision") != "auto":
         raise ValueError("llmopt: accuracy_budget is for precision='auto'")
     precision = _choose("precision", given.get("precision", "exact"), PRECISIONS)
-    if "group" in given and precision not in SCHEMES:
+    if precision in SCHEMES:
+        scheme_of(precision, given.get("group"))  # raises where there is no such group
+    elif "group" in given:
         raise ValueError(f"llmopt: group is for precision={', '.join(SCHEMES)}, not {precision!r}")
     chosen = Options(
         accuracy_budget=check_budget(given.get("accuracy_budget", DEFAULT_BUDGET)),
@@ -83,7 +85,6 @@ def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> Option
         target=wanted_target,
         weights=_choose("weights", given.get("weights", "keep"), WEIGHTS),
     )
-    _ = chosen.scheme  # a group that does not exist is an error now
     if wanted_target not in (None, "cpu"):
         check_for_gpu(chosen, str(wanted_target))
     return chosen

@@ -201,9 +201,30 @@ def test_runs_follow_each_other_with_other_sizes_addresses_operands_and_threads(
         want = total * torch.rsqrt(total.pow(2).mean(-1, keepdim=True) + 1e-6)
         torch.testing.assert_close(got_y, want, rtol=1e-5, atol=1e-5)
         assert torch.equal(got_z, given_x)
-        if size == 0:  # a refused run leaves nothing behind
-            with pytest.raises(ValueError, match=r"copy: .*differ"):
-                program.run([*addresses[:2], 0, *addresses[3:]], [size], threads)
+        if size == 0:  # a refused run leaves nothing behind: not even the second time
+            for _ in range(2):
+                with pytest.raises(ValueError, match=r"copy: .*differ"):
+                    program.run([*addresses[:2], 0, *addresses[3:]], [size], threads)
+
+
+def test_content_is_checked_at_every_run():
+    """Indices change where neither sizes nor addresses do."""
+    builder = ProgramBuilder()
+    ids, table, y = (builder.external() for _ in range(3))
+    row = View(ids, torch.int64, (3,), (1,))
+    tables = View(table, torch.float32, (5, 4), (4, 1)), View(y, torch.float32, (3, 4), (4, 1))
+    builder.step("embedding", [row, *tables], [], [1.0])
+    program = builder.build(TIER)
+    given, rows, got = torch.tensor([0, 4, 2]), torch.randn(5, 4), torch.zeros(3, 4)
+    addresses = [t.data_ptr() for t in (given, rows, got)]
+    for bad in (None, 5, -1, None):
+        given[1] = 4 if bad is None else bad
+        if bad is None:
+            program.run(addresses, [], 1)
+            assert torch.equal(got, rows[given])
+            continue
+        with pytest.raises(IndexError, match=f"index {bad} is out of range"):
+            program.run(addresses, [], 1)
 
 
 def test_two_python_threads_share_one_program():

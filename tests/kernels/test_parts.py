@@ -9,8 +9,7 @@ import torch
 from llmopt import _C
 from torch.multiprocessing.reductions import StorageWeakRef
 
-EXCHANGE = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
-pytestmark = pytest.mark.skipif(EXCHANGE is None, reason="this PyTorch has no exchange functions")
+EXCHANGE = torch.Tensor.__dlpack_c_exchange_api__
 SIZE, STRIDE = (1, 2, 3, 4), (8, 4, 8, 1)  # 24 elements, two heads in turn
 
 
@@ -80,3 +79,12 @@ def test_only_a_dense_row_is_taken():
     for wrong in (torch.zeros(4, 4), torch.zeros(8)[::2]):
         with pytest.raises(ValueError, match="no dense row"):
             _C.Parts(EXCHANGE, wrong)
+
+
+def test_other_functions_are_known_and_refused():
+    """A PyTorch may have none, or those of another DLPack."""
+    assert _C.knows_exchange(EXCHANGE)
+    for other in (None, 7, torch.zeros(3).__dlpack__()):
+        assert not _C.knows_exchange(other)
+        with pytest.raises(ValueError, match="not those of DLPack 1"):
+            _C.Parts(other, torch.zeros(3))

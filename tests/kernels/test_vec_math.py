@@ -105,6 +105,12 @@ def test_gates(tier, name):
         assert (error[tail] <= 1e-5 * want[tail].abs()).all()
 
 
+def test_gelu_of_minus_infinity_is_pytorchs(tier):
+    x = torch.tensor([-math.inf])
+    assert torch.isnan(torch.nn.functional.gelu(x)).all()
+    assert torch.isnan(apply("gelu_erf", x, tier)).all()
+
+
 @pytest.mark.parametrize("name", ["silu", "gelu_erf", "gelu_tanh", "quick_gelu", "relu", "relu2"])
 def test_activations_keep_nan_and_plus_infinity(tier, name):
     x = torch.tensor([math.nan, math.inf])

@@ -105,7 +105,12 @@ def test_bad_requests(tmp_path, capsys) -> None:
         (["--precision", "w1"], "'w1' does not exist"),
         (["--scheme", "w8a8", "--tokens", "100"], "100 tokens hold no window of 128"),
         (["--precision", "w8a8", "--group", "7"], "group=7"),
-        (["--precision", "exact", "--group", "32"], "group is for precision=w8a8"),
+        (
+            ["--precision", "w8a8,exact", "--group", "32"],
+            "--group is for w8a8, w8a16, w4a16, w4a8: measure exact apart",
+        ),
+        (["--scheme", "w8a8,auto", "--group", "32"], "measure auto apart"),
+        (["--kv-cache", "int8", "--group", "32"], "measure int8 apart"),
         (
             ["--scheme", "w8a8", "--precision", "exact", "--algorithm", "awq"],
             "measure --precision apart",

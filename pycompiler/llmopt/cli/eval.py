@@ -71,6 +71,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from llmopt.models import ModelError, load
+    from llmopt.quant.schemes import SCHEMES
 
     if not args.scheme and not args.precision and not args.kv_cache:
         raise ValueError(
@@ -78,6 +79,11 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.precision and args.algorithm is not None:
         raise ValueError("--algorithm is for --scheme: measure --precision apart")
+    grouped = [*args.scheme, *args.precision]
+    if args.group is not None and (not grouped or set(grouped) - set(SCHEMES)):
+        raise ValueError(
+            f"--group is for {', '.join(SCHEMES)}: measure {', '.join(sorted(set(grouped) - set(SCHEMES)) or args.kv_cache)} apart"
+        )
     if args.threads:
         torch.set_num_threads(args.threads)
     with working(f"{args.model}: loading"):
