@@ -413,7 +413,6 @@ def test_every_system_is_in_the_help(capsys):
 
 
 def test_llama_cpp_runs_the_models_that_are_gguf_files():
-    pytest.importorskip("llama_cpp")
     with pytest.raises(ModelError, match="only smollm2 comes as one"):
         systems.SYSTEMS["llama.cpp"].build(llama(tied=True), [DECODE])
 
