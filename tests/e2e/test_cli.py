@@ -222,6 +222,16 @@ def test_explain_writes_its_files(capsys, module_file, tmp_path):
     assert json.loads(data.read_text())
 
 
+def test_explain_a_precision(capsys, module_file):
+    argv = ("explain", f"{module_file}:call", "--precision", "w8a8", "--group", "channel")
+    code, out, err = run(capsys, *argv)
+    assert code == 0, err
+    assert "w8a8 per channel" in out
+    code, _, err = run(capsys, "explain", f"{module_file}:call", "--group", 32)
+    assert code == 1
+    assert "group is for precision=" in err
+
+
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 def test_explain_a_causal_model(capsys, module_file, phase):
     code, out, _ = run(capsys, "explain", f"{module_file}:llama", "--phase", phase)

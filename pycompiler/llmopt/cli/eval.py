@@ -53,7 +53,7 @@ def add(commands: Any) -> None:
         "--algorithm",
         help="with --scheme: round (default), smoothquant, awq, gptq, smoothquant+gptq, awq+gptq",
     )
-    parser.add_argument("--group", type=_group, help="channel, 32, 64 or 128")
+    options.add_group(parser)
     parser.add_argument(
         "--tokens", type=options.positive, default=20480, metavar="N", help="default: 20480"
     )
@@ -61,10 +61,6 @@ def add(commands: Any) -> None:
     options.add_threads(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write JSON")
     parser.set_defaults(run=run)
-
-
-def _group(text: str) -> int | str:
-    return int(text) if text.isdecimal() else text
 
 
 def run(args: argparse.Namespace) -> int:

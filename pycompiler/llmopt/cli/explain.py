@@ -8,6 +8,7 @@ from typing import Any
 
 from llmopt.cli import options
 from llmopt.cli.progress import working
+from llmopt.options import PRECISIONS, parse_options
 
 
 def add(commands: Any) -> None:
@@ -21,6 +22,14 @@ def add(commands: Any) -> None:
     parser.add_argument("model", metavar="MODEL", help=options.MODEL_HELP)
     options.add_dtype(parser)
     options.add_random_weights(parser)
+    options.add_threads(parser)
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default="exact",
+        help="the compile option (default: exact)",
+    )
+    options.add_group(parser)
     parser.add_argument(
         "--phase",
         metavar="PHASE",
@@ -38,11 +47,17 @@ def run(args: argparse.Namespace) -> int:
     from llmopt.benchmark.phases import call_inputs, phases_of
     from llmopt.models import DTYPES, load
 
+    chosen = {"precision": args.precision}
+    if args.group is not None:
+        chosen["group"] = args.group
+    parse_options(None, chosen)  # raises before a model is loaded
+    if args.threads:
+        torch.set_num_threads(args.threads)
     with working(f"{args.model}: loading"):
         loaded = load(args.model, DTYPES[args.dtype], args.random_weights)
     phase = phases_of(loaded.kind, [args.phase] if args.phase else ())[0]
     with torch.inference_mode(), working(f"{args.model}: compiling and measuring") as task:
-        compiled: Any = torch.compile(loaded.model, backend="llmopt")
+        compiled: Any = torch.compile(loaded.model, backend="llmopt", options=chosen)
         inputs = call_inputs(compiled, loaded, phase)
         task.say(f"{args.model}: measuring {phase.describe()}")
         report = llmopt.explain(compiled, **inputs)

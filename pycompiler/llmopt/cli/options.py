@@ -32,6 +32,14 @@ def add_threads(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_group(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--group", type=_group, help="channel, 32, 64 or 128")
+
+
+def _group(text: str) -> int | str:
+    return int(text) if text.isdecimal() else text
+
+
 def positive(text: str) -> int:
     """An argparse type: a whole number of at least 1."""
     if not text.isdecimal() or int(text) < 1:
