@@ -92,6 +92,23 @@ def test_changed_weights_are_noticed(change: Callable[[nn.Module], None], backen
     assert_same_output(compiled(x), want)
 
 
+@pytest.mark.parametrize("change", [replace_parameter, edit_data_in_place, assign_other_weights])
+def test_changed_weights_are_noticed_without_guards(
+    change: Callable[[nn.Module], None], backend: str
+) -> None:
+    """Dynamo's guards of modules can be left out: what a graph reads is compared by itself."""
+    module = build(Block)
+    options = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
+    compiled = torch.compile(module, backend=backend, options=options)
+    x = block_input()
+    before = compiled(x)
+    torch.manual_seed(3)
+    change(module)
+    want = module(x)
+    assert (want - before).abs().max() > 1e-2
+    assert_same_output(compiled(x), want)
+
+
 def test_dtype_and_back(backend: str) -> None:
     """Every dtype in turn, and the first one again with weights that lost bits on the way."""
     module = build(Block)
