@@ -11,6 +11,7 @@ constexpr float kNegInf = -__builtin_inff();
 constexpr int kMaxNv = kVecRegisters == 32 ? 4 : 2;  // vectors of query rows in one prefill panel
 constexpr int kLd = kMaxNv * kLanes;                 // floats per row of every transposed panel
 constexpr int64_t kMinSplitKeys = 128;               // fewer keys cost less than handing them to another thread
+constexpr int64_t kLongSplitKeys = 8192;             // of decode: more are worth cutting for the sake of uneven cores
 constexpr int64_t kHeadsPerChunk = 8;                // of kv heads whose rows lie side by side in memory
 constexpr int64_t kTileDecodeRows = 8;               // more rows of several queries are worth tiles
 constexpr int64_t kRoundedTileRows = 31;             // of operands that are rounded first
@@ -100,6 +101,7 @@ struct Plan {
   int64_t rows, panels;       // of one kv head: rows, and chunks that they make
   int64_t heads;              // kv heads of one chunk
   int64_t units, max_splits;  // chunks of a phase without splits; most splits of the keys
+  int64_t even_splits;        // fewest that give all threads as many chunks
 };
 
 // Whether q, k and v are of these dtypes.
@@ -148,10 +150,14 @@ inline Plan make_plan(const Problem& p, int threads) {
   // tiles.
   const bool whole = per >= wanted || plan.nv > kMaxNv;
   plan.max_splits = whole ? 1 : max64(1, min64(ceil_div(wanted, per), p.kv_len * plan.heads / kMinSplitKeys));
+  plan.even_splits = 1;
+  while (plan.even_splits < plan.max_splits && per * plan.even_splits % threads) ++plan.even_splits;
   return plan;
 }
 
 // Splits that the live keys of this call deserve: a long cache with few live keys is not cut. Only known while running.
+// Decoding reads one stretch of memory a thread, up to lengths where a slow core would keep the others waiting: each
+// chunk begins with keys that nobody fetched ahead, and each split adds a row to merge.
 inline int64_t live_splits(const Problem& p, const Plan& plan) {
   if (plan.max_splits == 1) return 1;
   const bool per_batch = p.bounds && p.bounds->size[0] > 1 && p.bounds->stride[0] != 0;
@@ -163,7 +169,9 @@ inline int64_t live_splits(const Problem& p, const Plan& plan) {
         const KeyRange r = key_range(p, b, h, i);
         longest = max64(longest, r.hi - r.lo);
       }
-  return max64(1, min64(plan.max_splits, longest * plan.heads / kMinSplitKeys));
+  const int64_t keys = longest * plan.heads;
+  const int64_t wanted = plan.decode ? max64(plan.even_splits, keys / kLongSplitKeys) : plan.max_splits;
+  return max64(1, min64(plan.max_splits, min64(wanted, keys / kMinSplitKeys)));
 }
 
 // The state of one row after some of its keys, when its keys are split: max, sum and the weighted sum of values.
