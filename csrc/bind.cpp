@@ -216,7 +216,8 @@ PYBIND11_MODULE(_C, m) {
   py::class_<Samples>(m, "Samples", "Remembers a few cache lines of each of several memory ranges.")
       .def(py::init<std::vector<int64_t>, std::vector<int64_t>>(), py::arg("addresses"), py::arg("bytes"))
       .def("fetch", &Samples::fetch)
-      .def("unchanged", &Samples::unchanged);
+      .def("unchanged", &Samples::unchanged)
+      .def("all_unchanged", &Samples::all_unchanged);
   py::class_<Prefetch>(m, "Prefetch", "Asks for several memory ranges without waiting for them.")
       .def(py::init<std::vector<int64_t>, std::vector<int64_t>>(), py::arg("addresses"), py::arg("bytes"))
       .def("fetch", &Prefetch::fetch);

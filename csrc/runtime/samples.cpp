@@ -37,6 +37,12 @@ bool Samples::unchanged() {
   return digest(line) == digests_[line];
 }
 
+bool Samples::all_unchanged() const {
+  for (int line = 0; line < kLines; ++line)
+    if (digest(line) != digests_[line]) return false;
+  return true;
+}
+
 uint64_t Samples::digest(int line) const {
   const auto& rows = lines_[line];
   uint64_t h = 0x9E3779B97F4A7C15u;

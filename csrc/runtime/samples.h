@@ -20,6 +20,9 @@ class Samples {
   // Looks at one line of every range, another one than the call before; false when any differs from what it was.
   bool unchanged();
 
+  // Looks at all lines of every range.
+  bool all_unchanged() const;
+
  private:
   static constexpr int kLines = 16;
 

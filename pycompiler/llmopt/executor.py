@@ -64,6 +64,7 @@ class Segment(torch.nn.Module):
         self._check_dense = [builder.inputs[n] for n in builder.inputs if _made_by_python(n)]
         self._packed_addresses: list[int] = []
         self._watch: Watch | None = None
+        self._repack = False  # the next call packs every weight again, whatever it sees of it
         self._held: list[weakref.ref] = []  # the store owns them, for as long as their tensors live
         self._lock = threading.Lock()
         self.profile_ns: list[int] | None = None
@@ -140,13 +141,14 @@ class Segment(torch.nn.Module):
         if not self._packed:
             return self._packed_addresses
         watch = self._watch
-        same = False
+        edited = False
         if watch is not None and watch.same_tensors(arguments):
             if watch.same_content():
                 return self._packed_addresses
-            same = True
+            edited = True
         with self._lock:
-            held = [STORE.get(spec, arguments, self.target_, changed=same) for spec in self._packed]
+            again, self._repack = edited or self._repack, False
+            held = [STORE.get(p, arguments, self.target_, changed=again) for p in self._packed]
             if self._offload and offload(arguments[a] for a in self._matrices):
                 STORE.follow(self._packed, arguments, self.target_)
             addresses = [
@@ -157,7 +159,8 @@ class Segment(torch.nn.Module):
             return addresses
 
     def forget_weights(self) -> None:
-        """Makes the next call compare and pack every weight anew."""
+        """Makes the next call pack every weight anew."""
+        self._repack = True
         self._watch = None
 
 

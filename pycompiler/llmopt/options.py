@@ -51,6 +51,10 @@ def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> Option
 
     The mode may stand among the options, since torch.compile takes a mode or options, not both.
     """
+    if not isinstance(options, Mapping | None):
+        raise ValueError(
+            f"llmopt: options={options!r} is no dictionary; possible: options={{'precision': 'w8a8'}}"
+        )
     given = dict(options or {})
     names = ("mode", "precision", "group", "accuracy_budget", "kv_cache", "attention", "target", "weights")  # fmt: skip
     for name in given:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from llmopt import _C
-from llmopt.weights import STORE
+from llmopt.weights import STORE, samples_of
 
 _ADDRESS = Tensor.data_ptr
 
@@ -29,10 +29,7 @@ class Watch:
         tensors = [arguments[p] for p in positions]
         counted = [not t.is_inference() for t in tensors]  # those have no edit count
         self._tensors = _C.Arguments(arguments, positions, _ADDRESS, Tensor._version, counted)
-        self._samples = _C.Samples(
-            list(map(_ADDRESS, tensors)),
-            [t.untyped_storage().nbytes() - _start(t) for t in tensors],
-        )
+        self._samples = samples_of(tensors)
         self._objects = _objects(tensors)
 
     def same_tensors(self, arguments: tuple) -> bool:
@@ -48,10 +45,6 @@ class Watch:
         """Asks for the tensors' own records, which the weights have pushed out of the caches: the guards of the next call and
         `same_tensors` ask each of some hundred tensors in turn."""
         self._objects.fetch()
-
-
-def _start(tensor: Tensor) -> int:
-    return int(tensor.storage_offset()) * tensor.element_size()
 
 
 def _objects(tensors: Sequence[Tensor]) -> _C.Prefetch:

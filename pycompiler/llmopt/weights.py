@@ -37,6 +37,7 @@ class PackedWeight:
     memory: _C.Memory
     bias: Tensor | None
     state: tuple
+    samples: _C.Samples
     sources: tuple[weakref.ref, ...]
 
     @property
@@ -62,6 +63,13 @@ def state_of(tensors: Sequence[Tensor]) -> tuple:
     return tuple((id(t), t.data_ptr(), version(t)) for t in tensors)
 
 
+def samples_of(tensors: Sequence[Tensor]) -> _C.Samples:
+    """Some lines of each tensor's memory, as they are now; readable while the tensors stay where they are."""
+    starts = [int(t.storage_offset()) * t.element_size() for t in tensors]
+    bytes_behind = [t.untyped_storage().nbytes() - s for t, s in zip(tensors, starts, strict=True)]
+    return _C.Samples([t.data_ptr() for t in tensors], bytes_behind)
+
+
 class PackedStore:
     """All packed weights of the process. Entries go when one of their source tensors does."""
 
@@ -74,12 +82,20 @@ class PackedStore:
     def get(
         self, spec: PackedSpec, arguments: Sequence[Tensor], target: Target, changed: bool
     ) -> PackedWeight:
-        """The packed form of `spec` over a segment's arguments; `changed` forces it to be made again."""
+        """The packed form of `spec` over a segment's arguments; `changed` forces it to be made again.
+
+        Content is compared here too: a graph that is new knows nothing of an edit through `.data` since another graph packed.
+        """
         bases, key = _identity(spec, arguments, target)
         state = state_of(bases)
         with self._lock:
             entry = self._entries.get(key)
-            if entry is None or entry.state != state or changed:
+            if (
+                changed
+                or entry is None
+                or entry.state != state
+                or not entry.samples.all_unchanged()
+            ):
                 entry = self._make(spec, arguments, target, state, bases, key, entry)
                 self._entries[key] = entry
             return entry
@@ -93,6 +109,7 @@ class PackedStore:
                 bases, key = _identity(spec, arguments, target)
                 if key in self._entries:
                     self._entries[key].state = state_of(bases)
+                    self._entries[key].samples = samples_of(bases)
 
     def _make(
         self,
@@ -118,7 +135,8 @@ class PackedStore:
                 self.epoch += 1
 
         sources = old.sources if old is not None else tuple(weakref.ref(b, forget) for b in bases)
-        return PackedWeight(memory, _bias_vector(spec, arguments), state, sources)
+        bias = _bias_vector(spec, arguments)
+        return PackedWeight(memory, bias, state, samples_of(bases), sources)
 
 
 def _identity(

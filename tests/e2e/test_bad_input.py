@@ -21,6 +21,7 @@ ERRORS = {
     "mode": ({"mode": "bogus"}, ("bogus", "default", "reduce-overhead", "max-autotune")),
     "mode-option": ({"options": {"mode": "bogus"}}, ("bogus", "default", "reduce-overhead")),
     "option": ({"options": {"precison": "exact"}}, ("precison", "precision", "kv_cache", "target")),
+    "no-dictionary": ({"options": "w8a8"}, ("'w8a8'", "dictionary", "precision")),
     "precision": ({"options": {"precision": "w3a3"}}, ("w3a3", "exact", "w8a8")),
     "precision-type": ({"options": {"precision": 8}}, ("8", "exact")),
     "group": (

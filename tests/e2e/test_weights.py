@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 
+import llmopt
 import pytest
 import torch
 from torch import nn
@@ -107,6 +108,26 @@ def test_changed_weights_are_noticed_without_guards(
     want = module(x)
     assert (want - before).abs().max() > 1e-2
     assert_same_output(compiled(x), want)
+
+
+def test_a_new_graph_notices_an_edit_through_data(backend: str) -> None:
+    """Another graph packed the weight before the edit, which neither version nor address shows."""
+    module = build(Block)
+    compiled = torch.compile(module, backend=backend, dynamic=False)
+    compiled(block_input())
+    module.up.weight.data.mul_(2)
+    x = block_input(length=3)
+    assert_same_output(compiled(x), module(x))
+
+
+def test_refresh_packs_what_a_few_edited_elements_changed(backend: str) -> None:
+    module = build(lambda: nn.Linear(64, 512))
+    compiled = torch.compile(module, backend=backend)
+    x = torch.randn(2, 64)
+    compiled(x)
+    module.weight.data[100, 7] += 5  # no sampled line: the first of each sixteenth
+    llmopt.refresh()
+    assert_same_output(compiled(x), module(x))
 
 
 def test_dtype_and_back(backend: str) -> None:
