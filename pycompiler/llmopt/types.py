@@ -65,7 +65,8 @@ class LinearProblem:
 
     def __str__(self) -> str:
         m = "M" if self.m is None else self.m
-        return f"{m}x{self.n}x{self.k} {self.x}·{self.w}"
+        group = f"/{self.group}" if self.group else ""
+        return f"{m}x{self.n}x{self.k} {self.x}·{self.w}{group}"
 
 
 LINEAR_FAMILIES = (

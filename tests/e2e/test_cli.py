@@ -226,7 +226,7 @@ def test_explain_a_precision(capsys, module_file):
     argv = ("explain", f"{module_file}:call", "--precision", "w8a8", "--group", "channel")
     code, out, err = run(capsys, *argv)
     assert code == 0, err
-    assert "w8a8 per channel" in out
+    assert "48x16 w8a8 groups of 16" in out
     code, _, err = run(capsys, "explain", f"{module_file}:call", "--group", 32)
     assert code == 1
     assert "group is for precision=" in err

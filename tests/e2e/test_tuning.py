@@ -209,6 +209,8 @@ def test_an_import_from_another_machine_is_kept_apart(capsys, tmp_path):
         (("1x2x3", "smollm2"), "either shapes MxNxK or one model"),
         (("smollm2", "minilm"), "one model at a time"),
         (("1x33x50", "--precision", "w8a8"), "groups of 64 do not divide its 50 inputs"),
+        (("1x33x96", "--precision", "w8a8", "--group", 128), "groups of 128 do not divide"),
+        (("1x33x96", "--group", 32), "group is for precision="),
         (("1x2x3", "--plot", "x.jpg"), "the picture is a .png"),
         (("--import", "/nowhere/x.json"), "cannot be read"),
     ],
@@ -226,3 +228,11 @@ def test_tuning_that_is_off_says_so(capsys, monkeypatch):
     code, _, err = run(capsys, "tune", "1x2x3")
     assert code == 1
     assert "LLMOPT_TUNE=0" in err
+
+
+def test_shapes_are_tuned_in_the_groups_asked_for(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    groups = ("--precision", "w8a8", "--group", "channel")
+    code, out, err = run(capsys, "tune", "1x32x96", *groups, "--budget", 5)
+    assert code == 0, err
+    assert "q8/96" in out

@@ -121,6 +121,8 @@ def _command(args: argparse.Namespace) -> str:
         words += ["--phases", ",".join(args.phases)]
     if args.repeat != ROUNDS:
         words += ["--repeat", str(args.repeat)]
+    if args.random_weights:
+        words.append("--random-weights")
     return shlex.join(words)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from llmopt.cli import options
 from llmopt.cli.progress import working
-from llmopt.options import PRECISIONS, parse_options
+from llmopt.options import PRECISIONS
 
 
 def add(commands: Any) -> None:
@@ -47,10 +47,7 @@ def run(args: argparse.Namespace) -> int:
     from llmopt.benchmark.phases import call_inputs, phases_of
     from llmopt.models import DTYPES, load
 
-    chosen = {"precision": args.precision}
-    if args.group is not None:
-        chosen["group"] = args.group
-    parse_options(None, chosen)  # raises before a model is loaded
+    chosen = options.compile_options(args)
     if args.threads:
         torch.set_num_threads(args.threads)
     with working(f"{args.model}: loading"):

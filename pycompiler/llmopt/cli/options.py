@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
-MODEL_HELP = "smollm2, minilm, path.py:function, or a folder written by save_pretrained"
+MODEL_HELP = (
+    "smollm2, minilm, path.py:function, or a folder written by save_pretrained or save_quantized"
+)
 
 
 def add_dtype(parser: argparse.ArgumentParser, default: str = "fp32") -> None:
@@ -34,6 +37,17 @@ def add_threads(parser: argparse.ArgumentParser) -> None:
 
 def add_group(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--group", type=_group, help="channel, 32, 64 or 128")
+
+
+def compile_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What --precision and --group ask torch.compile for; raises ValueError, before a model is loaded, where they do not go together."""
+    from llmopt.options import parse_options
+
+    chosen = {"precision": args.precision}
+    if args.group is not None:
+        chosen["group"] = args.group
+    parse_options(None, chosen)
+    return chosen
 
 
 def _group(text: str) -> int | str:

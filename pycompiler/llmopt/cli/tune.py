@@ -44,6 +44,7 @@ def add(commands: Any) -> None:
         default="exact",
         help="how the linears' weights are stored (default: exact)",
     )
+    options.add_group(parser)
     parser.add_argument(
         "--phases",
         type=options.names,
@@ -104,8 +105,9 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--plot {args.plot}: the picture is a .png")
     if not (args.what or args.show or args.export or args.import_ or args.predict):
         raise ValueError("nothing to do: give a model, shapes, --show, --export or --import")
-    if not settings.tuning():
+    if args.what and not settings.tuning():
         raise ValueError("LLMOPT_TUNE=0: nothing that is measured would be used")
+    options.compile_options(args)  # raises where they do not go together
     is_gpu = args.target != "cpu"
     if not is_gpu and (args.gpu or args.predict or args.output):
         raise ValueError("--gpu, --predict and -o are for a GPU: add --target, such as cuda:90")
@@ -200,11 +202,11 @@ def _of_shape(args: argparse.Namespace, m: int, n: int, k: int) -> Any:
     from llmopt.models import DTYPES
     from llmopt.native.linear_quantized import PLANES
     from llmopt.native.segment import SHORT_DTYPES
-    from llmopt.quant.schemes import SCHEMES
+    from llmopt.options import parse_options
     from llmopt.types import LinearProblem
 
     dtype = SHORT_DTYPES[DTYPES[args.dtype]]
-    scheme = SCHEMES.get(args.precision)
+    scheme = parse_options(None, options.compile_options(args)).scheme
     if scheme is None:
         return LinearProblem("linear", m, n, k, dtype, dtype, dtype)
     if reason := scheme.reject(k):
@@ -234,7 +236,7 @@ def _of_model(args: argparse.Namespace) -> list[Any]:
     (name,) = args.what
     with working(f"{name}: loading"):
         loaded = load(name, DTYPES[args.dtype], args.random_weights)
-    chosen = {"precision": args.precision}
+    chosen = options.compile_options(args)
     with working(f"{name}: finding its linears") as task, torch.inference_mode():
         compiled: Any = torch.compile(loaded.model, backend="llmopt", options=chosen)
         with recording() as found:
@@ -258,11 +260,12 @@ def _print(title: str, rows: list[Any]) -> None:
         table.add_column(heading, overflow="fold")
     for entry, source in rows:
         p = entry.problem
+        group = f"/{p['group']}" if p.get("group") else ""
         gain = entry.default_us / entry.us if entry.us else 1.0
         words = [str(p[name]) for name in ("norm", "act") if p.get(name, "none") != "none"]
         words += [name for name in ("bias", "gated", "residual") if p.get(name)]
         table.add_row(
-            f"{p['m']}x{p['n']}x{p['k']} {p['x']}·{p['w']}",
+            f"{p['m']}x{p['n']}x{p['k']} {p['x']}·{p['w']}{group}",
             "+".join(words),
             f"{entry.default_us:.1f}",
             f"{entry.us:.1f}",

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from llmopt.cli import options
 from llmopt.cli.progress import working
 
 
@@ -127,9 +128,9 @@ def _of_shape(args: argparse.Namespace, m: int, n: int, k: int) -> Any:
     from llmopt.kernels.operands import dtype_name
     from llmopt.launch import LinearProblem
     from llmopt.models import DTYPES
-    from llmopt.quant.schemes import SCHEMES
+    from llmopt.options import parse_options
 
-    scheme = SCHEMES.get(args.precision)
+    scheme = parse_options(None, options.compile_options(args)).scheme
     op, name, group = "linear", "f16", 0
     if scheme is not None:
         if reason := scheme.reject(k):
@@ -153,7 +154,7 @@ def _of_model(args: argparse.Namespace) -> list[Any]:
     (name,) = args.what
     with working(f"{name}: loading"):
         loaded = load(name, DTYPES[args.dtype], args.random_weights)
-    chosen = {"precision": args.precision, "target": args.target}
+    chosen = {**options.compile_options(args), "target": args.target}
     with working(f"{name}: finding its launches") as task, torch.inference_mode():
         compiled: Any = torch.compile(loaded.model, backend="llmopt", options=chosen)
         with recording() as found, executor.recording():

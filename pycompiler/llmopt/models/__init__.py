@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,6 +105,8 @@ def _load(spec: str, dtype: torch.dtype, random_weights: bool) -> LoadedModel:
         return user.from_function(spec, dtype)
     if Path(spec).is_dir():
         return user.from_folder(Path(spec), dtype, random_weights)
+    if os.sep in spec:
+        raise ModelError(f"{spec}: there is no such folder")
     raise ModelError(
         f"unknown model {spec!r}: expected {', '.join(PACKAGED)}, path.py:function, or a folder "
         "written by save_pretrained"
