@@ -11,24 +11,21 @@
 //   f: as in linear.
 //   planes: activations are a sum of that many signed bytes, each 1/254 of the one before: 1 rounds them to 8 bits, 2
 //   keep 15 bits of the largest in a group, 3 keep 23.  Integer sums are exact for groups of at most 65536.
-//   On AMX many rows are multiplied in bf16 instead where scales are per group (linear_quantized/terms.h).
+//   On AMX many rows are multiplied in bf16 instead where scales are per group (linear_quantized/terms.h). Tiers that
+//   do not multiply bytes multiply several rows of more than one plane in f32 (linear_quantized/floats.h).
 #include "cpu/family.h"
 #include "cpu/linear_quantized/gemm.h"
 #include "cpu/linear_quantized/pack.h"
 #ifdef __AMX_TILE__
 #include "cpu/linear_quantized/tiles.h"
+#else
+#include "cpu/linear_quantized/floats.h"
 #endif
 
 namespace {
-#ifdef __AMX_TILE__
-constexpr Kernel kLinear{"linear_quantized", tier_phases, tier_chunks, tier_workspace, tier_run, tier_first_read};
-#else
-constexpr Kernel kLinear{"linear_quantized", linear_phases, linear_chunks,
-                         linear_workspace,   linear_run,    linear_first_read};
-#endif
 const Kernel kKernels[] = {
     {"pack_linear_quantized", one_phase, pack_chunks, nullptr, pack_run},
-    kLinear,
+    {"linear_quantized", tier_phases, tier_chunks, tier_workspace, tier_run, tier_first_read},
 };
 }  // namespace
 

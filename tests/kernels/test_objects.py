@@ -157,10 +157,13 @@ def test_hot_loops_keep_their_sums_in_registers(objects, tier):
 def test_integer_loops_keep_their_sums_in_registers(objects, tier):
     """The same for codes: no vector goes to the stack between the products of a group."""
     code = disassemble(objects["linear_quantized", tier])
-    functions = {n: c for n, c in code.items() if re.search("::quantized_(tile|stream)<", n)}
-    assert len(functions) >= (11 if tier == "avx2" else 18)
+    kernels = "::(quantized_tile|quantized_stream|pair_tile|nibble_tile|nibble_stream)<"
+    functions = {n: c for n, c in code.items() if re.search(kernels, n)}
+    assert len(functions) >= (30 if tier == "avx2" else 18)
     for name, body in functions.items():
         products = "vpdpbusd" if tier in ("amx", "avx512_vnni") else "vpmaddwd"
+        if "::nibble_" in name:
+            products = "vpmaddubsw"
         hot = [loop for loop in inner_loops(body) if sum(products in text for text in loop) >= 2]
         assert hot, f"no multiplying loop found in {name}"
         stack = stack_registers(body)

@@ -194,6 +194,22 @@ inline void vstore_s8(int8_t* p, Vec a) {
   const __m128i halves = _mm_packs_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
   _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(halves, halves));
 }
+// The same as two quads, `stride` bytes apart: as bytes, or as the 16-bit pairs (0, 2) and (1, 3) of isa/pairs.h.
+#define LLMOPT_STORES_QUADS
+template <int kBytes>
+inline void store_code_quads(char* to, int64_t stride, Vec a) {
+  const __m256i words = _mm256_cvtps_epi32(a.v);
+  const __m128i halves = _mm_packs_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+  if (kBytes == 4) {
+    const __m128i bytes = _mm_packs_epi16(halves, halves);
+    _mm_storeu_si32(to, bytes);
+    _mm_storeu_si32(to + stride, _mm_srli_si128(bytes, 4));
+    return;
+  }
+  const __m128i pairs = _mm_shufflehi_epi16(_mm_shufflelo_epi16(halves, 0xD8), 0xD8);
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(to), pairs);
+  _mm_storeh_pd(reinterpret_cast<double*>(to + stride), _mm_castsi128_pd(pairs));
+}
 inline Vec vload_s8(const int8_t* p) {
   return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
 }
@@ -215,14 +231,24 @@ inline __m256i high_nibbles(const char* p) {
 // Signed bytes that lie in a Vec, as code + 128.
 inline __m256i code_quads(Vec bits) { return _mm256_xor_si256(_mm256_castps_si256(bits.v), _mm256_set1_epi8(-128)); }
 inline void store_quads(char* p, __m256i quads) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), quads); }
+inline __m256i lower_codes(__m256i quads, int32_t zero) {
+  return _mm256_sub_epi8(quads, _mm256_set1_epi8(static_cast<char>(zero)));
+}
+// Signed byte i of every quad.
+template <int i>
+inline Vec quad_values(__m256i quads) {
+  return {_mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(quads, 24 - 8 * i), 24))};
+}
 
 constexpr bool kMultipliesBytes = false;
-constexpr int kQuantizedRows = 4;  // MR: with four weight vectors and two broadcasts they fill the registers
+constexpr int kQuantizedRows = 6;  // MR: with two weight vectors, a broadcast and a product they fill the registers
 using Bytes = __m256i;
 inline Bytes even_bytes(Bytes b) { return _mm256_and_si256(b, _mm256_set1_epi16(255)); }
 inline Bytes odd_bytes(Bytes b) { return _mm256_srli_epi16(b, 8); }
 inline Bytes all_words(int32_t word) { return _mm256_set1_epi32(word); }
 inline Bytes add_pairs(Bytes acc, Bytes w, Bytes a) { return _mm256_add_epi32(acc, _mm256_madd_epi16(w, a)); }
+inline Bytes add_nibbles(Bytes acc, Bytes w, Bytes a) { return _mm256_add_epi16(acc, _mm256_maddubs_epi16(w, a)); }
+inline IntVec add_words(IntVec acc, Bytes words) { return {add_pairs(acc.v, words, _mm256_set1_epi16(1))}; }
 
 }  // namespace
 

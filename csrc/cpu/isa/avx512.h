@@ -187,10 +187,19 @@ inline __m512i high_nibbles(const char* p) {
 // Signed bytes that lie in a Vec, as code + 128.
 inline __m512i code_quads(Vec bits) { return _mm512_xor_si512(_mm512_castps_si512(bits.v), _mm512_set1_epi8(-128)); }
 inline void store_quads(char* p, __m512i quads) { _mm512_storeu_si512(p, quads); }
+inline __m512i lower_codes(__m512i quads, int32_t zero) {
+  return _mm512_sub_epi8(quads, _mm512_set1_epi8(static_cast<char>(zero)));
+}
+// Signed byte i of every quad.
+template <int i>
+inline Vec quad_values(__m512i quads) {
+  return {_mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(quads, 24 - 8 * i), 24))};
+}
 
 #ifdef __AVX512VNNI__
 constexpr int kQuantizedRows = 7;  // MR: integer and f32 sums, two weight vectors and a broadcast fill the registers
 constexpr int kQuadBytes = 4;      // one row's quad as quad_row reads it
+constexpr int kNibbleQuadBytes = 4;
 struct Quad {
   __m512i bytes;
 };
@@ -214,6 +223,8 @@ inline Bytes even_bytes(Bytes b) { return _mm512_and_si512(b, _mm512_set1_epi16(
 inline Bytes odd_bytes(Bytes b) { return _mm512_srli_epi16(b, 8); }
 inline Bytes all_words(int32_t word) { return _mm512_set1_epi32(word); }
 inline Bytes add_pairs(Bytes acc, Bytes w, Bytes a) { return _mm512_add_epi32(acc, _mm512_madd_epi16(w, a)); }
+inline Bytes add_nibbles(Bytes acc, Bytes w, Bytes a) { return _mm512_add_epi16(acc, _mm512_maddubs_epi16(w, a)); }
+inline IntVec add_words(IntVec acc, Bytes words) { return {add_pairs(acc.v, words, _mm512_set1_epi16(1))}; }
 #endif
 
 }  // namespace

@@ -1,10 +1,13 @@
-// Quads of unsigned by signed bytes for tiers that cannot multiply bytes exactly: as two 16-bit pairs each.
-// The tier gives Bytes, even_bytes, odd_bytes, all_words and add_pairs.
+// Quads of unsigned by signed bytes for tiers that cannot multiply bytes exactly: as two 16-bit pairs each. Unsigned
+// bytes below 16 they can: eight such products of a lane fit 16 bits.
+// The tier gives Bytes, even_bytes, odd_bytes, all_words, add_pairs, add_nibbles and add_words.
 #pragma once
+#define LLMOPT_ISA_PAIRS
 
 namespace {
 
-constexpr int kQuadBytes = 8;  // one row's quad as quad_row reads it
+constexpr int kQuadBytes = 8;        // one row's quad as quad_row reads it
+constexpr int kNibbleQuadBytes = 4;  // one row's quad beside weights of 4 bits
 // Pairs (0, 2) and (1, 3): two exact multiply-adds, where byte products would saturate.
 struct Quad {
   Bytes even, odd;
@@ -24,6 +27,16 @@ inline __attribute__((always_inline)) void multiply_add(Bytes& acc, Bytes w, Byt
   acc = add_pairs(acc, w, a);
 #endif
 }
+// Pairs of products of codes below 16 with signed bytes, in 16 bits a lane.
+inline __attribute__((always_inline)) void multiply_add_nibbles(Bytes& acc, Bytes w, Bytes a) {
+#if defined(__GNUC__) && !defined(__clang__)
+  Bytes product;
+  asm("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0" : "+v"(acc), "=&v"(product) : "v"(w), "v"(a));
+#else
+  acc = add_nibbles(acc, w, a);
+#endif
+}
+constexpr int64_t kNibbleSums = 8;  // quads whose products 16 bits hold: 8 * 2 * 15 * 127 < 2^15
 inline __attribute__((always_inline)) void quad_dot(IntVec& acc, const Quad& w, const Quad& a) {
   multiply_add(acc.v, w.even, a.even);
   multiply_add(acc.v, w.odd, a.odd);

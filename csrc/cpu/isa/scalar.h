@@ -234,6 +234,7 @@ inline Vec vload_s8(const int8_t* p) { return vload_s8_n(p, kLanes); }
 constexpr bool kMultipliesBytes = false;
 constexpr int kQuantizedRows = 4;  // MR
 constexpr int kQuadBytes = 4;      // one row's quad as quad_row reads it
+constexpr int kNibbleQuadBytes = 4;
 struct Quads {
   uint8_t v[4 * kLanes];
 };
@@ -260,6 +261,15 @@ inline Quads code_quads(Vec bits) {
   return q;
 }
 inline void store_quads(char* p, const Quads& q) { __builtin_memcpy(p, q.v, sizeof(q.v)); }
+inline Quads lower_codes(Quads q, int32_t zero) {
+  for (uint8_t& byte : q.v) byte = static_cast<uint8_t>(byte - zero);
+  return q;
+}
+// Signed byte i of every quad.
+template <int i>
+inline Vec quad_values(const Quads& q) {
+  return each([&](int lane) { return static_cast<float>(static_cast<int8_t>(q.v[4 * lane + i])); });
+}
 
 using Quad = Quads;
 struct QuadRow {

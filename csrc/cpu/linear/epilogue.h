@@ -81,6 +81,16 @@ void finish_tile(const Problem& p, int64_t panel, int64_t row0, int rows, float*
   }
 }
 
+// Asks for the lines that finish_tile will write and add, early enough that its stores do not wait for them.
+inline void fetch_outputs(const Problem& p, int64_t panel, int64_t row0, int rows) {
+  const int64_t n0 = panel * (p.gated ? kLanes : kPanel);
+  for (int64_t row = row0; row < row0 + rows; ++row) {
+    __builtin_prefetch(p.y.data + (row * p.y.stride[0] + n0) * itemsize(p.y.dtype), 1);
+    if (p.residual.data)
+      __builtin_prefetch(p.residual.data + (row * p.residual.stride[0] + n0) * itemsize(p.residual.dtype));
+  }
+}
+
 // A product on tiles that is finished but for its epilogue. That is done a few rows at a time between the steps of the
 // next product: the core looks only some hundred instructions ahead, so the tiles would idle while it works on all
 // rows.

@@ -1,14 +1,10 @@
 // The op `linear`: phase 0 prepares the rows of x, phase 1 runs tiles over panels. Rows that need no preparing, and
 // those that each thread prepares alone, have one phase: the tiles.
 #pragma once
-#include "cpu/linear/epilogue.h"
+#include "cpu/linear/blocked.h"
 #include "cpu/linear/prepare.h"
-#include "cpu/linear/tile.h"
 
 namespace {
-
-// A stream asks for its weights this far ahead: the hardware prefetcher alone leaves bandwidth unused.
-constexpr int64_t kStreamAhead = 2 << 10;
 
 // Weights are read once, straight through the panels, some side by side. The end of every panel runs by itself because
 // the end of the chunk must ask for the start of this thread's next one; every panel, so that sums do not depend on the
@@ -30,60 +26,6 @@ void run_stream(const Problem& p, const Chunk& c, int64_t next_panel, const floa
       run({rows_of_a + body * steps_of(p.weight) * rows, b + body * step_bytes, tail, next, 0, sums, true, bytes});
       for (int64_t i = 0; i < count; ++i)
         finish_tile(p, panel + i, row0, static_cast<int>(rows), sums + i * rows * kPanel);
-    }
-  }
-}
-
-// Tiles that are enough to pay for widening a 16-bit panel first; fewer widen it on the way.
-constexpr int64_t kTilesToWiden = 5;
-
-// One K block of a panel as f32.
-inline void widen_block(DType weight, const char* packed, int64_t k, float* to) {
-  if (weight == DType::f16)
-    widen<WeightF16>(packed, k / WeightF16::kSteps, to);
-  else
-    widen<WeightBF16>(packed, k / WeightBF16::kSteps, to);
-}
-
-// Many tiles: the panels stay in L2 for one K block while all tiles pass over it; meanwhile the weights that come next
-// are fetched.
-void run_blocked(const Problem& p, const Schedule& s, const Chunk& c, int64_t next_panel, const float* a,
-                 float* local) {
-  const int64_t bytes = panel_bytes(p.K, p.weight), k_bytes = kPanel * itemsize(p.weight);
-  const int64_t tiles = c.tile1 - c.tile0, panels = c.panel1 - c.panel0;
-  const bool pays = p.tuning.family == LinearFamily::automatic && tiles >= kTilesToWiden;
-  const bool widened = p.weight != DType::f32 && (pays || p.tuning.family == LinearFamily::unpack);
-  const bool is_f32 = widened || p.weight == DType::f32;
-  float* wide = local + kSumBytes / 4;
-  const char* weights[kMaxSpan];
-  for (int64_t block = 0; block < s.k_blocks; ++block) {
-    const int64_t k0 = block * s.k_block, k = min64(p.padded_k() - k0, s.k_block);
-    const bool last = block + 1 == s.k_blocks;
-    const char* first = p.w.data + c.panel0 * bytes + k0 * k_bytes;
-    const char* next = last ? p.w.data + next_panel * bytes : first + k * k_bytes;
-    for (int64_t i = 0; i < panels; ++i) {
-      weights[i] = first + i * bytes;
-      if (!widened) continue;
-      float* to = wide + i * k * kPanel;
-      widen_block(p.weight, weights[i], k, to);
-      weights[i] = reinterpret_cast<const char*>(to);
-    }
-    TileArgs args{};
-    args.steps = is_f32 ? k : k / steps_of(p.weight);
-    args.accumulate = block > 0;
-    args.ahead_stride = k_bytes / tiles;
-    for (int64_t tile = c.tile0; tile < c.tile1; ++tile) {
-      const int64_t row0 = p.tile_row(tile);
-      const int rows = static_cast<int>(p.tile_row(tile + 1) - row0);
-      const TileFunction run = is_f32 ? blocked_tile(rows) : stream_tile(p.weight, rows);
-      args.a = a + p.tile_offset(tile) + k0 * rows;
-      for (int64_t i = 0; i < panels; ++i) {
-        args.sums = local + (s.k_blocks == 1 ? 0 : (tile - c.tile0) * panels + i) * kTileSums;
-        args.b = weights[i];
-        args.ahead = is_f32 ? next + i * bytes + (tile - c.tile0) * k * args.ahead_stride : weights[i] + kStreamAhead;
-        run(args);
-        if (last) finish_tile(p, c.panel0 + i, row0, rows, args.sums);
-      }
     }
   }
 }
@@ -110,7 +52,7 @@ Span linear_first_read(const Step& s, int, int threads, int thread) {
 
 size_t linear_workspace(const Step& s, int) {
   const Problem p(s);
-  return prepares_together(p) ? static_cast<size_t>(p.tile_offset(p.tiles()) + kLanes) * sizeof(float) : 0;
+  return prepares_together(p) ? static_cast<size_t>(p.prepared_floats()) * sizeof(float) : 0;
 }
 
 void linear_run(const Step& s, int phase, int64_t chunk, int threads, const Scratch& scratch) {
@@ -124,7 +66,7 @@ void linear_run(const Step& s, int phase, int64_t chunk, int threads, const Scra
   const float* a = p.prepared() ? prepared : reinterpret_cast<const float*>(p.x.data);
   const int64_t next_panel = schedule.next_panel(chunk, threads);
   if (p.streams()) return run_stream(p, c, next_panel, a, sums);
-  run_blocked(p, schedule, c, next_panel, a, sums);
+  run_blocked(p, FloatPanels(p, c.tile1 - c.tile0), schedule, c, next_panel, a, sums);
 }
 
 }  // namespace

@@ -47,6 +47,7 @@ struct Problem {
   int64_t tallest_tile() const { return tiles() ? ceil_div(M, tiles()) : 0; }
   // Start of a prepared tile in floats: [padded K][rows of the tile], and room for one vector store past its end.
   int64_t tile_offset(int64_t tile) const { return tile_row(tile) * padded_k() + tile * kLanes; }
+  int64_t prepared_floats() const { return M * padded_k() + (tiles() + 1) * kLanes; }  // of all tiles
   bool streams() const {
     return tuning.family == LinearFamily::automatic ? tiles() <= 1 : tuning.family == LinearFamily::stream;
   }
@@ -84,7 +85,9 @@ struct Cut {
 struct Schedule : Cut {
   int64_t k_block, k_blocks;
 
-  Schedule(const Problem& p, int threads);
+  // unit: what K blocks are multiples of.
+  Schedule(const Problem& p, int threads, bool streams, int64_t unit = 4);
+  Schedule(const Problem& p, int threads) : Schedule(p, threads, p.streams()) {}
 };
 
 // So few values of x that every thread prepares them for itself: that takes less than waiting for each other. A thread
@@ -108,21 +111,22 @@ inline int64_t stream_span(int64_t panels, int64_t span, int at_once, int thread
   return best;
 }
 
-inline Schedule::Schedule(const Problem& p, int threads) {
+inline Schedule::Schedule(const Problem& p, int threads, bool streams, int64_t unit) {
   const LinearTuning& given = p.tuning;
   panels = p.panels(), tiles = p.tiles();
   const int64_t wanted = kChunksPerThread * threads;
   blocks = k_blocks = 1;
   tiles_per_block = given.tiles ? min64(given.tiles, tiles) : tiles;
   k_block = p.padded_k();
-  if (tiles == 0 || panels == 0 || p.streams()) {
+  if (tiles == 0 || panels == 0 || streams) {
     span = max64(1, min64(kStreamChunk / max64(1, panel_bytes(p.K, p.weight)), panels / wanted));
     span = given.span ? given.span : stream_span(panels, span, stream_panels(p.tallest_tile()), threads);
     if (tiles_per_block) blocks = ceil_div(tiles, tiles_per_block);
     return;
   }
   k_blocks = max64(1, ceil_div(p.padded_k(), given.k_block ? given.k_block : kMaxKBlock));
-  k_block = given.k_block ? given.k_block : ceil_div(ceil_div(p.padded_k(), k_blocks), 4) * 4;
+  k_block = given.k_block ? given.k_block : ceil_div(ceil_div(p.padded_k(), k_blocks), unit) * unit;
+  k_blocks = max64(1, ceil_div(p.padded_k(), max64(1, k_block)));
   span = min64(kL2Weights / max64(1, k_block * kPanel * 4), panels / wanted);
   span = max64(1, min64(span, kMaxSpan));
   if (given.tiles && k_blocks > 1) span = max64(1, min64(span, kSumBytes / (tiles_per_block * kTileSums * 4)));

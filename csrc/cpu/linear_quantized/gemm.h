@@ -3,19 +3,13 @@
 #pragma once
 #include "cpu/linear/epilogue.h"
 #include "cpu/linear_quantized/prepare.h"
-#include "cpu/linear_quantized/tile.h"
+#ifdef LLMOPT_ISA_PAIRS
+#include "cpu/linear_quantized/pair_tile.h"
+#else
+#include "cpu/linear_quantized/byte_tile.h"
+#endif
 
 namespace {
-
-constexpr int64_t kQuantizedSums = kLoneRows * kPanel * 4;  // bytes
-
-// Whether panels are read straight through; those of 4 bits also where there is no room for one of 8.
-bool streams(const QuantizedProblem& p) {
-  if (p.tuning.family != LinearFamily::automatic) return p.tuning.family == LinearFamily::stream;
-  const Form wide{p.K, 8, p.form.group, p.form.offsets};
-  const bool fits = p.form.bits == 8 || wide.panel_bytes() + kQuantizedSums <= int64_t(kLocalBytes);
-  return p.tiles() <= 1 || !fits;
-}
 
 // A chunk is `span` panels by `tiles_per_block` tiles. A panel has all of K: it stays in L2 while the tiles pass.
 struct QuantizedSchedule : Cut {
@@ -26,7 +20,7 @@ struct QuantizedSchedule : Cut {
     blocks = 1;
     tiles_per_block = given.tiles ? min64(given.tiles, tiles) : tiles;
     span = max64(1, panels / wanted);
-    if (streams(p)) {
+    if (p.streamed) {
       span = max64(1, min64(kStreamChunk / max64(1, p.form.panel_bytes()), span));
       span = stream_span(panels, span, quantized_stream_panels(p.tallest_tile()), threads);
     }
@@ -92,7 +86,7 @@ void stream_panels(const QuantizedProblem& p, const Chunk& c, int64_t next_panel
       args.ahead_end = b + bytes;
       args.next = p.w.data + (panel + count < c.panel1 ? panel + count : next_panel) * bytes;
       args.panel_bytes = bytes;
-      (p.form.bits == 8 ? quantized_stream_function<8>(rows, count) : quantized_stream_function<4>(rows, count))(args);
+      stream_function(p.form, rows, count)(args);
       for (int64_t i = 0; i < count; ++i) {
         float* tile_sums = sums + i * rows * kPanel;
         settle(p, column_factors(p.form, b + i * bytes), tokens, tile_sums);
@@ -102,22 +96,23 @@ void stream_panels(const QuantizedProblem& p, const Chunk& c, int64_t next_panel
   }
 }
 
-// Panel after panel, all tiles pass over it while the next one is fetched.
+// Panel after panel, unpacked where tiles want that, all tiles pass over it while the next one is fetched.
 void block_panels(const QuantizedProblem& p, const Chunk& c, int64_t next_panel, char* shared, float* sums,
-                  char* wide) {
+                  char* unpacked) {
   const int64_t bytes = p.form.panel_bytes(), tiles = c.tile1 - c.tile0;
   const int64_t ahead_stride = ceil_div(bytes, max64(1, tiles * p.form.groups() * p.form.steps()));
   for (int64_t panel = c.panel0; panel < c.panel1; ++panel) {
     const char* b = p.w.data + panel * bytes;
     const char* ahead = p.w.data + (panel + 1 < c.panel1 ? panel + 1 : next_panel) * bytes;
-    if (p.form.bits == 4) widen_codes(p.form, b, wide);
+    const char* codes = tile_codes(p.form, b, unpacked);
     for (int64_t tile = c.tile0; tile < c.tile1; ++tile) {
       const int64_t token0 = p.tile_row(tile), tokens = p.tile_row(tile + 1) - token0;
       QuantizedTileArgs args = tile_args(p, prepared_tile(p, shared, tile), sums);
-      args.b = p.form.bits == 4 ? wide : b;
+      args.b = codes;
       args.ahead = ahead + (tile - c.tile0) * bytes / tiles;
       args.ahead_stride = ahead_stride;
-      quantized_tile_function(tokens * p.planes)(args);
+      fetch_outputs(p, panel, token0, static_cast<int>(tokens));
+      tile_function(p.form, tokens * p.planes)(args);
       settle(p, nullptr, tokens, sums);
       finish_tile(p, panel, token0, static_cast<int>(tokens), sums);
     }
@@ -125,7 +120,7 @@ void block_panels(const QuantizedProblem& p, const Chunk& c, int64_t next_panel,
 }
 
 // As in `linear` (kAloneValues).
-bool rounds_alone(const QuantizedProblem& p) { return p.tiles() == 1 && streams(p) && p.M * p.K <= kAloneValues; }
+bool rounds_alone(const QuantizedProblem& p) { return p.tiles() == 1 && p.streamed && p.M * p.K <= kAloneValues; }
 
 // Where a thread that rounds alone has its rows, and behind them memory to round them in.
 Scratch own_rows(const QuantizedProblem& p, char* local) {
@@ -145,7 +140,7 @@ int64_t linear_chunks(const Step& s, int phase, int threads) {
 Span linear_first_read(const Step& s, int, int threads, int thread) {
   const QuantizedProblem p(s);
   const QuantizedSchedule schedule(p, threads);
-  if (!streams(p) || thread >= schedule.chunks()) return {};
+  if (!p.streamed || thread >= schedule.chunks()) return {};
   const Chunk c = schedule.chunk(thread);
   return {p.w.data + c.panel0 * p.form.panel_bytes(), (c.panel1 - c.panel0) * p.form.panel_bytes()};
 }
@@ -166,7 +161,7 @@ void linear_run(const Step& s, int phase, int64_t chunk, int threads, const Scra
   const Chunk c = schedule.chunk(chunk);
   const int64_t next_panel = schedule.next_panel(chunk, threads);
   float* sums = reinterpret_cast<float*>(scratch.local);
-  if (streams(p)) return stream_panels(p, c, next_panel, rows, sums);
+  if (p.streamed) return stream_panels(p, c, next_panel, rows, sums);
   block_panels(p, c, next_panel, rows, sums, scratch.local + kQuantizedSums);
 }
 

@@ -13,15 +13,15 @@
 namespace {
 
 constexpr int64_t kStepK = 8;
-// MR of 4-bit codes: their mask takes a register, which sixteen do not leave.
-constexpr int kNibbleRows = kVecRegisters == 32 ? kQuantizedRows : kQuantizedRows - 1;
-
-// Rows of a tile that is alone: its f32 sums may wait in memory, as long as the weights are read once.
-constexpr int kLoneRows = kVecRegisters == 32 ? 2 * kQuantizedRows : kQuantizedRows;
+// Rows of a stream. Beside 4-bit codes their mask takes a register. A tile that is alone may have more rows than its
+// f32 sums find registers for, as long as the weights are read once.
+constexpr int kNibbleRows = kVecRegisters == 32 ? kQuantizedRows : 4;
+constexpr int kLoneRows = kVecRegisters == 32 ? 2 * kQuantizedRows : 4;
+constexpr int64_t kQuantizedSums = (kLoneRows > kQuantizedRows ? kLoneRows : kQuantizedRows) * kPanel * 4;  // bytes
 
 // As stream_panels, of the integer sums.
 constexpr int quantized_stream_panels(int64_t rows) {
-  constexpr int64_t kFit = kVecRegisters == 32 ? 2 * kQuantizedRows - 2 : kQuantizedRows - 1;
+  constexpr int64_t kFit = kVecRegisters == 32 ? 2 * kQuantizedRows - 2 : kLoneRows - 1;
   const int64_t fit = rows == 0 ? kMostStreams : kFit / rows;
   return static_cast<int>(fit < 1 ? 1 : fit < kMostStreams ? fit : kMostStreams);
 }
@@ -42,6 +42,8 @@ struct Form {
   int64_t scale_bytes() const { return kPanel * (bits == 8 ? 4 : 2); }
   int64_t group_bytes() const { return code_bytes() + scale_bytes() * (offsets ? 2 : 1); }
   int64_t panel_bytes() const { return groups() * group_bytes() + (bits == 8 ? 0 : 4 * kPanel); }
+  // Of a row's quad as its products read it.
+  int64_t quad_bytes() const { return bits == 8 ? kQuadBytes : kNibbleQuadBytes; }
   // What a stored code has to be lowered by.
   int32_t zero_point() const { return bits == 8 ? 128 : offsets ? 0 : 8; }
 };
@@ -50,22 +52,34 @@ struct Form {
 struct QuantizedProblem : Problem {
   const Form form;
   const int planes;
+  const bool is_lone, streamed;  // all rows in one tile of a stream; panels are read straight through
 
   explicit QuantizedProblem(const Step& s)
-      : Problem(s, kLinearQuantizedInts), form{K, s.i[6], s.i[7], s.i[8] != 0}, planes(static_cast<int>(s.i[9])) {}
+      : Problem(s, kLinearQuantizedInts),
+        form{K, s.i[6], s.i[7], s.i[8] != 0},
+        planes(static_cast<int>(s.i[9])),
+        is_lone(tuning.rows == 0 && tuning.family <= LinearFamily::stream && M * planes <= stream_rows()),
+        streamed(!has_room() ||
+                 (tuning.family == LinearFamily::automatic ? is_lone : tuning.family == LinearFamily::stream)) {}
 
+  // Bytes of a panel in the form that tiles read in L2; 0 where they read it as it is packed.
+  int64_t unpacked_bytes() const {
+    const Form wide{K, 8, form.group, form.offsets};
+#ifdef LLMOPT_ISA_PAIRS
+    if (form.bits == 8) return wide.panel_bytes() + form.groups() * form.code_bytes();
+#endif
+    return form.bits == 8 ? 0 : wide.panel_bytes();
+  }
+  int64_t stream_rows() const { return form.bits == 8 ? kLoneRows : kNibbleRows; }
+  bool has_room() const { return unpacked_bytes() + kQuantizedSums <= int64_t(kLocalBytes); }
   int64_t most_tokens() const {  // of a tile
-    const int64_t most = form.bits == 8 ? kQuantizedRows : kNibbleRows;
+    const int64_t most = streamed ? min64(kQuantizedRows, stream_rows()) : kQuantizedRows;
     return (tuning.rows ? min64(tuning.rows, most) : most) / planes;
   }
-  int64_t tiles() const {
-    const bool may_be_lone = form.bits == 8 && tuning.rows == 0 && tuning.family <= LinearFamily::stream;
-    const bool is_lone = may_be_lone && M > 0 && M * planes <= kLoneRows;
-    return is_lone ? 1 : ceil_div(M, most_tokens());
-  }
+  int64_t tiles() const { return M == 0 ? 0 : is_lone ? 1 : ceil_div(M, most_tokens()); }
   int64_t tile_row(int64_t tile) const { return tile * M / tiles(); }
   int64_t tallest_tile() const { return tiles() ? ceil_div(M, tiles()) * planes : 0; }  // in rows
-  int64_t row_bytes() const { return form.groups() * form.steps() * 2 * kQuadBytes; }
+  int64_t row_bytes() const { return form.groups() * form.steps() * 2 * form.quad_bytes(); }
 };
 
 }  // namespace

@@ -29,7 +29,7 @@ inline size_t prepared_bytes(const QuantizedProblem& p) {
 
 inline Prepared prepared_tile(const QuantizedProblem& p, char* shared, int64_t tile) {
   const int64_t rows = p.M * p.planes, row0 = p.tile_row(tile) * p.planes, groups = p.form.groups();
-  const int64_t tile_rows = p.tile_row(tile + 1) * p.planes - row0, quad_bytes = tile_rows * kQuadBytes;
+  const int64_t tile_rows = p.tile_row(tile + 1) * p.planes - row0, quad_bytes = tile_rows * p.form.quad_bytes();
   float* tables = reinterpret_cast<float*>(shared + ceil_div(rows * p.row_bytes(), 64) * 64);
   return {shared + row0 * p.row_bytes(),
           tables + row0 * groups,
@@ -38,7 +38,7 @@ inline Prepared prepared_tile(const QuantizedProblem& p, char* shared, int64_t t
           tile_rows,
           2 * p.form.steps() * quad_bytes,
           quad_bytes,
-          kQuadBytes};
+          p.form.quad_bytes()};
 }
 
 // Small M has one tile: its groups are shared out so that all threads prepare it.
@@ -65,9 +65,17 @@ inline float group_values(const QuantizedProblem& p, const RowNorm& norm, int64_
   return vreduce_max(largest);
 }
 
-// One plane of a group: codes = round(values * inverse), and what they leave over back to `values` if another plane
-// follows. Returns the sum of the codes: NaN if a value is NaN or Inf, whatever the scale.
-template <bool kLast>
+template <int kBytes>
+inline void pack_quad(char* to, const int8_t* codes) {
+  if (kBytes == 4)
+    __builtin_memcpy(to, codes, 4);
+  else
+    quad_pack(to, codes);
+}
+
+// One plane of a group: codes = round(values * inverse), a quad in kBytes, and what they leave over back to `values` if
+// another plane follows. Returns the sum of the codes: NaN if a value is NaN or Inf, whatever the scale.
+template <int kBytes, bool kLast>
 inline float round_plane(const Form& form, float scale, float inverse, float* values, char* to, int64_t quad_stride) {
   Vec sum = vzero();
   const int64_t quads = 2 * form.steps();
@@ -78,24 +86,29 @@ inline float round_plane(const Form& form, float scale, float inverse, float* va
     if (!kLast) vstore(values + k, vfma(q, vset(-scale), x));
     char* at = to + k / 4 * quad_stride;
     const bool whole = k + kLanes <= kStepK * form.steps();
-    if (kQuadBytes == 4 && whole && quad_stride == kQuadBytes) {  // the codes of a row lie side by side
+    if (kBytes == 4 && whole && quad_stride == kBytes) {  // the codes of a row lie side by side
       vstore_s8(reinterpret_cast<int8_t*>(at), q);
       continue;
     }
+#ifdef LLMOPT_STORES_QUADS
+    if (whole) {
+      store_code_quads<kBytes>(at, quad_stride, q);
+      continue;
+    }
+#endif
     vstore_s8(codes, q);
     if (whole) {
 #pragma GCC unroll 4
-      for (int i = 0; i < kLanes / 4; ++i) quad_pack(at + i * quad_stride, codes + 4 * i);
+      for (int i = 0; i < kLanes / 4; ++i) pack_quad<kBytes>(at + i * quad_stride, codes + 4 * i);
       continue;
     }
-    for (int64_t i = 0; i < quads - k / 4; ++i) quad_pack(at + i * quad_stride, codes + 4 * i);
+    for (int64_t i = 0; i < quads - k / 4; ++i) pack_quad<kBytes>(at + i * quad_stride, codes + 4 * i);
   }
   return vreduce_add(sum);
 }
 
 void clear_quads(const Form& form, int64_t first, char* to, int64_t quad_stride) {
-  const int8_t zeros[4] = {0, 0, 0, 0};
-  for (int64_t i = first; i < 2 * form.steps(); ++i) quad_pack(to + i * quad_stride, zeros);
+  for (int64_t i = first; i < 2 * form.steps(); ++i) __builtin_memset(to + i * quad_stride, 0, form.quad_bytes());
 }
 
 constexpr float kLargestInverse = 1e35f;  // of which the next plane's is still finite
@@ -111,11 +124,13 @@ void quantize_groups(const QuantizedProblem& p, const Prepared& tile, const RowN
     inverse[i] = inverse_scale(scale[i]);
   }
   for (int plane = 0; plane < p.planes; ++plane, ++row) {
+    const bool last = plane + 1 == p.planes;
+    const auto round = form.quad_bytes() == 4 ? (last ? round_plane<4, true> : round_plane<4, false>)
+                                              : (last ? round_plane<8, true> : round_plane<8, false>);
     for (int64_t i = 0; i < count; ++i) {
       char* to = tile.quad(group0 + i, 0, row);
       float* from = values + i * stride;
-      sum[i] = plane + 1 == p.planes ? round_plane<true>(form, scale[i], inverse[i], from, to, tile.quad_stride)
-                                     : round_plane<false>(form, scale[i], inverse[i], from, to, tile.quad_stride);
+      sum[i] = round(form, scale[i], inverse[i], from, to, tile.quad_stride);
       clear_quads(form, sum[i] == sum[i] ? written : 0, to, tile.quad_stride);
     }
     for (int64_t i = 0; i < count; ++i) {

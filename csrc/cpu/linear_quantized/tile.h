@@ -1,5 +1,6 @@
 // Micro-kernels: sums[rows][kPanel] = tile of activation codes * panel of weight codes. Integer sums stay in registers
-// for one group, then go times both scales into the f32 sums.
+// for one group, then go times both scales into the f32 sums. Here: what they are given, and streams; the tiles of a
+// tier are in byte_tile.h or pair_tile.h.
 #pragma once
 #include "cpu/linear_quantized/layout.h"
 
@@ -25,59 +26,6 @@ template <int kBits>
 inline Vec load_factor(const char* p, int vector) {
   if constexpr (kBits == 8) return vload(reinterpret_cast<const float*>(p) + vector * kLanes);
   return vload_f16(reinterpret_cast<const uint16_t*>(p) + vector * kLanes);
-}
-
-// A panel that is in L2; the next one is fetched meanwhile.
-template <int kRows>
-void quantized_tile(const QuantizedTileArgs& args) {
-  constexpr int kVectorBytes = 4 * kLanes, kScaleBytes = kPanel * 4;
-  const char *a = args.a, *b = args.b, *ahead = args.ahead;
-  constexpr bool kHeld = kVecRegisters == 32;  // f32 sums in registers too
-  Vec held[kRows][2];
-  each_sum<1, kRows>([&](int, int m, int v) __attribute__((always_inline)) {
-    held[m][v] = vzero();
-    if (!kHeld) vstore(args.sums + m * kPanel + v * kLanes, vzero());
-  });
-  auto fold = [&](int64_t group, IntVec(&acc)[kRows][2]) __attribute__((always_inline)) {
-    const float *scale = args.scale + group * kRows, *sum = args.sum + group * kRows;
-    const Vec w[2] = {load_factor<8>(b, 0), load_factor<8>(b, 1)};
-    Vec offset[2] = {vzero(), vzero()};
-    if (args.offsets) offset[0] = load_factor<8>(b + kScaleBytes, 0), offset[1] = load_factor<8>(b + kScaleBytes, 1);
-    each_sum<1, kRows>([&](int, int m, int v) __attribute__((always_inline)) {
-      float* at = args.sums + m * kPanel + v * kLanes;
-      Vec total = kHeld ? held[m][v] : vload(at);
-      total = vfma(vfrom_int(acc[m][v]), vmul(w[v], vset(scale[m])), total);
-      if (args.offsets) total = vfma(offset[v], vset(sum[m]), total);
-      held[m][v] = total;
-      if (!kHeld) vstore(at, total);
-    });
-  };
-  for (int64_t group = 0; group < args.groups; ++group) {
-    IntVec acc[kRows][2];
-#pragma GCC unroll 16
-    for (int m = 0; m < kRows; ++m) acc[m][0] = acc[m][1] = iset(args.start[group * kRows + m]);
-    auto multiply = [&](const Quad& b0, const Quad& b1) __attribute__((always_inline)) {
-#pragma GCC unroll 16
-      for (int m = 0; m < kRows; ++m) {
-        const auto x = quad_row(a + m * kQuadBytes);
-        quad_dot(acc[m][0], b0, x);
-        quad_dot(acc[m][1], b1, x);
-      }
-      a += kRows * kQuadBytes;
-    };
-    for (int64_t step = args.steps; step > 0; --step, b += 4 * kVectorBytes) {
-      __builtin_prefetch(ahead, 0, 2);
-      __builtin_prefetch(ahead + args.ahead_stride / 2, 0, 2);
-      ahead += args.ahead_stride;
-      multiply(quad(load_quads(b)), quad(load_quads(b + kVectorBytes)));
-      multiply(quad(load_quads(b + 2 * kVectorBytes)), quad(load_quads(b + 3 * kVectorBytes)));
-    }
-    fold(group, acc);
-    b += args.offsets ? 2 * kScaleBytes : kScaleBytes;
-  }
-  if (kHeld)
-    each_sum<1, kRows>([&](int, int m, int v)
-                           __attribute__((always_inline)) { vstore(args.sums + m * kPanel + v * kLanes, held[m][v]); });
 }
 
 // A stream: the weights come from DRAM and are used once, kPanels panels side by side. It folds as quantized_tile does;
@@ -164,15 +112,6 @@ void quantized_stream(const QuantizedTileArgs& args) {
 }
 
 using QuantizedTileFunction = void (*)(const QuantizedTileArgs&);
-
-// The kernel for a height of kRows or less; rows >= 1.
-template <int kRows = kQuantizedRows>
-QuantizedTileFunction quantized_tile_function(int64_t rows) {
-  if constexpr (kRows > 1) {
-    if (rows < kRows) return quantized_tile_function<kRows - 1>(rows);
-  }
-  return quantized_tile<kRows>;
-}
 
 template <int kBits, int kRows, int kPanels = quantized_stream_panels(kRows)>
 QuantizedTileFunction quantized_panels_function(int64_t panels) {

@@ -1,0 +1,111 @@
+// Weights of 8 or 4 bits beside activations as they are, where the CPU cannot multiply bytes: codes become f32 K block
+// by K block and the rows pass over them by FMA. The integer kernels would multiply three signed bytes of each
+// activation; for one row they do, because their weights then come from DRAM and are used once.
+#pragma once
+#include "cpu/linear/blocked.h"
+#include "cpu/linear/prepare.h"
+#include "cpu/linear_quantized/gemm.h"
+
+namespace {
+
+inline bool runs_on_floats(const QuantizedProblem& p) {
+  return !kMultipliesBytes && p.planes > 1 && p.M > 1 && p.K > 0 && p.tuning.family == LinearFamily::automatic;
+}
+
+// K blocks begin with a group, or with a step of one that is longer than a block.
+inline Schedule float_schedule(const QuantizedProblem& p, int threads) {
+  return {p, threads, false, p.form.group <= kMaxKBlock ? p.form.group : kStepK};
+}
+
+struct CodePanels {
+  const Problem& p;
+  const Form form;
+  const int64_t bytes;  // of a panel
+  const bool widened = true;
+
+  explicit CodePanels(const QuantizedProblem& problem)
+      : p(problem), form(problem.form), bytes(problem.form.panel_bytes()) {}
+
+  bool is_f32() const { return true; }
+  int64_t steps(int64_t k) const { return k; }
+  TileFunction tile(int rows) const { return blocked_tile(rows); }
+  // Where a block begins, as far as fetching it ahead is concerned.
+  const char* at(int64_t panel, int64_t k) const { return p.w.data + panel * bytes + block_bytes(k); }
+  int64_t block_bytes(int64_t k) const { return k * bytes / form.K; }
+  void widen(int64_t panel, int64_t k0, int64_t k, float* to) const {
+    (form.bits == 8 ? float_codes<8> : float_codes<4>)(form, p.w.data + panel * bytes, k0, k0 + k, to);
+  }
+
+ private:
+  // [k0, k1) of a packed panel as scale * code + offset.
+  template <int kBits>
+  static void float_codes(const Form& form, const char* panel, int64_t k0, int64_t k1, float* to) {
+    constexpr int kVectorBytes = 4 * kLanes;
+    const float* columns = reinterpret_cast<const float*>(panel + form.groups() * form.group_bytes());
+    for (int64_t k = k0; k < k1;) {
+      const int64_t group = k / form.group, end = min64(k1, (group + 1) * form.group);
+      const char *codes = panel + group * form.group_bytes(), *factors = codes + form.code_bytes();
+      Vec scale[2], offset[2] = {vzero(), vzero()};
+      for (int v = 0; v < 2; ++v) {
+        scale[v] = load_factor<kBits>(factors, v);
+        if (form.offsets) offset[v] = load_factor<kBits>(factors + form.scale_bytes(), v);
+        if (kBits == 8) continue;
+        scale[v] = vmul(scale[v], vload(columns + v * kLanes));
+        offset[v] = vmul(offset[v], vload(columns + v * kLanes));
+      }
+      for (; k < end; k += kStepK, to += kStepK * kPanel) {
+        const char* step = codes + (k - group * form.group) / kStepK * form.step_bytes();
+        const int64_t count = end - k;  // of the step's; more than kStepK where more steps follow
+#pragma GCC unroll 2
+        for (int quad = 0; quad < 2; ++quad)
+#pragma GCC unroll 2
+          for (int v = 0; v < 2; ++v) {
+            const char* at = step + v * kVectorBytes + (kBits == 8 ? quad * 2 * kVectorBytes : 0);
+            const auto stored = kBits == 8 ? load_quads(at) : quad == 0 ? low_nibbles(at) : high_nibbles(at);
+            const auto quads = lower_codes(stored, form.zero_point());
+            auto store = [&](int i, Vec code) __attribute__((always_inline)) {
+              if (4 * quad + i < count)
+                vstore(to + (4 * quad + i) * kPanel + v * kLanes, vfma(code, scale[v], offset[v]));
+            };
+            store(0, quad_values<0>(quads));
+            store(1, quad_values<1>(quads));
+            store(2, quad_values<2>(quads));
+            store(3, quad_values<3>(quads));
+          }
+      }
+      if (k > end) to -= (k - end) * kPanel, k = end;
+    }
+  }
+};
+
+int tier_phases(const Step& s, int threads) {
+  return runs_on_floats(QuantizedProblem(s)) ? 2 : linear_phases(s, threads);
+}
+
+int64_t tier_chunks(const Step& s, int phase, int threads) {
+  const QuantizedProblem p(s);
+  if (!runs_on_floats(p)) return linear_chunks(s, phase, threads);
+  return phase == 0 ? prepare_chunks(p, threads) : float_schedule(p, threads).chunks();
+}
+
+size_t tier_workspace(const Step& s, int threads) {
+  const QuantizedProblem p(s);
+  if (!runs_on_floats(p)) return linear_workspace(s, threads);
+  return static_cast<size_t>(p.prepared_floats()) * sizeof(float);
+}
+
+void tier_run(const Step& s, int phase, int64_t chunk, int threads, const Scratch& scratch) {
+  const QuantizedProblem p(s);
+  if (!runs_on_floats(p)) return linear_run(s, phase, chunk, threads, scratch);
+  float* rows = reinterpret_cast<float*>(scratch.shared);
+  if (phase == 0) return prepare_tile(p, chunk, threads, rows);
+  const Schedule schedule = float_schedule(p, threads);
+  run_blocked(p, CodePanels(p), schedule, schedule.chunk(chunk), schedule.next_panel(chunk, threads), rows,
+              reinterpret_cast<float*>(scratch.local));
+}
+
+Span tier_first_read(const Step& s, int phase, int threads, int thread) {
+  return runs_on_floats(QuantizedProblem(s)) ? Span{} : linear_first_read(s, phase, threads, thread);
+}
+
+}  // namespace
