@@ -41,7 +41,7 @@ def timed(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None]
     """timed(system, what, dtype, calls, flops, num_bytes): times the calls in turn.
 
     system: "llmopt", or who stands beside it in the table. multiplies: the dtype of a linear's products, as
-    `Probe.linear_peak` takes it; None: the roof of the arithmetic is the FMA probe.
+    `Probe.linear_peak` takes it, and how many of those one product is; None: the roof of the arithmetic is the FMA probe.
     """
 
     def run(
@@ -52,6 +52,7 @@ def timed(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None]
         flops: float,
         num_bytes: float,
         multiplies: str | None = None,
+        products: int = 1,
     ) -> None:
         endless = itertools.cycle(calls)
         threads = torch.get_num_threads()
@@ -63,7 +64,7 @@ def timed(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None]
             after = measure(threads)
         if benchmark.stats is None:  # --benchmark-disable
             return
-        peak = statistics.mean(_peak(probe, multiplies) for probe in (before, after))
+        peak = statistics.mean(_peak(probe, multiplies, products) for probe in (before, after))
         read = statistics.mean((before.read_bytes, after.read_bytes))
         seconds = benchmark.stats.stats.median
         roof = max(flops / peak, num_bytes / read) / seconds
@@ -83,8 +84,8 @@ def timed(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None]
     return run
 
 
-def _peak(probe: Probe, multiplies: str | None) -> float:
-    return probe.fma_flops if multiplies is None else probe.linear_peak(multiplies)
+def _peak(probe: Probe, multiplies: str | None, products: int) -> float:
+    return probe.fma_flops if multiplies is None else probe.linear_peak(multiplies, products)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

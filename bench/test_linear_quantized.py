@@ -1,4 +1,4 @@
-"""linear_quantized: decode rows against the read probe, prefill against the int8 probe (VNNI or tiles).
+"""linear_quantized: decode rows against the read probe, prefill against the probe of byte products (vectors or tiles).
 
 Rounding the inputs and the epilogue are in our times. Beside 8-bit products stands `torch._int_mm` alone, on codes that are there
 already and without scales; beside the others PyTorch's linear in float32.
@@ -66,8 +66,11 @@ def test_linear_quantized(timed, shape, scheme):
     calls[0]()
     got, want = calls[0].tensors[4], theirs(shape, w, x)()
     assert (got - want).norm() < 0.2 * want.norm()  # never the time of a wrong result
-    flops = shape.flops * PLANES[scheme.activations]
-    timed("llmopt", name_of(shape, scheme), torch.int8, calls, flops, size, "s8")
+    products = PLANES[scheme.activations]
+    multiplies = f"s{scheme.bits}"
+    timed(
+        "llmopt", name_of(shape, scheme), torch.int8, calls, shape.flops, size, multiplies, products
+    )
 
 
 @pytest.mark.parametrize("scheme", FORMS, ids=lambda s: f"{s.name}-g{s.group}")

@@ -2,9 +2,9 @@
 // chunks and leaves one float per chunk in t[last], so that all threads work and nothing is optimised away.
 //
 // probe_fma    t: sink f32 [chunks].  i: iterations.  kChains * 2 * kLanes flops per iteration and chunk, in registers.
-// probe_vnni   t: sink f32 [chunks].  i: iterations.  kChains * 128 int8 operations (a multiply or an add) per
-// iteration
-//              and chunk. Only in tiers with vpdpbusd.
+// probe_bytes  t: sink f32 [chunks].  i: iterations.  kChains * 8 * kLanes operations (a multiply or an add) on bytes per
+//              iteration and chunk, with exact sums. Not in the scalar tier.
+// probe_nibbles  the same where one operand is below 16. Only in tiers that multiply those faster (isa/pairs.h).
 // probe_tile_bf16, probe_tile_s8
 //              t: sink f32 [chunks].  i: iterations.  kTileSums products of two tile registers of ones per iteration
 //              and chunk: 16 * 16 * 32 * 2 flops each in bf16, 16 * 16 * 64 * 2 operations in s8. Only in tiers with
@@ -36,18 +36,34 @@ void fma_run(const Step& s, int, int64_t chunk, int, const Scratch&) {
   *sink(s, chunk) = vreduce_add(acc[0]);
 }
 
-#ifdef __AVX512VNNI__
-void vnni_run(const Step& s, int, int64_t chunk, int, const Scratch&) {
-  __m512i acc[kChains];
+#ifndef LLMOPT_ISA_SCALAR
+// The sink gets the first lane of the first sums.
+template <class Multiply>
+void integer_run(const Step& s, int64_t chunk, Multiply multiply) {
+  IntVec acc[kChains];
 #pragma GCC unroll 16
-  for (int i = 0; i < kChains; ++i) acc[i] = _mm512_set1_epi32(i);
-  const __m512i ones = _mm512_set1_epi8(1);
+  for (int i = 0; i < kChains; ++i) acc[i] = iset(i);
   for (int64_t n = s.i[0]; n > 0; --n)
 #pragma GCC unroll 16
-    for (int i = 0; i < kChains; ++i) asm("vpdpbusd %1, %1, %0" : "+v"(acc[i]) : "v"(ones));
+    for (int i = 0; i < kChains; ++i) multiply(acc[i]);
+  Vec sum = vzero();
 #pragma GCC unroll 16
-  for (int i = 1; i < kChains; ++i) acc[0] = _mm512_add_epi32(acc[0], acc[i]);
-  *sink(s, chunk) = static_cast<float>(_mm512_reduce_add_epi32(acc[0]));
+  for (int i = 0; i < kChains; ++i) sum = vadd(sum, vfrom_int(acc[i]));
+  *sink(s, chunk) = vreduce_add(sum);
+}
+
+void bytes_run(const Step& s, int, int64_t chunk, int, const Scratch&) {
+  const auto ones = iset(0x01010101).v;
+  const Quad quads = quad(ones);
+  integer_run(s, chunk, [&](IntVec& acc) __attribute__((always_inline)) { quad_dot(acc, quads, quads); });
+}
+#endif
+
+#ifdef LLMOPT_ISA_PAIRS
+void nibbles_run(const Step& s, int, int64_t chunk, int, const Scratch&) {
+  const auto ones = iset(0x01010101).v;
+  integer_run(s, chunk,
+              [&](IntVec& acc) __attribute__((always_inline)) { multiply_add_nibbles(acc.v, ones, ones); });
 }
 #endif
 
@@ -117,8 +133,11 @@ void read_run(const Step& s, int, int64_t chunk, int, const Scratch&) {
 const Kernel kKernels[] = {
     {"probe_fma", one_phase, sink_chunks, nullptr, fma_run},
     {"probe_read", one_phase, sink_chunks, nullptr, read_run},
-#ifdef __AVX512VNNI__
-    {"probe_vnni", one_phase, sink_chunks, nullptr, vnni_run},
+#ifndef LLMOPT_ISA_SCALAR
+    {"probe_bytes", one_phase, sink_chunks, nullptr, bytes_run},
+#endif
+#ifdef LLMOPT_ISA_PAIRS
+    {"probe_nibbles", one_phase, sink_chunks, nullptr, nibbles_run},
 #endif
 #ifdef __AMX_TILE__
     {"probe_tile_bf16", one_phase, sink_chunks, nullptr, tile_bf16_run},

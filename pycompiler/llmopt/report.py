@@ -261,7 +261,9 @@ def _step(
 ) -> StepTime:
     from llmopt.source_lines import source_line
 
-    peak = probe.linear_peak(record.multiplies) if record.multiplies else probe.fma_flops
+    peak = probe.fma_flops
+    if record.multiplies:
+        peak = probe.linear_peak(record.multiplies, record.products)
     compute, memory = flops / peak, num_bytes / probe.read_bytes
     seconds = max(ns, 1) * 1e-9
     return StepTime(

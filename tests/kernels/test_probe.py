@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from llmopt import _C
-from llmopt.native.probe import CHAINS, INT8_OPS, TILE_FLOPS, TILE_OPS, Probe, measure
+from llmopt.native.probe import CHAINS, LANE_OPS, TILE_FLOPS, TILE_OPS, Probe, measure
 from llmopt.native.program import OneOp, run_op
 
 TIERS = _C.tiers()
-VNNI_TIERS = [t for t in TIERS if "probe_vnni" in _C.tier_ops(t)]
+BYTE_TIERS = [t for t in TIERS if t != "scalar"]
+NIBBLE_TIERS = [t for t in TIERS if t in ("avx2", "avx512")]
 TILE_TIERS = [t for t in TIERS if "probe_tile_bf16" in _C.tier_ops(t)]
 
 
@@ -21,10 +22,11 @@ def test_rates_are_those_of_a_computer(tier, threads):
     clock = 10e9  # no CPU issues more than four vectors in one of these cycles
     assert 1e7 < probe.fma_flops < threads * clock * 4 * 2 * lanes
     assert 1e7 < probe.read_bytes < 1e13
-    if tier in VNNI_TIERS:
-        assert 1e7 < probe.vnni_ops < threads * clock * 4 * INT8_OPS
-    else:
-        assert probe.vnni_ops == 0.0
+    for rate, tiers in ((probe.byte_ops, BYTE_TIERS), (probe.nibble_ops, NIBBLE_TIERS)):
+        if tier in tiers:
+            assert 1e7 < rate < threads * clock * 4 * lanes * LANE_OPS
+        else:
+            assert rate == 0.0
     if tier in TILE_TIERS:
         assert 1e9 < probe.tile_flops < threads * clock * TILE_FLOPS
         assert 1e9 < probe.tile_ops < threads * clock * TILE_OPS
@@ -42,11 +44,21 @@ def test_fma_probe_computes_its_recurrence(tier):
     assert torch.equal(sink, torch.full((5,), want))
 
 
-@pytest.mark.parametrize("tier", VNNI_TIERS)
-def test_vnni_probe_computes_its_sums(tier):
-    sink = torch.zeros(4)
-    run_op("probe_vnni", [sink], [7], tier=tier, threads=2)
-    assert torch.equal(sink, torch.full((4,), 16.0 * sum(7 * 4 + i for i in range(CHAINS))))
+@pytest.mark.parametrize("tier", BYTE_TIERS)
+def test_byte_probe_computes_its_sums(tier):
+    sink, lanes = torch.zeros(4), _C.panel_width(tier) // 2
+    run_op("probe_bytes", [sink], [7], tier=tier, threads=2)
+    want = float(lanes * sum(7 * 4 + i for i in range(CHAINS)))
+    assert torch.equal(sink, torch.full((4,), want))
+
+
+@pytest.mark.parametrize("tier", NIBBLE_TIERS)
+def test_nibble_probe_computes_its_sums(tier):
+    """Two sums of 16 bits in each lane, of two products an iteration each."""
+    sink, lanes = torch.zeros(4), _C.panel_width(tier) // 2
+    run_op("probe_nibbles", [sink], [7], tier=tier, threads=2)
+    want = float(lanes * sum(7 * 2 * (1 + (1 << 16)) + i for i in range(CHAINS)))
+    assert torch.equal(sink, torch.full((4,), want))
 
 
 @pytest.mark.parametrize(("op", "k"), [("probe_tile_bf16", 32), ("probe_tile_s8", 64)])
@@ -58,11 +70,14 @@ def test_tile_probes_compute_their_sums(tier, op, k):
 
 
 def test_the_peak_of_a_linear_is_that_of_the_best_unit():
-    plain = Probe(fma_flops=4.0, vnni_ops=0.0, read_bytes=1.0)
-    assert [plain.linear_peak(d) for d in ("f32", "f16", "bf16", "s8")] == [4.0] * 4
-    vnni = Probe(fma_flops=4.0, vnni_ops=16.0, read_bytes=1.0)
-    assert [vnni.linear_peak(d) for d in ("f32", "s8")] == [4.0, 16.0]
-    tiles = Probe(fma_flops=4.0, vnni_ops=16.0, read_bytes=1.0, tile_flops=60.0, tile_ops=120.0)
+    plain = Probe(fma_flops=4.0, byte_ops=0.0, read_bytes=1.0)
+    assert [plain.linear_peak(d) for d in ("f32", "f16", "bf16", "s8", "s4")] == [4.0] * 5
+    pairs = Probe(fma_flops=4.0, byte_ops=6.0, read_bytes=1.0, nibble_ops=12.0)
+    assert [pairs.linear_peak(d) for d in ("f32", "s8", "s4")] == [4.0, 6.0, 12.0]
+    assert [pairs.linear_peak(d, products=2) for d in ("s8", "s4")] == [4.0, 6.0]
+    vnni = Probe(fma_flops=4.0, byte_ops=16.0, read_bytes=1.0)
+    assert [vnni.linear_peak(d) for d in ("f32", "s8", "s4")] == [4.0, 16.0, 16.0]
+    tiles = Probe(fma_flops=4.0, byte_ops=16.0, read_bytes=1.0, tile_flops=60.0, tile_ops=120.0)
     assert [tiles.linear_peak(d) for d in ("f32", "f16", "bf16", "s8")] == [10.0, 20.0, 60.0, 120.0]
 
 
@@ -74,7 +89,6 @@ def test_read_probe_reads_everything(tier):
     assert torch.equal(sink, torch.full((8,), (1 << 16) / 8))
 
 
-@pytest.mark.parametrize("tier", [t for t in TIERS if t not in VNNI_TIERS])
-def test_a_missing_probe_is_refused(tier):
-    with pytest.raises(ValueError, match="probe_vnni"):
-        OneOp("probe_vnni", [torch.zeros(1)], [1], tier=tier)
+def test_a_missing_probe_is_refused():
+    with pytest.raises(ValueError, match="probe_bytes"):
+        OneOp("probe_bytes", [torch.zeros(1)], [1], tier="scalar")

@@ -1,5 +1,6 @@
 // Vec for the scalar tier: four floats in plain loops that any compiler can turn into the baseline's instructions.
 #pragma once
+#define LLMOPT_ISA_SCALAR
 #include <cstdint>
 
 namespace {

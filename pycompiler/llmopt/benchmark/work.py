@@ -27,7 +27,7 @@ DTYPE_NAMES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16
 class Form:
     """How a system keeps a linear's weights, the cache, and what it multiplies; None: as the model has them."""
 
-    multiplies: str | None = None  # "s8", "f32", "f16" or "bf16", as `Probe.linear_peak` takes them
+    multiplies: str | None = None  # as `Probe.linear_peak` takes it
     products: int = 1  # of that dtype that one product is made of
     weight_bytes: float | None = None  # of one weight, with its share of scales and offsets
     head_bytes: float | None = None  # of one weight of a language model's output head
@@ -40,7 +40,12 @@ EXACT = Form()
 def form_of(scheme: Scheme, channel: int = 1024) -> Form:
     """What our kernels do under a scheme. channel: inputs that share a scale where it is one per output channel."""
     products = PLANES[scheme.activations]
-    return Form("s8", products, _code_bytes(scheme, channel), _code_bytes(of_head(scheme), channel))
+    return Form(
+        f"s{scheme.bits}",
+        products,
+        _code_bytes(scheme, channel),
+        _code_bytes(of_head(scheme), channel),
+    )
 
 
 def _code_bytes(scheme: Scheme, channel: int) -> float:
@@ -72,11 +77,11 @@ class Work:
     def least_seconds(self, form: Form, probe: Probe) -> float:
         """The least time on a machine of these rates: the roofline."""
         own = probe.linear_peak(self.dtype)
-        peak = (
-            own if form.multiplies is None else probe.linear_peak(form.multiplies) / form.products
-        )
-        if form.products > 1:  # the model's own products would do as well
-            peak = max(peak, own)
+        peak = own
+        if form.multiplies is not None:
+            peak = probe.linear_peak(form.multiplies, form.products)
+            if form.products > 1:  # the model's own products would do as well
+                peak = max(peak, own)
         compute = self.linear_flops / peak + self.attention_flops / own
         return max(compute, self.num_bytes(form) / probe.read_bytes)
 

@@ -44,14 +44,14 @@ def _facts() -> dict[str, Any]:
     threads = torch.get_num_threads()
     probe = measure(threads)
     read = f"{probe.read_bytes / 1e9:.1f} GB/s"
-    vnni = f"{probe.vnni_ops / 1e9:.0f} GOP/s" if probe.vnni_ops else "not on this tier"
+    integers = f"{probe.byte_ops / 1e9:.0f} GOP/s" if probe.byte_ops else "not on this tier"
     return {
         "machine": f"{here.name}, {threads} threads of {os.cpu_count()} CPUs",
         "target": str(here),
         "tiers": f"{', '.join(_C.tiers())} (built: {', '.join(_C.tiers(supported_only=False))})",
         "measured": {
             "fp32 FMA": f"{probe.fma_flops / 1e9:.0f} GFLOP/s",
-            "int8 dot product": vnni,
+            "int8 dot product": integers,
             "memory read": read,
         },
         "versions": {"python": platform.python_version(), **{p: _version(p) for p in PACKAGES}},

@@ -143,6 +143,7 @@ def step_record(
     choice: Choice,
     note: str = "",
     multiplies: str = "",
+    products: int = 1,
     impl: str = "cpu",
 ) -> StepRecord:
     """The record of a linear: what it multiplies, in which dtype, what is fused into it, and a remark."""
@@ -165,6 +166,7 @@ def step_record(
         str(choice),
         choice.source,
         multiplies,
+        products,
     )
 
 

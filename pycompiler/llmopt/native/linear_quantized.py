@@ -97,11 +97,12 @@ def lower(s: SegmentBuilder, node: fx.Node) -> None:
     n = sum(fake(c).shape[0] for c in p["codes"])
     packed, bias = s.packed_operands(spec_of(s, p, form))
     ints = problem_ints(p, n, k, DTYPE_CODES[torch.uint8])
-    ints += [form.bits, form.group, int(not form.symmetric), PLANES[p["activations"]]]
+    planes = PLANES[p["activations"]]
+    ints += [form.bits, form.group, int(not form.symmetric), planes]
     what = f"{n}x{k} {scheme.name} groups of {form.group}"
     factors = n * (k // form.group) * (4 if form.bits == 8 else 2) * (1 if form.symmetric else 2)
     size = n * k * form.bits // 8 + factors + num_bytes(p["x"], node, p["residual"])
-    flops = 2 * rows_of(p) * n * k * PLANES[p["activations"]]
+    flops = 2 * rows_of(p) * n * k
     choice = s.tuner(
         problem(
             "linear_quantized",
@@ -113,13 +114,22 @@ def lower(s: SegmentBuilder, node: fx.Node) -> None:
             bias is not None,
             group=form.group,
             offsets=not form.symmetric,
-            planes=PLANES[p["activations"]],
+            planes=planes,
         )
     )
     ints += choice.ints()
     has_bias = bias is not None
     record = step_record(
-        node, p, "linear_quantized", what, has_bias, flops, size, choice, multiplies="s8"
+        node,
+        p,
+        "linear_quantized",
+        what,
+        has_bias,
+        flops,
+        size,
+        choice,
+        multiplies=f"s{form.bits}",
+        products=planes,
     )
     s.step("linear_quantized", operands(s, node, p, packed, bias), ints, problem_floats(p), record)
 

@@ -24,7 +24,7 @@ CHUNKS_PER_THREAD = 8  # unequal cores share the work
 ITERATIONS = 20_000
 REPEATS = 3
 CHAINS = 12  # kChains in csrc/cpu/probe.cpp
-INT8_OPS = 128  # of one vpdpbusd: 64 multiplications and 64 additions
+LANE_OPS = 8  # of one 32-bit lane in a product of bytes: four multiplications and four additions
 TILE_SUMS = 4  # kTileSums in csrc/cpu/probe.cpp
 TILE_ITERATIONS = 5_000
 TILE_FLOPS = 16 * 16 * 32 * 2  # of one product of bf16 tiles
@@ -39,15 +39,19 @@ class Probe:
     """Attainable rates per second; those of instructions that the tier lacks are 0.0."""
 
     fma_flops: float
-    vnni_ops: float
+    byte_ops: float  # exact products of bytes by vector instructions
     read_bytes: float
     tile_flops: float = 0.0  # products of bf16 on tile registers
     tile_ops: float = 0.0  # products of bytes on tile registers
+    nibble_ops: float = 0.0  # of codes below 16 with bytes, where that is faster
 
-    def linear_peak(self, dtype: str) -> float:
-        """Multiplications and additions per second of a linear whose operands are f32, f16, bf16 or s8, at best."""
-        if dtype == "s8":
-            return max(self.vnni_ops, self.tile_ops) or self.fma_flops
+    def linear_peak(self, dtype: str, products: int = 1) -> float:
+        """Multiplications and additions per second of a linear at best. dtype: what it multiplies, f32, f16, bf16, s8, or
+        s4 for codes of 4 bits with bytes; products: of those one product is made of, where FMA might do as well."""
+        if dtype in ("s8", "s4"):
+            ops = max(self.byte_ops, self.tile_ops, self.nibble_ops if dtype == "s4" else 0.0)
+            least = self.fma_flops if products > 1 or not ops else 0.0
+            return max(ops / products, least)
         return max(self.fma_flops, self.tile_flops / TILE_PRODUCTS[dtype])
 
 
@@ -71,9 +75,11 @@ def _ops(tier: str, threads: int) -> dict[str, tuple[OneOp, float]]:
     chunks = CHUNKS_PER_THREAD * threads
     sink = torch.zeros(chunks)
     lanes = _C.panel_width(tier) // 2
+    byte_ops = chunks * ITERATIONS * CHAINS * lanes * LANE_OPS
     known = {
         "probe_fma": ([sink], [ITERATIONS], chunks * ITERATIONS * CHAINS * 2 * lanes),
-        "probe_vnni": ([sink], [ITERATIONS], chunks * ITERATIONS * CHAINS * INT8_OPS),
+        "probe_bytes": ([sink], [ITERATIONS], byte_ops),
+        "probe_nibbles": ([sink], [ITERATIONS], byte_ops),
         "probe_tile_bf16": (
             [sink],
             [TILE_ITERATIONS],
@@ -114,8 +120,9 @@ def glance(threads: int, tier: str | None = None) -> Probe:
 def _probe(rates: Mapping[str, float]) -> Probe:
     return Probe(
         rates["probe_fma"],
-        rates.get("probe_vnni", 0.0),
+        rates.get("probe_bytes", 0.0),
         rates["probe_read"],
         rates.get("probe_tile_bf16", 0.0),
         rates.get("probe_tile_s8", 0.0),
+        rates.get("probe_nibbles", 0.0),
     )

@@ -98,7 +98,10 @@ class StepRecord:
     config_source: str = (
         ""  # where it comes from, or why there is none; "" where nothing can be tuned
     )
-    multiplies: str = ""  # of a linear: dtype of its multiplications, f32, f16, bf16 or s8
+    multiplies: str = (
+        ""  # of a linear: dtype of its multiplications, as `Probe.linear_peak` takes it
+    )
+    products: int = 1  # of that dtype that one product is made of
 
 
 @dataclass

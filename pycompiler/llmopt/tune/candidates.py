@@ -1,7 +1,7 @@
 """Which configs of a linear are worth measuring: all that are possible, ranked by a model of their time.
 
-The model knows the machine by its probes: multiplications at the FMA or VNNI rate less what a low register tile loses, weights at the
-read rate, rows passing L2 once per chunk, and threads that wait at the end for the last chunk.
+The model knows the machine by its probes: multiplications at the rate of FMA or of bytes less what a low register tile loses, weights at
+the read rate, rows passing L2 once per chunk, and threads that wait at the end for the last chunk.
 """
 
 from __future__ import annotations
@@ -113,8 +113,8 @@ def predict(problem: LinearProblem, config: LinearConfig, machine: Machine) -> f
     """Seconds of one call as the model sees it: good enough to rank configs, no more."""
     assert problem.m is not None
     m, n, k, probe = problem.m, problem.n, problem.k, machine.probe
-    is_integer = problem.op == "linear_quantized" and probe.vnni_ops > 0
-    peak = probe.vnni_ops if is_integer else probe.fma_flops
+    is_integer = problem.op == "linear_quantized" and probe.byte_ops > 0
+    peak = probe.byte_ops if is_integer else probe.fma_flops
     height = (config.rows // max(1, problem.planes)) or machine.tile_rows(problem)
     tiles = -(-m // height)
     height = -(-m // tiles)

@@ -118,7 +118,8 @@ def roof(problem: LinearProblem, machine: Machine, result: Result[LinearConfig])
     """The share of the limit that binds: multiplications at the probe's rate, or weights at the read probe's."""
     assert problem.m is not None
     probe = machine.probe
-    peak = probe.linear_peak("s8" if problem.op == "linear_quantized" else problem.w)
-    compute = 2.0 * problem.m * problem.n * problem.k * max(1, problem.planes) / peak
+    multiplies = problem.w.replace("q", "s")  # codes of q8 and q4
+    peak = probe.linear_peak(multiplies, max(1, problem.planes))
+    compute = 2.0 * problem.m * problem.n * problem.k / peak
     memory = weight_bytes(problem, machine.target.panel_width) / probe.read_bytes
     return max(compute, memory) / (result.us * 1e-6)
