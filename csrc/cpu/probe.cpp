@@ -2,7 +2,8 @@
 // chunks and leaves one float per chunk in t[last], so that all threads work and nothing is optimised away.
 //
 // probe_fma    t: sink f32 [chunks].  i: iterations.  kChains * 2 * kLanes flops per iteration and chunk, in registers.
-// probe_bytes  t: sink f32 [chunks].  i: iterations.  kChains * 8 * kLanes operations (a multiply or an add) on bytes per
+// probe_bytes  t: sink f32 [chunks].  i: iterations.  kChains * 8 * kLanes operations (a multiply or an add) on bytes
+// per
 //              iteration and chunk, with exact sums. Not in the scalar tier.
 // probe_nibbles  the same where one operand is below 16. Only in tiers that multiply those faster (isa/pairs.h).
 // probe_tile_bf16, probe_tile_s8
@@ -62,8 +63,7 @@ void bytes_run(const Step& s, int, int64_t chunk, int, const Scratch&) {
 #ifdef LLMOPT_ISA_PAIRS
 void nibbles_run(const Step& s, int, int64_t chunk, int, const Scratch&) {
   const auto ones = iset(0x01010101).v;
-  integer_run(s, chunk,
-              [&](IntVec& acc) __attribute__((always_inline)) { multiply_add_nibbles(acc.v, ones, ones); });
+  integer_run(s, chunk, [&](IntVec& acc) __attribute__((always_inline)) { multiply_add_nibbles(acc.v, ones, ones); });
 }
 #endif
 
