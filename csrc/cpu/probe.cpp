@@ -2,10 +2,10 @@
 // chunks and leaves one float per chunk in t[last], so that all threads work and nothing is optimised away.
 //
 // probe_fma    t: sink f32 [chunks].  i: iterations.  kChains * 2 * kLanes flops per iteration and chunk, in registers.
-// probe_bytes  t: sink f32 [chunks].  i: iterations.  kChains * 8 * kLanes operations (a multiply or an add) on bytes
-// per
-//              iteration and chunk, with exact sums. Not in the scalar tier.
-// probe_nibbles  the same where one operand is below 16. Only in tiers that multiply those faster (isa/pairs.h).
+// probe_bytes, probe_nibbles
+//              t: sink f32 [chunks].  i: iterations.  kChains * 8 * kLanes operations (a multiply or an add) per
+//              iteration and chunk: products of bytes with exact sums, in every tier but scalar; and those where one
+//              operand is below 16, in tiers that multiply these faster (isa/pairs.h).
 // probe_tile_bf16, probe_tile_s8
 //              t: sink f32 [chunks].  i: iterations.  kTileSums products of two tile registers of ones per iteration
 //              and chunk: 16 * 16 * 32 * 2 flops each in bf16, 16 * 16 * 64 * 2 operations in s8. Only in tiers with
