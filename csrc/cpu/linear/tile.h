@@ -37,7 +37,7 @@ void tile(const TileArgs& args) {
     for (int p = 0; p < kPanels; ++p) {
       const int64_t at = p * args.panel_bytes;
       const float* x = kPanels > 1 ? read_again(a) : a;
-      if (kStream || u == 0) __builtin_prefetch(ahead + at, 0, kStream ? 3 : 2);
+      __builtin_prefetch(ahead + at, 0, kStream ? 3 : 2);
       if (kStream && Weight::kStepBytes > 64) __builtin_prefetch(ahead + at + 64);
       Weight::step(b + at, [&](int i, Vec b0, Vec b1) __attribute__((always_inline)) {
         const int s = (u * Weight::kSteps + i) % kSets;
