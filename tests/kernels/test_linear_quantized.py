@@ -157,6 +157,8 @@ def test_integer_sums_are_exact(tier, bits, group, offsets):
         x = torch.randint(-127, 128, (m, k))
         x.view(m, -1, group or k)[..., 0] = 127
         x[0, 1::2], x[0, 0::2] = -127, 127
+        if m > 2:  # the largest sums of either sign
+            x[-1], x[-2] = 127, -127
         if bits == 8:
             w.codes[0, 0::2], w.codes[0, 1::2] = 127, -128
             w.codes[-1, :] = -128
@@ -183,6 +185,15 @@ def test_every_form(tier, bits, group, offsets, planes):
     for m, n in product((1, 5, 33), (1, 40)):
         c = case(m, n, 256, bits, group, offsets, planes)
         check(c, tier)
+
+
+@pytest.mark.parametrize("planes", [2, 3])
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("tier", TIERS)
+def test_activations_as_they_are_in_k_blocks(tier, bits, planes):
+    """Where such rows are multiplied in f32: blocks that begin with a group, and inside one that is longer than a block."""
+    for (k, group), m in product(((4352, 64), (4350, 150), (4800, 1600), (4100, 4100)), (2, 15)):
+        check(case(m, 35, k, bits, group, m == 2, planes), tier)
 
 
 def check(c: QuantizedCase, tier: str, threads: int = 2) -> None:
