@@ -6,7 +6,7 @@
 //      [N_i, groups] f32, offsets [N_i, groups] f32 | none (all or no weights have them); packed u8 [bytes].
 //   i: bits, group, interleave (as in pack_linear).  layout.h has the layout and its size.
 // linear_quantized
-//   t: as in linear.  i: N, K, u8 (unused), activation, gated, norm kind, bits, group, has offsets, planes,
+//   t: as in linear.  i: N, K, u8, activation, gated, norm kind, bits, group, has offsets, planes,
 //   tuning (linear/tuning.h).
 //   f: as in linear.
 //   planes: activations are a sum of that many signed bytes, each 1/254 of the one before: 1 rounds them to 8 bits, 2

@@ -38,7 +38,7 @@ void fma_run(const Step& s, int, int64_t chunk, int, const Scratch&) {
 }
 
 #ifndef LLMOPT_ISA_SCALAR
-// The sink gets the first lane of the first sums.
+// The sink gets the sum over all lanes and chains.
 template <class Multiply>
 void integer_run(const Step& s, int64_t chunk, Multiply multiply) {
   IntVec acc[kChains];

@@ -158,6 +158,7 @@ const char* pack_linear_quantized(const Call& c) {
 const char* linear_quantized(const Call& c) {
   const Step& s = c.step;
   if (!has(s, 7, kLinearQuantizedInts, 3)) return kWrongCount;
+  if (static_cast<DType>(s.i[2]) != DType::u8) return "packed codes are u8";
   if (s.i[9] < 1 || s.i[9] > 3) return "there are 1 to 3 planes";
   if (const char* reason = quantized_form(s.i[1], s.i[6], s.i[7])) return reason;
   if (const char* reason = around_weight(s)) return reason;

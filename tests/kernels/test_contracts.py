@@ -10,7 +10,7 @@ from llmopt import _C
 from llmopt.native.program import DTYPE_CODES, ProgramBuilder, View, run_op
 
 TIER = _C.tiers()[0]
-F32 = DTYPE_CODES[torch.float32]
+F32, BF16, U8 = (DTYPE_CODES[d] for d in (torch.float32, torch.bfloat16, torch.uint8))
 ONES = torch.ones
 
 
@@ -33,8 +33,10 @@ def linear(
     return "linear", list(operands.values()), [n, k, weight, 0, 0, 0], [1e-5, 1.0, 0.0]
 
 
-def quantized(bits: int = 8, group: int = 4, **change: Any) -> tuple[str, list, list, list]:
-    op, operands, ints, floats = linear(**change)
+def quantized(
+    bits: int = 8, group: int = 4, weight: int = U8, **change: Any
+) -> tuple[str, list, list, list]:
+    op, operands, ints, floats = linear(weight=weight, **change)
     return f"{op}_quantized", operands, [*ints, bits, group, 0, 1], floats
 
 
@@ -99,6 +101,7 @@ WRONG = {
     "no weight": (linear(w=None), "no packed float weight"),
     "weight of integers": (linear(weight=DTYPE_CODES[torch.int64]), "no packed float weight"),
     "groups that do not divide K": (quantized(group=3), "do not divide K"),
+    "codes as bf16": (quantized(weight=BF16), "packed codes are u8"),
     "codes of three bits": (quantized(bits=3), "8 or 4 bits"),
     "odd groups of 4-bit codes": (quantized(bits=4, group=1), "is odd"),
     "quantised x of another width": (quantized(x=ONES(3, 5)), "x is not float"),

@@ -187,13 +187,35 @@ def test_every_form(tier, bits, group, offsets, planes):
         check(c, tier)
 
 
+# K, and groups: short ones, some that are no multiple of a step, and some longer than a K block.
+LONG_GROUPS = (
+    (4352, 64),
+    (4350, 150),
+    (4800, 1600),
+    (4100, 4100),
+    (8200, 4100),
+    (4108, 2054),
+    (6192, 2064),
+)
+
+
 @pytest.mark.parametrize("planes", [2, 3])
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("tier", TIERS)
 def test_activations_as_they_are_in_k_blocks(tier, bits, planes):
     """Where such rows are multiplied in f32: blocks that begin with a group, and inside one that is longer than a block."""
-    for (k, group), m in product(((4352, 64), (4350, 150), (4800, 1600), (4100, 4100)), (2, 15)):
+    for (k, group), m in product(LONG_GROUPS, (2, 15)):
         check(case(m, 35, k, bits, group, m == 2, planes), tier)
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_a_cut_without_a_family_stays_in_its_scratch(tier):
+    """The largest spans and blocks, of activations as they are: results and neighbours' memory stay what they were."""
+    for (span, tiles), m in product(((8, 0), (8, 200), (1, 1400)), (2, 400)):
+        c = case(m, 8 * _C.panel_width(tier) + 1, 2600, 8, 104, planes=3)
+        want = c.run(tier, 2)
+        c.tuning = [1, 1 << 40, 0, 0, 0, span, tiles, 0]
+        assert_close(c.run(tier, 2), want)
 
 
 def check(c: QuantizedCase, tier: str, threads: int = 2) -> None:

@@ -8,9 +8,14 @@
 
 namespace {
 
+// Whatever a tuning asks for, it asks of the integer kernels. Every K block has to begin with a step of its group.
 inline bool runs_on_floats(const QuantizedProblem& p) {
-  return !kMultipliesBytes && p.planes > 1 && p.M > 1 && p.K > 0 && p.tuning.family == LinearFamily::automatic;
+  const LinearTuning& t = p.tuning;
+  const bool tuned = t.family != LinearFamily::automatic || t.rows || t.k_block || t.span || t.tiles || t.ahead;
+  const bool steps_align = p.form.group <= kMaxKBlock || p.form.group % kStepK == 0 || p.form.group == p.K;
+  return !kMultipliesBytes && !tuned && p.planes > 1 && p.M > 1 && p.K > 0 && steps_align;
 }
+static_assert(2 * kMaxKBlock * kPanel * 4 <= kWideBytes, "a K block is rounded up to whole groups");
 
 // K blocks begin with a group, or with a step of one that is longer than a block.
 inline Schedule float_schedule(const QuantizedProblem& p, int threads) {

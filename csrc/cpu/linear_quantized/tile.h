@@ -28,7 +28,7 @@ inline Vec load_factor(const char* p, int vector) {
   return vload_f16(reinterpret_cast<const uint16_t*>(p) + vector * kLanes);
 }
 
-// A stream: the weights come from DRAM and are used once, kPanels panels side by side. It folds as quantized_tile does;
+// A stream: the weights come from DRAM and are used once, kPanels panels side by side. It folds as the tiles do;
 // in a function of both GCC spills the sums of one.
 template <int kBits, int kRows, int kPanels>
 void quantized_stream(const QuantizedTileArgs& args) {
