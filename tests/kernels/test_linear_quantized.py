@@ -21,6 +21,8 @@ TIERS = _C.tiers()
 U8 = 6  # DType::u8 in csrc/runtime/tensor.h
 TERM_GROUP = 32  # kTileK of csrc/cpu/linear/terms.h
 HEIGHTS = {"amx": 14, "avx512_vnni": 14, "avx512": 12, "avx2": 4, "scalar": 4}  # kLoneRows
+# Tiers that multiply several rows of activations as they are in f32.
+FLOAT_TIERS = [t for t in TIERS if t in ("scalar", "avx2", "avx512")]
 
 
 @dataclass
@@ -344,7 +346,7 @@ def test_nan_and_inf_never_become_numbers(tier, planes):
         c.x[m - 1, 33] = bad
         y = c.run(tier, 2)
         # Where codes become floats and activations stay as they are, infinity is what it is in PyTorch.
-        as_floats = tier in ("scalar", "avx2", "avx512") and planes > 1 and m > 1
+        as_floats = tier in FLOAT_TIERS and planes > 1 and m > 1
         assert not y[m - 1].isfinite().any() if as_floats else y[m - 1].isnan().all()
         assert y[: m - 1].isfinite().all()
         c = case(m, 35, 64, bits, 32, planes=planes)
@@ -372,8 +374,8 @@ def test_zero_and_tiny_groups(tier, planes):
 
 @pytest.mark.parametrize("tier", TIERS)
 def test_strided_rows(tier):
-    for m in (1, 40, 90):
-        c = case(m, 36, 64, 8, 32)
+    for m, planes in product((1, 40, 90), (1, 3)):
+        c = case(m, 36, 64, 8, 32, planes=planes)
         wide = torch.full((m, 1024), float("nan"))
         wide[:, :64] = c.x
         c.x = wide[:, :64]
@@ -408,6 +410,26 @@ def test_threads_give_the_same_bits(tier, threads):
         assert torch.equal(c.run(tier, threads), c.run(tier, 1))
 
 
+@pytest.mark.parametrize("threads", [2, 3])
+@pytest.mark.parametrize("tier", FLOAT_TIERS)
+def test_threads_give_the_same_bits_in_f32(tier, threads):
+    """Rows that are cut among chunks, and K blocks."""
+    for m, k in ((6, 256), (200, 4352)):
+        c = case(m, 40, k, 8, 64, planes=3, bias=randn(40))
+        assert torch.equal(c.run(tier, threads), c.run(tier, 1))
+
+
+@pytest.mark.parametrize(("bits", "k"), [(8, 65536), (4, 131072)])
+@pytest.mark.parametrize("tier", TIERS)
+def test_panels_without_room_to_unpack_are_streamed(tier, bits, k):
+    """Several tiles of one stream, whatever a tuning asks for."""
+    c = case(9, 20, k, bits, 64)
+    check(c, tier)
+    for family in (1, 2) if bits == 8 else (1,):
+        c.tuning = [1, 1 << 40, family, 0, 0, 0, 0, 0]
+        check(c, tier)
+
+
 @pytest.mark.parametrize("tier", TIERS)
 def test_tiers_agree(tier):
     """The same codes give the same integers: what is left is the order of the float sums over groups."""
@@ -418,7 +440,8 @@ def test_tiers_agree(tier):
 
 @pytest.mark.parametrize("tier", TIERS)
 def test_no_rows(tier):
-    assert case(0, 40, 64, 8, 32).run(tier, 2).shape == (0, 40)
+    for planes in (1, 3):
+        assert case(0, 40, 64, 8, 32, planes=planes).run(tier, 2).shape == (0, 40)
 
 
 @settings(deadline=None, max_examples=60)

@@ -216,7 +216,7 @@ inline __attribute__((always_inline)) void quad_dot(IntVec& acc, const Quad& w, 
 #endif
 }
 #else
-constexpr int kQuantizedRows = 6;
+constexpr int kQuantizedRows = 6;  // MR: streams fold beside pairs of weights
 constexpr bool kMultipliesBytes = false;
 using Bytes = __m512i;
 inline Bytes even_bytes(Bytes b) { return _mm512_and_si512(b, _mm512_set1_epi16(255)); }

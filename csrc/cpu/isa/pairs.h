@@ -18,24 +18,22 @@ inline void quad_pack(char* to, const int8_t* a) {
   const int16_t pairs[4] = {a[0], a[2], a[1], a[3]};
   __builtin_memcpy(to, pairs, 8);
 }
-// GCC piles up the products of a loop before it adds them, and spills.
-inline __attribute__((always_inline)) void multiply_add(Bytes& acc, Bytes w, Bytes a) {
+// acc = plain(acc, w, a). In assembly because GCC piles up the products of a loop before it adds them, and spills.
 #if defined(__GNUC__) && !defined(__clang__)
-  Bytes product;
-  asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+v"(acc), "=&v"(product) : "v"(w), "v"(a));
+#define LLMOPT_ADD_PRODUCT(multiply, add, plain) \
+  Bytes product;                                 \
+  asm(multiply " %3, %2, %1\n\t" add " %1, %0, %0" : "+v"(acc), "=&v"(product) : "v"(w), "v"(a))
 #else
-  acc = add_pairs(acc, w, a);
+#define LLMOPT_ADD_PRODUCT(multiply, add, plain) acc = plain(acc, w, a)
 #endif
+inline __attribute__((always_inline)) void multiply_add(Bytes& acc, Bytes w, Bytes a) {
+  LLMOPT_ADD_PRODUCT("vpmaddwd", "vpaddd", add_pairs);
 }
 // Pairs of products of codes below 16 with signed bytes, in 16 bits a lane.
 inline __attribute__((always_inline)) void multiply_add_nibbles(Bytes& acc, Bytes w, Bytes a) {
-#if defined(__GNUC__) && !defined(__clang__)
-  Bytes product;
-  asm("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0" : "+v"(acc), "=&v"(product) : "v"(w), "v"(a));
-#else
-  acc = add_nibbles(acc, w, a);
-#endif
+  LLMOPT_ADD_PRODUCT("vpmaddubsw", "vpaddw", add_nibbles);
 }
+#undef LLMOPT_ADD_PRODUCT
 constexpr int64_t kNibbleSums = 8;  // quads whose products 16 bits hold: 8 * 2 * 15 * 127 < 2^15
 inline __attribute__((always_inline)) void quad_dot(IntVec& acc, const Quad& w, const Quad& a) {
   multiply_add(acc.v, w.even, a.even);

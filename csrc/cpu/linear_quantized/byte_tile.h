@@ -66,8 +66,8 @@ QuantizedTileFunction quantized_tile_function(int64_t rows) {
   return quantized_tile<kRows>;
 }
 
-QuantizedTileFunction tile_function(const Form&, int64_t rows) { return quantized_tile_function(rows); }
-QuantizedTileFunction stream_function(const Form& form, int64_t rows, int64_t panels) {
+QuantizedTileFunction code_tile_function(const Form&, int64_t rows) { return quantized_tile_function(rows); }
+QuantizedTileFunction code_stream_function(const Form& form, int64_t rows, int64_t panels) {
   return form.bits == 8 ? quantized_stream_function<8>(rows, panels) : quantized_stream_function<4>(rows, panels);
 }
 

@@ -46,18 +46,11 @@ struct CodePanels {
   template <int kBits>
   static void float_codes(const Form& form, const char* panel, int64_t k0, int64_t k1, float* to) {
     constexpr int kVectorBytes = 4 * kLanes;
-    const float* columns = reinterpret_cast<const float*>(panel + form.groups() * form.group_bytes());
     for (int64_t k = k0; k < k1;) {
       const int64_t group = k / form.group, end = min64(k1, (group + 1) * form.group);
-      const char *codes = panel + group * form.group_bytes(), *factors = codes + form.code_bytes();
-      Vec scale[2], offset[2] = {vzero(), vzero()};
-      for (int v = 0; v < 2; ++v) {
-        scale[v] = load_factor<kBits>(factors, v);
-        if (form.offsets) offset[v] = load_factor<kBits>(factors + form.scale_bytes(), v);
-        if (kBits == 8) continue;
-        scale[v] = vmul(scale[v], vload(columns + v * kLanes));
-        offset[v] = vmul(offset[v], vload(columns + v * kLanes));
-      }
+      const char* codes = panel + group * form.group_bytes();
+      const GroupFactors factors[2] = {GroupFactors::load<kBits>(form, panel, group, 0),
+                                       GroupFactors::load<kBits>(form, panel, group, 1)};
       for (; k < end; k += kStepK, to += kStepK * kPanel) {
         const char* step = codes + (k - group * form.group) / kStepK * form.step_bytes();
         const int64_t count = end - k;  // of the step's; more than kStepK where more steps follow
@@ -70,7 +63,7 @@ struct CodePanels {
             const auto quads = lower_codes(stored, form.zero_point());
             auto store = [&](int i, Vec code) __attribute__((always_inline)) {
               if (4 * quad + i < count)
-                vstore(to + (4 * quad + i) * kPanel + v * kLanes, vfma(code, scale[v], offset[v]));
+                vstore(to + (4 * quad + i) * kPanel + v * kLanes, vfma(code, factors[v].scale, factors[v].offset));
             };
             store(0, quad_values<0>(quads));
             store(1, quad_values<1>(quads));

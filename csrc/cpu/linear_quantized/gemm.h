@@ -86,7 +86,7 @@ void stream_panels(const QuantizedProblem& p, const Chunk& c, int64_t next_panel
       args.ahead_end = b + bytes;
       args.next = p.w.data + (panel + count < c.panel1 ? panel + count : next_panel) * bytes;
       args.panel_bytes = bytes;
-      stream_function(p.form, rows, count)(args);
+      code_stream_function(p.form, rows, count)(args);
       for (int64_t i = 0; i < count; ++i) {
         float* tile_sums = sums + i * rows * kPanel;
         settle(p, column_factors(p.form, b + i * bytes), tokens, tile_sums);
@@ -112,7 +112,7 @@ void block_panels(const QuantizedProblem& p, const Chunk& c, int64_t next_panel,
       args.ahead = ahead + (tile - c.tile0) * bytes / tiles;
       args.ahead_stride = ahead_stride;
       fetch_outputs(p, panel, token0, static_cast<int>(tokens));
-      tile_function(p.form, tokens * p.planes)(args);
+      code_tile_function(p.form, tokens * p.planes)(args);
       settle(p, nullptr, tokens, sums);
       finish_tile(p, panel, token0, static_cast<int>(tokens), sums);
     }

@@ -13,8 +13,9 @@
 namespace {
 
 constexpr int64_t kStepK = 8;
-// Rows of a stream. Beside 4-bit codes their mask takes a register. A tile that is alone may have more rows than its
-// f32 sums find registers for, as long as the weights are read once.
+// Rows of a stream. Where registers are many, a tile that is alone may have more rows than its f32 sums find registers
+// for, as long as the weights are read once. Where they are few, codes are unpacked beside the sums: the mask of 4 bits
+// and the pairs of 8 take some, which leaves room for fewer rows than a tile over an unpacked panel has.
 constexpr int kNibbleRows = kVecRegisters == 32 ? kQuantizedRows : 4;
 constexpr int kLoneRows = kVecRegisters == 32 ? 2 * kQuantizedRows : 4;
 constexpr int64_t kQuantizedSums = (kLoneRows > kQuantizedRows ? kLoneRows : kQuantizedRows) * kPanel * 4;  // bytes

@@ -144,12 +144,7 @@ void nibble_stream(const QuantizedTileArgs& args) {
       each_sum<kPanels, kRows>([&](int p, int m, int v) __attribute__((always_inline)) { words[p][m][v] = iset(0).v; });
 #pragma GCC unroll 1
       for (int64_t step = min64(left, kNibbleSums / 2); step > 0; --step) {
-        const char* fetch = ahead;
-        ahead += kStepBytes;
-        if (ahead >= ahead_end) {
-          ahead = args.next + (ahead - ahead_end);
-          ahead_end = reinterpret_cast<const char*>(UINTPTR_MAX);
-        }
+        const char* fetch = fetch_step(ahead, ahead_end, args, kStepBytes);
 #pragma GCC unroll 4
         for (int p = 0; p < kPanels; ++p) {
           const char *w = b + p * panel_bytes, *x = kPanels > 1 ? read_again(a) : a;
@@ -208,8 +203,8 @@ QuantizedTileFunction nibble_stream_function(int64_t rows, int64_t panels) {
   return nibble_panels_function<kRows>(panels);
 }
 
-QuantizedTileFunction tile_function(const Form& form, int64_t rows) { return pair_tile_function(form, rows); }
-QuantizedTileFunction stream_function(const Form& form, int64_t rows, int64_t panels) {
+QuantizedTileFunction code_tile_function(const Form& form, int64_t rows) { return pair_tile_function(form, rows); }
+QuantizedTileFunction code_stream_function(const Form& form, int64_t rows, int64_t panels) {
   return form.bits == 8 ? quantized_stream_function<8>(rows, panels) : nibble_stream_function(rows, panels);
 }
 

@@ -125,8 +125,8 @@ void quantize_groups(const QuantizedProblem& p, const Prepared& tile, const RowN
   }
   for (int plane = 0; plane < p.planes; ++plane, ++row) {
     const bool last = plane + 1 == p.planes;
-    const auto round = form.quad_bytes() == 4 ? (last ? round_plane<4, true> : round_plane<4, false>)
-                                              : (last ? round_plane<8, true> : round_plane<8, false>);
+    auto round = last ? round_plane<kNibbleQuadBytes, true> : round_plane<kNibbleQuadBytes, false>;
+    if (form.bits == 8) round = last ? round_plane<kQuadBytes, true> : round_plane<kQuadBytes, false>;
     for (int64_t i = 0; i < count; ++i) {
       char* to = tile.quad(group0 + i, 0, row);
       float* from = values + i * stride;

@@ -4,7 +4,7 @@
 // the scheme rounds activations and in bf16 models, else 16; denormals count as zero. A panel is unpacked once a chunk.
 #pragma once
 #include "cpu/linear/terms.h"
-#include "cpu/linear_quantized/layout.h"
+#include "cpu/linear_quantized/tile.h"
 
 namespace {
 
@@ -21,21 +21,12 @@ inline TileProblem term_problem(const Step& s, const QuantizedProblem& p) {
   return {s, kLinearQuantizedInts, p.planes == 1 || p.x.dtype == DType::bf16 ? 1 : 2, false};
 }
 
-// scale * code + offset of one group, of one half of a panel.
-struct GroupFactors {
+// scale * code + offset, from the code as it is stored.
+struct CodeValues {
   Vec scale, start;  // start: of the stored code 0
 
-  template <int kBits>
-  static GroupFactors load(const Form& form, const char* panel, int64_t group, int v) {
-    const char* scales = panel + group * form.group_bytes() + form.code_bytes();
-    Vec scale = load_factor<kBits>(scales, v);
-    Vec offset = form.offsets ? load_factor<kBits>(scales + form.scale_bytes(), v) : vzero();
-    if (kBits == 4) {
-      const Vec column = vload(reinterpret_cast<const float*>(panel + form.groups() * form.group_bytes()) + v * kLanes);
-      scale = vmul(scale, column), offset = vmul(offset, column);
-    }
-    return {scale, vfma(scale, vset(static_cast<float>(-form.zero_point())), offset)};
-  }
+  CodeValues(const Form& form, const GroupFactors& f)
+      : scale(f.scale), start(vfma(f.scale, vset(static_cast<float>(-form.zero_point())), f.offset)) {}
   Vec value(__m512i code) const { return vfma({_mm512_cvtepi32_ps(code)}, scale, start); }
 };
 
@@ -49,7 +40,7 @@ inline void store_terms(Vec even, Vec odd, char* to) {
 
 // Four k, the codes of a column in one 32-bit word, from bit kShift of every byte on.
 template <int kBits, int kShift, int kTerms>
-inline void quad_terms(__m512i words, const GroupFactors& f, char* to) {
+inline void quad_terms(__m512i words, const CodeValues& f, char* to) {
   const __m512i mask = _mm512_set1_epi32((1 << kBits) - 1);
   auto value = [&](int i) __attribute__((always_inline)) {
     return f.value(_mm512_and_si512(_mm512_srli_epi32(words, 8 * i + kShift), mask));
@@ -67,7 +58,7 @@ void code_terms(const Form& form, const char* panel, int64_t step0, int64_t step
     const char* codes = panel + group * form.group_bytes() + step % steps_of_group * (kTileK * kPanel * kBits / 8);
 #pragma GCC unroll 2
     for (int v = 0; v < 2; ++v) {
-      const GroupFactors f = GroupFactors::load<kBits>(form, panel, group, v);
+      const CodeValues f(form, GroupFactors::load<kBits>(form, panel, group, v));
       constexpr int kQuadPairs = 2 * kPanel * 4;  // bytes of the terms of four k
       for (int quad = 0; quad < kTileK / 4; quad += 8 / kBits) {
         const __m512i words = _mm512_loadu_si512(codes + (quad * kBits / 8 * kPanel + v * kLanes) * 4);

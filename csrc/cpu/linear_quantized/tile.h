@@ -28,6 +28,36 @@ inline Vec load_factor(const char* p, int vector) {
   return vload_f16(reinterpret_cast<const uint16_t*>(p) + vector * kLanes);
 }
 
+// Scale and offset of a group, of one half of a packed panel; those beside 4 bits times their column's factor.
+struct GroupFactors {
+  Vec scale, offset;  // offset: zero where there is none
+
+  template <int kBits>
+  static GroupFactors load(const Form& form, const char* panel, int64_t group, int v) {
+    const char* scales = panel + group * form.group_bytes() + form.code_bytes();
+    Vec scale = load_factor<kBits>(scales, v);
+    Vec offset = form.offsets ? load_factor<kBits>(scales + form.scale_bytes(), v) : vzero();
+    if (kBits == 4) {
+      const Vec column = vload(reinterpret_cast<const float*>(panel + form.groups() * form.group_bytes()) + v * kLanes);
+      scale = vmul(scale, column), offset = vmul(offset, column);
+    }
+    return {scale, offset};
+  }
+};
+
+// What a stream asks for now, so far ahead of its products, and from the end of its panel on in the next one. Called in
+// front of the products: a branch behind them would make GCC copy and spill the sums.
+inline __attribute__((always_inline)) const char* fetch_step(const char*& ahead, const char*& ahead_end,
+                                                             const QuantizedTileArgs& args, int64_t bytes) {
+  const char* fetch = ahead;
+  ahead += bytes;
+  if (ahead >= ahead_end) {
+    ahead = args.next + (ahead - ahead_end);
+    ahead_end = reinterpret_cast<const char*>(UINTPTR_MAX);
+  }
+  return fetch;
+}
+
 // A stream: the weights come from DRAM and are used once, kPanels panels side by side. It folds as the tiles do;
 // in a function of both GCC spills the sums of one.
 template <int kBits, int kRows, int kPanels>
@@ -69,12 +99,7 @@ void quantized_stream(const QuantizedTileArgs& args) {
 #pragma GCC unroll 16
       for (int m = 0; m < kRows; ++m) acc[p][m][0] = acc[p][m][1] = iset(args.start[group * kRows + m]);
     for (int64_t step = args.steps; step > 0; --step) {
-      const char* fetch = ahead;  // a branch behind the products would make GCC copy and spill the sums
-      ahead += kStepBytes;
-      if (ahead >= ahead_end) {
-        ahead = args.next + (ahead - ahead_end);
-        ahead_end = reinterpret_cast<const char*>(UINTPTR_MAX);
-      }
+      const char* fetch = fetch_step(ahead, ahead_end, args, kStepBytes);
 #pragma GCC unroll 4
       for (int p = 0; p < kPanels; ++p) {
         const char *w = b + p * panel_bytes, *x = kPanels > 1 ? read_again(a) : a;

@@ -79,9 +79,7 @@ class Work:
         own = probe.linear_peak(self.dtype)
         peak = own
         if form.multiplies is not None:
-            peak = probe.linear_peak(form.multiplies, form.products)
-            if form.products > 1:  # the model's own products would do as well
-                peak = max(peak, own)
+            peak = probe.linear_peak(form.multiplies, form.products, instead=self.dtype)
         compute = self.linear_flops / peak + self.attention_flops / own
         return max(compute, self.num_bytes(form) / probe.read_bytes)
 

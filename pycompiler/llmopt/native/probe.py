@@ -45,12 +45,12 @@ class Probe:
     tile_ops: float = 0.0  # products of bytes on tile registers
     nibble_ops: float = 0.0  # of codes below 16 with bytes, where that is faster
 
-    def linear_peak(self, dtype: str, products: int = 1) -> float:
+    def linear_peak(self, dtype: str, products: int = 1, instead: str = "f32") -> float:
         """Multiplications and additions per second of a linear at best. dtype: what it multiplies, f32, f16, bf16, s8, or
-        s4 for codes of 4 bits with bytes; products: of those one product is made of, where FMA might do as well."""
+        s4 for codes of 4 bits with bytes; products: of those one product is made of, where one of `instead` would do."""
         if dtype in ("s8", "s4"):
             ops = max(self.byte_ops, self.tile_ops, self.nibble_ops if dtype == "s4" else 0.0)
-            least = self.fma_flops if products > 1 or not ops else 0.0
+            least = self.linear_peak(instead) if products > 1 or not ops else 0.0
             return max(ops / products, least)
         return max(self.fma_flops, self.tile_flops / TILE_PRODUCTS[dtype])
 

@@ -113,8 +113,9 @@ def predict(problem: LinearProblem, config: LinearConfig, machine: Machine) -> f
     """Seconds of one call as the model sees it: good enough to rank configs, no more."""
     assert problem.m is not None
     m, n, k, probe = problem.m, problem.n, problem.k, machine.probe
-    is_integer = problem.op == "linear_quantized" and probe.byte_ops > 0
-    peak = probe.byte_ops if is_integer else probe.fma_flops
+    peak = probe.fma_flops
+    if problem.op == "linear_quantized" and probe.byte_ops > 0:
+        peak = max(probe.byte_ops, probe.nibble_ops if problem.w == "q4" else 0.0)
     height = (config.rows // max(1, problem.planes)) or machine.tile_rows(problem)
     tiles = -(-m // height)
     height = -(-m // tiles)
