@@ -11,6 +11,9 @@
 
 namespace {
 
+// Bytes of codes in a chunk that reads them once, at least: each chunk begins with lines that nobody asked for in time.
+constexpr int64_t kLeastStream = 96 << 10;
+
 // A chunk is `span` panels by `tiles_per_block` tiles. A panel has all of K: it stays in L2 while the tiles pass.
 struct QuantizedSchedule : Cut {
   QuantizedSchedule(const QuantizedProblem& p, int threads) {
@@ -21,7 +24,9 @@ struct QuantizedSchedule : Cut {
     tiles_per_block = given.tiles ? min64(given.tiles, tiles) : tiles;
     span = max64(1, panels / wanted);
     if (p.streamed) {
-      span = max64(1, min64(kStreamChunk / max64(1, p.form.panel_bytes()), span));
+      const int64_t bytes = max64(1, p.form.panel_bytes());
+      const int64_t least = min64(ceil_div(kLeastStream, bytes), ceil_div(panels, threads));
+      span = max64(least, min64(kStreamChunk / bytes, span));
       span = stream_span(panels, span, quantized_stream_panels(p.tallest_tile()), threads);
     }
     if (given.span) span = given.span;

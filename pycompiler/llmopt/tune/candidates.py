@@ -147,7 +147,7 @@ def predict(problem: LinearProblem, config: LinearConfig, machine: Machine) -> f
 
 
 def _ahead_cost(config: LinearConfig) -> float:
-    """What a prefetch distance is likely to lose: two to four KiB do best on the machines we know."""
-    if config.family != "stream" or config.ahead in (0, 2048, 4096):
+    """What a prefetch distance is likely to lose: two to eight KiB do best on the machines we know."""
+    if config.family != "stream" or config.ahead in (0, 2048, 4096, 8192):
         return 0.0
     return 0.02
