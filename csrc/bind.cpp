@@ -216,8 +216,19 @@ PYBIND11_MODULE(_C, m) {
   py::class_<Samples>(m, "Samples", "Remembers a few cache lines of each of several memory ranges.")
       .def(py::init<std::vector<int64_t>, std::vector<int64_t>>(), py::arg("addresses"), py::arg("bytes"))
       .def("fetch", &Samples::fetch)
-      .def("unchanged", &Samples::unchanged)
-      .def("all_unchanged", &Samples::all_unchanged);
+      .def("unchanged", &Samples::unchanged);
+  py::class_<Content, std::shared_ptr<Content>>(m, "Content", "Remembers digests of all content of memory ranges.")
+      .def(py::init<std::vector<int64_t>, std::vector<int64_t>>(), py::arg("addresses"), py::arg("bytes"),
+           py::call_guard<py::gil_scoped_release>())
+      .def_property_readonly("windows", &Content::windows)
+      .def("all_unchanged", &Content::all_unchanged, py::call_guard<py::gil_scoped_release>());
+  py::class_<Sweep>(m, "Sweep", "Looks at the windows of several contents, one a call.")
+      .def(py::init([](const std::vector<std::shared_ptr<Content>>& contents) {
+             return std::make_unique<Sweep>(
+                 std::vector<std::shared_ptr<const Content>>(contents.begin(), contents.end()));
+           }),
+           py::arg("contents"))
+      .def("unchanged", &Sweep::unchanged);
   py::class_<Prefetch>(m, "Prefetch", "Asks for several memory ranges without waiting for them.")
       .def(py::init<std::vector<int64_t>, std::vector<int64_t>>(), py::arg("addresses"), py::arg("bytes"))
       .def("fetch", &Prefetch::fetch);

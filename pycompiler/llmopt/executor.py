@@ -155,7 +155,8 @@ class Segment(torch.nn.Module):
                 _address(held[number], source) for source, number in self._packed_externals
             ]
             self._held = [weakref.ref(entry) for entry in held]
-            self._packed_addresses, self._watch = addresses, Watch(arguments, self._weights)
+            self._packed_addresses = addresses
+            self._watch = Watch(arguments, self._weights, held)
             return addresses
 
     def forget_weights(self) -> None:

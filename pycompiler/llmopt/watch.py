@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from llmopt import _C
-from llmopt.weights import STORE, samples_of
+from llmopt.weights import STORE, PackedWeight, samples_of
 
 _ADDRESS = Tensor.data_ptr
 
@@ -18,18 +18,22 @@ _OBJECT_BYTES, _TENSOR_BYTES, _STORAGE_BYTES = 64, 256, 128
 class Watch:
     """Notices when the packed copies of a segment's weights are out of date.
 
-    Compares identity, address and version of every source tensor, and a digest of sampled content: an edit through `.data` changes
-    neither version nor address. Each call samples one cache line of every weight, another one than the call before. An edit of a few
-    elements through `.data` can escape for a while; `llmopt.refresh` is for that.
+    Compares identity, address and version of every source tensor. An edit through `.data` changes neither, so each call also looks at
+    content: at one cache line of every weight, another one than the call before, which shows at once what changed a whole weight; and
+    at one window of 32 KiB of one weight, the next one than the call before, which comes to every element in time. `llmopt.refresh`
+    does not wait for that. Of weights that were moved out of memory (`weights="packed"`) only lines are looked at.
     """
 
-    def __init__(self, arguments: tuple, positions: Sequence[int]) -> None:
-        """positions: which of a call's arguments are the weights."""
+    def __init__(
+        self, arguments: tuple, positions: Sequence[int], packed: Sequence[PackedWeight]
+    ) -> None:
+        """positions: which of a call's arguments are the weights; packed: what was made from them."""
         self.epoch = STORE.epoch
         tensors = [arguments[p] for p in positions]
         counted = [not t.is_inference() for t in tensors]  # those have no edit count
         self._tensors = _C.Arguments(arguments, positions, _ADDRESS, Tensor._version, counted)
         self._samples = samples_of(tensors)
+        self._sweep = _C.Sweep([p.content for p in packed])
         self._objects = _objects(tensors)
 
     def same_tensors(self, arguments: tuple) -> bool:
@@ -38,8 +42,8 @@ class Watch:
         return self.epoch == STORE.epoch and self._tensors.same(arguments)
 
     def same_content(self) -> bool:
-        """The sampled lines hold what they held; meaningful only while `same_tensors` is true."""
-        return self._samples.unchanged()
+        """What was looked at holds what it held; meaningful only while `same_tensors` is true."""
+        return self._samples.unchanged() and self._sweep.unchanged()
 
     def fetch(self) -> None:
         """Asks for the tensors' own records, which the weights have pushed out of the caches: the guards of the next call and

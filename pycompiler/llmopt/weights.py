@@ -1,7 +1,7 @@
 """Packed weights: made once from a module's tensors, shared by every plan that reads the same tensors, never stale.
 
 A packed weight is found by the tensors it was made from. It is made again when one of them is another tensor, has moved, has a new
-version, or when sampled content changed (an edit through `.data` changes no version): see `Watch`.
+version, or when its content changed (an edit through `.data` changes no version): see `Watch`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from llmopt.quant.schemes import CodeForm
 from llmopt.types import Target
 
 _SLACK = 4096  # bytes behind the last panel that a prefetch may touch
+_LINE = 64  # bytes
+_LINES = 16  # of a moved tensor that are compared
 
 
 def packed_bytes(n: int, k: int, itemsize: int, panel_width: int) -> int:
@@ -37,7 +39,7 @@ class PackedWeight:
     memory: _C.Memory
     bias: Tensor | None
     state: tuple
-    samples: _C.Samples
+    content: _C.Content
     sources: tuple[weakref.ref, ...]
 
     @property
@@ -65,9 +67,32 @@ def state_of(tensors: Sequence[Tensor]) -> tuple:
 
 def samples_of(tensors: Sequence[Tensor]) -> _C.Samples:
     """Some lines of each tensor's memory, as they are now; readable while the tensors stay where they are."""
-    starts = [int(t.storage_offset()) * t.element_size() for t in tensors]
-    bytes_behind = [t.untyped_storage().nbytes() - s for t, s in zip(tensors, starts, strict=True)]
-    return _C.Samples([t.data_ptr() for t in tensors], bytes_behind)
+    return _C.Samples([t.data_ptr() for t in tensors], [_bytes_of(t) for t in tensors])
+
+
+def _content_of(tensors: Sequence[Tensor]) -> _C.Content:
+    """All of the tensors' memory as it is now; readable while they stay where they are."""
+    ranges = dict.fromkeys((t.data_ptr(), _bytes_of(t)) for t in tensors)
+    return _C.Content([address for address, _ in ranges], [length for _, length in ranges])
+
+
+def _lines_of(tensors: Sequence[Tensor]) -> _C.Content:
+    """Some lines of tensors that the operating system may have dropped from memory, where looking at all would bring all back."""
+    addresses, lengths = [], []
+    for tensor in tensors:
+        length = min(_LINE, _bytes_of(tensor))
+        room = _bytes_of(tensor) - length
+        addresses += [tensor.data_ptr() + room * i // (_LINES - 1) for i in range(_LINES)]
+        lengths += [length] * _LINES
+    return _C.Content(addresses, lengths)
+
+
+def _bytes_of(tensor: Tensor) -> int:
+    """From a tensor's first element to the end of its last."""
+    if tensor.numel() == 0:
+        return 0
+    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()
 
 
 class PackedStore:
@@ -84,7 +109,7 @@ class PackedStore:
     ) -> PackedWeight:
         """The packed form of `spec` over a segment's arguments; `changed` forces it to be made again.
 
-        Content is compared here too: a graph that is new knows nothing of an edit through `.data` since another graph packed.
+        All content is compared here: a graph that is new knows nothing of an edit through `.data` since another graph packed.
         """
         bases, key = _identity(spec, arguments, target)
         state = state_of(bases)
@@ -94,7 +119,7 @@ class PackedStore:
                 changed
                 or entry is None
                 or entry.state != state
-                or not entry.samples.all_unchanged()
+                or not entry.content.all_unchanged()
             ):
                 entry = self._make(spec, arguments, target, state, bases, key, entry)
                 self._entries[key] = entry
@@ -109,7 +134,7 @@ class PackedStore:
                 bases, key = _identity(spec, arguments, target)
                 if key in self._entries:
                     self._entries[key].state = state_of(bases)
-                    self._entries[key].samples = samples_of(bases)
+                    self._entries[key].content = _lines_of(bases)
 
     def _make(
         self,
@@ -136,7 +161,7 @@ class PackedStore:
 
         sources = old.sources if old is not None else tuple(weakref.ref(b, forget) for b in bases)
         bias = _bias_vector(spec, arguments)
-        return PackedWeight(memory, bias, state, samples_of(bases), sources)
+        return PackedWeight(memory, bias, state, _content_of(bases), sources)
 
 
 def _identity(

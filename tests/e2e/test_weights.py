@@ -120,12 +120,49 @@ def test_a_new_graph_notices_an_edit_through_data(backend: str) -> None:
     assert_same_output(compiled(x), module(x))
 
 
-def test_refresh_packs_what_a_few_edited_elements_changed(backend: str) -> None:
+def edit_a_row(weight: nn.Parameter) -> None:
+    weight.data[97].mul_(3)
+
+
+def edit_an_element(weight: nn.Parameter) -> None:
+    weight.detach().numpy()[100, 7] += 5
+
+
+SMALL_EDITS = pytest.mark.parametrize("edit", [edit_a_row, edit_an_element], ids=lambda f: f.__name__)  # fmt: skip
+
+
+@SMALL_EDITS
+def test_small_edits_are_noticed_in_time(edit: Callable[[nn.Parameter], None], backend: str) -> None:
+    """Neither version nor address shows them; every call looks at another 32 KiB."""
     module = build(lambda: nn.Linear(64, 512))
     compiled = torch.compile(module, backend=backend)
     x = torch.randn(2, 64)
     compiled(x)
-    module.weight.data[100, 7] += 5  # no sampled line: the first of each sixteenth
+    edit(module.weight)
+    for _ in range(module.weight.nbytes // 2**15 + 1):  # and one for the bias
+        compiled(x)
+    assert_same_output(compiled(x), module(x))
+
+
+@SMALL_EDITS
+def test_a_new_graph_notices_small_edits(
+    edit: Callable[[nn.Parameter], None], backend: str
+) -> None:
+    module = build(lambda: nn.Linear(64, 512))
+    compiled = torch.compile(module, backend=backend, dynamic=False)
+    compiled(torch.randn(2, 64))
+    edit(module.weight)
+    x = torch.randn(3, 64)
+    assert_same_output(compiled(x), module(x))
+
+
+@SMALL_EDITS
+def test_refresh_packs_again_at_once(edit: Callable[[nn.Parameter], None], backend: str) -> None:
+    module = build(lambda: nn.Linear(64, 512))
+    compiled = torch.compile(module, backend=backend)
+    x = torch.randn(2, 64)
+    compiled(x)
+    edit(module.weight)
     llmopt.refresh()
     assert_same_output(compiled(x), module(x))
 

@@ -1,5 +1,5 @@
-"""Signs that a weight changed: samples of memory show an edit of all of it at once, one of a few elements within 16 looks; arguments
-show another object, another address, another count of edits."""
+"""Signs that a weight changed: samples of memory show an edit of all of it at once, one of an end within 16 looks; a sweep shows any
+edit within as many looks as there are windows; arguments show another object, another address, another count of edits."""
 
 from __future__ import annotations
 
@@ -36,9 +36,45 @@ def test_an_edit_of_an_end_shows_soon(place: int) -> None:
     assert not all(samples.unchanged() for _ in range(LOOKS))
 
 
-def test_each_range_needs_a_size() -> None:
+WINDOW = 32 * 1024  # bytes
+
+
+@pytest.mark.parametrize("place", [0, 7, WINDOW - 1, WINDOW, 100_000, 100_002])
+@pytest.mark.parametrize("bit", [0, 7])
+def test_a_sweep_finds_any_byte(place: int, bit: int) -> None:
+    memory = torch.arange(100_003, dtype=torch.int64).to(torch.uint8)
+    others = [torch.ones(80), torch.ones(0)]
+    contents = [
+        _C.Content([t.data_ptr() for t in some], [t.nbytes for t in some])
+        for some in ([others[0]], [], [others[1], memory])
+    ]
+    assert [c.windows for c in contents] == [1, 0, 4]
+    sweep = _C.Sweep(contents)
+    assert all(sweep.unchanged() for _ in range(10))
+    memory[place] ^= 1 << bit
+    assert [sweep.unchanged() for _ in range(5)].count(False) == 1
+    assert [c.all_unchanged() for c in contents] == [True, True, False]
+    memory[place] ^= 1 << bit
+    assert all(sweep.unchanged() for _ in range(5)), "it is what it was"
+
+
+def test_flips_that_could_cancel_are_found() -> None:
+    """The highest bits of words a line apart: a chain of products alone would lose both."""
+    memory = torch.arange(1024.0)
+    content = _C.Content([memory.data_ptr()], [memory.nbytes])
+    memory[1::16] *= -1
+    assert not content.all_unchanged()
+
+
+def test_a_sweep_of_nothing_sees_no_change() -> None:
+    assert _C.Sweep([]).unchanged()
+    assert _C.Sweep([_C.Content([], [])]).unchanged()
+
+
+@pytest.mark.parametrize("kind", [_C.Samples, _C.Content])
+def test_each_range_needs_a_size(kind: type) -> None:
     with pytest.raises(ValueError, match="as many sizes"):
-        _C.Samples([1, 2], [3])
+        kind([1, 2], [3])
 
 
 def arguments_of(*tensors: torch.Tensor, counted: bool = True) -> _C.Arguments:
