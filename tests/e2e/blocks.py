@@ -58,3 +58,13 @@ def build(make: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
 
 def block_input(length: int = 7, batch: int = 2, seed: int = 1) -> torch.Tensor:
     return torch.randn(batch, length, 48, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def continued(model: Callable[[torch.Tensor], torch.Tensor]) -> tuple[list[int], list[float]]:
+    """Four tokens and Tied's likeliest twelve behind them, and the logits behind the last. Nothing sees the zeros that follow."""
+    ids = torch.arange(16)[None]
+    ids[:, 4:] = 0
+    for i in range(4, 16):
+        ids[0, i] = model(ids)[0, i - 1].argmax()
+    return ids[0].tolist(), model(ids)[0, -1].tolist()

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import subprocess
 import sys
 
 import pytest
+import torch
 from llmopt import cli, models
 from llmopt.cli.progress import working
 from llmopt.models import smollm2
+
+COMMANDS = ("info", "demo", "bench", "eval", "explain", "tune", "build")
 
 MODULE_FILE = """
 import torch
@@ -37,8 +41,6 @@ def fails():
 
 @pytest.fixture(autouse=True)
 def no_dynamo_state():
-    import torch
-
     torch._dynamo.reset()
     yield
     logging.getLogger().handlers.clear()
@@ -84,11 +86,16 @@ def test_info_as_json(capsys, tmp_path, monkeypatch):
     assert facts["target"].startswith("cpu:")
 
 
-@pytest.mark.parametrize("command", [(), ("info",), ("demo",), ("bench",), ("explain",)])
+@pytest.mark.parametrize("command", ["", *COMMANDS])
 def test_help_everywhere(capsys, command):
-    code, out, _ = run(capsys, *command, "--help")
+    code, out, _ = run(capsys, *command.split(), "--help")
     assert code == 0
-    assert out.startswith("usage: llmopt")
+    assert out.startswith(f"usage: llmopt {command}".rstrip())
+
+
+def test_help_lists_every_command(capsys):
+    _, out, _ = run(capsys, "--help")
+    assert tuple(re.findall(r"^    (\w+) ", out, re.M)) == COMMANDS
 
 
 @pytest.mark.parametrize(
@@ -185,6 +192,22 @@ def test_demo_with_random_weights(capsys, monkeypatch):
     assert out.count("the same 3 tokens") == 2
     assert out.index("prompt: one") < out.index("prompt: two") < out.index("tokens/s")
     assert out.count("token ids") == 4
+    assert_times_and_summary(out[out.index("fp32 ") :])
+
+
+def assert_times_and_summary(out: str) -> None:
+    """Both systems' rates and first tokens, what compiling took, and the short form of explain."""
+    heading, eager, ours, factor, _, *summary = out.splitlines()
+    assert re.fullmatch(r"fp32 +tokens/s +first token +compile", heading)
+    assert re.fullmatch(r"eager +\d+\.\d +[1-9]\d* ms +–", eager)
+    compiling = re.fullmatch(r"llmopt +\d+\.\d +[1-9]\d* ms +(\d+\.\d) s", ours)
+    assert compiling
+    assert float(compiling[1]) > 0
+    assert re.fullmatch(r"\d+\.\d\d× eager's tokens/s", factor)
+    assert re.match(r"cpu:\w+ \(.*\), \d+ threads; probe: \d+ GFLOP/s, \d+\.\d GB/s", summary[0])
+    assert re.match(r"call \d+\.\d\d ms, of which .* native steps of 1 graph", summary[1])
+    assert re.fullmatch(r"compiled in \d+\.\d\d s beyond Dynamo", summary[2])
+    assert re.search(r"ms +\d+ x linear\.cpu ", "\n".join(summary[3:]))
 
 
 def test_demo_says_where_texts_part(capsys, monkeypatch):
@@ -237,6 +260,39 @@ def test_explain_a_causal_model(capsys, module_file, phase):
     code, out, _ = run(capsys, "explain", f"{module_file}:llama", "--phase", phase)
     assert code == 0
     assert "attention" in out
+
+
+@pytest.fixture
+def encoder(tmp_path):
+    """A folder with a small BERT and a tokenizer of letters."""
+    from transformers import BertConfig, BertModel
+
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{x}" for x in letters)]
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=len(words), hidden_size=64, intermediate_size=64,
+                        num_hidden_layers=1, num_attention_heads=2)  # fmt: skip
+    BertModel(config).save_pretrained(tmp_path / "bert")
+    (tmp_path / "bert" / "vocab.txt").write_text("\n".join(words))
+    return tmp_path / "bert"
+
+
+def test_eval_of_an_encoder(capsys, encoder, tmp_path):
+    """Cosines of its embeddings: exact ones are one, and 8 bits lose less than 4."""
+    data = tmp_path / "x.json"
+    argv = ("eval", encoder, "--scheme", "w8a8,w4a16", "--precision", "exact", "--tokens", 512)
+    code, out, err = run(capsys, *argv, "--json", data)
+    assert code == 0, err
+    found = json.loads(data.read_text())
+    rows = found["results"]
+    assert list(rows) == ["w8a8 round", "w4a16 round", "compiled exact"]
+    assert found["model"] == "bert"
+    assert {row["texts"] for row in rows.values()} == {512 // 64}
+    cosines = [rows[name]["mean_cosine"] for name in rows]
+    assert 0.9 < cosines[1] < cosines[0] < cosines[2]
+    assert rows["compiled exact"]["lowest_cosine"] == pytest.approx(1, abs=1e-5)
+    for part in (*rows, "mean cosine", "lowest cosine", f"{cosines[1]:.4f}", "bert beside itself"):
+        assert part in out
 
 
 def test_bench_writes_what_was_asked_for(capsys, module_file, tmp_path):

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import llmopt
 import pytest
 import torch
@@ -14,6 +19,7 @@ from llmopt.target import target
 from torch import Tensor, nn
 
 from tests.e2e import zoo
+from tests.e2e.blocks import Tied, build, continued
 from tests.quant.models import llama
 
 # scheme → how far random weights may be from the float result
@@ -245,3 +251,26 @@ def test_modules_that_hold_codes(precision: str) -> None:
     details = [r.detail for r in alive()[-1].plan.records()]
     assert "rms_norm+silu+gated" in details[0]
     assert precision in details[0]
+
+
+NEW_PROCESS = """
+import json, sys, llmopt, torch
+from llmopt.compiled import alive
+from tests.e2e.blocks import Tied, continued
+model = torch.compile(llmopt.load_quantized(sys.argv[1], Tied), backend="llmopt")
+print(json.dumps([*continued(model), [r.kernel for r in alive()[0].plan.records()]]))
+"""
+
+
+def test_a_saved_model_compiled_in_a_new_process_gives_the_same_tokens(tmp_path: Path) -> None:
+    """Those of the model that was saved, in eager; in the new process the codes' own kernels give them."""
+    model = llmopt.quantize(build(Tied), "w8a8", group="channel")
+    llmopt.save_quantized(model, tmp_path)
+    call = [sys.executable, "-c", NEW_PROCESS, str(tmp_path)]
+    done = subprocess.run(call, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    tokens, logits, kernels = json.loads(done.stdout)
+    wanted, last = continued(model)
+    assert tokens == wanted
+    assert relative(torch.tensor(logits), torch.tensor(last)) < 5e-3
+    assert kernels.count("linear_quantized.cpu") == 5

@@ -6,9 +6,11 @@ import copy
 import ctypes
 import gc
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
+import llmopt
 import pytest
 import torch
 from llmopt.backend import _RECOMPILE_LIMITS as RECOMPILE_LIMITS  # before the fixtures change it
@@ -114,9 +116,17 @@ def test_autocast(backend: str) -> None:
 
 @torch.no_grad()
 def test_float64(backend: str) -> None:
+    """No kernel computes in it: PyTorch does, and explain says so of every operation."""
     eager, compiled = (m.double() for m in twins(Block, backend))
     x = block_input().double()
     assert_same_output(compiled(x), eager(x))
+    if backend == "llmopt":
+        report = llmopt.explain(compiled, x)
+        assert report.steps == ()
+        operations = [f.operation for f in report.fallbacks]
+        assert operations.count("linear") == 4
+        assert {"layer_norm", "scaled_dot_product_attention", "gelu", "add"} <= set(operations)
+        assert all(f.reason and f.source for f in report.fallbacks)
 
 
 class HalfFeedForward(nn.Module):
@@ -231,9 +241,27 @@ def test_infinities_and_nans_pass_through(backend: str) -> None:
     assert_same_output(compiled(block_input()), eager(block_input()))
 
 
+def threads_that_run(call: Callable[[], object]) -> int:
+    """How many threads of this process are on a CPU during each of ten calls, by the clock that Linux has for every thread.
+
+    In some of them a thread of PyTorch's last call still goes to sleep.
+    """
+
+    def clocks() -> dict[int, int]:
+        ids = [int(task.name) for task in Path("/proc/self/task").iterdir()]
+        return {i: time.clock_gettime_ns(~i << 3 | 6) for i in ids}  # as pthread_getcpuclockid does
+
+    counts = []
+    for _ in range(10):
+        before = clocks()
+        call()
+        counts.append(sum(ns > before.get(i, 0) for i, ns in clocks().items()))
+    return min(counts)
+
+
 @torch.no_grad()
 def test_number_of_threads(backend: str) -> None:
-    """The same numbers (to rounding) on one thread and on two, and the setting is left alone."""
+    """The same numbers (to rounding) on one thread and on two, that many run, and the setting is left alone."""
     eager, compiled = twins(Block, backend)
     x, before = block_input(65, batch=4), torch.get_num_threads()
     try:
@@ -241,6 +269,8 @@ def test_number_of_threads(backend: str) -> None:
             torch.set_num_threads(threads)
             assert_same_output(compiled(x), eager(x))
             assert torch.get_num_threads() == threads
+            if backend == "llmopt":
+                assert threads_that_run(lambda: compiled(x)) == threads
     finally:
         torch.set_num_threads(before)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -247,6 +248,34 @@ def test_two_python_threads_share_one_program():
     for t in threads:
         t.join()
     assert failures == []
+
+
+@pytest.mark.parametrize("call", ["run", "profile"])
+def test_other_python_threads_go_on_while_a_program_runs(call):
+    """Nobody has to give up the interpreter here within ten seconds: only a call that lets it go lets another thread in."""
+    builder = ProgramBuilder()
+    x, y = (View(builder.external(), torch.float32, (1 << 20,), (1,)) for _ in range(2))
+    builder.step("copy", [x, y])
+    program = builder.build(TIER)
+    source, copied = torch.ones(1 << 20), torch.zeros(1 << 20)
+    addresses = [source.data_ptr(), copied.data_ptr()]
+    may_start, went_on = threading.Event(), threading.Event()
+    thread = threading.Thread(target=lambda: may_start.wait() and went_on.set())
+    thread.start()
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(10)
+    try:
+        may_start.set()
+        for _ in range(5000):  # a second, for a thread that waits for a core
+            getattr(program, call)(addresses, [], 1)
+            if went_on.is_set():
+                break
+        has_gone_on = went_on.is_set()
+    finally:
+        sys.setswitchinterval(interval)
+        thread.join()
+    assert has_gone_on
+    assert torch.equal(copied, source)
 
 
 def resident_bytes() -> int:

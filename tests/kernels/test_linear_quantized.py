@@ -1,4 +1,4 @@
-"""linear_quantized and its packing: every tier this machine runs, against float64; integer sums must be exact."""
+"""linear_quantized and its packing: every tier this machine runs, against float64."""
 
 from __future__ import annotations
 
@@ -146,40 +146,6 @@ FORMS = [  # bits, group as a share of K, offsets
 ]
 
 
-@pytest.mark.parametrize(("bits", "group", "offsets"), FORMS, ids=str)
-@pytest.mark.parametrize("tier", TIERS)
-def test_integer_sums_are_exact(tier, bits, group, offsets):
-    """Scales of one and activations that are their own codes: the result is the integer product, all extremes in it."""
-    k = 256
-    for m, n in product((1, 2, 3, 17), (1, 3, 31, 70)):
-        w = weights(n, k, bits, group or k, offsets)
-        w.scale[:] = 1
-        if offsets:
-            w.offset = torch.randint(-8, 9, w.offset.shape).float()
-        x = torch.randint(-127, 128, (m, k))
-        x.view(m, -1, group or k)[..., 0] = 127
-        x[0, 1::2], x[0, 0::2] = -127, 127
-        if m > 2:  # the largest sums of either sign
-            x[-1], x[-2] = 127, -127
-        if bits == 8:
-            w.codes[0, 0::2], w.codes[0, 1::2] = 127, -128
-            w.codes[-1, :] = -128
-        else:
-            w.codes[0, :], w.codes[-1, :] = 0x0F, 0xFF
-        c = QuantizedCase(x.float(), w.dense(), weights=w)
-        want = x @ w.dense().long().T
-        assert want.abs().max() < 2**24  # float32 holds every integer up to there
-        assert torch.equal(c.run(tier, 1 + m % 2).long(), want)
-
-
-@pytest.mark.parametrize("tier", TIERS)
-def test_a_long_group_does_not_overflow(tier):
-    k = 65536
-    w = Weights(torch.full((1, k), 127, dtype=torch.int8), torch.ones(1, 1), None, 8)
-    c = QuantizedCase(torch.full((1, k), 127.0), w.dense(), weights=w)
-    assert c.run(tier, 1).item() == 127 * 127 * k
-
-
 @pytest.mark.parametrize("planes", [1, 2, 3])
 @pytest.mark.parametrize(("bits", "group", "offsets"), FORMS, ids=str)
 @pytest.mark.parametrize("tier", TIERS)
@@ -259,20 +225,6 @@ def test_a_scaled_sum_beyond_float32_is_not_read():
     c = case(64, 40, 512, 8)
     c.x[:] = 1e36
     assert c.run(TIERS[0], 2).isfinite().all()
-
-
-def test_codes_and_ones_are_exact_on_terms():
-    """Scales of one: bf16 holds every code, and float32 their sums."""
-    for bits, offsets in product((8, 4), (False, True)):
-        k = 256
-        w = weights(70, k, bits, 64, offsets)
-        w.scale[:] = 1
-        if offsets:
-            w.offset = torch.randint(-8, 9, w.offset.shape).float()
-        x = torch.randint(-127, 128, (64, k))
-        x.view(64, -1, 64)[..., 0] = 127  # then integer kernels round nothing either
-        c = QuantizedCase(x.float(), w.dense(), weights=w)
-        assert torch.equal(c.run(TIERS[0], 2).long(), x @ w.dense().long().T)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -428,14 +380,6 @@ def test_panels_without_room_to_unpack_are_streamed(tier, bits, k):
     for family in (1, 2) if bits == 8 else (1,):
         c.tuning = [1, 1 << 40, family, 0, 0, 0, 0, 0]
         check(c, tier)
-
-
-@pytest.mark.parametrize("tier", TIERS)
-def test_tiers_agree(tier):
-    """The same codes give the same integers: what is left is the order of the float sums over groups."""
-    for bits in (8, 4):
-        c = case(5, 70, 256, bits, 32)
-        assert_close(c.run(tier, 1), c.run("scalar", 1).double())
 
 
 @pytest.mark.parametrize("tier", TIERS)

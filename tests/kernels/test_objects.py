@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from collections import Counter
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -23,6 +24,13 @@ def isa_rows() -> dict[str, tuple[str, list[str]]]:
     text = (ROOT / "csrc/cpu/isas.cmake").read_text()
     rows = re.findall(r'^\s*"(\w+)\|(\w+)\|([^"]*)"', text, re.MULTILINE)
     return {tier: (header, features.split()) for tier, header, features in rows}
+
+
+def families() -> list[str]:
+    """Every family of csrc/cpu/isas.cmake."""
+    text = (ROOT / "csrc/cpu/isas.cmake").read_text()
+    (names,) = re.findall(r"^set\(LLMOPT_CPU_FAMILIES (.*)\)", text, re.MULTILINE)
+    return names.split()
 
 
 def compile_family(family: str, tier: str, folder: Path) -> Path:
@@ -53,7 +61,7 @@ def is_up_to_date(build: Path) -> bool:
 
 @pytest.fixture(scope="session")
 def objects(tmp_path_factory) -> dict[tuple[str, str], Path]:
-    """(family, tier) → object file: those of a build that is up to date, or freshly compiled ones."""
+    """(family, tier) → object file: those of a build that is up to date, or freshly compiled ones of two families."""
     found = {}
     for path in (ROOT / "build").glob("*/CMakeFiles/llmopt_*.dir/csrc/cpu/*.cpp.o"):
         family = path.name.split(".")[0]
@@ -64,6 +72,14 @@ def objects(tmp_path_factory) -> dict[tuple[str, str], Path]:
         folder = tmp_path_factory.mktemp("objects")
         pairs = product(("linear", "linear_quantized"), isa_rows())
         found = {(family, tier): compile_family(family, tier, folder) for family, tier in pairs}
+    return found
+
+
+def tiers_of(family: str, objects: dict[tuple[str, str], Path]) -> dict[str, Path]:
+    """The objects of a family; skips where they would have to be compiled and take minutes."""
+    found = {tier: path for (name, tier), path in objects.items() if name == family}
+    if not found:
+        pytest.skip(f"build/ has no {family} objects that are up to date: build first (make)")
     return found
 
 
@@ -109,34 +125,40 @@ def stack_registers(code: list[tuple[int, str]]) -> str:
     return r"\(%rsp|\(%rbp" if framed else r"\(%rsp"
 
 
-def test_every_object_exports_its_one_symbol(objects):
-    for (family, tier), path in objects.items():
+every_family = pytest.mark.parametrize("family", families())
+
+
+@every_family
+def test_every_object_exports_its_one_symbol(objects, family):
+    for tier, path in tiers_of(family, objects).items():
         exported = [name for kind, name in symbols(path) if kind.isupper() and kind != "U"]
         assert exported == [f"llmopt_{family}_{tier}"], path
 
 
-def test_no_object_has_weak_or_unique_symbols(objects):
-    for path in objects.values():
+@every_family
+def test_no_object_has_weak_or_unique_symbols(objects, family):
+    for path in tiers_of(family, objects).values():
         assert not [name for kind, name in symbols(path) if kind in "wWvVu"], path
 
 
-def test_no_object_calls_into_the_cpp_library(objects):
-    for path in objects.values():
+@every_family
+def test_no_object_calls_into_the_cpp_library(objects, family):
+    for path in tiers_of(family, objects).values():
         assert not [n for kind, n in symbols(path) if kind == "U" and n.startswith("_Z")], path
 
 
-def test_lower_tiers_hold_no_higher_instructions(objects):
+@every_family
+def test_lower_tiers_hold_no_higher_instructions(objects, family):
     higher = {
         "scalar": r"\bv[a-z0-9]+ .*%[xyz]mm|%[yz]mm",
         "avx2": r"%zmm|%k[0-7]\b|%[xy]mm(1[6-9]|[23]\d)",
     }
-    checked = 0
-    for (_, tier), path in objects.items():
-        for name, code in disassemble(path).items():
-            for _, text in code if tier in higher else ():
-                assert not re.search(higher[tier], text), f"{path.name} {tier} {name}: {text}"
-                checked += 1
-    assert checked > 1000
+    paths = tiers_of(family, objects)
+    for tier, wrong in higher.items():
+        code = [(name, text) for name, body in disassemble(paths[tier]).items() for _, text in body]
+        assert len(code) > (200 if family == "probe" else 5000)
+        for name, text in code:
+            assert not re.search(wrong, text), f"{family} {tier} {name}: {text}"
 
 
 # Micro-kernels over codes where bytes cannot be multiplied, and how many heights and panel counts of each there are.
@@ -186,3 +208,39 @@ def test_integer_loops_keep_their_sums_in_registers(objects, tier):
         for loop in hot:
             spills = [t for t in loop if re.search(stack, t) and re.search("%[xyz]mm", t)]
             assert not spills, f"{name}: {spills}"
+
+
+# Kernels of attention that multiply, and how many loops of each there are at least; what is missing is inlined.
+ATTENTION_KERNELS = {
+    "avx2": {"dot_block": 24, "dot_keys": 2, "weigh": 12, "weigh_tiles": 20, "attend_block": 24},
+    "avx512": {"dot_scores": 20, "dot_keys": 4, "weigh": 60, "score_tile": 8, "value_tile": 8, "attend_block": 24},
+}  # fmt: skip
+
+
+def multiplies_whole_vectors(loop: list[str]) -> bool:
+    """Parts of vectors may come by way of the stack: their loops branch much, mask, or add across lanes."""
+    products = sum(bool(re.match("vfmadd|vpdpbusd|vpmadd", text)) for text in loop)
+    branches = sum(text.startswith("j") for text in loop)
+    has_parts = any(re.search(r"hadd|maskmov|%k[1-7]\}", text) for text in loop)
+    return products >= 2 and branches <= 3 and not has_parts
+
+
+@pytest.mark.parametrize("tier", [t for t in isa_rows() if t != "scalar"])
+def test_attention_keeps_its_sums_in_registers(objects, tier):
+    """The same for decoding and prefill. Where there are 32 registers, GCC 12 keeps operands of a tile of prefill on the
+    stack, but no sums."""
+    kernels = ATTENTION_KERNELS["avx2" if tier == "avx2" else "avx512"]
+    checked = Counter()
+    for name, body in disassemble(tiers_of("attention", objects)[tier]).items():
+        found = re.search(r"(\w+)[<(]", name.replace("(anonymous namespace)::", ""))
+        if not found or found[1] not in kernels:
+            continue
+        stack = stack_registers(body)
+        for loop in filter(multiplies_whole_vectors, inner_loops(body)):
+            spills = [t for t in loop if re.search(stack, t) and re.search("%[xyz]mm", t)]
+            if found[1] == "attend_block" and tier != "avx2":
+                sums = {text.split(",")[-1] for text in loop if text.startswith("vfmadd")}
+                spills = [t for t in spills if "vmov" in t and sums & set(re.split("[ ,]+", t))]
+            assert not spills, f"{name}: {spills}"
+            checked[found[1]] += 1
+    assert all(checked[kernel] >= least for kernel, least in kernels.items()), checked

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import multiprocessing
 import os
@@ -271,6 +272,31 @@ def test_a_disk_that_fills_up_keeps_what_was_there(tmp_path, caplog):
 def test_a_read_only_place_keeps_results_in_memory(caplog):
     # Nobody can make a folder there, root neither.
     check_in_memory(database(Path("/proc/llmopt")), caplog)
+
+
+def test_a_database_on_a_read_only_disk_is_read(tmp_path, monkeypatch, caplog):
+    """Permission bits do not stop root: here the system refuses every file that is opened to be written."""
+    kept, path = one_file(tmp_path)
+    content = {p: p.read_bytes() for p in path.parent.iterdir()}
+    real = Path.open
+
+    def refusing(self: Path, mode: str = "r", *options, **named):
+        if not set(mode) & set("wax+"):
+            return real(self, mode, *options, **named)
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(self))
+
+    monkeypatch.setattr(Path, "open", refusing)
+    known, other, better = database(tmp_path), entry(problem(m=8)), entry(us=1.0)
+    assert known.get(kept.key) == (kept, "")
+    assert not known.put(better)
+    assert not known.put(other)
+    assert caplog.text.count("they last as long as this process") == 1
+    assert f"cannot keep tuning results in {path.parent} " in caplog.text
+    assert "Read-only file system" in caplog.text
+    assert [known.get(e.key) for e in (other, better)] == [(other, ""), (better, "")]
+    assert sorted(e.us for e in known.entries()) == [better.us, other.us]
+    assert get(tmp_path) == (kept, "")
+    assert {p: p.read_bytes() for p in path.parent.iterdir()} == content
 
 
 def test_a_root_that_is_a_file_keeps_results_in_memory(tmp_path, caplog):

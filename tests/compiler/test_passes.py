@@ -1,0 +1,209 @@
+"""Any pass can be left out, and a pass that breaks its graph is named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from llmopt import backend, ops
+from llmopt.compiled import CompiledGraph
+from llmopt.ops.norm import normalized
+from llmopt.passes import pipeline
+from llmopt.passes.verify import BrokenGraph
+from torch import fx, nn
+from torch.nn import functional as F
+
+from tests.e2e.compare import assert_same_output
+
+# pass → what the plan of Step holds only where it ran
+EFFECTS = {
+    "simplify": "norm.cpu rms",
+    "norms": "norm.cpu layer",
+    "rotary": "rope_half",
+    "rotary_tables": "rotary_table.cpu",
+    "attentions": "attention.cpu",
+    "kv_cache": "attention.cpu append",
+    "activations": "gelu_tanh",
+    "linears": "linear.cpu",
+    "embeddings": "embedding.cpu",
+    "simplify_again": "gated",
+    "share": "vm.cpu add+exp+mul",
+    "fuse_linear": "residual",
+    "fuse_pointwise": "vm.cpu",
+    "layouts": "copy.cpu",
+    "quantize": "linear_quantized.cpu",
+}
+
+
+class Step(nn.Module):
+    """One token through one layer, written so that every pass has something to do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(10, 32)
+        self.norm, self.scale = nn.LayerNorm(32), nn.Parameter(torch.ones(32))
+        self.q, self.k, self.v, self.out = (nn.Linear(32, 32) for _ in range(4))
+        self.gate, self.up, self.down = nn.Linear(32, 64), nn.Linear(32, 64), nn.Linear(64, 32)
+
+    def forward(
+        self,
+        ids: torch.Tensor,
+        frequencies: torch.Tensor,
+        position: torch.Tensor,
+        cache: tuple[torch.Tensor, torch.Tensor],
+    ) -> tuple[torch.Tensor, ...]:
+        x = self.embed(ids) * 4.0
+        angles = frequencies * position[..., None]
+        angles = torch.cat((angles, angles), -1)
+        cos, sin = angles.cos()[:, None], angles.sin()[:, None]
+        q, k, v = (
+            f(self.norm(x)).unflatten(-1, (4, 8)).transpose(1, 2) for f in (self.q, self.k, self.v)
+        )
+        q, k = rotated(q, cos, sin), rotated(k, cos, sin)
+        k, v = (torch.cat((old, new), 2) for old, new in zip(cache, (k, v), strict=True))
+        y = F.scaled_dot_product_attention(q, k, v)
+        x = x + self.out(y.transpose(1, 2).flatten(2))
+        h = F.layer_norm(cache[0][:, 0].mT, (5,)).sum() + self.norm(x)
+        x = x + self.down(gelu(self.gate(h)) * self.up(h))
+        mean = x.pow(2).mean(-1, keepdim=True)
+        mean += 1e-5
+        x = x * torch.rsqrt(mean) * self.scale
+        return (x + 1) * (x + 1).exp(), k, v
+
+
+def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    a, b = x.chunk(2, -1)
+    return x * cos + torch.cat((-b, a), -1) * sin
+
+
+def gelu(x: torch.Tensor) -> torch.Tensor:
+    return 0.5 * x * (1 + torch.tanh(0.7978845608 * (x + 0.044715 * x**3)))
+
+
+Captured = tuple[fx.GraphModule, Sequence[Any]]
+
+
+@pytest.fixture(scope="module")
+def captured() -> Captured:
+    """Dynamo's graph of Step and its inputs: traced once, compiled by every test."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    found: list[Captured] = []
+
+    def keep(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable:
+        found.append((gm, inputs))
+        return gm.forward
+
+    cache = (torch.randn(1, 4, 5, 8), torch.randn(1, 4, 5, 8))
+    arguments = (torch.tensor([[3]]), torch.rand(4), torch.tensor([[5.0]]), cache)
+    with torch.no_grad():
+        torch.compile(Step().eval(), backend=keep, fullgraph=True)(*arguments)
+    return found[0]
+
+
+def compiled(captured: Captured, **options: Any) -> CompiledGraph:
+    """A copy of the graph, compiled: passes change theirs."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(captured[0].graph, {}))
+    with torch.no_grad():
+        return backend.llmopt(fx.GraphModule(captured[0], graph), captured[1], options=options)
+
+
+def call(function: Callable, inputs: Sequence[Any]) -> Any:
+    """Its result for copies of the inputs: caches grow in place."""
+    with torch.no_grad():
+        return function(*(i.clone() if isinstance(i, torch.Tensor) else i for i in inputs))
+
+
+@pytest.mark.parametrize("name", pipeline.NAMES)
+def test_any_pass_can_be_left_out(
+    name: str, captured: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plan lacks what the pass does, and the result stays that of eager."""
+    options = {"precision": "w8a8"} if name == "quantize" else {}
+    whole = compiled(captured, **options)
+    monkeypatch.setenv("LLMOPT_DISABLE", name)
+    without = compiled(captured, **options)
+    assert EFFECTS[name] in str(whole.plan)
+    assert EFFECTS[name] not in str(without.plan)
+    assert set(whole.compile_seconds) - set(without.compile_seconds) == {name}
+    gm, inputs = captured
+    assert_same_output(call(without, inputs), call(gm, inputs))
+
+
+def test_all_passes_can_be_left_out(captured: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLMOPT_DISABLE", ", ".join(pipeline.NAMES))
+    without = compiled(captured)
+    assert not without.plan.segments
+    assert not set(without.compile_seconds) & set(pipeline.NAMES)
+    gm, inputs = captured
+    assert_same_output(call(without, inputs), call(gm, inputs))
+
+
+def reads_a_later_node(graph: fx.Graph) -> None:
+    first, *_, last = graph.find_nodes(op="call_function", target=ops.linear)
+    first.prepend(last)
+
+
+def reads_what_is_gone(graph: fx.Graph) -> None:
+    graph.find_nodes(op="call_function", target=ops.norm)[0]._remove_from_list()
+
+
+def calls_no_op(graph: fx.Graph) -> None:
+    graph.find_nodes(op="call_function", target=ops.norm)[0].target = normalized
+
+
+def has_no_example(graph: fx.Graph) -> None:
+    del graph.find_nodes(op="call_function", target=ops.norm)[0].meta["example_value"]
+
+
+def computes_another_value(graph: fx.Graph) -> None:
+    graph.find_nodes(op="call_function", target=ops.embedding)[0].update_arg(2, 4.1)  # of 4.0
+
+
+def returns_less(graph: fx.Graph) -> None:
+    node = graph.output_node()
+    node.args = (node.args[0][:-1],)
+
+
+def returns_another_shape(graph: fx.Graph) -> None:
+    node = graph.output_node()
+    node.args = (node.args[0][::-1],)
+
+
+FORMS = {
+    reads_a_later_node: "was used before it has been defined",
+    reads_what_is_gone: "was used before it has been defined",
+    calls_no_op: "normalized .* is not an op",
+    has_no_example: "has no example value",
+}
+VALUES = {
+    computes_another_value: r"result \d differs by",
+    returns_less: "2 results instead of 3",
+    returns_another_shape: r"result 0 is .* instead of",
+}
+
+
+@pytest.mark.parametrize("breaks", [*FORMS, *VALUES], ids=lambda f: f.__name__)
+def test_a_pass_that_breaks_the_graph_is_named(
+    breaks: Callable, captured: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a malformed graph is is always seen, what it computes with LLMOPT_VERIFY=1."""
+    broken = tuple((n, breaks if n == "share" else run) for n, run in pipeline.PIPELINE)
+    monkeypatch.setattr(pipeline, "PIPELINE", broken)
+    monkeypatch.setenv("LLMOPT_VERIFY", str(int(breaks in VALUES)))
+    with pytest.raises(BrokenGraph, match=f"pass share: .*{(FORMS | VALUES)[breaks]}"):
+        compiled(captured)
+
+
+def test_every_pass_is_verified(captured: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once before the first and once after each: the graphs that are right are let through."""
+    seen = []
+    monkeypatch.setattr(backend, "check_values", lambda before, after, name: seen.append(name))
+    assert "verify" not in compiled(captured).compile_seconds
+    assert seen == []
+    monkeypatch.setenv("LLMOPT_VERIFY", "1")
+    assert "verify" in compiled(captured, precision="w8a8").compile_seconds
+    assert seen == list(pipeline.NAMES)
