@@ -18,11 +18,11 @@ from llmopt.executor import build_executable
 from llmopt.gpu.device import choose_target, gpu_among
 from llmopt.gpu.tune.lookup import chooser_for
 from llmopt.graph import kind
-from llmopt.messages import say
+from llmopt.messages import say, warn_once
 from llmopt.options import Options, check_for_cpu, check_for_gpu, parse_options
 from llmopt.passes import attention_precision, kv_cache, quantize
 from llmopt.passes.pipeline import passes
-from llmopt.passes.verify import check_form, check_values, run_copy
+from llmopt.passes.verify import check_form, check_values, run_again, run_copy
 from llmopt.plan import make_plan
 from llmopt.quant.budget import Decision
 from llmopt.tune.lookup import tuner_for
@@ -32,6 +32,7 @@ from llmopt.windows import pin
 log = logging.getLogger("llmopt")
 
 _RECOMPILE_LIMITS = (8, 64)  # Dynamo's own default, and ours
+_GRADIENTS = "gradients are needed (call under torch.no_grad() or torch.inference_mode() for acceleration)"
 
 
 def llmopt(
@@ -53,6 +54,8 @@ def llmopt(
     reason = reason or _why_not(example_inputs, tensors) or enclose(gm) or pin(gm)
     if reason:
         say(1, f"graph of {len(gm.graph.nodes)} nodes runs as in PyTorch: {reason}")
+        if reason == _GRADIENTS:
+            warn_once(f"a graph runs as in PyTorch: {reason}")
         return CompiledGraph(None, gm, {}, chosen, reason)
     if machine.gpu is None:
         check_for_cpu(chosen)
@@ -84,6 +87,8 @@ def _compile(
         plan = make_plan(gm.graph, machine, lambda _: Choice(), chooser)
     if options.kv_cache == "int8":
         plan.notes = tuple(kv_cache.float_caches(gm.graph))
+        for note in plan.notes:
+            warn_once(note)
     clock.lap("plan")
     if not plan.segments:
         say(1, "nothing in this graph has a native kernel")
@@ -108,7 +113,7 @@ def _compile(
 def _why_not(example_inputs: Sequence[Any], tensors: Sequence[torch.Tensor]) -> str:
     """Why a graph is left to PyTorch as a whole, or ""."""
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return "gradients are needed (call under torch.no_grad() or torch.inference_mode() for acceleration)"
+        return _GRADIENTS
     if any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda")):
         return "autocast is on: its casts happen inside PyTorch's own operators"
     if any(not isinstance(t, torch.Tensor | int | float | torch.SymInt) for t in example_inputs):
@@ -146,8 +151,7 @@ def _run_passes(
         if settings.debug_level() >= 3:
             say(3, f"graph after {name}:\n{gm.graph}")
         if values is not None:
-            gm.recompile()
-            check_values(values, run_copy(gm, example_inputs), name)
+            check_values(values, run_again(gm, example_inputs, name), name)
             clock.lap("verify")
     return decision
 

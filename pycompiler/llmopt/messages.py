@@ -7,6 +7,7 @@ import logging
 from llmopt import settings
 
 log = logging.getLogger("llmopt")
+_said: set[str] = set()
 
 
 def say(level: int, text: str) -> None:
@@ -14,3 +15,10 @@ def say(level: int, text: str) -> None:
     if settings.debug_level() >= level:
         print(f"llmopt: {text}", flush=True)
     log.debug(text)
+
+
+def warn_once(text: str) -> None:
+    """A warning about what was asked for and is not done, the first time in a process."""
+    if text not in _said:
+        log.warning(text)
+    _said.add(text)

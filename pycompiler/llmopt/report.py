@@ -71,6 +71,7 @@ class Report:
     notes: tuple[str, ...]  # what was asked for and could not be done, and why
     decisions: tuple[Decision, ...] = ()  # of precision="auto"
     tiles: tuple[str, ...] = ()  # of launches on a GPU: how many come from where
+    steady: bool = True  # the probes before and after agree
 
     def summary(self) -> str:
         """The short form: where the time went, by kind of step."""
@@ -82,6 +83,8 @@ class Report:
             f"of {self.graphs} graph(s); packed weights {self.packed_bytes / 2**20:.0f} MiB",
             f"compiled in {sum(self.compile_seconds.values()):.2f} s beyond Dynamo",
         ]
+        if not self.steady:
+            lines.append("probes before and after differ: other work runs here, and shares of a limit are off")
         lines += [f"precision='auto': {d.summary()}" for d in self.decisions]
         lines += [f"whole graph ran as in PyTorch: {r}" for r in self.reasons]
         for note in self.notes:
@@ -182,6 +185,8 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     model: a compiled function or module, or a module whose `compile` was called. Tensors the call changes in place (a cache) are
     changed by both calls. Raises ValueError when no graph of llmopt ran.
     """
+    threads = torch.get_num_threads()
+    before = measure(threads)
     with torch.no_grad():
         model(*args, **kwargs)
         with profiling() as runs:
@@ -191,8 +196,8 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
             'explain: no graph compiled by llmopt ran in this call; compile the model with backend="llmopt" first. If it is: Dynamo '
             "gives up on a forward after torch._dynamo.config.recompile_limit kinds of calls, and says so in a warning"
         )
-    threads = torch.get_num_threads()
-    probe = measure(threads)
+    after = measure(threads)
+    probe = after.best(before)
     graphs = list(dict.fromkeys(r.graph for r in runs))
     here = target()
     return Report(
@@ -200,6 +205,7 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
         cpu=here.name,
         threads=threads,
         probe=probe,
+        steady=after.is_near(before),
         call_seconds=sum(r.seconds for r in runs),
         compile_seconds=_sum_phases(graphs),
         packed_bytes=_packed_bytes(graphs),

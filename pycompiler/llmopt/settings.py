@@ -42,12 +42,20 @@ def disabled_passes() -> frozenset[str]:
 
 
 def tuning() -> bool:
-    """Whether measured configs are used."""
-    return os.environ.get("LLMOPT_TUNE", "1") != "0"
+    """Whether measured configs are used; raises ValueError when LLMOPT_TUNE is neither 0 nor 1."""
+    return _switch("LLMOPT_TUNE", "1")
 
 
 def verify_passes() -> bool:
-    return os.environ.get("LLMOPT_VERIFY", "0") == "1"
+    """LLMOPT_VERIFY; raises ValueError when it is neither 0 nor 1."""
+    return _switch("LLMOPT_VERIFY", "0")
+
+
+def _switch(name: str, default: str) -> bool:
+    text = os.environ.get(name, default)
+    if text not in {"0", "1"}:
+        raise ValueError(f"{name}={text!r}: expected 0 or 1")
+    return text == "1"
 
 
 def variables() -> dict[str, str | None]:

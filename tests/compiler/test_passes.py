@@ -179,7 +179,13 @@ FORMS = {
     calls_no_op: "normalized .* is not an op",
     has_no_example: "has no example value",
 }
+def lacks_an_argument(graph: fx.Graph) -> None:
+    node = graph.find_nodes(op="call_function", target=ops.linear)[0]
+    node.args = node.args[:1]
+
+
 VALUES = {
+    lacks_an_argument: "the graph no longer runs: TypeError",
     computes_another_value: r"result \d differs by",
     returns_less: "2 results instead of 3",
     returns_another_shape: r"result 0 is .* instead of",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import llmopt
@@ -199,10 +200,20 @@ def test_a_debug_level_that_does_not_exist(monkeypatch: pytest.MonkeyPatch) -> N
         call_block()
 
 
-def test_an_unwritable_cache_directory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiling needs none; converting a model goes on without it, see test_models_loading."""
-    monkeypatch.setenv("LLMOPT_CACHE_DIR", "/proc/nowhere")
+@pytest.mark.parametrize("name", ["LLMOPT_VERIFY", "LLMOPT_TUNE"])
+def test_a_switch_that_is_neither_on_nor_off(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "yes")
+    with pytest.raises(Exception, match=f"{name}='yes': expected 0 or 1"):
+        call_block()
+
+
+def test_compiling_needs_no_cache_directory(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What converts a model, tunes or moves weights does, and goes on where it cannot be written: see their tests."""
+    monkeypatch.setenv("LLMOPT_CACHE_DIR", str(tmp_path / "cache"))
     call_block()
+    assert not (tmp_path / "cache").exists()
 
 
 def test_fallbacks_are_told_at_debug_level_one(

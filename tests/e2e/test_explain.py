@@ -12,6 +12,8 @@ import llmopt
 import pytest
 import torch
 from llmopt import _C, Report
+from llmopt import report as report_module
+from llmopt.native.probe import Probe
 from torch import nn
 
 
@@ -32,6 +34,16 @@ class Mixed(nn.Module):
 def explained(module: nn.Module, *inputs: torch.Tensor) -> Report:
     torch._dynamo.reset()
     return llmopt.explain(torch.compile(module.eval(), backend="llmopt"), *inputs)
+
+
+def test_shares_are_of_the_better_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that other work disturbed would make kernels look faster than the machine; the summary says so."""
+    probes = iter((Probe(9e9, 1e9, 8e9), Probe(3e9, 2e9, 9e9), *[Probe(9e9, 1e9, 8e9)] * 2))
+    monkeypatch.setattr(report_module, "measure", lambda threads: next(probes))
+    found = explained(nn.Linear(8, 8), torch.randn(2, 8))
+    assert found.probe == Probe(9e9, 2e9, 9e9)
+    assert "probes before and after differ" in found.summary()
+    assert "probes before and after differ" not in explained(nn.Linear(8, 8), torch.randn(2, 8)).summary()  # fmt: skip
 
 
 @pytest.fixture(scope="module")

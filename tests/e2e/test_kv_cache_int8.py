@@ -8,6 +8,7 @@ from typing import Any
 import llmopt
 import pytest
 import torch
+from llmopt import messages
 from transformers.cache_utils import DynamicCache, StaticCache
 
 from tests.e2e import zoo
@@ -186,7 +187,10 @@ def test_explain_shows_attention_over_codes(backend: str) -> None:
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static", "ours"])
-def test_the_option_says_why_a_float_cache_stays(cache: str, backend: str) -> None:
+def test_the_option_says_why_a_float_cache_stays(
+    cache: str, backend: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(messages, "_said", set())
     eager, compiled = zoo.make("llama", **ONE), zoo.make("llama", **ONE)
     compiled.compile(backend=backend, options={"kv_cache": "int8"})
     x = zoo.inputs("llama", 12)["input_ids"]
@@ -200,7 +204,9 @@ def test_the_option_says_why_a_float_cache_stays(cache: str, backend: str) -> No
     notes = llmopt.explain(compiled, input_ids=x, past_key_values=make(compiled)).notes
     if cache == "ours":
         assert notes == ()
+        assert not caplog.records
         return
     (note,) = notes
+    assert [r.getMessage() for r in caplog.records] == [note]
     assert "past_key_values=llmopt.KVCache(model)" in note
     assert {"dynamic": "leave the graph", "static": "belong to the caller"}[cache] in note

@@ -13,6 +13,7 @@ from pathlib import Path
 import llmopt
 import pytest
 import torch
+from llmopt import messages
 from llmopt.backend import _RECOMPILE_LIMITS as RECOMPILE_LIMITS  # before the fixtures change it
 from llmopt.compiled import alive
 from llmopt.weights import STORE
@@ -46,6 +47,15 @@ def test_gradients_are_pytorchs(backend: str) -> None:
         results.append([y, x.grad, *(p.grad for p in module.parameters())])
     assert all(g is not None for g in results[0])
     assert_same_output(results[1], results[0])
+
+
+def test_gradients_are_said_once_to_cost_the_acceleration(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(messages, "_said", set())
+    for length in (3, 4):
+        twins(Block, "llmopt")[1](block_input(length))
+    assert caplog.text.count("a graph runs as in PyTorch: gradients are needed (call under") == 1
 
 
 def test_gradient_of_an_input_of_a_frozen_module(backend: str) -> None:
@@ -127,6 +137,8 @@ def test_float64(backend: str) -> None:
         assert operations.count("linear") == 4
         assert {"layer_norm", "scaled_dot_product_attention", "gelu", "add"} <= set(operations)
         assert all(f.reason and f.source for f in report.fallbacks)
+        reasons = {f.operation: f.reason for f in report.fallbacks}
+        assert reasons["linear"] == "no kernel for linear in float64"
 
 
 class HalfFeedForward(nn.Module):

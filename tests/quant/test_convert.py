@@ -225,6 +225,8 @@ def test_bad_requests() -> None:
     )
     refused("calibration holds no samples", "w8a8", [])
     refused("calibration holds no samples", "w8a8", iter(()))
+    for nothing in ((), {}, [()], [{}]):
+        refused("calibration sample 0 holds no inputs", "w8a8", nothing)
     refused("sample 0 holds an empty tensor", "w8a8", [torch.zeros(1, 0, dtype=torch.long)])
     refused("gptq needs calibration samples", "w4a16", algorithm="gptq")
     refused("'magic' does not exist; possible: round", "w4a16", SAMPLES, algorithm="magic")

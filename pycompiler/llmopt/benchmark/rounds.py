@@ -21,7 +21,6 @@ from llmopt.benchmark.work import Work
 from llmopt.benchmark.worker import Job, Worker, WorkerError
 from llmopt.native.probe import Probe, measure
 
-UNSTEADY = 0.10
 TRIES = 4
 
 
@@ -157,13 +156,13 @@ def _measure(name: str, phase: Phase, workers: dict[str, Worker], result: Run) -
             workers.pop(name).stop()
             return
         after = measure(worker.job.threads)
-        if _alike(before, after):
+        if before.is_near(after):
             break
     result.measurements.setdefault((name, phase.name), []).append(
         Measurement(
             seconds,
             _mean([before, after]),
-            _alike(before, after),
+            before.is_near(after),
         )
     )
 
@@ -171,8 +170,3 @@ def _measure(name: str, phase: Phase, workers: dict[str, Worker], result: Run) -
 def _mean(probes: Sequence[Probe]) -> Probe:
     rates = [dataclasses.astuple(probe) for probe in probes]
     return Probe(*(statistics.mean(rate) for rate in zip(*rates, strict=True)))
-
-
-def _alike(before: Probe, after: Probe) -> bool:
-    pairs = ((before.fma_flops, after.fma_flops), (before.read_bytes, after.read_bytes))
-    return all(abs(a - b) <= UNSTEADY * max(a, b) for a, b in pairs)

@@ -56,5 +56,5 @@ def _fail(error: Exception) -> int:
 
     expected = isinstance(error, ModelError | ValueError)
     hint = "" if expected else " (LLMOPT_DEBUG=1 shows where)"
-    print(f"llmopt: error: {sentence(error)}{hint}", file=sys.stderr)
+    print(f"llmopt: error: {sentence(error).removeprefix('llmopt: ')}{hint}", file=sys.stderr)
     return FAILED

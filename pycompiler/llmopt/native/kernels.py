@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import fx
 
-from llmopt.graph import NOTE, kind
+from llmopt.graph import NOTE, fake, kind
 from llmopt.native import attention, linear, linear_quantized, pointwise, rows
 from llmopt.native.operands import NativeKernel
 
@@ -16,6 +17,7 @@ KERNELS: dict[str, NativeKernel] = {
     **pointwise.KERNELS,
 }
 
+_COMPUTED = (torch.float32, torch.float16, torch.bfloat16)  # floats that kernels compute in
 _BY_ROUTING = "how many tokens each expert gets is known only while the graph runs"
 _NO_KERNEL = {
     "grouped_mm": _BY_ROUTING,
@@ -29,6 +31,15 @@ def kernel_for(node: fx.Node) -> tuple[NativeKernel | None, str]:
     kernel = KERNELS.get(kind(node)) if node.op in ("call_function", "call_method") else None
     if kernel is None:
         known = node.meta.get(NOTE) or _NO_KERNEL.get(kind(node))
-        return None, known or f"no kernel for {kind(node)}"
+        return None, known or f"no kernel for {kind(node)}{_of_dtype(node)}"
     reason = kernel.reject(node)
     return (None, reason) if reason else (kernel, "")
+
+
+def _of_dtype(node: fx.Node) -> str:
+    """In words, where the dtype alone is reason enough."""
+    value = fake(node)
+    if not isinstance(value, torch.Tensor) or value.dtype in _COMPUTED:
+        return ""
+    wide = value.dtype.is_floating_point or value.dtype.is_complex
+    return f" in {str(value.dtype).removeprefix('torch.')}" if wide else ""

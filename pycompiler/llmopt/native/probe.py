@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from time import perf_counter
 
 import torch
@@ -29,6 +29,7 @@ TILE_SUMS = 4  # kTileSums in csrc/cpu/probe.cpp
 TILE_ITERATIONS = 5_000
 TILE_FLOPS = 16 * 16 * 32 * 2  # of one product of bf16 tiles
 TILE_OPS = 16 * 16 * 64 * 2  # of one product of byte tiles
+UNSTEADY = 0.10  # how far probes of a quiet machine may differ
 
 # Products of bf16 tiles that one product of this dtype is made of (docs/adr/0004).
 TILE_PRODUCTS = {"bf16": 1, "f16": 3, "f32": 6}
@@ -44,6 +45,15 @@ class Probe:
     tile_flops: float = 0.0  # products of bf16 on tile registers
     tile_ops: float = 0.0  # products of bytes on tile registers
     nibble_ops: float = 0.0  # of codes below 16 with bytes, where that is faster
+
+    def is_near(self, other: Probe) -> bool:
+        """Nothing disturbed the machine between the two, or both of them."""
+        pairs = ((self.fma_flops, other.fma_flops), (self.read_bytes, other.read_bytes))
+        return all(abs(a - b) <= UNSTEADY * max(a, b) for a, b in pairs)
+
+    def best(self, other: Probe) -> Probe:
+        """The higher of each rate."""
+        return Probe(*map(max, astuple(self), astuple(other)))
 
     def linear_peak(self, dtype: str, products: int = 1, instead: str = "f32") -> float:
         """Multiplications and additions per second of a linear at best. dtype: what it multiplies, f32, f16, bf16, s8, or

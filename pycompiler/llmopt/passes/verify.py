@@ -33,6 +33,17 @@ def check_form(graph: fx.Graph, pass_name: str) -> None:
             raise BrokenGraph(f"pass {pass_name}: {node.name} has no example value")
 
 
+def run_again(gm: fx.GraphModule, inputs: Sequence[Any], pass_name: str) -> list[torch.Tensor]:
+    """What the graph returns after a pass; raises BrokenGraph when it no longer runs."""
+    gm.recompile()
+    try:
+        return run_copy(gm, inputs)
+    except Exception as error:
+        raise BrokenGraph(
+            f"pass {pass_name}: the graph no longer runs: {type(error).__name__}: {error}"
+        ) from error
+
+
 def run_copy(gm: fx.GraphModule, inputs: Sequence[Any]) -> list[torch.Tensor]:
     """The tensors a graph returns for copies of the inputs, so that in-place operations leave the originals alone."""
     copies = [i.clone() if isinstance(i, torch.Tensor) else i for i in inputs]

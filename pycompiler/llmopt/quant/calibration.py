@@ -39,6 +39,9 @@ def samples_of(calibration: Iterable[Sample] | Sample | None) -> list[Sample]:
             "llmopt: calibration holds no samples: give an iterable of model inputs "
             "(a tensor, a tuple of positional inputs or a dict of keyword inputs each)"
         )
+    hollow = [i for i, s in enumerate(samples) if not isinstance(s, Tensor) and not s]
+    if hollow:
+        raise ValueError(f"llmopt: calibration sample {hollow[0]} holds no inputs")
     empty = [i for i, sample in enumerate(samples) if any(t.numel() == 0 for t in _tensors(sample))]
     if empty:
         raise ValueError(f"llmopt: calibration sample {empty[0]} holds an empty tensor")
