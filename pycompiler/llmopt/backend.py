@@ -32,7 +32,9 @@ from llmopt.windows import pin
 log = logging.getLogger("llmopt")
 
 _RECOMPILE_LIMITS = (8, 64)  # Dynamo's own default, and ours
-_GRADIENTS = "gradients are needed (call under torch.no_grad() or torch.inference_mode() for acceleration)"
+_GRADIENTS = (
+    "gradients are needed (call under torch.no_grad() or torch.inference_mode() for acceleration)"
+)
 
 
 def llmopt(

@@ -84,7 +84,9 @@ class Report:
             f"compiled in {sum(self.compile_seconds.values()):.2f} s beyond Dynamo",
         ]
         if not self.steady:
-            lines.append("probes before and after differ: other work runs here, and shares of a limit are off")
+            lines.append(
+                "probes before and after differ: other work runs here, and shares of a limit are off"
+            )
         lines += [f"precision='auto': {d.summary()}" for d in self.decisions]
         lines += [f"whole graph ran as in PyTorch: {r}" for r in self.reasons]
         for note in self.notes:

@@ -179,6 +179,8 @@ FORMS = {
     calls_no_op: "normalized .* is not an op",
     has_no_example: "has no example value",
 }
+
+
 def lacks_an_argument(graph: fx.Graph) -> None:
     node = graph.find_nodes(op="call_function", target=ops.linear)[0]
     node.args = node.args[:1]

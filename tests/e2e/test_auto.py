@@ -246,12 +246,16 @@ def test_plans_have_one_form_each() -> None:
         "exact",
         "w8a16",
         "w8a16 at decode, w8a8 at prefill",
+        "w8a8",
     ]
     assert found[2].plan.coarsest.name == "w8a8"
     assert found[2].seconds < found[1].seconds < found[0].seconds
     assert [
         len({(s.bits, s.group, s.symmetric) for _, s in timed.plan.schemes if s}) for timed in found
-    ] == [0, 1, 1]
+    ] == [0, 1, 1, 1]
+    kept, ((slow, why),) = worth_trying(found)
+    assert [kept, slow] == [found[:3], found[3]]
+    assert "is not faster than w8a16 at decode, w8a8 at prefill with decode" in why
     alike = timed_plans(shapes, [W8A8], fake_seconds, mixed=False)
     assert [timed.plan.name for timed in alike] == ["exact", "w8a16", "w8a8"]
 

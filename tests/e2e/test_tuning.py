@@ -14,7 +14,7 @@ from llmopt.target import target
 from llmopt.tune import lookup
 from llmopt.types import LinearConfig, LinearProblem
 
-from tests.tune.problems import entry
+from tests.tune.problems import database, entry, tune_patiently
 
 
 @pytest.fixture(autouse=True)
@@ -93,12 +93,19 @@ def test_a_damaged_database_costs_nothing_but_the_tuning():
     assert "[" not in plan().split("linear.cpu 96x64 bias")[1].split("_")[0]
 
 
-def test_max_autotune_measures_and_gives_the_same(cache_dir):
+def test_max_autotune_measures_and_gives_the_same(cache_dir, monkeypatch):
+    tune_patiently(monkeypatch)
     net = model()
     check(net, torch.compile(net, backend="llmopt", mode="max-autotune"), 20)
     sources = [r.config_source for g in alive()[-1:] for r in g.plan.records()]
     assert len(sources) == 2
     assert all(s.startswith(("tuned: ", "default: measured, and ")) for s in sources), sources
+    known = lookup.database(target(), torch.get_num_threads())
+    measured = database(known.root, known.environment).entries()  # what is kept was compared
+    assert len(measured) == 2
+    assert all(len(e.timings) > 1 for e in measured), measured
+    reasons = [e.reason for e in measured]
+    assert all(any(r in s for r in reasons) for s in sources), (sources, reasons)
 
 
 def test_default_mode_measures_nothing(cache_dir):

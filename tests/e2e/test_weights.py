@@ -132,7 +132,9 @@ SMALL_EDITS = pytest.mark.parametrize("edit", [edit_a_row, edit_an_element], ids
 
 
 @SMALL_EDITS
-def test_small_edits_are_noticed_in_time(edit: Callable[[nn.Parameter], None], backend: str) -> None:
+def test_small_edits_are_noticed_in_time(
+    edit: Callable[[nn.Parameter], None], backend: str
+) -> None:
     """Neither version nor address shows them; every call looks at another 32 KiB."""
     module = build(lambda: nn.Linear(64, 512))
     compiled = torch.compile(module, backend=backend)

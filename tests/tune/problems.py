@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 from multiprocessing.synchronize import Event
 from pathlib import Path
 
+import pytest
+from llmopt.native.probe import Probe
 from llmopt.target import target
+from llmopt.tune import tuning
 from llmopt.tune.database import Database, Entry
 from llmopt.tune.environment import Environment, cpu_environment
 from llmopt.types import LinearConfig, LinearProblem
@@ -31,6 +35,13 @@ def entry(
 def database(root: Path, environment: Environment = HERE) -> Database:
     """A new one, as another process sees it."""
     return Database(root, environment)
+
+
+def tune_patiently(monkeypatch: pytest.MonkeyPatch) -> None:
+    """mode="max-autotune" with time for every candidate, however slow and busy the machine is."""
+    steady = Probe(300e9, 1200e9, 20e9)
+    patient = functools.partial(tuning.Tuning, budget=600.0, probe=lambda: steady)
+    monkeypatch.setattr(tuning, "Tuning", patient)
 
 
 def local(threads: int = 2) -> Environment:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from llmopt.native.probe import READ_BYTES, Probe
 from llmopt.target import target
-from llmopt.tune import lookup
+from llmopt.tune import lookup, measure
 from llmopt.tune.candidates import COUNT, Machine, candidates, predict, refuse
 from llmopt.tune.database import Database
 from llmopt.tune.lookup import BUCKETS, Lookup, at, bucket, recording, tuner_for
@@ -21,7 +21,7 @@ from llmopt.tune.search import BUDGET_SECONDS
 from llmopt.tune.tuning import Tuning
 from llmopt.types import EVERY_M, Choice, LinearConfig, LinearProblem
 
-from tests.tune.problems import database, entry, local, problem
+from tests.tune.problems import database, entry, local, problem, tune_patiently
 
 CONFIG = LinearConfig(span=2)
 MACHINE = Machine(target(), 2, Probe(300e9, 1200e9, 20e9))
@@ -234,6 +234,74 @@ def test_the_budget_of_a_shape_holds_with_all_that_is_around_it(known):
     assert 0.5 * BUDGET_SECONDS < now[0] < BUDGET_SECONDS + 2e-3
 
 
+@pytest.mark.parametrize("n", [96, 5 * READ_BYTES // 1024], ids=["common memory", "its own"])
+def test_filling_memory_is_nobodys_time(known, monkeypatch, n):
+    """The first shape of a process is tuned like the second, though memory is filled for it: longer than a shape may take."""
+    now, asked, filled = [0.0], [], []
+
+    def fill(address: int, value: int, num_bytes: int) -> None:
+        filled.append(num_bytes)
+        now[0] += 3 * BUDGET_SECONDS
+
+    def call(bench, config: LinearConfig) -> float:
+        asked.append(config)
+        now[0] += 1e-4
+        return 100.0
+
+    monkeypatch.setattr(measure.ctypes, "memset", fill)
+    monkeypatch.setattr(measure.LinearBench, "__call__", call)
+    measure._common_memory.cache_clear()
+    tuning = Tuning(
+        target(), known.environment, probe=lambda: MACHINE.probe, clock=lambda: now[0]
+    )
+    counts = []
+    for m in (16, 8):
+        found, keep = tuning.measure(problem(m=m, n=n, k=256))
+        assert (found.reason, keep) == ("no candidate was faster", True)
+        counts.append(len(asked))
+    measure._common_memory.cache_clear()  # nobody filled it
+    assert filled
+    assert abs(counts[1] - 2 * counts[0]) <= 0.1 * counts[0]
+
+
+def test_the_memory_is_one_for_the_process_except_for_larger_weights(monkeypatch):
+    filled = []
+    monkeypatch.setattr(measure.ctypes, "memset", lambda *given: filled.append(given[2]))
+    measure._common_memory.cache_clear()
+    one, other = measure.memory_for(1), measure.memory_for(READ_BYTES)
+    assert one is other
+    assert filled == [READ_BYTES]
+    large = measure.memory_for(READ_BYTES + 1)
+    assert large is not one
+    assert len(filled) == 2
+    assert filled[1] > READ_BYTES
+    assert measure.memory_for(1) is one
+    measure._common_memory.cache_clear()  # nobody filled it
+
+
+def test_setting_up_that_takes_all_the_time_says_so(known):
+    """A call of 0.1 ms would fit: the reason is not its length alone."""
+    now = [0.0]
+
+    def take(seconds: float, value):
+        now[0] += seconds
+        return value
+
+    tuning = Tuning(
+        target(),
+        known.environment,
+        BUDGET_SECONDS,
+        lambda *_: take(0.050, lambda config: take(1e-3, 100.0)),
+        lambda: MACHINE.probe,
+        clock=lambda: now[0],
+    )
+    found, keep = tuning.measure(problem())
+    assert not keep
+    assert "a call takes 100.0 us and to time it 1.0 ms of the 1.9 ms left" in found.reason
+    assert "too few fit into the time for a comparison" in found.reason
+    assert "58 of 60 ms go to setting up and to a glance at the machine's limits" in found.reason
+
+
 def test_limits_that_move_a_little_do_not_matter(known):
     moved = dataclasses.replace(MACHINE.probe, read_bytes=MACHINE.probe.read_bytes * 1.2)
     probes = itertools.chain([MACHINE.probe], itertools.repeat(moved))
@@ -251,12 +319,18 @@ def test_max_autotune_measures_the_height_of_the_call_where_it_changes(known):
     assert choice.source.startswith("tuned for M=16,")
 
 
-def test_only_max_autotune_measures():
+def test_only_max_autotune_measures(monkeypatch):
+    tune_patiently(monkeypatch)
     assert tuner_for(target(), "default")(problem()).source.startswith(
         "default: nothing was measured"
     )
+    known = lookup.database(target(), torch.get_num_threads())
+    assert known.entries() == []
     choice = tuner_for(target(), "max-autotune")(problem())
-    assert choice.source.startswith(("tuned: ", "default: measured, and "))
+    (measured,) = database(known.root, known.environment).entries()
+    assert len(measured.timings) == COUNT
+    won = "tuned: " if measured.config else f"default: measured, and {measured.reason}"
+    assert choice.source.startswith(won)
 
 
 def test_tuning_can_be_switched_off(monkeypatch):

@@ -116,28 +116,33 @@ def timed_plans(
     plans = [Plan(tuple((bucket, None) for bucket, _ in shapes))]
     for form in forms:
         same, rounded = _readings(form)
-        plans.append(Plan(tuple((bucket, same) for bucket, _ in shapes)))
-        faster = [rounded if seconds(x, rounded) <= seconds(x, same) else same for _, x in shapes]
-        if not mixed:
-            faster = [rounded] * len(shapes)
-        chosen = ((bucket, scheme) for (bucket, _), scheme in zip(shapes, faster, strict=True))
-        plans.append(Plan(tuple(chosen)))
+        rows = [[same] * len(shapes), [rounded] * len(shapes)]
+        if mixed:
+            times = [(seconds(x, rounded), seconds(x, same)) for _, x in shapes]
+            rows.insert(1, [rounded if fast <= slow else same for fast, slow in times])
+        for schemes in rows:
+            chosen = ((bucket, s) for (bucket, _), s in zip(shapes, schemes, strict=True))
+            plans.append(Plan(tuple(chosen)))
     return [_timed(plan, shapes, seconds) for plan in dict.fromkeys(plans)]
 
 
 def worth_trying(plans: Sequence[TimedPlan]) -> tuple[list[TimedPlan], list[tuple[TimedPlan, str]]]:
     """The plans whose accuracy matters, "exact" first, and the others with the reason of their time.
 
-    Four bits that are nowhere faster than eight are not rounded to: only weights on a 4-bit grid could gain by them.
+    Four bits that are nowhere faster than eight are not rounded to: only weights on a 4-bit grid could gain by them. Nor are
+    activations where rounding them takes longer.
     """
     exact, *others = plans
     kept, refused = [exact], []
     for timed in others:
         same = [p for p in others if p.plan.bits == 8 and p.plan.rounds == timed.plan.rounds]
+        finer = [p for p in others if p.plan.bits == timed.plan.bits and p.seconds < timed.seconds]
         if timed.seconds >= exact.seconds:
             refused.append((timed, _slower(timed, exact)))
         elif timed.plan.bits == 4 and same and timed.seconds >= min(p.seconds for p in same):
             refused.append((timed, _slower(timed, min(same, key=lambda p: p.seconds))))
+        elif timed.plan.rounds and finer:
+            refused.append((timed, _slower(timed, min(finer, key=lambda p: p.seconds))))
         else:
             kept.append(timed)
     return kept, refused
