@@ -234,7 +234,7 @@ def test_the_budget_of_a_shape_holds_with_all_that_is_around_it(known):
     assert 0.5 * BUDGET_SECONDS < now[0] < BUDGET_SECONDS + 2e-3
 
 
-@pytest.mark.parametrize("n", [96, 5 * READ_BYTES // 1024], ids=["common memory", "its own"])
+@pytest.mark.parametrize("n", [96, 2 * READ_BYTES // 1024], ids=["common memory", "its own"])
 def test_filling_memory_is_nobodys_time(known, monkeypatch, n):
     """The first shape of a process is tuned like the second, though memory is filled for it: longer than a shape may take."""
     now, asked, filled = [0.0], [], []

@@ -78,8 +78,9 @@ def run(args: argparse.Namespace) -> int:
     for text, a, b in zip(args.prompts, eager, ours, strict=True):
         all_equal &= _print_pair(loaded, text, a, b)
     _print_times(args.dtype, eager, ours, compile_seconds)
-    with torch.inference_mode():
-        print(llmopt.explain(model, **inputs[0]).summary())
+    with working("llmopt: explaining a call"), torch.inference_mode():
+        summary = llmopt.explain(model, **inputs[0]).summary()
+    print(summary)
     exact = args.dtype == "fp32" and not args.random_weights
     return 0 if all_equal or not exact else 1
 

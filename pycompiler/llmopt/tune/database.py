@@ -14,8 +14,8 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from llmopt.tune.environment import SCHEMA, Environment
 log = logging.getLogger("llmopt")
 
 ENVIRONMENT_FILE = "environment.json"
+_MAY_LACK = ("samples", "probe")  # as what nobody measured, or an older version did
 _STALE_SECONDS = 3600.0  # a partial file this old has no writer any more
 
 
@@ -43,6 +44,8 @@ class Entry:
     roof: float  # share of the limit that binds, as probed then: 1.0 is the probe
     reason: str  # why this config and no other
     timings: Mapping[str, float]  # config in words → best us seen
+    samples: Sequence[float] = field(default_factory=list)  # that us is the median of
+    probe: Mapping[str, float] = field(default_factory=dict)  # the machine's rates then
 
     @property
     def key(self) -> str:
@@ -53,7 +56,8 @@ class Entry:
         """The entry with these fields; raises Unusable when they are not an entry's."""
         try:
             entry = cls(**given)
-            numbers = (entry.us, entry.default_us, entry.roof, *entry.timings.values())
+            numbers = [entry.us, entry.default_us, entry.roof, *entry.timings.values()]
+            numbers += [*entry.samples, *entry.probe.values()]
             sound = all(isinstance(v, int | float) and v >= 0 for v in numbers)
             plain = [*entry.problem.values(), *entry.config.values()]
             sound = sound and all(isinstance(v, str | int) for v in plain)
@@ -71,7 +75,7 @@ def key_of(problem: Mapping[str, str | int]) -> str:
 
 def encode(entry: Entry, environment: str) -> bytes:
     """An entry as the content of its file."""
-    body = asdict(entry)
+    body = {n: value for n, value in asdict(entry).items() if value or n not in _MAY_LACK}
     given = {"schema": SCHEMA, "environment": environment, "key": entry.key, "entry": body}
     return json.dumps({**given, "checksum": _checksum(body)}, indent=1).encode()
 

@@ -7,6 +7,7 @@ matter, as long as it holds ordinary numbers.
 from __future__ import annotations
 
 import ctypes
+import functools
 import statistics
 
 import torch
@@ -49,6 +50,18 @@ class WeightMemory:
         address = self._memory.address + self._next
         self._next += -(-num_bytes // 4096) * 4096
         return address
+
+
+@functools.lru_cache(maxsize=1)
+def _common_memory() -> WeightMemory:
+    return WeightMemory()
+
+
+def memory_for(num_bytes: int) -> WeightMemory:
+    """Memory that is filled already: one for the whole process, or one of its own for weights that are larger."""
+    memory = _common_memory() if num_bytes <= READ_BYTES else WeightMemory()
+    memory.reserve(num_bytes)
+    return memory
 
 
 class LinearBench:

@@ -31,6 +31,7 @@ class Result(Generic[C]):
     reason: str
     conclusive: bool  # False where there was no time to compare
     timings: dict[C, float]  # the best seen of every config that was tried
+    samples: dict[C, list[float]]  # what us and default_us are the medians of
 
 
 def search(
@@ -65,8 +66,7 @@ class _Search(Generic[C]):
         trials = left - 4 * pairs
         count = _affordable(trials, len(candidates))
         if count < 2:
-            reason = f"a call takes {call * 1e3:.1f} ms: too few fit into the time for a comparison"
-            return self._result(default, default, reason, conclusive=False)
+            return self._result(default, default, self._why_alone(candidates, call), conclusive=False)
         repeats = max(1, min(_MOST_REPEATS, int(trials / _calls(count))))
         best = self._halve(candidates[:count], repeats, call * 4 * pairs)
         if best == default:
@@ -78,6 +78,18 @@ class _Search(Generic[C]):
             reason = f"the best candidate, {best}, gained {words}: 3 % twice are needed"
             return self._result(default, default, reason)
         return self._result(best, default, f"gained {words}")
+
+    def _why_alone(self, candidates: Sequence[C], call: float) -> str:
+        """Why nothing is compared with the default; call: seconds that it takes to time it."""
+        if len(candidates) < 2:
+            return "there is no other candidate"
+        us = self._median(candidates[0])
+        length = f"{us / 1e3:.1f} ms" if us >= 1e3 else f"{us:.1f} us"
+        left = max(0.0, self._budget) * 1e3
+        return (
+            f"a call takes {length} and to time it {call * 1e3:.1f} ms of the {left:.1f} ms left: "
+            "too few fit into the time for a comparison"
+        )
 
     def _halve(self, candidates: Sequence[C], repeats: int, reserve: float) -> C:
         """The fastest after rounds in which half of the field leaves and the rest runs twice as often; the default runs in all."""
@@ -121,10 +133,9 @@ class _Search(Generic[C]):
 
     def _result(self, config: C, default: C, reason: str, conclusive: bool = True) -> Result[C]:
         timings = {c: min(times) for c, times in self._times.items()}
-        us, default_us = (
-            statistics.median(self._times[c][-self._proof :]) for c in (config, default)
-        )
-        return Result(config, us, default_us, reason, conclusive, timings)
+        samples = {c: self._times[c][-self._proof :] for c in (config, default)}
+        us, default_us = (statistics.median(samples[c]) for c in (config, default))
+        return Result(config, us, default_us, reason, conclusive, timings, samples)
 
 
 def _calls(count: int) -> int:

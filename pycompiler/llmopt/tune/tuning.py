@@ -11,7 +11,7 @@ from llmopt.native.probe import Probe
 from llmopt.tune.candidates import Machine, candidates
 from llmopt.tune.database import Entry
 from llmopt.tune.environment import Environment
-from llmopt.tune.measure import LinearBench, WeightMemory, weight_bytes
+from llmopt.tune.measure import LinearBench, WeightMemory, memory_for, weight_bytes
 from llmopt.tune.search import BUDGET_SECONDS, Result, search
 from llmopt.types import LinearConfig, LinearProblem, Target
 
@@ -24,8 +24,8 @@ class Tuning:
     """Measures problems on this machine, one after the other.
 
     budget: seconds that a problem may take, with a glance at the machine's limits afterwards; a whole probe stands in front of the
-    first one, and again when it is old. bench_of: makes the function that times one config of a problem, in microseconds; probe,
-    glance: measure the machine's limits; clock: seconds. Tests give their own.
+    first one, and again when it is old, and memory is filled before that. bench_of: makes the function that times one config of a
+    problem, in microseconds; probe, glance: measure the machine's limits; clock: seconds. Tests give their own.
     """
 
     def __init__(
@@ -33,15 +33,14 @@ class Tuning:
         target: Target,
         environment: Environment,
         budget: float = BUDGET_SECONDS,
-        bench_of: Callable[[LinearProblem, Machine], Bench] | None = None,
+        bench_of: Callable[[LinearProblem, Machine, WeightMemory], Bench] = LinearBench,
         probe: Callable[[], Probe] | None = None,
         glance: Callable[[], Probe] | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._target, self._budget, self._clock = target, budget, clock
         self._threads = int(dict(environment.facts)["threads"])
-        self._memory = WeightMemory()
-        self._bench_of = bench_of or self._linear_bench
+        self._bench_of = bench_of
         self._probe = probe or self._machine_probe
         self._glance = glance or probe or self._machine_glance
         self._probed: tuple[float, Probe] | None = None
@@ -51,13 +50,21 @@ class Tuning:
 
         It is not where there was no time to compare, or where the limits of the machine moved meanwhile: then the default stays.
         """
+        # Filling takes longer than the budget of a shape: its clock starts afterwards.
+        memory = memory_for(weight_bytes(problem, self._target.panel_width))
         before = self._fresh_probe()
         start = self._clock()
         machine = Machine(self._target, self._threads, before)
-        bench = self._bench_of(problem, machine)
+        bench = self._bench_of(problem, machine, memory)
         chosen = candidates(problem, machine)
         spent = self._clock() - start + _glance_seconds(before)
         result = search(chosen, bench, self._budget - spent, self._clock)
+        if not result.conclusive:
+            reason = (
+                f"{result.reason} ({spent * 1e3:.0f} of {self._budget * 1e3:.0f} ms go to setting up "
+                "and to a glance at the machine's limits)"
+            )
+            result = dataclasses.replace(result, reason=reason)
         moved = self._moved(before)
         if moved > _MOVED:
             reason = (
@@ -74,6 +81,8 @@ class Tuning:
             roof(problem, machine, result),
             result.reason,
             {str(config): us for config, us in result.timings.items()},
+            result.samples[result.config],
+            dataclasses.asdict(before),
         )
         return entry, result.conclusive
 
@@ -98,9 +107,6 @@ class Tuning:
 
     def _machine_glance(self) -> Probe:
         return machine_probe.glance(self._threads, self._target.tier)
-
-    def _linear_bench(self, problem: LinearProblem, machine: Machine) -> Bench:
-        return LinearBench(problem, machine, self._memory)
 
 
 def _glance_seconds(probe: Probe) -> float:
