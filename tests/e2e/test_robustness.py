@@ -6,7 +6,6 @@ import copy
 import ctypes
 import gc
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from torch.nn import functional as F
 from tests.e2e import zoo
 from tests.e2e.blocks import Block, Tied, block_input, build
 from tests.e2e.compare import assert_same_output
+from tests.threads import threads_that_run
 
 
 def twins(make: Callable[[], nn.Module], backend: str) -> tuple[nn.Module, nn.Module]:
@@ -251,24 +251,6 @@ def test_infinities_and_nans_pass_through(backend: str) -> None:
         if not torch.isnan(before).all():
             assert_same_output(before, eager(x[row : row + 1, :bad])[0])
     assert_same_output(compiled(block_input()), eager(block_input()))
-
-
-def threads_that_run(call: Callable[[], object]) -> int:
-    """How many threads of this process are on a CPU during each of ten calls, by the clock that Linux has for every thread.
-
-    In some of them a thread of PyTorch's last call still goes to sleep.
-    """
-
-    def clocks() -> dict[int, int]:
-        ids = [int(task.name) for task in Path("/proc/self/task").iterdir()]
-        return {i: time.clock_gettime_ns(~i << 3 | 6) for i in ids}  # as pthread_getcpuclockid does
-
-    counts = []
-    for _ in range(10):
-        before = clocks()
-        call()
-        counts.append(sum(ns > before.get(i, 0) for i, ns in clocks().items()))
-    return min(counts)
 
 
 @torch.no_grad()

@@ -17,6 +17,8 @@ from llmopt.sizes import Size
 from torch._dynamo.source import ConstantSource
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
+from tests.threads import threads_that_run
+
 TIER = _C.tiers()[0]
 
 
@@ -353,7 +355,7 @@ def test_thread_count_follows_torch():
         for n in (1, 2, 4):
             torch.set_num_threads(n)
             y.zero_()
-            op()
+            assert threads_that_run(op) == n
             assert torch.equal(x, y)
     finally:
         torch.set_num_threads(before)
