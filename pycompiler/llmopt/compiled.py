@@ -55,6 +55,12 @@ class CompiledGraph:
     def segments(self) -> list[Segment]:
         return segments_of(self.executable)
 
+    def forget_weights(self) -> None:
+        """Makes the next call pack or prepare every weight anew."""
+        for module in self.executable.children():
+            if isinstance(module, Segment | GpuSegment):
+                module.forget_weights()
+
     def cuda_graphs(self) -> list[str]:
         """What is to be said about CUDA graphs, where they were asked for."""
         segments = [m for m in self.executable.children() if isinstance(m, GpuSegment)]

@@ -148,7 +148,7 @@ class Segment(torch.nn.Module):
             edited = True
         with self._lock:
             again, self._repack = edited or self._repack, False
-            held = [STORE.get(p, arguments, self.target_, changed=again) for p in self._packed]
+            held = [STORE.get(p, arguments, self.target_, again, self) for p in self._packed]
             if self._offload and offload(arguments[a] for a in self._matrices):
                 STORE.follow(self._packed, arguments, self.target_)
             addresses = [

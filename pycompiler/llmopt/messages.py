@@ -20,5 +20,5 @@ def say(level: int, text: str) -> None:
 def warn_once(text: str) -> None:
     """A warning about what was asked for and is not done, the first time in a process."""
     if text not in _said:
-        log.warning(text)
+        log.warning("llmopt: %s", text)
     _said.add(text)

@@ -55,6 +55,12 @@ def offload(tensors: Iterable[Tensor]) -> bool:
     return moved
 
 
+def is_moved(tensor: Tensor) -> bool:
+    """Whether what the tensor holds is in mapped memory."""
+    storage = _mapped.get(tensor.untyped_storage().data_ptr())
+    return storage is not None and not storage.expired()
+
+
 def _by_storage(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
     """The tensors with elements, each once, those of one storage together."""
     groups: dict[int, dict[int, Tensor]] = {}

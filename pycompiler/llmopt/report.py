@@ -85,7 +85,7 @@ class Report:
         ]
         if not self.steady:
             lines.append(
-                "probes before and after differ: other work runs here, and shares of a limit are off"
+                "probes before and after differ: other work may run here, and shares of a limit be off"
             )
         lines += [f"precision='auto': {d.summary()}" for d in self.decisions]
         lines += [f"whole graph ran as in PyTorch: {r}" for r in self.reasons]
@@ -233,11 +233,11 @@ def _decisions(model: Callable[..., Any], graphs: list[CompiledGraph]) -> tuple[
 def refresh() -> None:
     """Makes every compiled graph compare and pack its weights anew at its next call.
 
-    Needed only after single elements of a weight were changed through `.data`; every other change is noticed.
+    For edits that PyTorch does not count, through `.data` or NumPy: on a CPU they are noticed in time (`llmopt.watch.Watch`), on a GPU
+    they are not. Every other change is noticed at once.
     """
     for graph in alive():
-        for segment in graph.segments():
-            segment.forget_weights()
+        graph.forget_weights()
 
 
 def _sum_phases(graphs: list[CompiledGraph]) -> dict[str, float]:

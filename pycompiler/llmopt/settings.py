@@ -52,7 +52,7 @@ def verify_passes() -> bool:
 
 
 def _switch(name: str, default: str) -> bool:
-    text = os.environ.get(name, default)
+    text = os.environ.get(name) or default
     if text not in {"0", "1"}:
         raise ValueError(f"{name}={text!r}: expected 0 or 1")
     return text == "1"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -17,11 +17,12 @@ from torch import Tensor
 from llmopt import _C
 from llmopt.native.program import ProgramBuilder, View, view_of
 from llmopt.native.segment import PackedSpec, WeightView
+from llmopt.offload import is_moved
 from llmopt.quant.rounding import Codes, round_weight
 from llmopt.quant.schemes import CodeForm
 from llmopt.types import Target
 
-_SLACK = 4096  # bytes behind the last panel that a prefetch may touch
+_SLACK = 8192  # bytes behind the last panel that a prefetch may touch
 _LINE = 64  # bytes
 _LINES = 16  # of a moved tensor that are compared
 
@@ -41,6 +42,13 @@ class PackedWeight:
     state: tuple
     content: _C.Content
     sources: tuple[weakref.ref, ...]
+    readers: weakref.WeakSet = field(
+        default_factory=weakref.WeakSet
+    )  # that know it to be its sources' content
+    sweep: _C.Sweep = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.sweep = _C.Sweep([self.content])
 
     @property
     def address(self) -> int:
@@ -71,20 +79,20 @@ def samples_of(tensors: Sequence[Tensor]) -> _C.Samples:
 
 
 def _content_of(tensors: Sequence[Tensor]) -> _C.Content:
-    """All of the tensors' memory as it is now; readable while they stay where they are."""
-    ranges = dict.fromkeys((t.data_ptr(), _bytes_of(t)) for t in tensors)
-    return _C.Content([address for address, _ in ranges], [length for _, length in ranges])
+    """The tensors' memory as it is now; readable while they stay where they are.
 
-
-def _lines_of(tensors: Sequence[Tensor]) -> _C.Content:
-    """Some lines of tensors that the operating system may have dropped from memory, where looking at all would bring all back."""
-    addresses, lengths = [], []
+    All of it; but some lines of what was moved out of memory, where looking at all would bring all back.
+    """
+    ranges: dict[tuple[int, int], None] = {}
     for tensor in tensors:
-        length = min(_LINE, _bytes_of(tensor))
-        room = _bytes_of(tensor) - length
-        addresses += [tensor.data_ptr() + room * i // (_LINES - 1) for i in range(_LINES)]
-        lengths += [length] * _LINES
-    return _C.Content(addresses, lengths)
+        address, length = tensor.data_ptr(), _bytes_of(tensor)
+        if is_moved(tensor):
+            line = min(_LINE, length)
+            starts = [address + (length - line) * i // (_LINES - 1) for i in range(_LINES)]
+            ranges |= dict.fromkeys((start, line) for start in starts)
+        else:
+            ranges[address, length] = None
+    return _C.Content([address for address, _ in ranges], [length for _, length in ranges])
 
 
 def _bytes_of(tensor: Tensor) -> int:
@@ -105,11 +113,17 @@ class PackedStore:
         self.packings = 0
 
     def get(
-        self, spec: PackedSpec, arguments: Sequence[Tensor], target: Target, changed: bool
+        self,
+        spec: PackedSpec,
+        arguments: Sequence[Tensor],
+        target: Target,
+        changed: bool,
+        reader: object,
     ) -> PackedWeight:
         """The packed form of `spec` over a segment's arguments; `changed` forces it to be made again.
 
-        All content is compared here: a graph that is new knows nothing of an edit through `.data` since another graph packed.
+        reader: who asks. All content is compared the first time: who is new knows nothing of an edit through `.data` since another
+        packed. Later a window of it, another one each time.
         """
         bases, key = _identity(spec, arguments, target)
         state = state_of(bases)
@@ -119,11 +133,17 @@ class PackedStore:
                 changed
                 or entry is None
                 or entry.state != state
-                or not entry.content.all_unchanged()
+                or not self._is_unchanged(entry, reader)
             ):
                 entry = self._make(spec, arguments, target, state, bases, key, entry)
                 self._entries[key] = entry
+            entry.readers.add(reader)
             return entry
+
+    @staticmethod
+    def _is_unchanged(entry: PackedWeight, reader: object) -> bool:
+        known = reader in entry.readers
+        return entry.sweep.unchanged() if known else entry.content.all_unchanged()
 
     def follow(
         self, specs: Sequence[PackedSpec], arguments: Sequence[Tensor], target: Target
@@ -133,8 +153,9 @@ class PackedStore:
             for spec in specs:
                 bases, key = _identity(spec, arguments, target)
                 if key in self._entries:
-                    self._entries[key].state = state_of(bases)
-                    self._entries[key].content = _lines_of(bases)
+                    entry = self._entries[key]
+                    entry.state, entry.content = state_of(bases), _content_of(bases)
+                    entry.sweep = _C.Sweep([entry.content])
 
     def _make(
         self,
@@ -161,6 +182,14 @@ class PackedStore:
 
         sources = old.sources if old is not None else tuple(weakref.ref(b, forget) for b in bases)
         bias = _bias_vector(spec, arguments)
+        if (
+            old is not None
+            and old.bias is not None
+            and bias is not None
+            and old.bias.dtype == bias.dtype
+        ):
+            with torch.inference_mode():  # where it may have been made
+                bias = old.bias.copy_(bias)  # other graphs have its address, as that of the memory
         return PackedWeight(memory, bias, state, _content_of(bases), sources)
 
 
@@ -185,8 +214,9 @@ def _packed_floats(
 ) -> _C.Memory:
     weights = [_cut(arguments[v.argument], v) for v in spec.sources]
     n, k = sum(w.shape[0] for w in weights), weights[0].shape[1]
-    if memory is None:
-        memory = _C.Memory(packed_bytes(n, k, weights[0].element_size(), target.panel_width))
+    needed = packed_bytes(n, k, weights[0].element_size(), target.panel_width)
+    if memory is None or memory.bytes < needed:  # of another dtype
+        memory = _C.Memory(needed)
     pack(weights, memory, spec.interleave, target.tier)
     return memory
 

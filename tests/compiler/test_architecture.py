@@ -18,12 +18,12 @@ MAX_LINES = 500
 # row do not know each other, so passes never see kernels.
 LAYERS = (
     ("_C", "types", "launch", "settings", "sizes", "files", "source_lines"),
-    ("target", "graph", "memory", "counters", "registry", "messages"),
+    ("target", "graph", "memory", "counters", "registry", "messages", "offload"),
     ("gpus",),
     ("ops", "writes"),
     ("quant", "contexts", "windows"),
     ("passes", "native", "kernels"),
-    ("kv", "weights", "offload", "options"),
+    ("kv", "weights", "options"),
     ("tune", "watch"),
     ("gpu",),
     ("auto",),

@@ -207,6 +207,6 @@ def test_the_option_says_why_a_float_cache_stays(
         assert not caplog.records
         return
     (note,) = notes
-    assert [r.getMessage() for r in caplog.records] == [note]
+    assert [r.getMessage() for r in caplog.records] == [f"llmopt: {note}"]
     assert "past_key_values=llmopt.KVCache(model)" in note
     assert {"dynamic": "leave the graph", "static": "belong to the caller"}[cache] in note

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from llmopt import offload as module
+from llmopt.compiled import alive
 from llmopt.offload import offload
 from torch import multiprocessing
 
@@ -200,6 +201,22 @@ def test_what_is_gone_is_forgotten():
     del weight
     assert not offload([])
     assert address not in module._mapped
+
+
+@torch.no_grad()
+def test_of_moved_weights_only_lines_are_looked_at():
+    """Also once they were packed again, and by another graph: looking at all would bring the file into memory."""
+    net, x = torch.nn.Linear(512, 512), torch.randn(3, 512)
+    windows = []
+    for precision in ("exact", "w8a8"):
+        options = {"weights": "packed", "precision": precision}
+        compiled = torch.compile(net, backend="llmopt", options=options)
+        compiled(x)
+        net.weight.mul_(2)
+        compiled(x)
+        (weight,) = alive()[-1].packed()
+        windows.append(weight.content.windows)
+    assert windows == [16 + 1, 16 + 1], "lines of the weight, and the bias that stays where it is"
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from llmopt.cli import main
 from llmopt.compiled import alive
 from llmopt.target import target
 from llmopt.tune import lookup
+from llmopt.tune.environment import Environment
 from llmopt.types import LinearConfig, LinearProblem
 
 from tests.tune.problems import database, entry, tune_patiently
@@ -206,6 +207,29 @@ def test_an_import_from_another_machine_is_kept_apart(capsys, tmp_path):
     assert code == 0
     assert f"not used here: threads {threads} (here {threads + 1})" in out
     assert "elsewhere: 1 measurements" in out
+
+
+def test_what_an_older_version_measured_is_shown_and_carried_but_not_used(capsys, tmp_path):
+    """It told neither the model of the CPU nor its affinity nor huge pages."""
+    path = tmp_path / "tuned.json"
+    known = lookup.database(target(), torch.get_num_threads())
+    facts = dict(known.environment.facts)
+    new = {n: facts.pop(n) for n in ("cpu", "cpus", "huge_pages")}
+    of = LinearProblem("linear", 24, 96, 64, "f32", "f32", "f32", bias=True)
+    database(known.root, Environment.of(facts)).put(entry(of, LinearConfig(rows=2)))
+    differs = ", ".join(f"{n} unknown (here {value})" for n, value in new.items())
+    code, out, _ = run(capsys, "tune", "--show", "--export", path)
+    assert code == 0
+    assert f"cpu {new['cpu']}, " in out
+    assert "nothing was measured in this environment" in out
+    assert f"elsewhere: 1 measurements; {differs}" in out
+    code, out, _ = run(capsys, "tune", "--import", path)
+    assert code == 0
+    assert f"0 measurements added, 1 were there already; not used here: {differs}" in out
+    report = llmopt.explain(torch.compile(model(), backend="llmopt"), torch.randn(20, 64))
+    assert report.steps[0].config_source == (
+        f"default: nothing was measured in this environment; elsewhere: {differs}"
+    )
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import llmopt
 import pytest
 import torch
+from llmopt.weights import PackedStore, PackedWeight
 from torch import nn
 
 from tests.e2e.blocks import Block, Tied, block_input, build
@@ -158,6 +159,42 @@ def test_a_new_graph_notices_small_edits(
     assert_same_output(compiled(x), module(x))
 
 
+def test_another_graph_keeps_its_weights_while_one_packs_again(backend: str) -> None:
+    """Both read the same memory, of weights and of biases, which must not become somebody else's."""
+    module = build(lambda: nn.Linear(64, 4096))
+    compiled = torch.compile(module, backend=backend, dynamic=False)
+    x, other = torch.randn(2, 64), torch.randn(3, 64)
+    compiled(x), compiled(other)
+    edit_a_row(module.weight)
+    module.bias.data[97] += 1
+    for _ in range(module.weight.nbytes // 2**15 + 1):
+        compiled(x)
+    junk = [torch.full((4096,), 1e6) for _ in range(64)]
+    assert_same_output(compiled(other), module(other))
+    assert_same_output(compiled(x), module(x))
+    assert len(junk) == 64
+
+
+def test_layers_that_share_a_graph_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The graph is called with the weights of each in turn; all of a weight is compared for a graph that is new, not at each call."""
+    layers = [build(Block, seed) for seed in range(3)]
+    for layer in layers:
+        layer.compile(backend="llmopt")
+    looked = []
+    known = PackedStore._is_unchanged
+
+    def looking(entry: PackedWeight, reader: object) -> bool:
+        looked.append(reader in entry.readers)
+        return known(entry, reader)
+
+    monkeypatch.setattr(PackedStore, "_is_unchanged", staticmethod(looking))
+    for _ in range(2):
+        for layer in layers:
+            layer(block_input())
+    assert looked
+    assert all(looked)
+
+
 @SMALL_EDITS
 def test_refresh_packs_again_at_once(edit: Callable[[nn.Parameter], None], backend: str) -> None:
     module = build(lambda: nn.Linear(64, 512))
@@ -169,11 +206,15 @@ def test_refresh_packs_again_at_once(edit: Callable[[nn.Parameter], None], backe
     assert_same_output(compiled(x), module(x))
 
 
-def test_dtype_and_back(backend: str) -> None:
+@pytest.mark.parametrize("first", [torch.float32, torch.bfloat16])
+def test_dtype_and_back(first: torch.dtype, backend: str) -> None:
     """Every dtype in turn, and the first one again with weights that lost bits on the way."""
     module = build(Block)
     compiled = torch.compile(module, backend=backend)
-    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float32):
+    others = [
+        d for d in (torch.float32, torch.bfloat16, torch.float16, torch.float64) if d != first
+    ]
+    for dtype in (first, *others, first):
         module.to(dtype)
         x = block_input().to(dtype)
         got = compiled(x)

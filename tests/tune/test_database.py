@@ -53,6 +53,16 @@ def test_what_is_put_is_there_in_another_process(tmp_path):
     assert sorted(p.name for p in path.parent.iterdir()) == sorted([path.name, "environment.json"])
 
 
+def test_an_entry_without_samples_and_probe_is_one(tmp_path):
+    """As older versions wrote them, and as predictions are; without them its file is the same as then."""
+    kept, path = one_file(tmp_path)
+    assert not {"samples", "probe"} & set(json.loads(path.read_text())["entry"])
+    whole = dataclasses.replace(kept, samples=[9.0, 10.0, 11.0], probe={"read_bytes": 2e10})
+    database(tmp_path).put(whole)
+    assert get(tmp_path) == (whole, "")
+    assert json.loads(path.read_text())["entry"]["samples"] == [9.0, 10.0, 11.0]
+
+
 def test_a_later_result_replaces_the_one_before(tmp_path):
     one_file(tmp_path)
     better = entry(us=5.0)
@@ -92,7 +102,7 @@ def test_facts_of_a_gpu_are_an_environment_like_any_other(tmp_path):
 
 def test_this_machine_in_facts():
     facts = dict(local(3).facts)
-    assert set(facts) >= {"schema", "device", "kernels", "name", "tier", "threads"}
+    assert set(facts) >= {"schema", "device", "kernels", "name", "cpu", "tier", "threads", "cpus", "huge_pages"}  # fmt: skip
     assert facts["threads"] == 3
     assert local(3).digest != local(2).digest
     assert set(environment.caches()) <= set(facts)
@@ -117,6 +127,7 @@ def damaged(content: bytes) -> dict[str, tuple[bytes, str]]:
         return json.dumps({**given, **change}).encode()
 
     strange = dataclasses.replace(entry(), reason=7)  # its checksum is right
+    worded = dataclasses.replace(entry(), samples=["fast"])  # type: ignore[list-item]
     return {
         "empty": (b"", "damaged"),
         "half": (content[: len(content) // 2], "damaged"),
@@ -132,6 +143,7 @@ def damaged(content: bytes) -> dict[str, tuple[bytes, str]]:
         "a changed key": (but(key="op=linear m=1"), "damaged: its key"),
         "no entry": (but(entry=None), "checksum"),
         "an entry of other types": (encode(strange, HERE.digest), "wrong type"),
+        "samples of other types": (encode(worded, HERE.digest), "wrong type"),
     }
 
 

@@ -114,6 +114,36 @@ def test_a_height_that_changes_gets_a_row_for_each_measured_one(known):
     assert refuse_rows(choice) == ""
 
 
+def test_heights_without_a_config_say_why(known):
+    known.put(entry(problem(m=8), CONFIG))
+    words = "tuned for M=8, which changes from call to call; else default: "
+    assert ask(known, problem(m=None)).source == f"{words}not measured on this machine"
+    lost = entry(problem(m=16), LinearConfig())
+    known.put(dataclasses.replace(lost, reason="no candidate was faster"))
+    assert ask(known, problem(m=None)).source == (
+        f"{words}not measured on this machine; M=16: measured, and no candidate was faster"
+    )
+
+
+def test_a_height_that_changes_and_was_measured_in_vain_is_not_tuned(known):
+    """Neither where no candidate won nor where there was no time to compare."""
+    tuning = Tuning(
+        target(), known.environment, 0.0, lambda *_: lambda config: 1e5, lambda: MACHINE.probe
+    )
+    choice = ask(known, problem(m=None, hint=13), tuning.measure)
+    assert choice.rows == ()
+    assert choice.source.startswith("default: measured, and a call takes 100.0 ms")
+    assert "too few fit" in choice.source
+
+
+def test_heights_that_are_all_measured_have_no_else(known):
+    for m in BUCKETS:
+        known.put(entry(problem(m=m), CONFIG))
+    choice = ask(known, problem(m=None))
+    assert choice.rows == ((EVERY_M, CONFIG),)
+    assert choice.source.endswith("3072, 4096, which changes from call to call")
+
+
 def test_the_largest_measured_height_serves_all_above_it(known):
     known.put(entry(problem(m=BUCKETS[-1]), CONFIG))
     assert ask(known, problem(m=10**6)).rows == ((EVERY_M, CONFIG),)
@@ -167,7 +197,11 @@ def test_a_miss_is_measured_once_and_kept(known):
     assert first.ints()
     count = len(asked)
     assert ask(known, problem(), measure) == first
-    assert ask(database(known.root, known.environment), problem()) == first  # another process
+    again = database(known.root, known.environment)
+    assert ask(again, problem()) == first  # another process
+    (kept,) = again.entries()
+    assert kept.samples == [5.0] * 18  # both comparisons
+    assert kept.probe == dataclasses.asdict(MACHINE.probe)
     assert len(asked) == count
 
 
@@ -246,14 +280,12 @@ def test_filling_memory_is_nobodys_time(known, monkeypatch, n):
     def call(bench, config: LinearConfig) -> float:
         asked.append(config)
         now[0] += 1e-4
-        return 100.0
+        return 100.0 if config == LinearConfig() else 120.0
 
     monkeypatch.setattr(measure.ctypes, "memset", fill)
     monkeypatch.setattr(measure.LinearBench, "__call__", call)
     measure._common_memory.cache_clear()
-    tuning = Tuning(
-        target(), known.environment, probe=lambda: MACHINE.probe, clock=lambda: now[0]
-    )
+    tuning = Tuning(target(), known.environment, probe=lambda: MACHINE.probe, clock=lambda: now[0])
     counts = []
     for m in (16, 8):
         found, keep = tuning.measure(problem(m=m, n=n, k=256))

@@ -40,6 +40,7 @@ def test_the_fastest_wins():
     assert result.conclusive
     assert "+42.9 % and +42.9 %" in result.reason
     assert result.timings == {"default": 100, "a": 90, "b": 70, "c": 95}
+    assert result.samples == {"default": [100] * 18, "b": [70] * 18}
 
 
 def test_less_than_three_percent_is_not_enough():
@@ -57,6 +58,7 @@ def test_slower_candidates_leave_the_default():
 def test_alone_the_default_stays():
     result = steady(default=100).search("default")
     assert (result.config, result.conclusive) == ("default", False)
+    assert result.reason == "there is no other candidate"
 
 
 def test_a_win_must_come_twice():
@@ -140,6 +142,14 @@ def test_calls_too_long_to_compare_say_so():
     result = bench.search("default", "a")
     assert (result.config, result.conclusive, len(bench.calls)) == ("default", False, 2)
     assert "a call takes 20.0 ms" in result.reason
+
+
+def test_what_is_around_a_call_says_so():
+    """Sixty calls of 0.1 ms would fit, but not sixty times what it takes to time one."""
+    bench = FakeBench(lambda config, _: 100, overhead=9.9e-3)
+    result = bench.search("default", "a")
+    assert (result.config, result.conclusive) == ("default", False)
+    assert "a call takes 100.0 us and to time it 10.0 ms of the 60.0 ms left" in result.reason
 
 
 def test_longer_calls_try_fewer_candidates():

@@ -11,8 +11,17 @@
 
 namespace {
 
-// Bytes of codes in a chunk that reads them once, at least: each chunk begins with lines that nobody asked for in time.
-constexpr int64_t kLeastStream = 96 << 10;
+// Bytes of codes that a thread had better read once it has begun: a chunk begins with lines that nobody asked for in time.
+constexpr int64_t kLongStream = 96 << 10;
+
+// The most panels up to `most` that are a multiple of `at_once` more than `span` and give no thread more of them in all.
+inline int64_t longer_span(int64_t panels, int64_t span, int64_t most, int at_once, int threads) {
+  const auto longest = [&](int64_t s) { return ceil_div(ceil_div(panels, s), threads) * s; };
+  int64_t best = span;
+  for (int64_t s = span + at_once; s <= most; s += at_once)
+    if (longest(s) <= longest(best)) best = s;
+  return best;
+}
 
 // A chunk is `span` panels by `tiles_per_block` tiles. A panel has all of K: it stays in L2 while the tiles pass.
 struct QuantizedSchedule : Cut {
@@ -25,9 +34,10 @@ struct QuantizedSchedule : Cut {
     span = max64(1, panels / wanted);
     if (p.streamed) {
       const int64_t bytes = max64(1, p.form.panel_bytes());
-      const int64_t least = min64(ceil_div(kLeastStream, bytes), ceil_div(panels, threads));
-      span = max64(least, min64(kStreamChunk / bytes, span));
-      span = stream_span(panels, span, quantized_stream_panels(p.tallest_tile()), threads);
+      const int at_once = quantized_stream_panels(p.tallest_tile());
+      span = stream_span(panels, max64(1, min64(kStreamChunk / bytes, span)), at_once, threads);
+      // Two chunks a thread at least, so that a slow core does not hold up the others for long.
+      span = longer_span(panels, span, min64(kLongStream / bytes, panels / (2 * threads)), at_once, threads);
     }
     if (given.span) span = given.span;
     if (tiles <= 1 || panels == 0) return;

@@ -71,6 +71,12 @@ class Plan:
         return next((s.bits for _, s in self.schemes if s is not None), 0)
 
     @property
+    def forms(self) -> frozenset[tuple[int, int, bool]]:
+        """Of its codes: one, or none for "exact"."""
+        schemes = (s for _, s in self.schemes if s is not None)
+        return frozenset((s.bits, s.group, s.symmetric) for s in schemes)
+
+    @property
     def rounds(self) -> bool:
         """Whether activations are rounded anywhere."""
         return self.coarsest is not None and self.coarsest.activations == "int8"
@@ -136,13 +142,14 @@ def worth_trying(plans: Sequence[TimedPlan]) -> tuple[list[TimedPlan], list[tupl
     kept, refused = [exact], []
     for timed in others:
         same = [p for p in others if p.plan.bits == 8 and p.plan.rounds == timed.plan.rounds]
-        finer = [p for p in others if p.plan.bits == timed.plan.bits and p.seconds < timed.seconds]
+        alike = [p for p in others if p.plan.forms == timed.plan.forms]
+        faster = [p for p in alike if p.seconds < timed.seconds]
         if timed.seconds >= exact.seconds:
             refused.append((timed, _slower(timed, exact)))
         elif timed.plan.bits == 4 and same and timed.seconds >= min(p.seconds for p in same):
             refused.append((timed, _slower(timed, min(same, key=lambda p: p.seconds))))
-        elif timed.plan.rounds and finer:
-            refused.append((timed, _slower(timed, min(finer, key=lambda p: p.seconds))))
+        elif timed.plan.rounds and faster:
+            refused.append((timed, _slower(timed, min(faster, key=lambda p: p.seconds))))
         else:
             kept.append(timed)
     return kept, refused

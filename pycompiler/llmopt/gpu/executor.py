@@ -69,6 +69,10 @@ class GpuSegment(torch.nn.Module):
         self._values: OrderedDict[tuple[int, ...], list[int]] = OrderedDict()
         self.graphs = SegmentGraphs(builder, name) if mode == "reduce-overhead" else None
 
+    def forget_weights(self) -> None:
+        """Makes the next call prepare every weight anew."""
+        self._weights.forget()
+
     def forward(self, *arguments: Any) -> tuple[Tensor, ...]:
         """Raises GpuMissing that says what is missing where the kernels cannot run."""
         device = next(a.device for a in arguments if isinstance(a, Tensor))

@@ -61,6 +61,10 @@ class WeightCache:
             result.append(known.prepared)
         return result
 
+    def forget(self) -> None:
+        """Prepares every weight anew when it is asked for."""
+        self._made.clear()
+
     def _forget(self, key: tuple, _: object) -> None:
         """One of its tensors is gone, whose id another may get."""
         self._made.pop(key, None)

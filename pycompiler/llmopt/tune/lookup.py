@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -122,24 +123,22 @@ class Lookup:
         if self._measure is not None and problem.hint > 0:
             self._for_height(at(problem, bucket(problem.hint)))
         rows: list[tuple[int, LinearConfig]] = []
-        tuned = []
+        reasons = {}  # of the heights that are left to the kernel
         for m in BUCKETS:
-            entry, _ = self.entry(at(problem, m))
+            entry, reason = self.entry(at(problem, m))
             config = LinearConfig() if entry is None else LinearConfig.of(entry.config)
-            tuned += [] if entry is None else [str(m)]
+            if entry is None or not entry.config:
+                reasons[m] = reason if entry is None else f"measured, and {entry.reason}"
             if rows and rows[-1][1] == config:
                 rows.pop()
             rows.append((m if m < BUCKETS[-1] else EVERY_M, config))
+        tuned = ", ".join(str(m) for m in BUCKETS if m not in reasons)
         if not tuned:
-            return Choice(
-                source=f"default: {self.entry(at(problem, bucket(problem.hint or 1)))[1]}"
-            )
+            return Choice(source=f"default: {reasons[bucket(problem.hint or 1)]}")
         if rows[-1][1] == LinearConfig():
             rows.pop()
-        return Choice(
-            tuple(rows),
-            f"tuned for M={', '.join(tuned)}, which changes from call to call; else default",
-        )
+        rest = f"; else default: {_in_words(reasons)}" if reasons else ""
+        return Choice(tuple(rows), f"tuned for M={tuned}, which changes from call to call{rest}")
 
     def _refuse(self, problem: LinearProblem, entry: Entry) -> str:
         """Why a measured config cannot be used for a problem, or ""."""
@@ -159,6 +158,12 @@ class Lookup:
             if not self._refuse(problem, entry):
                 return entry
         return None
+
+
+def _in_words(reasons: dict[int, str]) -> str:
+    """The reasons of heights: the one that most have, then the others with theirs."""
+    ((most, _),) = Counter(reasons.values()).most_common(1)
+    return "; ".join([most, *(f"M={m}: {r}" for m, r in reasons.items() if r != most)])
 
 
 def distance(

@@ -66,7 +66,9 @@ class _Search(Generic[C]):
         trials = left - 4 * pairs
         count = _affordable(trials, len(candidates))
         if count < 2:
-            return self._result(default, default, self._why_alone(candidates, call), conclusive=False)
+            return self._result(
+                default, default, self._why_alone(candidates, call), conclusive=False
+            )
         repeats = max(1, min(_MOST_REPEATS, int(trials / _calls(count))))
         best = self._halve(candidates[:count], repeats, call * 4 * pairs)
         if best == default:
