@@ -152,7 +152,7 @@ class Report:
 
 def _step_lines(number: int, s: StepTime) -> list[str]:
     """Times and costs, then operands, then the source: each on a line of its own where they are many."""
-    numbers = f"{number:4d} {s.microseconds:9.1f} us {s.roof:5.0%} of {s.bound:7s} {_amount(s.flops)}FLOP {_amount(s.bytes)}B"
+    numbers = f"{number:4d} {s.microseconds:9.1f} us {_share(s.roof):>5s} of {s.bound:7s} {_amount(s.flops)}FLOP {_amount(s.bytes)}B"
     operands = ", ".join(s.inputs) + (f" -> {', '.join(s.outputs)}" if s.outputs else "")
     head = f"{numbers}  {s.kernel}:{s.isa} {s.detail}"
     config = (
@@ -178,7 +178,12 @@ def _indented(text: str) -> list[str]:
 
 
 def _row(name: str, microseconds: float, count: int, roof: float, bound: str) -> str:
-    return f"{microseconds / 1e3:9.3f} ms {count:4d} x {name:44s} {roof:4.0%} of {bound}"
+    return f"{microseconds / 1e3:9.3f} ms {count:4d} x {name:44s} {_share(roof):>4s} of {bound}"
+
+
+def _share(roof: float) -> str:
+    """Of a limit; nothing above what can be true when the probe is."""
+    return f"{roof:.0%}" if roof <= 1.25 else "–"
 
 
 def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
@@ -306,7 +311,7 @@ def _html(report: Report) -> str:
     bars = []
     for i, (name, time, count, roof, bound) in enumerate(groups):
         y, width = 24 * i, 420 * time / longest
-        label = html.escape(f"{time / 1e3:.3f} ms  {count} x {name}  {roof:.0%} of {bound}")
+        label = html.escape(f"{time / 1e3:.3f} ms  {count} x {name}  {_share(roof)} of {bound}")
         bars.append(
             f'<rect x="0" y="{y}" width="{width:.1f}" height="18" fill="#c9d7e8"/>'
             f'<rect x="0" y="{y}" width="{width * min(roof, 1):.1f}" height="18" fill="#3b6ea5"/>'

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from llmopt.compiled import alive
+from torch import nn
 from torch.nn import functional as F
 
 from tests.e2e.compare import assert_same_output
@@ -217,6 +218,30 @@ def test_an_rms_norm_without_eps_takes_that_of_float32(dtype: torch.dtype) -> No
         dtype
     )  # so small that the eps of a short dtype would be most of the sum
     check(lambda x: F.rms_norm(x, (64,)), x, takes=["norm"])
+
+
+class RoundedNorm(nn.Module):
+    """RMSNorm as Llama writes it: rounded to the dtype of its input, then times the weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(1 + randn(64, seed=1) / 10, requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return self.weight * wide.to(x.dtype)
+
+
+def test_a_norm_that_rounds_before_a_wider_weight_rounds() -> None:
+    x = randn(5, 64).bfloat16()
+    norm = RoundedNorm()
+    got = torch.compile(norm, backend="llmopt")(x)
+    assert got.dtype == torch.float32
+    assert (got / norm(x) - 1).abs().max() < 5e-3, (
+        "one step of bf16, where the last bit was near the middle"
+    )
+    assert ((got / norm(x) - 1).abs() < 1e-6).float().mean() > 0.95
 
 
 def test_an_attention_whose_scale_changes_says_so() -> None:

@@ -236,7 +236,8 @@ def test_what_an_older_version_measured_is_shown_and_carried_but_not_used(capsys
     ("arguments", "words"),
     [
         ((), "nothing to do"),
-        (("0x3x4",), "unknown model"),
+        (("0x3x4",), "'0x3x4' is no shape: expected MxNxK"),
+        (("16x576",), "'16x576' is no shape: expected MxNxK"),
         (("1x2x3", "smollm2"), "either shapes MxNxK or one model"),
         (("smollm2", "minilm"), "one model at a time"),
         (("1x33x50", "--precision", "w8a8"), "groups of 64 do not divide its 50 inputs"),

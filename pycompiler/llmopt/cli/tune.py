@@ -160,7 +160,8 @@ def _tune(args: argparse.Namespace, known: Any) -> None:
     budget = args.budget / 1e3 if args.budget else BUDGET_SECONDS
     tuning = Tuning(target(), known.environment, budget)
     rows = []
-    with working(f"measuring {len(problems)} shapes", total=len(problems)) as task:
+    shapes = "1 shape" if len(problems) == 1 else f"{len(problems)} shapes"
+    with working(f"measuring {shapes}", total=len(problems)) as task:
         for problem in problems:
             task.say(str(problem))
             entry, _ = lookup.entry(problem)
@@ -171,6 +172,8 @@ def _tune(args: argparse.Namespace, known: Any) -> None:
             rows.append((entry, source if entry.config else f"default ({entry.reason})"))
             task.advance()
     _print(f"{target()}, {dict(known.environment.facts)['threads']} threads", rows)
+    if any("too few fit" in entry.reason for entry, _ in rows):
+        print(f"--budget gives a shape more than {budget * 1e3:.0f} ms")
     if args.plot:
         title = f"{' '.join(args.what)} {args.dtype} {args.precision} — {target()}"
         heatmap(args.plot, [entry for entry, _ in rows], title)
@@ -193,6 +196,8 @@ def parse_shapes(what: list[str]) -> list[tuple[int, int, int]]:
         if not all(shapes):
             raise ValueError("give either shapes MxNxK or one model")
         return [(int(s[1]), int(s[2]), int(s[3])) for s in shapes if s]
+    if what and what[0][:1].isdigit() and not Path(what[0]).exists():
+        raise ValueError(f"{what[0]!r} is no shape: expected MxNxK such as 512x576x1536")
     if len(what) != 1:
         raise ValueError(f"one model at a time, not {len(what)}: {', '.join(what)}")
     return []

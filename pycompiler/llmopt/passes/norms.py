@@ -109,6 +109,8 @@ def _follow_weight(product: fx.Node) -> tuple[fx.Node, Any, float]:
             continue
         if kind(user) != "mul" or (pair := binary_operands(user)) is None:
             break
+        if fake(last).dtype.itemsize < fake(user).dtype.itemsize:
+            break  # rounded before a wider weight widens it again
         factor = pair[1] if pair[0] is last else pair[0]
         found = _weight(factor, fake(product).shape[-1])
         if found is None:
