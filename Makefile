@@ -53,7 +53,7 @@ clean:
 
 # Python files are used in place (an editable install); only a change of C++ builds again.
 $(VENV)/installed: $(VENV)/packages $(NATIVE)
-	@echo "building llmopt (about two minutes the first time)"
+	@echo "building llmopt (the first time two to ten minutes)"
 	$(PIP) --no-build-isolation --editable '.[test]'
 	@touch $@
 

@@ -42,13 +42,16 @@ class PackedWeight:
     state: tuple
     content: _C.Content
     sources: tuple[weakref.ref, ...]
-    readers: weakref.WeakSet = field(
-        default_factory=weakref.WeakSet
-    )  # that know it to be its sources' content
-    sweep: _C.Sweep = field(init=False)
+    # Who has compared all of the content.
+    readers: weakref.WeakSet = field(default_factory=weakref.WeakSet)
+    sweep: _C.Sweep = field(init=False)  # over `content`, one window a time
 
     def __post_init__(self) -> None:
-        self.sweep = _C.Sweep([self.content])
+        self.sources_are(self.state, self.content)
+
+    def sources_are(self, state: tuple, content: _C.Content) -> None:
+        """Where the sources are now, and what they hold there."""
+        self.state, self.content, self.sweep = state, content, _C.Sweep([content])
 
     @property
     def address(self) -> int:
@@ -153,9 +156,7 @@ class PackedStore:
             for spec in specs:
                 bases, key = _identity(spec, arguments, target)
                 if key in self._entries:
-                    entry = self._entries[key]
-                    entry.state, entry.content = state_of(bases), _content_of(bases)
-                    entry.sweep = _C.Sweep([entry.content])
+                    self._entries[key].sources_are(state_of(bases), _content_of(bases))
 
     def _make(
         self,

@@ -246,14 +246,24 @@ def test_one_slow_glance_is_no_proof(known):
     assert ask(known, problem(), tuning.measure).source.startswith("tuned: 5.0 us")
 
 
-def test_the_budget_of_a_shape_holds_with_all_that_is_around_it(known):
-    """Setting up, the search and the glance behind it, on a clock that only these advance."""
-    now = [0.0]
+class Clock:
+    """A clock that only what takes time on it advances."""
 
-    def take(seconds: float, value):
-        now[0] += seconds
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def take(self, seconds: float, value):
+        self.now += seconds
         return value
 
+
+def test_the_budget_of_a_shape_holds_with_all_that_is_around_it(known):
+    """Setting up, the search and the glance behind it, on a clock that only these advance."""
+    clock = Clock()
+    take = clock.take
     read_seconds = READ_BYTES / MACHINE.probe.read_bytes
     tuning = Tuning(
         target(),
@@ -262,10 +272,10 @@ def test_the_budget_of_a_shape_holds_with_all_that_is_around_it(known):
         lambda *_: take(0.002, lambda config: take(1e-3, 1e3)),
         lambda: MACHINE.probe,
         lambda: take(1.1 * read_seconds, MACHINE.probe),
-        clock=lambda: now[0],
+        clock=clock,
     )
     tuning.measure(problem())
-    assert 0.5 * BUDGET_SECONDS < now[0] < BUDGET_SECONDS + 2e-3
+    assert 0.5 * BUDGET_SECONDS < clock.now < BUDGET_SECONDS + 2e-3
 
 
 @pytest.mark.parametrize("n", [96, 2 * READ_BYTES // 1024], ids=["common memory", "its own"])
@@ -313,19 +323,14 @@ def test_the_memory_is_one_for_the_process_except_for_larger_weights(monkeypatch
 
 def test_setting_up_that_takes_all_the_time_says_so(known):
     """A call of 0.1 ms would fit: the reason is not its length alone."""
-    now = [0.0]
-
-    def take(seconds: float, value):
-        now[0] += seconds
-        return value
-
+    clock = Clock()
     tuning = Tuning(
         target(),
         known.environment,
         BUDGET_SECONDS,
-        lambda *_: take(0.050, lambda config: take(1e-3, 100.0)),
+        lambda *_: clock.take(0.050, lambda config: clock.take(1e-3, 100.0)),
         lambda: MACHINE.probe,
-        clock=lambda: now[0],
+        clock=clock,
     )
     found, keep = tuning.measure(problem())
     assert not keep

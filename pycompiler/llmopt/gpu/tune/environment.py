@@ -16,11 +16,10 @@ from typing import Any
 import torch
 
 from llmopt.gpus import Part
-from llmopt.tune.environment import SCHEMA, Environment
+from llmopt.tune.environment import SCHEMA, UNKNOWN, Environment
 from llmopt.types import Target
 
 Facts = dict[str, str | int]
-UNKNOWN = "unknown"
 POLICY = "median of eager launches, cold L2"
 PREDICTED = "never: predicted by the model of llmopt"
 _GIB = 1 << 30
