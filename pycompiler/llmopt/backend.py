@@ -17,7 +17,7 @@ from llmopt.contexts import enclose
 from llmopt.executor import build_executable
 from llmopt.gpu.device import choose_target, gpu_among
 from llmopt.gpu.tune.lookup import chooser_for
-from llmopt.graph import kind
+from llmopt.graph import fake, kind, tensors_in
 from llmopt.messages import say, warn_once
 from llmopt.options import Options, check_for_cpu, check_for_gpu, parse_options
 from llmopt.passes import attention_precision, kv_cache, quantize
@@ -53,7 +53,7 @@ def llmopt(
     _raise_recompile_limit()
     tensors = [t for t in example_inputs if isinstance(t, torch.Tensor)]
     machine, reason = choose_target(chosen.target, tensors)
-    reason = reason or _why_not(example_inputs, tensors) or enclose(gm) or pin(gm)
+    reason = reason or _why_not(gm, example_inputs, tensors) or enclose(gm) or pin(gm)
     if reason:
         say(1, f"graph of {len(gm.graph.nodes)} nodes runs as in PyTorch: {reason}")
         if reason == _GRADIENTS:
@@ -112,7 +112,9 @@ def _compile(
     return CompiledGraph(plan, executable, clock.seconds, options, decision=decision)
 
 
-def _why_not(example_inputs: Sequence[Any], tensors: Sequence[torch.Tensor]) -> str:
+def _why_not(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], tensors: Sequence[torch.Tensor]
+) -> str:
     """Why a graph is left to PyTorch as a whole, or ""."""
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return _GRADIENTS
@@ -120,6 +122,8 @@ def _why_not(example_inputs: Sequence[Any], tensors: Sequence[torch.Tensor]) -> 
         return "autocast is on: its casts happen inside PyTorch's own operators"
     if any(not isinstance(t, torch.Tensor | int | float | torch.SymInt) for t in example_inputs):
         return "an input is neither tensor nor number"
+    if any(value.is_nested for node in gm.graph.nodes for value in tensors_in(fake(node))):
+        return "nested tensors have sizes that are no numbers"
     return ""
 
 

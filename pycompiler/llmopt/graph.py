@@ -19,6 +19,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._ops import OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import guard_or_false
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from llmopt.sizes import Size, expression
 
@@ -122,6 +123,27 @@ def fake(node: Any) -> Any:
 
 def is_tensor(node: Any) -> bool:
     return isinstance(node, fx.Node) and isinstance(fake(node), torch.Tensor)
+
+
+def unreadable(node: Any) -> str:
+    """Why the elements of a value are not what lies in its memory, or ""."""
+    for value in tensors_in(fake(node)):
+        if is_traceable_wrapper_subclass(value):
+            return f"a {type(value).__name__}, which has no memory of its own"
+        if value.layout is not torch.strided:
+            return f"{str(value.layout).removeprefix('torch.')}, not strided"
+        if value.is_neg() or value.is_conj():
+            return "negated or conjugated only when PyTorch reads it"
+    return ""
+
+
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors of an example value: itself, or the parts of a tuple."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for part in value:
+            yield from tensors_in(part)
 
 
 def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:

@@ -6,7 +6,7 @@ of a transformer's arithmetic ends in one segment unless something in the middle
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -24,6 +24,8 @@ from llmopt.graph import (
     kind,
     numel,
     storage,
+    tensors_in,
+    unreadable,
     view_base,
 )
 from llmopt.launch import Launch
@@ -149,7 +151,9 @@ class _Roles:
                 or is_view(node)
             ):
                 continue
-            kernel, reason = kernel_for(node)
+            kernel, reason = None, self._unreadable(node)
+            if not reason:
+                kernel, reason = kernel_for(node)
             reason = reason or self._unknown_sizes(node) or self._unknown_layout(node)
             if kernel is not None and not reason:
                 self.native[node] = kernel
@@ -197,11 +201,19 @@ class _Roles:
             return False
         return called and node not in self.native and not self.is_part(node) and not is_view(node)
 
+    @staticmethod
+    def _unreadable(node: fx.Node) -> str:
+        """A value, read or made, that is more than its memory."""
+        for value in (node, *node.all_input_nodes):
+            if reason := unreadable(value):
+                return f"{value.name} is {reason}"
+        return ""
+
     def _unknown_sizes(self, node: fx.Node) -> str:
         """A size the executor could not know when the segment runs."""
         values = [fake(n) for n in (node, *node.all_input_nodes)]
         sizes: list[Size] = [v for v in values if isinstance(v, torch.SymInt)]
-        for value in _tensors(values):
+        for value in tensors_in(values):
             sizes += [*value.shape, *value.stride(), value.storage_offset()]
         for size in sizes:
             expr = expression(size)
@@ -224,14 +236,6 @@ class _Roles:
             if is_tensor(base) and fake(base).device != self._device:
                 return f"{base.name} is on {fake(base).device}"
         return ""
-
-
-def _tensors(values: Iterable) -> Iterator[torch.Tensor]:
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            yield value
-        elif isinstance(value, (tuple, list)):
-            yield from _tensors(value)
 
 
 def _device_of(graph: fx.Graph) -> torch.device:

@@ -224,7 +224,7 @@ def test_dtype_and_back(first: torch.dtype, backend: str) -> None:
         else:
             exact = copy.deepcopy(module).float()(x.float())
             ours, theirs = ((y.float() - exact).pow(2).mean() for y in (got, module(x)))
-            assert ours.sqrt() <= 1.25 * theirs.sqrt()
+            assert ours <= theirs
 
 
 def test_tied_weights_stay_tied(backend: str) -> None:

@@ -125,7 +125,7 @@ def assert_prompt(row: Row, eager: Any, prompt: dict, backend: str, got: Any) ->
 
 @pytest.mark.parametrize(("name", "dtype"), HALF)
 def test_half_precision_is_as_near_as_eager(name: str, dtype: str, backend: str) -> None:
-    """Our distance to the fp32 result of the same rounded weights is at most eager's (a quarter is luck)."""
+    """Our distance to the fp32 result of the same rounded weights is at most eager's."""
     half, compiled = zoo.pair(name, backend, getattr(torch, dtype))
     exact = copy.deepcopy(half).float()
     x = zoo.inputs(name, 33, batch=4)
@@ -136,7 +136,7 @@ def test_half_precision_is_as_near_as_eager(name: str, dtype: str, backend: str)
     assert got.dtype == eager.dtype
     ours, theirs = (rms(o.float() - want) / rms(want) for o in (got, eager))
     assert theirs > 0
-    assert ours <= 1.25 * theirs + 1e-6, f"RMS error {ours:.3g}, eager's is {theirs:.3g}"
+    assert ours <= theirs, f"RMS error {ours:.3g}, eager's is {theirs:.3g}"
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -151,7 +151,7 @@ def test_decoding_in_half_precision_is_as_near_as_eager(dtype: str, backend: str
         cache = model(ids[:, :20], use_cache=True).past_key_values
         steps = [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(20, 24)]
         errors.append(rms(torch.cat(steps, dim=1).float() - want))
-    assert 0 < errors[0] <= 1.25 * errors[1]
+    assert 0 < errors[0] <= errors[1]
 
 
 def rms(x: torch.Tensor) -> float:

@@ -21,6 +21,7 @@ from llmopt.graph import (
     same_shape,
     same_size,
     sole_user,
+    unreadable,
 )
 from llmopt.writes import Writes
 
@@ -40,7 +41,9 @@ def run(graph: fx.Graph) -> None:
 
 
 def _usable(x: Any, weight: Any, bias: Any) -> bool:
-    if not (is_tensor(x) and is_weight(weight)) or fake(weight).dim() != 2 or fake(x).dim() < 1:
+    if not (is_tensor(x) and is_weight(weight)) or any(map(unreadable, (x, weight, bias))):
+        return False
+    if fake(weight).dim() != 2 or fake(x).dim() < 1:
         return False
     if fake(x).dtype not in FLOATS or fake(weight).dtype != fake(x).dtype:
         return False

@@ -22,6 +22,7 @@ from llmopt.graph import (
     is_weight,
     kind,
     replace,
+    unreadable,
     weight_name,
 )
 from llmopt.ops.linear import given, parts
@@ -97,6 +98,8 @@ def _matrices(node: fx.Node) -> list[fx.Node]:
 
 def _why_plain(weight: fx.Node) -> str:
     """Why no ops.linear reads a weight."""
+    if reason := unreadable(weight):
+        return f"its weight is {reason}"
     if fake(weight).dtype not in FLOATS:
         return f"weights of {fake(weight).dtype}: f32, f16 and bf16 can be rounded"
     return "its inputs or its bias have another dtype"

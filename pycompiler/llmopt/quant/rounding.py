@@ -70,6 +70,8 @@ def why_not(weight: Tensor, form: CodeForm) -> str:
     """Why this weight [N, K] cannot have this form; "" when it can."""
     if reason := form.reject(weight.shape[1]):
         return reason
+    if weight.layout is not torch.strided:
+        return f"its weight is {str(weight.layout).removeprefix('torch.')}, and only strided ones are rounded"
     bad = weight.numel() - int(weight.detach().isfinite().sum())
     return f"{bad} of its {weight.numel()} weights are NaN or infinite" if bad else ""
 
