@@ -112,7 +112,9 @@ class PackedStore:
     def __init__(self) -> None:
         self._entries: dict[tuple, PackedWeight] = {}
         self._lock = threading.RLock()
-        self.epoch = 0  # grows when a source tensor dies: its id may then belong to another tensor
+        # Grows when a source tensor dies: its id may then belong to another tensor. And when a weight is packed again: another graph
+        # may have seen the content of before, and see it again when an edit is undone.
+        self.epoch = 0
         self.packings = 0
 
     def get(
@@ -175,6 +177,7 @@ class PackedStore:
             else _packed_codes(spec, spec.form, arguments, target, held)
         )
         self.packings += 1
+        self.epoch += old is not None
 
         def forget(_: weakref.ref) -> None:
             with self._lock:

@@ -175,6 +175,19 @@ def test_another_graph_keeps_its_weights_while_one_packs_again(backend: str) -> 
     assert len(junk) == 64
 
 
+def test_an_edit_that_is_undone_behind_a_graphs_back(backend: str) -> None:
+    """As an adapter that is merged, used in another graph, and taken out again: what the first graph sees has never changed."""
+    module = build(Block)
+    compiled = torch.compile(module, backend=backend, dynamic=False)
+    x, other = block_input(), block_input(length=3)
+    weight, kept = module.up.weight, module.up.weight.clone()
+    for _ in range(2):
+        assert_same_output(compiled(x), module(x))
+        weight.data.mul_(2)
+        assert_same_output(compiled(other), module(other))
+        weight.data.copy_(kept)
+
+
 def test_layers_that_share_a_graph_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The graph is called with the weights of each in turn; all of a weight is compared for a graph that is new, not at each call."""
     layers = [build(Block, seed) for seed in range(3)]
