@@ -33,6 +33,8 @@ def _nearest_line(node: fx.Node) -> str:
 def _member(node: fx.Node) -> str:
     """`path (Class)` below the outermost container, when the innermost module is called by an nn.Sequential."""
     stack = list((node.meta.get("nn_module_stack") or {}).values())
+    if any(not isinstance(cls, type) for _, cls in stack):  # torch.export keeps names
+        return ""
     if len(stack) < 2 or not issubclass(stack[-2][1], torch.nn.Sequential):
         return ""
     paths = [path for path, _ in stack]

@@ -19,6 +19,7 @@ from tests.e2e.compare import assert_same_output
 
 # pass → what the plan of Step holds only where it ran
 EFFECTS = {
+    "torch_layers": "[1,2,1,16]f32",  # the heads of an nn.MultiheadAttention
     "simplify": "norm.cpu rms",
     "norms": "norm.cpu layer",
     "rotary": "rope_half",
@@ -44,6 +45,7 @@ class Step(nn.Module):
         super().__init__()
         self.embed = nn.Embedding(10, 32)
         self.norm, self.scale = nn.LayerNorm(32), nn.Parameter(torch.ones(32))
+        self.pool = nn.MultiheadAttention(32, 2, batch_first=True)
         self.q, self.k, self.v, self.out = (nn.Linear(32, 32) for _ in range(4))
         self.gate, self.up, self.down = nn.Linear(32, 64), nn.Linear(32, 64), nn.Linear(64, 32)
 
@@ -55,6 +57,7 @@ class Step(nn.Module):
         cache: tuple[torch.Tensor, torch.Tensor],
     ) -> tuple[torch.Tensor, ...]:
         x = self.embed(ids) * 4.0
+        x = x + self.pool(x, x, x, need_weights=False)[0]
         angles = frequencies * position[..., None]
         angles = torch.cat((angles, angles), -1)
         cos, sin = angles.cos()[:, None], angles.sin()[:, None]

@@ -20,11 +20,13 @@ from llmopt.passes import (
     rotary_tables,
     share,
     simplify,
+    torch_layers,
 )
 
 Pass = Callable[[fx.Graph], None]
 
 PIPELINE: tuple[tuple[str, Pass], ...] = (
+    ("torch_layers", torch_layers.run),
     ("simplify", simplify.run),
     ("norms", norms.run),
     ("rotary", rotary.run),
