@@ -13,7 +13,7 @@
 //   a key or value that a row may not see, NaN included, never reaches that row.
 //   rope_kind rotates the first R dims of q and k_new. With write_kv, rotated k_new and v_new go to the slots
 //   `positions` of k and v (the last Sn without positions) before attending; without k_new, k is used as it is.
-// Phases: [write new rows], attend, [merge the splits of the keys].
+// Phases: [write new rows], attend. Where keys are split, who ends the last part of a chunk's keys merges them.
 #include "cpu/attention/decode.h"
 #include "cpu/attention/prefill.h"
 #ifdef __AMX_TILE__
@@ -22,30 +22,17 @@
 
 namespace {
 
-enum class Stage { write, attend, merge };
 constexpr int64_t kRowsPerWrite = 32;
-constexpr int64_t kRowsPerMerge = 4;
 
-inline Stage stage_of(const Plan& plan, int phase) {
-  if (plan.write_first && phase == 0) return Stage::write;
-  return phase == (plan.write_first ? 1 : 0) ? Stage::attend : Stage::merge;
-}
+inline bool writes(const Plan& plan, int phase) { return plan.write_first && phase == 0; }
 
-int phases(const Step& s, int threads) {
-  const Problem p = parse(s);
-  const Plan plan = make_plan(p, threads);
-  return (plan.write_first ? 1 : 0) + 1 + (plan.max_splits > 1 ? 1 : 0);
-}
+int phases(const Step& s, int threads) { return make_plan(parse(s), threads).write_first ? 2 : 1; }
 
 int64_t chunks(const Step& s, int phase, int threads) {
   const Problem p = parse(s);
   const Plan plan = make_plan(p, threads);
-  const Stage stage = stage_of(plan, phase);
-  if (stage == Stage::write) return p.batch * p.kv_heads * ceil_div(p.new_len, kRowsPerWrite);
-  if (plan.rows == 0) return 0;
-  const int64_t splits = live_splits(p, plan);
-  if (stage == Stage::attend) return plan.units * splits;
-  return splits == 1 ? 0 : ceil_div(p.batch * p.kv_heads * plan.rows, kRowsPerMerge);
+  if (writes(plan, phase)) return p.batch * p.kv_heads * ceil_div(p.new_len, kRowsPerWrite);
+  return plan.rows == 0 ? 0 : plan.units * live_splits(p, plan);
 }
 
 size_t workspace(const Step& s, int threads) {
@@ -74,8 +61,8 @@ inline void write_rows(const Problem& p, int64_t chunk) {
 }
 
 // Partial softmaxes of one row, brought to their common max and added.
-inline void merge_row(const Problem& p, const Plan& plan, int64_t index, int64_t splits, char* shared) {
-  const int64_t row = index % plan.rows, head = index / plan.rows, b = head / p.kv_heads, kv_head = head % p.kv_heads;
+inline void merge_row(const Problem& p, const Plan& plan, int64_t b, int64_t kv_head, int64_t row, int64_t splits,
+                      char* shared) {
   auto part = [&](int64_t n) { return partial(p, plan, shared, b, kv_head, row, n); };
   float max = kNegInf, sum = 0.0f;
   for (int64_t n = 0; n < splits; ++n) max = part(n)[0] > max ? part(n)[0] : max;
@@ -107,15 +94,28 @@ inline void attend(const Problem& p, const Plan& plan, int64_t chunk, int64_t sp
   prefill_rows(p, plan, RowChunk(p, plan, chunk, splits), scratch);
 }
 
+__attribute__((noinline)) void merge(const Problem& p, const Plan& plan, int64_t chunk, int64_t splits, char* shared) {
+  if (!plan.decode) {
+    const RowChunk c(p, plan, chunk, splits);
+    for (int64_t row = c.row0; row < c.row0 + c.rows; ++row) merge_row(p, plan, c.b, c.kv_head, row, splits, shared);
+    return;
+  }
+  const DecodeChunk c(p, plan, chunk, splits);
+  for (int64_t head = c.head0; head < c.head0 + c.heads; ++head)
+    for (int64_t row = 0; row < plan.rows; ++row) merge_row(p, plan, c.b, head, row, splits, shared);
+}
+
 void run(const Step& s, int phase, int64_t chunk, int threads, const Scratch& scratch) {
   const Problem p = parse(s);
   const Plan plan = make_plan(p, threads);
-  const Stage stage = stage_of(plan, phase);
-  if (stage == Stage::write) return write_rows(p, chunk);
+  if (writes(plan, phase)) return write_rows(p, chunk);
   const int64_t splits = live_splits(p, plan);
-  if (stage == Stage::attend) return attend(p, plan, chunk, splits, threads, scratch);
-  const int64_t end = min64(p.batch * p.kv_heads * plan.rows, (chunk + 1) * kRowsPerMerge);
-  for (int64_t index = chunk * kRowsPerMerge; index < end; ++index) merge_row(p, plan, index, splits, scratch.shared);
+  attend(p, plan, chunk, splits, threads, scratch);
+  if (splits == 1) return;
+  int32_t* ended = scratch.counters + chunk / splits;
+  if (__atomic_add_fetch(ended, 1, __ATOMIC_ACQ_REL) < splits) return;
+  *ended = 0;
+  merge(p, plan, chunk, splits, scratch.shared);
 }
 
 const Kernel kKernels[] = {

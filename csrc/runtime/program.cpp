@@ -46,6 +46,7 @@ struct Program::Context {
   std::vector<Step> steps;
   std::vector<int> phases;
   Memory arena, workspace, local;
+  Memory counters{kCounters * sizeof(int32_t)};
   std::vector<int64_t>* step_ns = nullptr;
 };
 
@@ -268,7 +269,8 @@ Span Program::first_read_after(const Context& c, size_t k, int phase, int thread
 void Program::body(Team& team, int thread, void* context) {
   Context& c = *static_cast<Context*>(context);
   const Program& p = *c.program;
-  const Scratch scratch{c.workspace.data(), c.local.data() + kLocalBytes * static_cast<size_t>(thread)};
+  const Scratch scratch{c.workspace.data(), c.local.data() + kLocalBytes * static_cast<size_t>(thread),
+                        reinterpret_cast<int32_t*>(c.counters.data())};
   const bool timed = thread == 0 && c.step_ns;
   auto last = std::chrono::steady_clock::now();
   for (size_t k = 0; k < c.steps.size(); ++k) {

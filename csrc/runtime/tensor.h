@@ -71,11 +71,14 @@ struct Step {
 
 // Memory a kernel may use while it runs. `shared` is one block for all threads of the step (size asked for through
 // Kernel::workspace); `local` is private to the calling thread and kLocalBytes long. Both are 64-byte aligned.
+// `counters` are kCounters zeros for all threads: a kernel that counts leaves zeros again.
 struct Scratch {
   char* shared;
   char* local;
+  int32_t* counters = nullptr;
 };
 constexpr size_t kLocalBytes = 1 << 20;
+constexpr int64_t kCounters = 1024;
 
 struct Span {
   const char* data;

@@ -86,15 +86,24 @@ def test_an_index_of_one_is_a_slice() -> None:
     check(function, randn(2, 5, 32), segments=1)
 
 
-@pytest.mark.parametrize("precision", ["exact", "w8a8", "w4a8"])
-def test_a_layer_of_decode_waits_once_a_product(precision: str) -> None:
-    """Four linears and attention: each thread prepares a single row for itself, and no keys are split among threads."""
+@pytest.mark.parametrize(
+    ("precision", "past", "wide"),
+    [
+        ("exact", 9, 128),
+        ("w8a8", 9, 128),
+        ("w4a8", 9, 128),
+        ("exact", 3000, 128),
+        ("w8a8", 9, 8192),
+    ],
+)
+def test_a_layer_of_decode_waits_once_a_product(precision: str, past: int, wide: int) -> None:
+    """Four linears and attention: each thread prepares a single row for itself, and who ends the last keys of a head merges its parts."""
 
     def barriers(layers: int) -> int:
         torch._dynamo.reset()
         config = LlamaConfig(
             hidden_size=64,
-            intermediate_size=128,
+            intermediate_size=wide,
             num_hidden_layers=layers,
             num_attention_heads=4,
             num_key_value_heads=2,
@@ -103,7 +112,7 @@ def test_a_layer_of_decode_waits_once_a_product(precision: str) -> None:
         model = LlamaForCausalLM(config).eval()
         compiled = torch.compile(model, backend="llmopt", options={"precision": precision})
         with torch.inference_mode():
-            first = compiled(input_ids=torch.arange(9)[None], use_cache=True)
+            first = compiled(input_ids=torch.arange(past)[None] % 100, use_cache=True)
             compiled(input_ids=torch.tensor([[3]]), past_key_values=first.past_key_values)
         (segment,) = alive()[-1].segments()
         return segment.program.barriers

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 from llmopt import _C
-from llmopt.native.program import run_op
+from llmopt.native.program import OneOp, run_op
 
 from tests.tolerance import BF16_PRODUCTS, assert_close
 
@@ -143,6 +143,15 @@ def make(c: Case, seed: int = 0) -> Tensors:
 
 def run(c: Case, t: Tensors, tier: str, dtype: torch.dtype | None = None) -> torch.Tensor:
     """The kernel's output, in the case's dtype or this one; writes t.k and t.v when the case has new rows."""
+    op, out = prepared(c, t, tier, dtype)
+    op()
+    return out
+
+
+def prepared(
+    c: Case, t: Tensors, tier: str, dtype: torch.dtype | None = None
+) -> tuple[OneOp, torch.Tensor]:
+    """The kernel as a call, and what it writes."""
     v_dim = c.v_dim or c.dim
     out = rows(c, c.heads, c.q_len, v_dim).fill_(math.nan).to(dtype or c.dtype)
     mask, bounds = t.mask, None
@@ -153,8 +162,8 @@ def run(c: Case, t: Tensors, tier: str, dtype: torch.dtype | None = None) -> tor
         mask, bounds = mask.expand(*shape, c.kv_len), bounds.expand(*shape, 4)
     operands = [t.q, t.k, t.v, out, mask, bounds, t.cos, t.sin, t.k_new, t.v_new, t.positions]
     ints = [int(c.is_causal), c.causal_offset, c.window, c.rope, int(c.new), int(c.bf16_products)]
-    run_op("attention", operands, ints, [c.dim**-0.5, c.softcap], tier=tier, threads=c.threads)
-    return out
+    floats = [c.dim**-0.5, c.softcap]
+    return OneOp("attention", operands, ints, floats, tier=tier, threads=c.threads), out
 
 
 def rotate(c: Case, x: torch.Tensor, t: Tensors) -> torch.Tensor:

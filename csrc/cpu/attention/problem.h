@@ -148,7 +148,7 @@ inline Plan make_plan(const Problem& p, int threads) {
   const int64_t wanted = threads > 1 ? 4 * threads : 1, per = max64(1, plan.units);
   // The parts of a chunk's keys are those of each of its panels only where it is one panel: any of them may leave
   // tiles.
-  const bool whole = per >= wanted || plan.nv > kMaxNv;
+  const bool whole = per >= min64(wanted, kCounters) || plan.nv > kMaxNv;
   plan.max_splits = whole ? 1 : max64(1, min64(ceil_div(wanted, per), p.kv_len * plan.heads / kMinSplitKeys));
   plan.even_splits = 1;
   while (plan.even_splits < plan.max_splits && per * plan.even_splits % threads) ++plan.even_splits;
