@@ -212,7 +212,8 @@ const char* attention(const Call& c) {
   if (kv_heads ? heads % kv_heads != 0 : heads != 0) return "the heads of q are not a multiple of those of k";
   if (out.size[0] != batch || out.size[1] != heads || out.size[2] != queries || out.size[3] != head_size(v))
     return "out is not [B, H, Sq, Dv]";
-  if (absent(mask) != absent(bounds) && keys > 0 && queries > 0) return "a mask and its bounds come together";
+  const bool has_scores = batch > 0 && heads > 0 && queries > 0 && keys > 0;  // what is empty has no memory
+  if (absent(mask) != absent(bounds) && has_scores) return "a mask and its bounds come together";
   if (!absent(mask)) {
     if (mask.ndim != 4 || bounds.ndim != 4 || bounds.dtype != DType::i32 || bounds.size[3] != 4)
       return "mask and bounds are not [B, H, Sq, .]";

@@ -65,6 +65,7 @@ class Segment(torch.nn.Module):
         self._packed_addresses: list[int] = []
         self._watch: Watch | None = None
         self._repack = False  # the next call packs every weight again, whatever it sees of it
+        self._told = 0  # how often others told it to look again
         self._held: list[weakref.ref] = []  # the store owns them, for as long as their tensors live
         self._lock = threading.Lock()
         self.profile_ns: list[int] | None = None
@@ -147,6 +148,7 @@ class Segment(torch.nn.Module):
                 return self._packed_addresses
             edited = True
         with self._lock:
+            told = self._told
             again, self._repack = edited or self._repack, False
             held = [STORE.get(p, arguments, self.target_, again, self) for p in self._packed]
             if self._offload and offload(arguments[a] for a in self._matrices):
@@ -156,13 +158,21 @@ class Segment(torch.nn.Module):
             ]
             self._held = [weakref.ref(entry) for entry in held]
             self._packed_addresses = addresses
-            self._watch = Watch(arguments, self._weights, held)
+            watch = Watch(arguments, self._weights, held)
+            with STORE.lock:
+                if told == self._told:
+                    self._watch = watch
             return addresses
+
+    def look_again(self) -> None:
+        with STORE.lock:
+            self._told += 1
+            self._watch = None
 
     def forget_weights(self) -> None:
         """Makes the next call pack every weight anew."""
         self._repack = True
-        self._watch = None
+        self.look_again()
 
 
 def _address(weight: PackedWeight, source: str) -> int:

@@ -10,6 +10,7 @@ import threading
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -33,6 +34,14 @@ def packed_bytes(n: int, k: int, itemsize: int, panel_width: int) -> int:
     return panels * panel_width * (k + k % 2) * itemsize + _SLACK
 
 
+class Reader(Protocol):
+    """Who runs with packed weights."""
+
+    def look_again(self) -> None:
+        """Another packed one of them again. Content that looks as when this reader last looked may be that of an edit which was undone:
+        what is packed is then the edit."""
+
+
 @dataclass
 class PackedWeight:
     """A weight in the kernels' layout, its biases as one vector, and the state of its sources when it was made."""
@@ -43,7 +52,7 @@ class PackedWeight:
     content: _C.Content
     sources: tuple[weakref.ref, ...]
     # Who has compared all of the content.
-    readers: weakref.WeakSet = field(default_factory=weakref.WeakSet)
+    readers: weakref.WeakSet[Reader] = field(default_factory=weakref.WeakSet)
     sweep: _C.Sweep = field(init=False)  # over `content`, one window a time
 
     def __post_init__(self) -> None:
@@ -111,10 +120,8 @@ class PackedStore:
 
     def __init__(self) -> None:
         self._entries: dict[tuple, PackedWeight] = {}
-        self._lock = threading.RLock()
-        # Grows when a source tensor dies: its id may then belong to another tensor. And when a weight is packed again: another graph
-        # may have seen the content of before, and see it again when an edit is undone.
-        self.epoch = 0
+        self.lock = threading.RLock()
+        self.epoch = 0  # grows when a source tensor dies: its id may then belong to another tensor
         self.packings = 0
 
     def get(
@@ -123,7 +130,7 @@ class PackedStore:
         arguments: Sequence[Tensor],
         target: Target,
         changed: bool,
-        reader: object,
+        reader: Reader,
     ) -> PackedWeight:
         """The packed form of `spec` over a segment's arguments; `changed` forces it to be made again.
 
@@ -132,7 +139,7 @@ class PackedStore:
         """
         bases, key = _identity(spec, arguments, target)
         state = state_of(bases)
-        with self._lock:
+        with self.lock:
             entry = self._entries.get(key)
             if (
                 changed
@@ -140,13 +147,17 @@ class PackedStore:
                 or entry.state != state
                 or not self._is_unchanged(entry, reader)
             ):
+                readers = [] if entry is None else list(entry.readers)
                 entry = self._make(spec, arguments, target, state, bases, key, entry)
                 self._entries[key] = entry
+                for other in readers:
+                    if other is not reader:
+                        other.look_again()
             entry.readers.add(reader)
             return entry
 
     @staticmethod
-    def _is_unchanged(entry: PackedWeight, reader: object) -> bool:
+    def _is_unchanged(entry: PackedWeight, reader: Reader) -> bool:
         known = reader in entry.readers
         return entry.sweep.unchanged() if known else entry.content.all_unchanged()
 
@@ -154,7 +165,7 @@ class PackedStore:
         self, specs: Sequence[PackedSpec], arguments: Sequence[Tensor], target: Target
     ) -> None:
         """Takes note that the sources moved in memory and kept their content."""
-        with self._lock:
+        with self.lock:
             for spec in specs:
                 bases, key = _identity(spec, arguments, target)
                 if key in self._entries:
@@ -177,10 +188,9 @@ class PackedStore:
             else _packed_codes(spec, spec.form, arguments, target, held)
         )
         self.packings += 1
-        self.epoch += old is not None
 
         def forget(_: weakref.ref) -> None:
-            with self._lock:
+            with self.lock:
                 self._entries.pop(key, None)
                 self.epoch += 1
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from llmopt.compiled import alive
+from llmopt.graph import kind
 from torch import Tensor, nn
 
 from tests.tolerance import assert_close
@@ -36,17 +40,33 @@ def seeded(module: nn.Module) -> nn.Module:
     return module.eval()
 
 
+# What PyTorch does to masks before the layers, and the layers to them.
+ABOUT_MASKS = {
+    "zeros_like",
+    "masked_fill",
+    "masked_fill_",
+    "logical_not",
+    "logical_or",
+    "to",
+    "add",
+    "unflatten",
+    "full",
+    "triu",
+}
+
+
 def check(call: Callable[..., Tensor], *inputs: Tensor, native: bool = True, **how: Any) -> Any:
-    """As in eager; all of it in one native segment, or none. Returns the plan."""
+    """As in eager, also where it lies in memory; all but masks in one native segment, or nothing. Returns the plan."""
     torch._dynamo.reset()
     before = {id(g) for g in alive()}
-    got, want = torch.compile(call, backend="llmopt", **how)(*inputs), call(*inputs)
-    assert_close(got, want)
-    assert got.shape == want.shape
+    compiled, want = torch.compile(call, backend="llmopt", **how), call(*inputs)
+    for _ in range(2):
+        got = compiled(*inputs)
+        assert_close(got, want)
+        assert got.shape == want.shape
     (plan,) = [g.plan for g in alive() if id(g) not in before]
     assert len(plan.segments) == native, str(plan)
-    layers = [f for f in plan.fallbacks if "forward" in f.node.name or "layer" in f.node.name]
-    assert not (native and layers), layers
+    assert not native or {kind(f.node) for f in plan.fallbacks} <= ABOUT_MASKS, str(plan)
     return plan
 
 
@@ -70,11 +90,8 @@ MASKS: dict[str, dict[str, Any]] = {
     "causal": {"mask": CAUSAL, "is_causal": True},
     "causal, of bools": {"mask": CAUSAL < 0, "is_causal": True},
     "both": {"is_causal": True, "mask": CAUSAL, "src_key_padding_mask": torch.zeros(2, LENGTH).masked_fill(PADDING, -torch.inf)},
-    "of every head": {"mask": randn(2 * HEADS, LENGTH, LENGTH).sign().clamp(max=0) * torch.inf},
+    "of every head": {"mask": (randn(2 * HEADS, LENGTH, LENGTH) < 0) & ~torch.eye(LENGTH).bool()},
 }  # fmt: skip
-MASKS["of every head"]["mask"] = torch.where(
-    torch.eye(LENGTH).bool(), 0.0, MASKS["of every head"]["mask"].nan_to_num(0.0, neginf=-torch.inf)
-)
 
 
 @pytest.mark.parametrize("mask", MASKS)
@@ -117,17 +134,122 @@ def test_attention(what: str, batch_first: bool) -> None:
     check(call, randn(2, LENGTH, WIDTH) if batch_first else randn(LENGTH, 2, WIDTH))
 
 
+FORWARDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "hint": {"attn_mask": torch.zeros(1, 1), "is_causal": True},  # PyTorch looks at no number of the mask then
+    "hint and padding": {"attn_mask": CAUSAL, "is_causal": True, "key_padding_mask": PADDING.float() * -9},
+    "bool and float": {"attn_mask": randn(LENGTH, LENGTH), "key_padding_mask": PADDING},
+    "float and bool": {"attn_mask": CAUSAL < 0, "key_padding_mask": PADDING.float() * -9},
+    "bools": {"attn_mask": CAUSAL < 0, "key_padding_mask": PADDING},
+    "of every head": {"attn_mask": randn(2 * HEADS, LENGTH, LENGTH), "key_padding_mask": PADDING.float() * -9},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORWARDS)
+def test_the_function(form: str) -> None:
+    """F.multi_head_attention_forward itself, whose masks nn.MultiheadAttention has not made floats."""
+    m = seeded(nn.MultiheadAttention(WIDTH, HEADS))
+    own = (m.in_proj_weight, m.in_proj_bias, None, None, False, 0.1, m.out_proj.weight, m.out_proj.bias)  # fmt: skip
+    how = {"training": False, "need_weights": False, **FORWARDS[form]}
+
+    def call(x: Tensor) -> Tensor:
+        return F.multi_head_attention_forward(x, x, x, WIDTH, HEADS, *own, **how)[0]
+
+    check(call, randn(LENGTH, 2, WIDTH))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(dtype: torch.dtype) -> None:
+    layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 76, batch_first=True, norm_first=True)
+    exact = seeded(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False))
+    half, x = copy.deepcopy(exact).to(dtype), randn(2, LENGTH, WIDTH).to(dtype)
+    want = copy.deepcopy(half).float()(x.float(), CAUSAL, is_causal=True)
+    compiled = torch.compile(half, backend="llmopt")
+    # A mask in another dtype than the layer's is for the fast path.
+    ours, theirs = ((f(x, CAUSAL, is_causal=True).float() - want).norm() for f in (compiled, half))
+    assert 0 < ours <= 1.25 * theirs
+
+
+def writes_to_all(y: Tensor) -> Tensor:
+    y.view(-1).mul_(2)
+    return y
+
+
+def writes_to_a_row(y: Tensor) -> Tensor:
+    y.view(-1, WIDTH)[3] = 5.0
+    return y
+
+
+def writes_to_a_sum(y: Tensor) -> Tensor:
+    z = y + y
+    z.view(-1).mul_(2)
+    return z
+
+
+def writes_to_a_head(y: Tensor) -> Tensor:
+    y.unflatten(-1, (HEADS, -1))[:, :, 1] = 0.0
+    return y
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize(
+    "write", [writes_to_all, writes_to_a_row, writes_to_a_sum, writes_to_a_head]
+)
+def test_a_result_is_written_to(write: Callable[[Tensor], Tensor], batch_first: bool) -> None:
+    """It lies in memory as PyTorch's does: what is a view of that is one of this."""
+    if batch_first and write in (writes_to_all, writes_to_a_row, writes_to_a_sum):
+        pytest.skip("no view in eager either")
+    m = seeded(nn.MultiheadAttention(WIDTH, HEADS, batch_first=batch_first))
+    x = randn(LENGTH, 2, WIDTH)
+    call = lambda x: write(m(x, x, x, need_weights=False)[0])  # noqa: E731
+    got, want = torch.compile(call, backend="llmopt")(x), call(x)
+    assert_close(got, want)
+    assert got.stride() == want.stride()
+
+
+def test_a_result_leaves_the_graph_as_pytorchs() -> None:
+    m = seeded(nn.MultiheadAttention(WIDTH, HEADS))
+    x = randn(LENGTH, 2, WIDTH)
+    compiled = torch.compile(lambda x: m(x, x, x, need_weights=False)[0], backend="llmopt")
+    assert compiled(x).stride() == m(x, x, x)[0].stride()
+
+
+def test_weights_edited_between_calls() -> None:
+    m = seeded(nn.MultiheadAttention(WIDTH, HEADS, batch_first=True))
+    compiled = torch.compile(lambda x: m(x, x, x, need_weights=False)[0], backend="llmopt")
+    x = randn(2, LENGTH, WIDTH)
+    for edit in (lambda w: w, lambda w: w.mul_(2), lambda w: w.data[WIDTH : 2 * WIDTH].neg_()):
+        edit(m.in_proj_weight)
+        assert_close(compiled(x), m(x, x, x, need_weights=False)[0])
+
+
 def test_weights_that_nobody_reads_are_not_computed() -> None:
     m = seeded(nn.MultiheadAttention(WIDTH, HEADS, bias=False, batch_first=True))
     check(lambda x: m(x, x, x)[0], randn(2, LENGTH, WIDTH))
 
 
-def test_lengths_that_change() -> None:
+@pytest.mark.parametrize("masks", [(), ("attn_mask",), ("key_padding_mask",), ("attn_mask", "key_padding_mask")])  # fmt: skip
+@pytest.mark.parametrize("per_head", [False, True])
+def test_lengths_that_change(masks: tuple[str, ...], per_head: bool) -> None:
+    """Batches, too; the masks are inputs."""
+    torch._dynamo.reset()
     m = seeded(nn.MultiheadAttention(WIDTH, HEADS, batch_first=True))
-    compiled = torch.compile(lambda x: m(x, x, x, need_weights=False)[0], backend="llmopt")
-    for length in (9, 4, 30):
-        x = randn(2, length, WIDTH)
-        assert_close(compiled(x), m(x, x, x)[0])
+
+    def call(x: Tensor, given: dict[str, Tensor]) -> Tensor:
+        return m(x, x, x, need_weights=False, **given)[0]
+
+    before = {id(g) for g in alive()}
+    compiled = torch.compile(call, backend="llmopt")
+    for batch, length in ((2, 9), (2, 4), (3, 30), (5, 11), (1, 1)):
+        x = randn(batch, length, WIDTH)
+        shapes = {
+            "attn_mask": (batch * HEADS, length, length) if per_head else (length, length),
+            "key_padding_mask": (batch, length),
+        }
+        given = {name: randn(*shapes[name]) for name in masks}
+        assert_close(compiled(x, given), call(x, given))
+    plans = [g.plan for g in alive() if id(g) not in before]
+    assert all(len(p.segments) == 1 for p in plans), plans
 
 
 @pytest.mark.parametrize("precision", ["exact", "w8a8"])
@@ -140,18 +262,19 @@ def test_encoder_and_decoder(precision: str) -> None:
         check(lambda x, y: model(x, y), x, y)
         return
     options = {"precision": "w8a8", "group": "channel"}
+    before = {id(g) for g in alive()}
     got, want = torch.compile(model, backend="llmopt", options=options)(x, y), model(x, y)
     assert 0 < (got - want).norm() < 0.03 * want.norm()
-    plan = next(g.plan for g in reversed(alive()) if g.plan is not None)
-    assert not any(r.op == "linear" for r in plan.records())
+    (plan,) = [g.plan for g in alive() if id(g) not in before]
+    assert Counter(r.op for r in plan.records() if "linear" in r.op) == {"linear_quantized": 11}
 
 
 LEFT: dict[str, tuple[dict[str, Any], Callable[..., Any], str]] = {
-    "weights": ({}, lambda m, x: sum(t.sum() for t in m(x, x, x)), "weights .* are read"),
+    "weights": ({}, lambda m, x: sum(t.sum() for t in m(x, x, x)), "its weights are read"),
     "a mask and weights": ({}, lambda m, x: m(x, x, x, attn_mask=CAUSAL)[0], "need_weights=False"),
     "more keys": ({"add_bias_kv": True}, lambda m, x: m(x, x, x)[0], "bias_k, bias_v"),
     "other widths": ({"kdim": 48, "vdim": 24}, lambda m, x: m(x, x, x[..., :24])[0], "separate"),
-    "one sequence": ({}, lambda m, x: m(x[0], x[0], x[0])[0], r"not over \[L, N, E\]"),
+    "one sequence": ({}, lambda m, x: m(x[0], x[0], x[0])[0], "no batch dimension"),
 }
 
 
@@ -167,15 +290,17 @@ def test_a_layer_whose_sizes_are_symbols() -> None:
     layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 76, batch_first=True)
     encoder = seeded(nn.TransformerEncoder(layer, 1, enable_nested_tensor=False))
     plan = check(encoder, randn(2, LENGTH, WIDTH), native=False, dynamic=True)
-    assert any("change from call to call" in f.reason for f in plan.fallbacks)
+    assert any("width changes from call to call" in f.reason for f in plan.fallbacks)
 
 
-@pytest.mark.parametrize("decompose", [False, True])
-def test_an_exported_program(decompose: bool) -> None:
+def test_an_exported_program() -> None:
     """Its nodes name modules by strings, where Dynamo's hold the classes."""
-    block = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 76), nn.GELU())
-    model = seeded(nn.Sequential(block, nn.Linear(76, WIDTH)))
+    layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 76, batch_first=True)
+    model = seeded(nn.TransformerEncoder(layer, 1, enable_nested_tensor=False))
     x = randn(2, LENGTH, WIDTH)
     program = torch.export.export(model, (x,))
-    program = program.run_decompositions() if decompose else program
-    assert_close(torch.compile(program.module(), backend="llmopt")(x), model(x))
+    check(program.module(), x)
+    decomposed = (
+        program.run_decompositions().module()
+    )  # norms and softmax in parts that are PyTorch's
+    assert_close(torch.compile(decomposed, backend="llmopt")(x), model(x))

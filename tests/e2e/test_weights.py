@@ -188,6 +188,22 @@ def test_an_edit_that_is_undone_behind_a_graphs_back(backend: str) -> None:
         weight.data.copy_(kept)
 
 
+def test_an_edit_sends_no_other_model_to_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    edited, other = build(Block), build(Block, seed=2)
+    runs = [torch.compile(m, backend="llmopt", dynamic=False) for m in (edited, other)]
+    x, longer = block_input(), block_input(length=9)  # each a graph of its own
+    runs[0](x), runs[1](longer)
+    asked = []
+    get = PackedStore.get
+    monkeypatch.setattr(PackedStore, "get", lambda *a, **k: asked.append(a) or get(*a, **k))
+    edited.up.weight.data.mul_(2)
+    assert_same_output(runs[0](x), edited(x))
+    assert asked
+    asked.clear()
+    assert_same_output(runs[1](longer), other(longer))
+    assert not asked
+
+
 def test_layers_that_share_a_graph_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The graph is called with the weights of each in turn; all of a weight is compared for a graph that is new, not at each call."""
     layers = [build(Block, seed) for seed in range(3)]
