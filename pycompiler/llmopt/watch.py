@@ -33,7 +33,7 @@ class Watch:
         counted = [not t.is_inference() for t in tensors]  # those have no edit count
         self._tensors = _C.Arguments(arguments, positions, _ADDRESS, Tensor._version, counted)
         self._samples = samples_of(tensors)
-        self._sweep = _C.Sweep([p.content for p in packed])
+        self._sweep = _C.Sweep([p.held.content for p in packed])
         self._objects = _objects(tensors)
 
     def same_tensors(self, arguments: tuple) -> bool:

@@ -42,25 +42,30 @@ class Reader(Protocol):
         what is packed is then the edit."""
 
 
+class Held:
+    """What source tensors were and held at one time; to be asked while they stay where they are."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.state = state_of(tensors)
+        self.content = _content_of(tensors)
+        self._samples = samples_of(tensors)
+        self._sweep = _C.Sweep([self.content])
+
+    def seems_unchanged(self) -> bool:
+        """By a line of every tensor, which shows what changed all of it, and a window of one: others each time."""
+        return self._samples.unchanged() and self._sweep.unchanged()
+
+
 @dataclass
 class PackedWeight:
-    """A weight in the kernels' layout, its biases as one vector, and the state of its sources when it was made."""
+    """A weight in the kernels' layout, its biases as one vector, and what its sources held when it was made."""
 
     memory: _C.Memory
     bias: Tensor | None
-    state: tuple
-    content: _C.Content
+    held: Held
     sources: tuple[weakref.ref, ...]
     # Who has compared all of the content.
     readers: weakref.WeakSet[Reader] = field(default_factory=weakref.WeakSet)
-    sweep: _C.Sweep = field(init=False)  # over `content`, one window a time
-
-    def __post_init__(self) -> None:
-        self.sources_are(self.state, self.content)
-
-    def sources_are(self, state: tuple, content: _C.Content) -> None:
-        """Where the sources are now, and what they hold there."""
-        self.state, self.content, self.sweep = state, content, _C.Sweep([content])
 
     @property
     def address(self) -> int:
@@ -135,20 +140,19 @@ class PackedStore:
         """The packed form of `spec` over a segment's arguments; `changed` forces it to be made again.
 
         reader: who asks. All content is compared the first time: who is new knows nothing of an edit through `.data` since another
-        packed. Later a window of it, another one each time.
+        packed. Later what `Held` looks at: a reader that is called with another layer's weights each time remembers none.
         """
         bases, key = _identity(spec, arguments, target)
-        state = state_of(bases)
         with self.lock:
             entry = self._entries.get(key)
             if (
                 changed
                 or entry is None
-                or entry.state != state
+                or entry.held.state != state_of(bases)
                 or not self._is_unchanged(entry, reader)
             ):
                 readers = [] if entry is None else list(entry.readers)
-                entry = self._make(spec, arguments, target, state, bases, key, entry)
+                entry = self._make(spec, arguments, target, bases, key, entry)
                 self._entries[key] = entry
                 for other in readers:
                     if other is not reader:
@@ -159,7 +163,7 @@ class PackedStore:
     @staticmethod
     def _is_unchanged(entry: PackedWeight, reader: Reader) -> bool:
         known = reader in entry.readers
-        return entry.sweep.unchanged() if known else entry.content.all_unchanged()
+        return entry.held.seems_unchanged() if known else entry.held.content.all_unchanged()
 
     def follow(
         self, specs: Sequence[PackedSpec], arguments: Sequence[Tensor], target: Target
@@ -169,23 +173,23 @@ class PackedStore:
             for spec in specs:
                 bases, key = _identity(spec, arguments, target)
                 if key in self._entries:
-                    self._entries[key].sources_are(state_of(bases), _content_of(bases))
+                    self._entries[key].held = Held(bases)
 
     def _make(
         self,
         spec: PackedSpec,
         arguments: Sequence[Tensor],
         target: Target,
-        state: tuple,
         bases: Sequence[Tensor],
         key: tuple,
         old: PackedWeight | None,
     ) -> PackedWeight:
-        held = None if old is None else old.memory
+        held = Held(bases)  # before they are read: an edit meanwhile is one that comes later
+        memory = None if old is None else old.memory
         memory = (
-            _packed_floats(spec, arguments, target, held)
+            _packed_floats(spec, arguments, target, memory)
             if spec.form is None
-            else _packed_codes(spec, spec.form, arguments, target, held)
+            else _packed_codes(spec, spec.form, arguments, target, memory)
         )
         self.packings += 1
 
@@ -204,7 +208,7 @@ class PackedStore:
         ):
             with torch.inference_mode():  # where it may have been made
                 bias = old.bias.copy_(bias)  # other graphs have its address, as that of the memory
-        return PackedWeight(memory, bias, state, _content_of(bases), sources)
+        return PackedWeight(memory, bias, held, sources)
 
 
 def _identity(

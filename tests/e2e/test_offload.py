@@ -215,7 +215,7 @@ def test_of_moved_weights_only_lines_are_looked_at():
         net.weight.mul_(2)
         compiled(x)
         (weight,) = alive()[-1].packed()
-        windows.append(weight.content.windows)
+        windows.append(weight.held.content.windows)
     assert windows == [16 + 1, 16 + 1], "lines of the weight, and the bias that stays where it is"
 
 

@@ -93,7 +93,7 @@ def test_an_index_of_one_is_a_slice() -> None:
         ("w8a8", 9, 128),
         ("w4a8", 9, 128),
         ("exact", 3000, 128),
-        ("w8a8", 9, 8192),
+        ("w8a8", 9, 6144),
     ],
 )
 def test_a_layer_of_decode_waits_once_a_product(precision: str, past: int, wide: int) -> None:

@@ -204,6 +204,32 @@ def test_an_edit_sends_no_other_model_to_the_store(monkeypatch: pytest.MonkeyPat
     assert not asked
 
 
+@pytest.mark.parametrize("source", ["qkv", "gate", "up"])
+def test_an_edit_while_another_module_has_the_graph(source: str, backend: str) -> None:
+    """Copies share one graph, which was called with the other's weights last. Gate and up are packed as one weight."""
+    first = build(Gated)
+    second = copy.deepcopy(first)
+    compiled = [torch.compile(m, backend=backend) for m in (first, second)]
+    x = block_input()
+    for run in (*compiled, compiled[0]):
+        run(x)
+    getattr(second, source).weight.data.mul_(3)
+    assert_same_output(compiled[1](x), second(x))
+    assert_same_output(compiled[0](x), first(x))
+
+
+class Gated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.gate, self.up, self.down = (
+            nn.Linear(48, 96), nn.Linear(96, 128), nn.Linear(96, 128), nn.Linear(128, 48),
+        )  # fmt: skip
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.qkv(x)
+        return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+
+
 def test_layers_that_share_a_graph_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The graph is called with the weights of each in turn; all of a weight is compared for a graph that is new, not at each call."""
     layers = [build(Block, seed) for seed in range(3)]

@@ -92,7 +92,7 @@ struct Schedule : Cut {
 
 // So few values of x that every thread prepares them for itself: that takes less than waiting for each other. A thread
 // begins a phase with the chunk of its own number, so chunks below the number of threads are the first of theirs.
-constexpr int64_t kAloneValues = 16384;
+constexpr int64_t kAloneValues = 6144;
 constexpr int64_t kL2Weights = 384 << 10;    // bytes of f32 weights that stay in L2 beside the passing rows
 constexpr int64_t kChunksPerThread = 8;      // enough that a core at half speed does not hold up the others for long
 constexpr int64_t kStreamChunk = 512 << 10;  // bytes of weights in a chunk that reads them once
