@@ -46,7 +46,8 @@ uint64_t digest_of(const Range& range) {
 }
 
 void need_sizes(const std::vector<int64_t>& addresses, const std::vector<int64_t>& bytes) {
-  if (addresses.size() != bytes.size()) throw std::invalid_argument("each address needs a size: there must be as many sizes");
+  if (addresses.size() != bytes.size())
+    throw std::invalid_argument("each address needs a size: there must be as many sizes");
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
-// Content of memory ranges: evidence that a weight was edited where no version counter shows it. Samples show at once what
-// changed everywhere; windows, one after the other, show in time what changed anywhere.
+// Content of memory ranges: evidence that a weight was edited where no version counter shows it. Samples show at once
+// what changed everywhere; windows, one after the other, show in time what changed anywhere.
 #pragma once
 #include <atomic>
 #include <cstddef>
@@ -38,7 +38,8 @@ class Samples {
 
 class Content {
  public:
-  // Remembers a digest of every window of kWindowBytes or less. The ranges must stay readable for as long as somebody asks.
+  // Remembers a digest of every window of kWindowBytes or less. The ranges must stay readable for as long as somebody
+  // asks.
   Content(const std::vector<int64_t>& addresses, const std::vector<int64_t>& bytes);
 
   size_t windows() const { return windows_.size(); }

@@ -66,8 +66,8 @@ void tile(const TileArgs& args) {
   });
 }
 
-// A stream asks for its weights this far ahead: the hardware prefetcher alone leaves bandwidth unused. Measured: Xeons with
-// AVX-512 do best at 2 KiB, Zen 3 at 8 (8 % more than at 2).
+// A stream asks for its weights this far ahead: the hardware prefetcher alone leaves bandwidth unused. Measured: Xeons
+// with AVX-512 do best at 2 KiB, Zen 3 at 8 (8 % more than at 2).
 constexpr int64_t kStreamAhead = kVecRegisters == 32 ? 2 << 10 : 8 << 10;
 
 using TileFunction = void (*)(const TileArgs&);

@@ -11,10 +11,12 @@
 
 namespace {
 
-// Bytes of codes that a thread had better read once it has begun: a chunk begins with lines that nobody asked for in time.
+// Bytes of codes that a thread had better read once it has begun: a chunk begins with lines that nobody asked for in
+// time.
 constexpr int64_t kLongStream = 96 << 10;
 
-// The most panels up to `most` that are a multiple of `at_once` more than `span` and give no thread more of them in all.
+// The most panels up to `most` that are a multiple of `at_once` more than `span` and give no thread more of them in
+// all.
 inline int64_t longer_span(int64_t panels, int64_t span, int64_t most, int at_once, int threads) {
   const auto longest = [&](int64_t s) { return ceil_div(ceil_div(panels, s), threads) * s; };
   int64_t best = span;
