@@ -464,7 +464,7 @@ OTHERS = (
         "SiglipConfig",
         "dual",
         {"text_config": CLIP_TEXT, "vision_config": VIT},
-        segments=3,
+        segments=2,
     ),
     Row("wav2vec2", "Wav2Vec2ForCTC", "Wav2Vec2Config", "speech", WAV2VEC2, segments=2),
 )
