@@ -165,6 +165,7 @@ class Segment(torch.nn.Module):
             return addresses
 
     def look_again(self) -> None:
+        """The next call asks the store for every weight, also where a call that goes on now has just done so."""
         with STORE.lock:
             self._told += 1
             self._watch = None

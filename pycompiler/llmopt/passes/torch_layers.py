@@ -102,7 +102,7 @@ def _attention_layer(call: _Calls, node: fx.Node) -> None:
     p = _Projections(
         given["num_heads"], given["in_proj_weight"], given["in_proj_bias"], given["out_proj_weight"], given["out_proj_bias"],
     )  # fmt: skip
-    if given["is_causal"] and given["key_padding_mask"] is None and not given["need_weights"]:
+    if given["is_causal"] and given["key_padding_mask"] is None:
         masking: dict[str, Any] = {"is_causal": True}  # whatever attn_mask holds
     else:
         masking = {"attn_mask": _mask(call, given["attn_mask"], given["key_padding_mask"], p.heads)}
@@ -136,7 +136,7 @@ def _why_not(node: fx.Node, given: dict[str, Any], inputs: tuple[Any, ...]) -> s
     masks = [m for m in (given["attn_mask"], given["key_padding_mask"]) if m is not None]
     unusual = [name for name in _UNUSUAL if given[name] not in (None, False)]
     if unusual:
-        return f"{', '.join(unusual)}"
+        return ", ".join(unusual)
     if given["training"] and given["dropout_p"]:
         return "dropout"
     if any(kind(u) != "getitem" or (u.args[1] != _RESULT and u.users) for u in node.users):
