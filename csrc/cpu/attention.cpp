@@ -50,8 +50,8 @@ Span first_read(const Step& s, int phase, int threads, int thread) {
   const int64_t splits = live_splits(p, plan);
   if (thread >= plan.units * splits) return {};
   const KeyRange live = key_range(p, 0, 0, 0);
-  const Block block = DecodeChunk(p, plan, thread, splits).first(live.lo, live.hi - live.lo);
-  const Stream keys = stream(*p.k, block, 0, block);
+  const Block block = DecodeChunk(p, plan, thread, splits).first(p, live.lo, live.hi - live.lo);
+  const Stream keys = stream(*p.k, block, 0, *p.k, block);
   return {keys.data, block.keys * (block.heads > 1 ? keys.row_bytes : p.k->size[3] * itemsize(p.k->dtype))};
 }
 

@@ -7,13 +7,17 @@
 
 namespace {
 
-constexpr int64_t kScoreBlock = 512;  // keys between two updates of the running softmax
-constexpr int64_t kSharedBlock = 64;  // the same when heads take turns on the same stretch of memory
-constexpr int64_t kSubBlock = 32;     // keys whose rows stay in L1 while every group of rows uses them
+constexpr bool kManyRegisters = kVecRegisters == 32;
+constexpr int64_t kScoreBlock = kManyRegisters ? 512 : 64;  // most keys between two updates of the running softmax
+constexpr int64_t kSharedBlock = 64;                        // the same when heads share a stretch of memory
+constexpr int64_t kLeastBlock = 16;                         // fewest, where keys are large
+constexpr int64_t kBlockBytes = kManyRegisters ? 256 << 10 : 64 << 10;  // of keys: L2 has this block and the next
+constexpr int64_t kSubBlock = 32;  // keys whose rows stay in L1 while every group of rows uses them
+constexpr int64_t kValueBlock = kManyRegisters ? 32 : 16;  // the same of values, which few registers pass in pieces
 constexpr int64_t kScoreLd = kScoreBlock + kLanes;
-// A tile of outputs: 4 query rows x kNarrow vectors when that covers a row of values, else 2 x kWide, so that a row is
-// read from end to end.
-constexpr int kNarrow = kVecRegisters / 8, kWide = 2 * kNarrow;
+// A tile of outputs: 4 query rows x kNarrow vectors when that covers a row of values, else kWideRows x kWide, so that a
+// row is read from end to end.
+constexpr int kNarrow = kVecRegisters / 8, kWide = 2 * kNarrow, kWideRows = kManyRegisters ? 2 : 3;
 
 struct DecodeRow {
   int64_t h, i;
@@ -42,19 +46,25 @@ inline Vec load_tail(const char* p, int64_t i, int n) {
   return vload_as(T, p, i, n);
 }
 
-// Rows of keys or values as they lie in memory, and rows that will be needed later: reading row j fetches row j of
-// those.
+// Rows of keys or values as they lie in memory, and rows that will be needed later, of `later_row` bytes each: reading
+// row j fetches row j of those.
 struct Stream {
   const char* data;
   int64_t row_bytes;
   const char* later;
-  int64_t later_bytes;
-  Stream from(int64_t j) const { return {data + j * row_bytes, row_bytes, later + j * later_bytes, later_bytes}; }
-  Stream again() const { return {data, row_bytes, data, row_bytes}; }  // rows that are in L1 already
+  int64_t later_bytes, later_row;
+  Stream from(int64_t j) const {
+    return {data + j * row_bytes, row_bytes, later + j * later_bytes, later_bytes, later_row};
+  }
+  Stream again() const { return {data, row_bytes, data, row_bytes, 0}; }  // rows that are in L1 already
 };
 
-// One vector of a row; fetches the line that lies ahead, once per line. Into L2: a fetch into L1 holds one of the
-// core's few miss buffers for as long as memory takes, and streams slower than with no fetch at all.
+// Fetches row j of those needed later. Into L2: a fetch into L1 holds one of the core's few miss buffers for as long as
+// memory takes, and streams slower than with no fetch at all.
+inline __attribute__((always_inline)) void fetch_row(const Stream& s, int64_t j) {
+  for (int64_t i = 0; i < s.later_row; i += 64) __builtin_prefetch(s.later + j * s.later_bytes + i, 0, 2);
+}
+// One vector of a row; fetches the line that lies ahead, once per line.
 template <DType T>
 inline Vec load_ahead(const char* row, const char* later, int64_t i) {
   constexpr int64_t kItem = T == DType::f32 ? 4 : T == DType::s8 ? 1 : 2;
@@ -101,26 +111,26 @@ void dot_scores(const Stream& k, int64_t keys, const float* q, int64_t depth, fl
   }
 }
 
-// o[r][d..] += sum over j of w[r][j] * v[j][d..] for R rows and N vectors; the last has `lanes` lanes.
-template <DType T, int R, int N>
+// o[r][d..] += sum over j of w[r][j] * v[j][d..] for R rows and N vectors; where kTail the last has `lanes` lanes.
+template <DType T, int R, int N, bool kTail>
 void weigh(const Stream& v, int64_t keys, const float* w, int64_t d, int lanes, float* o) {
+  const Stream at = v;  // in registers
   Vec acc[R][N];
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
     for (int c = 0; c < N; ++c) acc[r][c] = vload(o + r * kMaxHeadDim + d + c * kLanes);
   for (int64_t j = 0; j < keys; ++j) {
-    const char* row = v.data + j * v.row_bytes;
-    Vec x[N];
-#pragma GCC unroll 8
-    for (int c = 0; c < N; ++c)
-      x[c] = c + 1 < N || lanes == kLanes ? load_ahead<T>(row, v.later + j * v.later_bytes, d + c * kLanes)
-                                          : load_tail<T>(row, d + c * kLanes, lanes);
+    const char* row = at.data + j * at.row_bytes;
+    fetch_row(at, j);
+    Vec weight[R];
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      const Vec weight = vset(w[r * kScoreLd + j]);
+    for (int r = 0; r < R; ++r) weight[r] = vset(w[r * kScoreLd + j]);
 #pragma GCC unroll 8
-      for (int c = 0; c < N; ++c) acc[r][c] = vfma(weight, x[c], acc[r][c]);
+    for (int c = 0; c < N; ++c) {
+      const Vec x = kTail && c == N - 1 ? load_tail<T>(row, d + c * kLanes, lanes) : load_lanes<T>(row, d + c * kLanes);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) vfma_acc(acc[r][c], weight[r], x);
     }
   }
 #pragma GCC unroll 4
@@ -130,7 +140,7 @@ void weigh(const Stream& v, int64_t keys, const float* w, int64_t d, int lanes, 
 }
 template <DType T, int R, int N>
 void weigh_vectors(int n, const Stream& v, int64_t keys, const float* w, int64_t d, int lanes, float* o) {
-  if (n == N) return weigh<T, R, N>(v, keys, w, d, lanes, o);
+  if (n == N) return (lanes < kLanes ? weigh<T, R, N, true> : weigh<T, R, N, false>)(v, keys, w, d, lanes, o);
   if constexpr (N > 1) weigh_vectors<T, R, N - 1>(n, v, keys, w, d, lanes, o);
 }
 
@@ -149,7 +159,7 @@ void weigh_rows(int64_t rows, const Stream& v, int64_t keys, const float* w, int
   for (int64_t d = 0; d < v_dim; d += N * kLanes) {
     const int64_t left = min64(N * kLanes, v_dim - d);
     const int n = static_cast<int>(ceil_div(left, kLanes));
-    weigh_vectors<T, R, N>(n, v, keys, w, d, static_cast<int>(left - (n - 1) * kLanes), o);
+    weigh_vectors<T, R, N>(n, d ? v.again() : v, keys, w, d, static_cast<int>(left - (n - 1) * kLanes), o);
   }
 }
 
@@ -171,7 +181,7 @@ inline void dot_codes(int64_t rows, const Stream& k, int64_t keys, const CodedQu
     for (int l = 0; l < kLanes; ++l) {
       row[l] = k.data + min64(j + l, keys - 1) * k.row_bytes;
       scale[l] = code_scale(row[l], depth);
-      for (int64_t d = 0; d < depth; d += 64) __builtin_prefetch(k.later + (j + l) * k.later_bytes + d, 0, 2);
+      fetch_row(k, j + l);
     }
     transpose_rows(row, depth, quads);
     for (int64_t r = 0; r < rows; r += kRows)
@@ -180,15 +190,15 @@ inline void dot_codes(int64_t rows, const Stream& k, int64_t keys, const CodedQu
 }
 template <DType T, int R, int N>
 void weigh_tiles(int64_t rows, const Stream& v, int64_t keys, const float* w, int64_t v_dim, float* o) {
-  for (int64_t j = 0; j < keys; j += kSubBlock)
+  for (int64_t j = 0; j < keys; j += kValueBlock)
     for (int64_t r = 0; r < rows; r += R)
-      weigh_rows<T, R, N>(rows - r, r ? v.from(j).again() : v.from(j), min64(kSubBlock, keys - j), w + r * kScoreLd + j,
-                          v_dim, o + r * kMaxHeadDim);
+      weigh_rows<T, R, N>(rows - r, r ? v.from(j).again() : v.from(j), min64(kValueBlock, keys - j),
+                          w + r * kScoreLd + j, v_dim, o + r * kMaxHeadDim);
 }
 template <DType T>
 void weigh_block(int64_t rows, const Stream& v, int64_t keys, const float* w, int64_t v_dim, float* o) {
   if (v_dim <= kNarrow * kLanes) return weigh_tiles<T, 4, kNarrow>(rows, v, keys, w, v_dim, o);
-  weigh_tiles<T, 2, kWide>(rows, v, keys, w, v_dim, o);
+  weigh_tiles<T, kWideRows, kWide>(rows, v, keys, w, v_dim, o);
 }
 
 // Softcap, bias and the row's own range on scores of keys [j0, j0 + keys); dead scores and the padding become -inf.
@@ -260,49 +270,66 @@ struct Block {
   int64_t b, head0, heads, j, keys;
 };
 
-// Rows of the n-th head of `now`. They fetch the n-th part of block `later`: where its heads lie side by side in dense
-// rows, a stretch of that memory, because the hardware follows an unbroken stream best; else the same head's rows.
-inline Stream stream(const Tensor& t, const Block& now, int64_t n, const Block& later) {
-  const int64_t item = itemsize(t.dtype), row_bytes = t.stride[2] * item, head_bytes = t.size[3] * item;
+// Rows of the n-th head of `now`. They fetch the n-th part of what is read after this block, block `later` of `next`:
+// where its heads lie side by side in dense rows, a stretch of that memory, because the hardware follows an unbroken
+// stream best; else the same head's rows.
+inline Stream stream(const Tensor& t, const Block& now, int64_t n, const Tensor& next, const Block& later) {
+  const int64_t item = itemsize(next.dtype), next_bytes = next.stride[2] * item, head_bytes = next.size[3] * item;
   const char* data = row_ptr(t, now.b, now.head0 + n, now.j);
-  if (t.stride[1] == t.size[3] && row_bytes == now.heads * head_bytes)
-    return {data, row_bytes, row_ptr(t, later.b, later.head0, later.j) + n * now.keys * head_bytes, head_bytes};
-  return {data, row_bytes, row_ptr(t, later.b, later.head0 + n, later.j), row_bytes};
+  const int64_t row_bytes = t.stride[2] * itemsize(t.dtype);
+  if (next.stride[1] == next.size[3] && next_bytes == now.heads * head_bytes)
+    return {data, row_bytes, row_ptr(next, later.b, later.head0, later.j) + n * now.keys * head_bytes, head_bytes,
+            head_bytes};
+  return {data, row_bytes, row_ptr(next, later.b, later.head0 + n, later.j), next_bytes, head_bytes};
 }
 
-inline void decode_block(const Problem& p, DecodeHead& a, int64_t n, const Block& now, const Block& later, float* s,
-                         float* bias) {
-  const int64_t j0 = now.j, keys = now.keys;
+// Weights of one head's rows over a block of keys. Returns whether a row may not see some of them.
+inline bool score_head(const Problem& p, DecodeHead& a, const Stream& k, const Block& now, float* s, float* bias) {
   const auto dot = p.k->dtype == DType::f32   ? &dot_block<DType::f32>
                    : p.k->dtype == DType::f16 ? &dot_block<DType::f16>
                    : p.k->dtype == DType::s8  ? &dot_block<DType::s8>
                                               : &dot_block<DType::bf16>;
-  const Stream k = stream(*p.k, now, n, later), v = stream(*p.v, now, n, later);
   if (p.codes_by_byte)
-    dot_codes(a.rows, k, keys, a.coded, p.head_dim, s);
+    dot_codes(a.rows, k, now.keys, a.coded, p.head_dim, s);
   else
-    dot(a.rows, k, keys, a.q, p.head_dim, s);
-  if (p.k->dtype == DType::s8 && !p.codes_by_byte) scale_columns(k, p.head_dim, keys, a.rows, nullptr, 0, s);
+    dot(a.rows, k, now.keys, a.q, p.head_dim, s);
+  if (p.k->dtype == DType::s8 && !p.codes_by_byte) scale_columns(k, p.head_dim, now.keys, a.rows, nullptr, 0, s);
   bool has_dead = false;
   for (int64_t r = 0; r < a.rows; ++r) {
     const KeyRange& range = a.row[r].range;
-    has_dead |= range.mask != MaskUse::none || range.lo > j0 || range.hi < j0 + keys;
-    mask_row(p, a.b, a.row[r], j0, keys, s + r * kScoreLd, bias);
-    softmax_row(a.row[r], keys, s + r * kScoreLd, p.v_dim, a.o + r * kMaxHeadDim);
+    has_dead |= range.mask != MaskUse::none || range.lo > now.j || range.hi < now.j + now.keys;
+    mask_row(p, a.b, a.row[r], now.j, now.keys, s + r * kScoreLd, bias);
+    softmax_row(a.row[r], now.keys, s + r * kScoreLd, p.v_dim, a.o + r * kMaxHeadDim);
   }
+  return has_dead;
+}
+
+// Adds the values of a block, times those weights, to one head's rows.
+inline void weigh_head(const Problem& p, DecodeHead& a, const Stream& v, const Block& now, bool has_dead, float* s) {
   const auto weigh = p.v->dtype == DType::f32   ? &weigh_block<DType::f32>
                      : p.v->dtype == DType::f16 ? &weigh_block<DType::f16>
                      : p.v->dtype == DType::s8  ? &weigh_block<DType::s8>
                                                 : &weigh_block<DType::bf16>;
   int32_t bad[kScoreBlock];
-  const int64_t num_bad = has_dead ? find_nonfinite(p.v->dtype, v.data, p.v->stride[2], p.v_dim, keys, bad) : 0;
-  if (p.v->dtype == DType::s8) scale_columns(v, p.v_dim, keys, a.rows, bad, num_bad, s);
+  const int64_t num_bad = has_dead ? find_nonfinite(p.v->dtype, v.data, p.v->stride[2], p.v_dim, now.keys, bad) : 0;
+  if (p.v->dtype == DType::s8) scale_columns(v, p.v_dim, now.keys, a.rows, bad, num_bad, s);
   int64_t j = 0;
   for (int64_t n = 0; n < num_bad; j = bad[n++] + 1) {
     weigh(a.rows, v.from(j), bad[n] - j, s + j, p.v_dim, a.o);
     add_nonfinite_row(p, a.rows, v.from(bad[n]).data, s + bad[n], a.o);
   }
-  weigh(a.rows, v.from(j), keys - j, s + j, p.v_dim, a.o);
+  weigh(a.rows, v.from(j), now.keys - j, s + j, p.v_dim, a.o);
+}
+
+// The keys of all heads, which fetch their values, then the values, which fetch the keys of block `later`.
+inline void decode_block(const Problem& p, DecodeHead* head, const Block& now, const Block& later, float* s,
+                         float* bias) {
+  constexpr int64_t kHeadScores = kLanes * kScoreLd;
+  bool has_dead[kHeadsPerChunk];
+  for (int64_t n = 0; n < now.heads; ++n)
+    has_dead[n] = score_head(p, head[n], stream(*p.k, now, n, *p.v, now), now, s + n * kHeadScores, bias);
+  for (int64_t n = 0; n < now.heads; ++n)
+    weigh_head(p, head[n], stream(*p.v, now, n, *p.k, later), now, has_dead[n], s + n * kHeadScores);
 }
 
 // Queries of one kv head; grows `live`, the smallest interval with every row's keys.
@@ -344,11 +371,16 @@ struct DecodeChunk {
     head0 = chunk / splits % groups * plan.heads, heads = min64(plan.heads, p.kv_heads - head0);
   }
   // Its first block when keys [lo, lo + length) live.
-  Block first(int64_t lo, int64_t length) const {
+  Block first(const Problem& p, int64_t lo, int64_t length) const {
     const int64_t begin = lo + length * split / splits, end = lo + length * (split + 1) / splits;
-    return {b, head0, heads, begin, min64(block_keys(), end - begin)};
+    return {b, head0, heads, begin, min64(block_keys(p, end - begin), end - begin)};
   }
-  int64_t block_keys() const { return heads > 1 ? kSharedBlock : kScoreBlock; }
+  // Of a block, where the chunk has `keys`: blocks are of one size, so that each fetches what the next one reads.
+  int64_t block_keys(const Problem& p, int64_t keys) const {
+    const int64_t fit = kBlockBytes / max64(1, heads * p.k->size[3] * itemsize(p.k->dtype));
+    const int64_t blocks = ceil_div(keys, min64(heads > 1 ? kSharedBlock : kScoreBlock, max64(kLeastBlock, fit)));
+    return ceil_div(ceil_div(keys, max64(1, blocks)), kLanes) * kLanes;
+  }
 };
 
 // New keys and values are written by the split that owns their slots.
@@ -357,7 +389,7 @@ inline void decode(const Problem& p, const Plan& plan, int64_t chunk, int64_t sp
   const DecodeChunk mine(p, plan, chunk, splits);
   const int64_t split = mine.split, b = mine.b, head0 = mine.head0, heads = mine.heads;
   float* s = reinterpret_cast<float*>(scratch.local);
-  float* bias = s + kLanes * kScoreLd;
+  float* bias = s + kHeadsPerChunk * kLanes * kScoreLd;
   float* rows = bias + kScoreLd;
   CodedQuery* coded = reinterpret_cast<CodedQuery*>(rows + kHeadsPerChunk * 2 * kLanes * kMaxHeadDim + kLanes);
   DecodeHead head[kHeadsPerChunk];
@@ -375,16 +407,17 @@ inline void decode(const Problem& p, const Plan& plan, int64_t chunk, int64_t sp
   // The chunk this thread likely takes next, whose live keys are most often the same. Nothing follows its last one.
   const bool is_last = chunk + threads >= plan.units * splits;
   const DecodeChunk next_chunk(p, plan, is_last ? chunk : chunk + threads, splits);
-  const int64_t step = mine.block_keys();
+  const int64_t step = mine.block_keys(p, end - begin);
   Block later{};
-  for (Block now = mine.first(lo, length); now.j < end; now = later) {
+  for (Block now = mine.first(p, lo, length); now.j < end; now = later) {
     later = {b, head0, heads, now.j + step, min64(step, end - now.j - step)};
-    const Block fetched = later.j < end ? later : is_last ? now : next_chunk.first(lo, length);
-    for (int64_t n = 0; n < heads; ++n) decode_block(p, head[n], n, now, fetched, s, bias);
+    const Block fetched = later.j < end ? later : is_last ? now : next_chunk.first(p, lo, length);
+    decode_block(p, head, now, fetched, s, bias);
   }
   for (int64_t n = 0; n < heads; ++n) finish_head(p, plan, head[n], split, splits, scratch.shared);
 }
-static_assert(sizeof(float) * ((kLanes + 1) * kScoreLd + kHeadsPerChunk * 2 * kLanes * kMaxHeadDim + kLanes) +
+static_assert(sizeof(float) * ((kHeadsPerChunk * kLanes + 1) * kScoreLd + kHeadsPerChunk * 2 * kLanes * kMaxHeadDim +
+                               kLanes) +
                       sizeof(CodedQuery) * kHeadsPerChunk * kLanes <=
                   kLocalBytes,
               "a decode chunk must fit the local scratch");
