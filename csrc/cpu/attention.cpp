@@ -50,9 +50,11 @@ Span first_read(const Step& s, int phase, int threads, int thread) {
   const int64_t splits = live_splits(p, plan);
   if (thread >= plan.units * splits) return {};
   const KeyRange live = key_range(p, 0, 0, 0);
-  const Block block = DecodeChunk(p, plan, thread, splits).first(p, live.lo, live.hi - live.lo);
-  const Stream keys = stream(*p.k, block, 0, *p.k, block);
-  return {keys.data, block.keys * (block.heads > 1 ? keys.row_bytes : p.k->size[3] * itemsize(p.k->dtype))};
+  const DecodeChunk chunk(p, plan, thread, splits);
+  const int64_t lo = live.lo, length = live.hi - lo, item = itemsize(p.k->dtype);
+  const int64_t row_bytes = (chunk.heads > 1 ? p.k->stride[2] : p.k->size[3]) * item;
+  return {row_ptr(*p.k, chunk.b, chunk.head0, chunk.begin(lo, length)),
+          (chunk.end(lo, length) - chunk.begin(lo, length)) * row_bytes};
 }
 
 inline void write_rows(const Problem& p, int64_t chunk) {

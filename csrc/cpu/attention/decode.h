@@ -10,10 +10,11 @@ namespace {
 constexpr bool kManyRegisters = kVecRegisters == 32;
 constexpr int64_t kScoreBlock = kManyRegisters ? 512 : 64;  // most keys between two updates of the running softmax
 constexpr int64_t kSharedBlock = 64;                        // the same when heads share a stretch of memory
-constexpr int64_t kLeastBlock = 16;                         // fewest, where keys are large
-constexpr int64_t kBlockBytes = kManyRegisters ? 256 << 10 : 64 << 10;  // of keys: L2 has this block and the next
+constexpr int64_t kLargeBlock = 16;                         // the same of keys so large that L2 would not hold more
+constexpr int64_t kBlockBytes = kManyRegisters ? 256 << 10 : 64 << 10;  // of keys, beside their values
+static_assert(kLargeBlock <= kSharedBlock && kSharedBlock <= kScoreBlock && kScoreBlock % kLanes == 0);
 constexpr int64_t kSubBlock = 32;  // keys whose rows stay in L1 while every group of rows uses them
-constexpr int64_t kValueBlock = kManyRegisters ? 32 : 16;  // the same of values, which few registers pass in pieces
+constexpr int64_t kValueBlock = kManyRegisters ? 32 : 16;  // the same of values, which take several tiles a row
 constexpr int64_t kScoreLd = kScoreBlock + kLanes;
 // A tile of outputs: 4 query rows x kNarrow vectors when that covers a row of values, else kWideRows x kWide, so that a
 // row is read from end to end.
@@ -47,7 +48,7 @@ inline Vec load_tail(const char* p, int64_t i, int n) {
 }
 
 // Rows of keys or values as they lie in memory, and rows that will be needed later, of `later_row` bytes each: reading
-// row j fetches row j of those.
+// row j fetches row j of those, as far as it is that long itself where keys are read.
 struct Stream {
   const char* data;
   int64_t row_bytes;
@@ -114,7 +115,7 @@ void dot_scores(const Stream& k, int64_t keys, const float* q, int64_t depth, fl
 // o[r][d..] += sum over j of w[r][j] * v[j][d..] for R rows and N vectors; where kTail the last has `lanes` lanes.
 template <DType T, int R, int N, bool kTail>
 void weigh(const Stream& v, int64_t keys, const float* w, int64_t d, int lanes, float* o) {
-  const Stream at = v;  // in registers
+  const Stream at = v;  // which the sums could overlap, for all that the compiler knows
   Vec acc[R][N];
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r)
@@ -370,16 +371,18 @@ struct DecodeChunk {
     split = chunk % num_splits, splits = num_splits, b = chunk / splits / groups;
     head0 = chunk / splits % groups * plan.heads, heads = min64(plan.heads, p.kv_heads - head0);
   }
-  // Its first block when keys [lo, lo + length) live.
-  Block first(const Problem& p, int64_t lo, int64_t length) const {
-    const int64_t begin = lo + length * split / splits, end = lo + length * (split + 1) / splits;
-    return {b, head0, heads, begin, min64(block_keys(p, end - begin), end - begin)};
-  }
-  // Of a block, where the chunk has `keys`: blocks are of one size, so that each fetches what the next one reads.
+  // Its keys when [lo, lo + length) live.
+  int64_t begin(int64_t lo, int64_t length) const { return lo + length * split / splits; }
+  int64_t end(int64_t lo, int64_t length) const { return lo + length * (split + 1) / splits; }
+  // Of a block, where the chunk has `keys`: blocks are about even, because each fetches as many rows as it has.
   int64_t block_keys(const Problem& p, int64_t keys) const {
     const int64_t fit = kBlockBytes / max64(1, heads * p.k->size[3] * itemsize(p.k->dtype));
-    const int64_t blocks = ceil_div(keys, min64(heads > 1 ? kSharedBlock : kScoreBlock, max64(kLeastBlock, fit)));
-    return ceil_div(ceil_div(keys, max64(1, blocks)), kLanes) * kLanes;
+    const int64_t blocks = ceil_div(keys, min64(heads > 1 ? kSharedBlock : kScoreBlock, max64(kLargeBlock, fit)));
+    return ceil_div(keys, max64(1, blocks));
+  }
+  Block first(const Problem& p, int64_t lo, int64_t length) const {
+    const int64_t j = begin(lo, length), keys = end(lo, length) - j;
+    return {b, head0, heads, j, min64(block_keys(p, keys), keys)};
   }
 };
 
@@ -401,7 +404,7 @@ inline void decode(const Problem& p, const Plan& plan, int64_t chunk, int64_t sp
     start_head(p, head[n], live);
   }
   const int64_t length = max64(0, live.hi - live.lo), lo = length ? live.lo : 0;
-  const int64_t begin = lo + length * split / splits, end = lo + length * (split + 1) / splits;
+  const int64_t begin = mine.begin(lo, length), end = mine.end(lo, length);
   for (int64_t n = 0; p.new_len && n < heads; ++n)
     write_new_rows(p, b, head0 + n, 0, p.new_len, split == 0 ? 0 : begin, split == splits - 1 ? p.kv_len : end);
   // The chunk this thread likely takes next, whose live keys are most often the same. Nothing follows its last one.
