@@ -48,7 +48,7 @@ inline Vec load_tail(const char* p, int64_t i, int n) {
 }
 
 // Rows of keys or values as they lie in memory, and rows that will be needed later, of `later_row` bytes each: reading
-// row j fetches row j of those, as far as it is that long itself where keys are read.
+// row j fetches row j of those.
 struct Stream {
   const char* data;
   int64_t row_bytes;
@@ -65,13 +65,6 @@ struct Stream {
 inline __attribute__((always_inline)) void fetch_row(const Stream& s, int64_t j) {
   for (int64_t i = 0; i < s.later_row; i += 64) __builtin_prefetch(s.later + j * s.later_bytes + i, 0, 2);
 }
-// One vector of a row; fetches the line that lies ahead, once per line.
-template <DType T>
-inline Vec load_ahead(const char* row, const char* later, int64_t i) {
-  constexpr int64_t kItem = T == DType::f32 ? 4 : T == DType::s8 ? 1 : 2;
-  if (kItem * kLanes >= 64 || i * kItem % 64 == 0) __builtin_prefetch(later + i * kItem, 0, 2);
-  return load_lanes<T>(row, i);
-}
 
 // s[r][j] = q[r] . k[j] for R rows of q (padded with zeros to whole vectors) and `keys` keys.
 template <DType T, int R>
@@ -81,7 +74,10 @@ void dot_scores(const Stream& k, int64_t keys, const float* q, int64_t depth, fl
   for (int64_t j = 0; j < keys; j += kKeys) {
     const char* row[kKeys];
 #pragma GCC unroll 16
-    for (int t = 0; t < kKeys; ++t) row[t] = k.data + min64(j + t, keys - 1) * k.row_bytes;
+    for (int t = 0; t < kKeys; ++t) {
+      row[t] = k.data + min64(j + t, keys - 1) * k.row_bytes;
+      fetch_row(k, j + t);
+    }
     Vec acc[kLanes];
 #pragma GCC unroll 16
     for (int t = 0; t < kLanes; ++t) acc[t] = vzero();
@@ -91,7 +87,7 @@ void dot_scores(const Stream& k, int64_t keys, const float* q, int64_t depth, fl
       for (int r = 0; r < R; ++r) x[r] = vload(q + r * kMaxHeadDim + d);
 #pragma GCC unroll 16
       for (int t = 0; t < kKeys; ++t) {
-        const Vec key = load_ahead<T>(row[t], k.later + (j + t) * k.later_bytes, d);
+        const Vec key = load_lanes<T>(row[t], d);
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) acc[r * kKeys + t] = vfma(key, x[r], acc[r * kKeys + t]);
       }
@@ -278,10 +274,10 @@ inline Stream stream(const Tensor& t, const Block& now, int64_t n, const Tensor&
   const int64_t item = itemsize(next.dtype), next_bytes = next.stride[2] * item, head_bytes = next.size[3] * item;
   const char* data = row_ptr(t, now.b, now.head0 + n, now.j);
   const int64_t row_bytes = t.stride[2] * itemsize(t.dtype);
-  if (next.stride[1] == next.size[3] && next_bytes == now.heads * head_bytes)
-    return {data, row_bytes, row_ptr(next, later.b, later.head0, later.j) + n * now.keys * head_bytes, head_bytes,
-            head_bytes};
-  return {data, row_bytes, row_ptr(next, later.b, later.head0 + n, later.j), next_bytes, head_bytes};
+  const bool dense = next.stride[1] == next.size[3] && next_bytes == now.heads * head_bytes;
+  if (!dense) return {data, row_bytes, row_ptr(next, later.b, later.head0 + n, later.j), next_bytes, head_bytes};
+  const char* part = row_ptr(next, later.b, later.head0, later.j) + n * now.keys * head_bytes;
+  return {data, row_bytes, part, head_bytes, head_bytes};
 }
 
 // Weights of one head's rows over a block of keys. Returns whether a row may not see some of them.
