@@ -156,6 +156,14 @@ py::list over_parts(dlpack::Parts& parts, int64_t count, int64_t start, int64_t 
   return tensors;
 }
 
+bool parts_hold(const dlpack::Parts& parts, const py::tuple& tensors, int64_t start, int64_t step,
+                const std::vector<int64_t>& size, const std::vector<int64_t>& stride) {
+  auto* objects = reinterpret_cast<void**>(&PyTuple_GET_ITEM(tensors.ptr(), 0));
+  const bool held = parts.hold(objects, static_cast<int64_t>(tensors.size()), start, step, size, stride);
+  PyErr_Clear();  // what cannot be looked at is not what was made
+  return held;
+}
+
 using Place = std::tuple<uint32_t, uint32_t, int64_t>;  // slot, buffer, offset
 
 void bind_gpu(py::module_& m) {
@@ -242,7 +250,9 @@ PYBIND11_MODULE(_C, m) {
   py::class_<dlpack::Parts>(m, "Parts", "Tensors over parts of another tensor's memory, which they keep alive.")
       .def(py::init(&make_parts), py::arg("exchange"), py::arg("tensor"))
       .def("over", &over_parts, py::arg("count"), py::arg("start"), py::arg("step"), py::arg("size"), py::arg("stride"),
-           "Tensor i begins at element start + i * step, in a storage of its own.");
+           "Tensor i begins at element start + i * step, in a storage of its own.")
+      .def("hold", &parts_hold, py::arg("tensors"), py::arg("start"), py::arg("step"), py::arg("size"),
+           py::arg("stride"), "Whether these are tensors that `over` makes of the same numbers.");
   py::class_<Program>(m, "Program", "A native segment of a plan.")
       .def(py::init(&make_program), py::arg("tier"), py::arg("num_symbols"), py::arg("num_externals"), py::arg("exprs"),
            py::arg("slots"), py::arg("buffers"), py::arg("steps"))

@@ -1,6 +1,7 @@
 // Tensors over parts of another tensor's memory, made through the exchange functions that an array library offers in
 // DLPack 1.x: a fifth of what its Python functions take for each.
 #pragma once
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <stdexcept>
@@ -31,6 +32,7 @@ struct Exchange {
   void* allocate;
   int (*from_object)(void* object, ManagedArray** out);  // not 0: a Python error is set
   int (*to_object)(ManagedArray* array, void** object);  // takes the array over
+  int (*look_at)(void* object, Array* out);              // what the object holds, as long as it is left alone
 };
 
 // Parts of the memory of a dense tensor [n]. Holds the memory only until the first tensors are made: they share it.
@@ -44,6 +46,25 @@ class Parts {
   }
 
   static constexpr int kDims = 4;
+
+  // Whether object i is a tensor of this size and stride that begins at element start + i * step. False, perhaps with a
+  // Python error, where one cannot be looked at.
+  bool hold(void* const* objects, int64_t count, int64_t start, int64_t step, const std::vector<int64_t>& size,
+            const std::vector<int64_t>& stride) const {
+    const std::shared_ptr<ManagedArray> memory = memory_.lock();
+    if (!memory || size.size() != kDims || stride.size() != kDims) return false;
+    const Array& whole = memory->array;
+    for (int64_t i = 0; i < count; ++i) {
+      Array given;
+      if (exchange_->look_at(objects[i], &given)) return false;
+      if (static_cast<char*>(given.data) + given.byte_offset != place(whole, start + i * step)) return false;
+      if (given.dtype_code != whole.dtype_code || given.dtype_bits != whole.dtype_bits) return false;
+      if (given.ndim != kDims || !std::equal(size.begin(), size.end(), given.shape) ||
+          !std::equal(stride.begin(), stride.end(), given.strides))
+        return false;
+    }
+    return true;
+  }
 
   // Hands `count` new objects to take(void*): tensor i begins at element start + i * step, and so does its storage.
   // False, with a Python error, where one cannot be made.
@@ -63,13 +84,12 @@ class Parts {
     const std::shared_ptr<ManagedArray> memory = memory_.lock();
     if (!memory) throw std::invalid_argument("the memory is gone: no tensor over it is left");
     const Array& whole = memory->array;
-    const int64_t itemsize = whole.dtype_bits / 8;
     for (int64_t i = 0; i < count; ++i) {
       auto part = std::make_unique<Part>();
       part->memory = memory;
       for (int d = 0; d < kDims; ++d) part->size[d] = size[d], part->stride[d] = stride[d];
       Array array = whole;
-      array.data = static_cast<char*>(whole.data) + whole.byte_offset + (start + i * step) * itemsize;
+      array.data = place(whole, start + i * step);
       array.byte_offset = 0;
       array.ndim = kDims, array.shape = part->size, array.strides = part->stride;
       part->managed = {1, 0, part.get(), [](ManagedArray* m) { delete static_cast<Part*>(m->context); }, 0, array};
@@ -88,6 +108,10 @@ class Parts {
     int64_t size[kDims], stride[kDims];
     std::shared_ptr<ManagedArray> memory;
   };
+
+  static char* place(const Array& whole, int64_t element) {
+    return static_cast<char*>(whole.data) + whole.byte_offset + element * (whole.dtype_bits / 8);
+  }
 
   const Exchange* exchange_;
   std::shared_ptr<ManagedArray> kept_;

@@ -78,6 +78,14 @@ class Parts:
     def over(
         self, count: int, start: int, step: int, size: Sequence[int], stride: Sequence[int]
     ) -> list[Tensor]: ...
+    def hold(
+        self,
+        tensors: tuple[Tensor, ...],
+        start: int,
+        step: int,
+        size: Sequence[int],
+        stride: Sequence[int],
+    ) -> bool: ...
 
 class Matrix:
     def __init__(

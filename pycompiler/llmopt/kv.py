@@ -25,7 +25,6 @@ from llmopt.native.segment import KvSpec, picker
 _MIN_SPARE = 64  # positions
 _address_of = attrgetter("address")
 _CPU = torch.device("cpu")
-_ADDRESS = Tensor.data_ptr
 
 
 def _exchange(tensors: type) -> object | None:
@@ -83,9 +82,6 @@ class KvGroup:
         given = [spec.argument for _, spec in specs if spec.argument is not None]
         self._caches = picker(given)
         self._empty = not given  # `groups_of` never mixes empty and filled ones
-        layouts = {spec.layout for _, spec in specs}
-        # Sizes and strides of all are those of the first: the graph is called only where that is so.
-        self._alike = len(layouts) == 1 and "" not in layouts
 
     def grow(
         self,
@@ -104,7 +100,7 @@ class KvGroup:
         caches = self._caches(arguments)
         if self._empty:
             return _fresh(geometry, 0, new_length)
-        grown = _in_place(caches, geometry, new_length, self._alike)
+        grown = _in_place(caches, geometry, new_length)
         if grown is not None:
             return grown
         length = caches[0].shape[2]
@@ -122,9 +118,9 @@ class KvGroup:
 
 
 def _in_place(
-    caches: Sequence[Tensor], geometry: tuple, new_length: int, alike: bool = False
+    caches: Sequence[Tensor], geometry: tuple, new_length: int
 ) -> Sequence[Tensor] | None:
-    """The caches behind which there is room, grown; None where they have to be copied. alike: all are laid out as the first."""
+    """The caches behind which there is room, grown; None where they have to be copied."""
     first = caches[0]
     itemsize, address = first.element_size(), first.data_ptr()
     slab = _slab_around(address)
@@ -137,18 +133,26 @@ def _in_place(
     end = start + length
     if rest or end + new_length > slab.capacity:
         return None
-    step = slab.capacity * row * itemsize
-    if list(map(_ADDRESS, caches)) != list(range(address, address + len(caches) * step, step)):
-        return None
-    shape, strides = (batch, heads, length, width), (heads * width, width, row, 1)
-    asked = (first,) if alike else caches
-    if any(c.size() != shape or c.stride() != strides for c in asked):
+    if not _lie_in(slab, caches, start, length):
         return None
     with _lock:
         if slab.filled != end:
             return None
         slab.filled = end + new_length
     return _caches(slab, caches, start, length + new_length)
+
+
+def _lie_in(slab: _Slab, caches: Sequence[Tensor], start: int, length: int) -> bool:
+    """Whether these are what `_caches` makes of the same numbers."""
+    row, size, stride = _laid_out(slab, length)
+    if slab.parts is not None:
+        return slab.parts.hold(tuple(caches), start * row, slab.capacity * row, size, stride)
+    itemsize = caches[0].element_size()
+    begin, step = slab.address + start * row * itemsize, slab.capacity * row * itemsize
+    return all(
+        (c.data_ptr(), c.size(), c.stride()) == (begin + i * step, size, stride)
+        for i, c in enumerate(caches)
+    )
 
 
 def _copied(caches: Sequence[Tensor], geometry: tuple, new_length: int) -> Sequence[Tensor]:
@@ -188,11 +192,9 @@ def _will_grow(cache: Tensor) -> None:
 def _caches(slab: _Slab, begun: Sequence[Tensor], start: int, length: int) -> Sequence[Tensor]:
     """[B,H,length,D] of every layer of a slab, from position `start` on; begun: without exchange functions, tensors that begin there, over
     storages as long as a layer's part."""
-    layers, batch, heads, width, _, _ = slab.geometry
-    row = batch * heads * width
-    size, stride = (batch, heads, length, width), (heads * width, width, row, 1)
+    row, size, stride = _laid_out(slab, length)
     if slab.parts is not None:
-        return slab.parts.over(layers, start * row, slab.capacity * row, size, stride)
+        return slab.parts.over(slab.geometry[0], start * row, slab.capacity * row, size, stride)
     if begun[0].is_inference():
         return [t.as_strided(size, stride) for t in begun]
     # Detached: a window remembers the tensor that it is a view of, whose sizes Dynamo checks too; they must not be the capacity.
@@ -207,3 +209,10 @@ def groups_of(specs: Sequence[KvSpec]) -> list[KvGroup]:
         key = (*sizes, spec.width, spec.dtype, spec.argument is None)
         found.setdefault(key, []).append((number, spec))
     return [KvGroup(group) for group in found.values()]
+
+
+def _laid_out(slab: _Slab, length: int) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+    """Elements a position of one layer takes; sizes and strides of a cache of this length."""
+    _, batch, heads, width, _, _ = slab.geometry
+    row = batch * heads * width
+    return row, (batch, heads, length, width), (heads * width, width, row, 1)

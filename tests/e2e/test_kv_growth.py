@@ -25,8 +25,7 @@ def maker(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
 def group(filled: bool = True) -> kv.KvGroup:
     """Of caches that are arguments 0, 1, 2 of a call."""
     specs = [
-        KvSpec(i if filled else None, BATCH, HEADS, 1, WIDTH, torch.float32, "alike")
-        for i in range(LAYERS)
+        KvSpec(i if filled else None, BATCH, HEADS, 1, WIDTH, torch.float32) for i in range(LAYERS)
     ]
     return kv.KvGroup(list(enumerate(specs)))
 

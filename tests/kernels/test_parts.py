@@ -75,6 +75,38 @@ def test_what_does_not_fit_is_refused(arguments, message):
         maker.over(*arguments)
 
 
+def test_parts_are_known_again():
+    memory = torch.arange(100.0)
+    maker = _C.Parts(EXCHANGE, memory)
+    first, second, third = maker.over(3, 4, 30, SIZE, STRIDE)
+
+    def hold(*tensors, start=4, step=30, size=SIZE, stride=STRIDE):
+        return maker.hold(tensors, start, step, size, stride)
+
+    assert hold(first, second, third)
+    assert hold(second, third, start=34)
+    assert hold(memory.as_strided(SIZE, STRIDE, 4))  # another tensor at the same place
+    assert not hold(first, third, second)
+    assert not hold(first, second, start=5)
+    assert not hold(first, second, step=29)
+    assert not hold(first, second.clone())
+    assert not hold(first, second[:, :, :2])
+    assert not hold(first, second.transpose(1, 2))
+    assert not hold(first, second.flatten())
+    assert not hold(first, second.view(torch.int32))
+    assert not hold(first, second.to_sparse())
+    assert hold(first, second, third)  # no error of the others is left
+
+
+def test_nothing_is_held_when_the_memory_is_gone():
+    maker = _C.Parts(EXCHANGE, torch.arange(60.0))
+    (made,) = maker.over(1, 0, 0, SIZE, STRIDE)
+    copy = made.clone()
+    del made
+    gc.collect()
+    assert not maker.hold((copy,), 0, 0, SIZE, STRIDE)
+
+
 def test_only_a_dense_row_is_taken():
     for wrong in (torch.zeros(4, 4), torch.zeros(8)[::2]):
         with pytest.raises(ValueError, match="no dense row"):

@@ -22,7 +22,7 @@ from llmopt.native.program import View
 from llmopt.native.segment import KvSpec, SegmentBuilder, StepRecord, describe
 from llmopt.ops.kv_codes import SCALE_BYTES
 from llmopt.ops.rope import KINDS as ROPE_KINDS
-from llmopt.sizes import Size, expression
+from llmopt.sizes import Size
 
 _ATTENTION = (
     ("mask", None),
@@ -172,14 +172,6 @@ def _lower_attention(s: SegmentBuilder, node: fx.Node) -> None:
     s.step("attention", operands, ints, [a["scale"], a["softcap"]], record)
 
 
-def _layout(cache: fx.Node | None) -> str:
-    """Sizes and strides as expressions."""
-    if cache is None:
-        return "none"
-    value = fake(cache)
-    return ", ".join(str(expression(s)) for s in (*value.shape, *value.stride()))
-
-
 def _lower_attention_append(s: SegmentBuilder, node: fx.Node) -> None:
     q, k_new, v_new, k_cache, v_cache, cos, sin, rope_name = (
         argument(node, i, "") for i in range(8)
@@ -191,7 +183,7 @@ def _lower_attention_append(s: SegmentBuilder, node: fx.Node) -> None:
         b, h, n, _ = fake(new).shape
         d = int(whole.shape[3])
         number = None if cache is None else s.argument(cache)
-        spec = KvSpec(number, b, h, n, d, whole.dtype, _layout(cache))
+        spec = KvSpec(number, b, h, n, d, whole.dtype)
         buffer = s.grow(spec, s.part(node, 1 + i))
         views.append(View(buffer, whole.dtype, tuple(whole.shape), tuple(whole.stride())))
     total = keys.shape[2]

@@ -68,10 +68,7 @@ class PackedSpec:
 
 @dataclass(frozen=True)
 class KvSpec:
-    """One growing cache [B,H,S,D]: the segment input that holds it so far (None: empty), and what is appended.
-
-    layout: sizes and strides of that input as expressions: equal ones are equal at every call.
-    """
+    """One growing cache [B,H,S,D]: the segment input that holds it so far (None: empty), and what is appended."""
 
     argument: int | None
     batch: Size
@@ -79,7 +76,6 @@ class KvSpec:
     new_length: Size
     width: int
     dtype: torch.dtype
-    layout: str = ""
 
 
 @dataclass(frozen=True)
