@@ -324,6 +324,21 @@ def test_zero_and_tiny_groups(tier, planes):
         assert (c.run(tier, 2) == 0).all()
 
 
+@pytest.mark.parametrize("planes", [1, 2, 3])
+@pytest.mark.parametrize("group", [257, 504, 512, 513, 1024])
+@pytest.mark.parametrize("tier", TIERS)
+def test_the_largest_sums(tier, group, planes):
+    """Every product at its largest, of either sign: no sum of integers wraps. Planes of 16 bits fit up to groups of 512."""
+    halves = 1 - 0.49 / 127, 1 - 0.49 / 32767  # leave most of a code to the next plane
+    for code, sign, x in product((127, -127, -128), (1.0, -1.0), (1.0, *halves)):
+        c = case(1, 35, 2 * group, 8, group, planes=planes)
+        c.weights.codes[:] = code
+        c.x[:] = x * sign
+        c.x[:, ::group] = sign
+        c.w = c.weights.dense()
+        check(c, tier)
+
+
 @pytest.mark.parametrize("tier", TIERS)
 def test_strided_rows(tier):
     for m, planes in product((1, 40, 90), (1, 3)):

@@ -188,18 +188,23 @@ struct IntVec {
 };
 inline IntVec iset(int32_t x) { return {_mm256_set1_epi32(x)}; }
 inline Vec vfrom_int(IntVec a) { return {_mm256_cvtepi32_ps(a.v)}; }
+// Integral lanes, |a| <= 32767.
+inline __m128i code_words(Vec a) {
+  const __m256i words = _mm256_cvtps_epi32(a.v);
+  return _mm_packs_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+}
+inline void vstore_s16(int16_t* p, Vec a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), code_words(a)); }
 // Integral lanes, |a| <= 127, as kLanes signed bytes.
 inline void vstore_s8(int8_t* p, Vec a) {
-  const __m256i words = _mm256_cvtps_epi32(a.v);
-  const __m128i halves = _mm_packs_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+  const __m128i halves = code_words(a);
   _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(halves, halves));
 }
-// The same as two quads, `stride` bytes apart: as bytes, or as the 16-bit pairs (0, 2) and (1, 3) of isa/pairs.h.
+// Two quads, `stride` bytes apart: as bytes, or as the 16-bit pairs (0, 2) and (1, 3) of isa/pairs.h. |a| is what these
+// hold.
 #define LLMOPT_STORES_QUADS
 template <int kBytes>
 inline void store_code_quads(char* to, int64_t stride, Vec a) {
-  const __m256i words = _mm256_cvtps_epi32(a.v);
-  const __m128i halves = _mm_packs_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+  const __m128i halves = code_words(a);
   if (kBytes == 4) {
     const __m128i bytes = _mm_packs_epi16(halves, halves);
     _mm_storeu_si32(to, bytes);

@@ -14,7 +14,8 @@ struct Quad {
 };
 inline Quad quad(Bytes bytes) { return {even_bytes(bytes), odd_bytes(bytes)}; }
 inline Quad quad_row(const char* p) { return {all_words(quad_word(p)), all_words(quad_word(p + 4))}; }
-inline void quad_pack(char* to, const int8_t* a) {
+template <class Code>  // int8_t or int16_t
+inline void quad_pack(char* to, const Code* a) {
   const int16_t pairs[4] = {a[0], a[2], a[1], a[3]};
   __builtin_memcpy(to, pairs, 8);
 }

@@ -1,5 +1,5 @@
 // Weights of 8 or 4 bits beside activations as they are, where the CPU cannot multiply bytes: codes become f32 K block
-// by K block and the rows pass over them by FMA. The integer kernels would multiply three signed bytes of each
+// by K block and the rows pass over them by FMA. The integer kernels would multiply two or three planes of each
 // activation; for one row they do, because their weights then come from DRAM and are used once.
 #pragma once
 #include "cpu/linear/blocked.h"
@@ -13,7 +13,7 @@ inline bool runs_on_floats(const QuantizedProblem& p) {
   const LinearTuning& t = p.tuning;
   const bool tuned = t.family != LinearFamily::automatic || t.rows || t.k_block || t.span || t.tiles || t.ahead;
   const bool steps_align = p.form.group <= kMaxKBlock || p.form.group % kStepK == 0 || p.form.group == p.K;
-  return !kMultipliesBytes && !tuned && p.planes > 1 && p.M > 1 && p.K > 0 && steps_align;
+  return !kMultipliesBytes && !tuned && !p.rounds_inputs && p.M > 1 && p.K > 0 && steps_align;
 }
 static_assert(2 * kMaxKBlock * kPanel * 4 <= kWideBytes, "a K block is rounded up to whole groups");
 

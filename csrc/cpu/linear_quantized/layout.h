@@ -49,16 +49,27 @@ struct Form {
   int32_t zero_point() const { return bits == 8 ? 128 : offsets ? 0 : 8; }
 };
 
+// Where activations become 16-bit pairs, two planes of 16 bits take the place of three of bytes, as long as their sums
+// fit 32 bits: 128 * 32767 * group < 2^31.
+#ifdef LLMOPT_ISA_PAIRS
+constexpr int64_t kMostWideGroup = 512;
+#else
+constexpr int64_t kMostWideGroup = 0;
+#endif
+
 // A linear step over such weights. A plane of a token is a row of its own to the micro-kernels.
 struct QuantizedProblem : Problem {
   const Form form;
+  const bool rounds_inputs, wide_planes;  // activations to signed bytes; planes have 16 bits
   const int planes;
   const bool is_lone, streamed;  // all rows in one tile of a stream; panels are read straight through
 
   explicit QuantizedProblem(const Step& s)
       : Problem(s, kLinearQuantizedInts),
         form{K, s.i[6], s.i[7], s.i[8] != 0},
-        planes(static_cast<int>(s.i[9])),
+        rounds_inputs(s.i[9] == 1),
+        wide_planes(!rounds_inputs && form.bits == 8 && form.group <= kMostWideGroup),
+        planes(static_cast<int>(wide_planes ? ceil_div(s.i[9], 2) : s.i[9])),
         is_lone(tuning.rows == 0 && tuning.family <= LinearFamily::stream && M * planes <= stream_rows()),
         streamed(!has_room() ||
                  (tuning.family == LinearFamily::automatic ? is_lone : tuning.family == LinearFamily::stream)) {}

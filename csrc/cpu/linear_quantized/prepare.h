@@ -65,25 +65,31 @@ inline float group_values(const QuantizedProblem& p, const RowNorm& norm, int64_
   return vreduce_max(largest);
 }
 
-template <int kBytes>
-inline void pack_quad(char* to, const int8_t* codes) {
-  if (kBytes == 4)
+template <int kBytes, class Code>
+inline void pack_quad(char* to, const Code* codes) {
+  if constexpr (kBytes == 4)
     __builtin_memcpy(to, codes, 4);
   else
     quad_pack(to, codes);
 }
 
-// One plane of a group: codes = round(values * inverse), a quad in kBytes, and what they leave over back to `values` if
-// another plane follows. Returns the sum of the codes: NaN if a value is NaN or Inf, whatever the scale.
-template <int kBytes, bool kLast>
-inline float round_plane(const Form& form, float scale, float inverse, float* values, char* to, int64_t quad_stride) {
+inline void store_codes(int8_t* to, Vec codes) { vstore_s8(to, codes); }
+#ifdef LLMOPT_ISA_PAIRS
+inline void store_codes(int16_t* to, Vec codes) { vstore_s16(to, codes); }
+#endif
+
+// One plane of a group: codes = round(values * inverse), a quad in kBytes, and what they leave over of these products
+// back to `values` if another plane follows. Returns the sum of the codes: NaN if a value is NaN or Inf, whatever the
+// scale.
+template <class Code, int kBytes, bool kLast>
+float round_plane(const Form& form, float inverse, float* values, char* to, int64_t quad_stride) {
   Vec sum = vzero();
   const int64_t quads = 2 * form.steps();
-  int8_t codes[kLanes];
+  Code codes[kLanes];
   for (int64_t k = 0; k < form.group; k += kLanes) {
     const Vec x = vload(values + k), q = vround(vmul(x, vset(inverse)));
     sum = vadd(sum, q);
-    if (!kLast) vstore(values + k, vfma(q, vset(-scale), x));
+    if (!kLast) vstore(values + k, vfma(x, vset(inverse), vneg(q)));
     char* at = to + k / 4 * quad_stride;
     const bool whole = k + kLanes <= kStepK * form.steps();
     if (kBytes == 4 && whole && quad_stride == kBytes) {  // the codes of a row lie side by side
@@ -96,7 +102,7 @@ inline float round_plane(const Form& form, float scale, float inverse, float* va
       continue;
     }
 #endif
-    vstore_s8(codes, q);
+    store_codes(codes, q);
     if (whole) {
 #pragma GCC unroll 4
       for (int i = 0; i < kLanes / 4; ++i) pack_quad<kBytes>(at + i * quad_stride, codes + 4 * i);
@@ -111,36 +117,44 @@ void clear_quads(const Form& form, int64_t first, char* to, int64_t quad_stride)
   for (int64_t i = first; i < 2 * form.steps(); ++i) __builtin_memset(to + i * quad_stride, 0, form.quad_bytes());
 }
 
-constexpr float kLargestInverse = 1e35f;  // of which the next plane's is still finite
+template <bool kLast>
+auto plane_rounding(const QuantizedProblem& p) {
+  if (p.form.bits == 4) return round_plane<int8_t, kNibbleQuadBytes, kLast>;
+  if constexpr (kMostWideGroup > 0) {
+    if (p.wide_planes) return round_plane<int16_t, kQuadBytes, kLast>;
+  }
+  return round_plane<int8_t, kQuadBytes, kLast>;
+}
 
 void quantize_groups(const QuantizedProblem& p, const Prepared& tile, const RowNorm& norm, int64_t token, int64_t row,
                      int64_t group0, int64_t count, float* values) {
   const Form& form = p.form;
   const int64_t stride = ceil_div(form.group, kLanes) * kLanes, written = ceil_div(form.group, kLanes) * kLanes / 4;
+  const float largest_code = p.wide_planes ? 32767.0f : 127.0f;
   float scale[kBatch], inverse[kBatch], sum[kBatch];
   for (int64_t i = 0; i < count; ++i) scale[i] = group_values(p, norm, token, group0 + i, values + i * stride);
   for (int64_t i = 0; i < count; ++i) {
-    scale[i] /= 127.0f;
+    scale[i] /= largest_code;
     inverse[i] = inverse_scale(scale[i]);
+    if (inverse[i] == 0.0f) scale[i] = 0.0f;
   }
   for (int plane = 0; plane < p.planes; ++plane, ++row) {
     const bool last = plane + 1 == p.planes;
-    auto round = last ? round_plane<kNibbleQuadBytes, true> : round_plane<kNibbleQuadBytes, false>;
-    if (form.bits == 8) round = last ? round_plane<kQuadBytes, true> : round_plane<kQuadBytes, false>;
+    const auto round = last ? plane_rounding<true>(p) : plane_rounding<false>(p);
     for (int64_t i = 0; i < count; ++i) {
       char* to = tile.quad(group0 + i, 0, row);
       float* from = values + i * stride;
-      sum[i] = round(form, scale[i], inverse[i], from, to, tile.quad_stride);
+      sum[i] = round(form, inverse[i], from, to, tile.quad_stride);
       clear_quads(form, sum[i] == sum[i] ? written : 0, to, tile.quad_stride);
     }
     for (int64_t i = 0; i < count; ++i) {
       const int64_t at = (group0 + i) * tile.rows + row;
       const bool is_number = sum[i] == sum[i];
-      tile.scale[at] = !is_number ? sum[i] : inverse[i] > 0.0f ? scale[i] : 0.0f;
+      tile.scale[at] = is_number ? scale[i] : sum[i];
       tile.start[at] = -form.zero_point() * (is_number ? static_cast<int32_t>(sum[i]) : 0);
       tile.sum[at] = tile.scale[at] * sum[i];
-      scale[i] *= 1.0f / 254.0f;
-      inverse[i] = inverse[i] < kLargestInverse ? inverse[i] * 254.0f : 0.0f;
+      inverse[i] = 2 * largest_code;  // what is left over is half a code at most
+      scale[i] /= inverse[i];
     }
   }
 }
