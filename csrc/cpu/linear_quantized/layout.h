@@ -22,7 +22,7 @@ constexpr int64_t kQuantizedSums = (kLoneRows > kQuantizedRows ? kLoneRows : kQu
 
 // As stream_panels, of the integer sums.
 constexpr int quantized_stream_panels(int64_t rows) {
-  constexpr int64_t kFit = kVecRegisters == 32 ? 2 * kQuantizedRows - 2 : kLoneRows - 1;
+  constexpr int64_t kFit = kVecRegisters == 32 ? 2 * kQuantizedRows - 2 : kLoneRows;
   const int64_t fit = rows == 0 ? kMostStreams : kFit / rows;
   return static_cast<int>(fit < 1 ? 1 : fit < kMostStreams ? fit : kMostStreams);
 }
