@@ -135,7 +135,7 @@ const dlpack::Exchange* exchange_in(const py::object& capsule) {
   if (!PyCapsule_IsValid(capsule.ptr(), kName)) return nullptr;
   const auto* found = static_cast<const dlpack::Exchange*>(PyCapsule_GetPointer(capsule.ptr(), kName));
   while (found && found->major != 1) found = found->older;
-  return found;
+  return found && found->look_at ? found : nullptr;  // the one that DLPack lets a library leave out
 }
 
 std::unique_ptr<dlpack::Parts> make_parts(const py::object& exchange, const py::object& tensor) {

@@ -117,6 +117,13 @@ class KvGroup:
         return result
 
 
+def _laid_out(slab: _Slab, length: int) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+    """Elements a position of one layer takes; sizes and strides of a cache of this length."""
+    _, batch, heads, width, _, _ = slab.geometry
+    row = batch * heads * width
+    return row, (batch, heads, length, width), (heads * width, width, row, 1)
+
+
 def _in_place(
     caches: Sequence[Tensor], geometry: tuple, new_length: int
 ) -> Sequence[Tensor] | None:
@@ -209,10 +216,3 @@ def groups_of(specs: Sequence[KvSpec]) -> list[KvGroup]:
         key = (*sizes, spec.width, spec.dtype, spec.argument is None)
         found.setdefault(key, []).append((number, spec))
     return [KvGroup(group) for group in found.values()]
-
-
-def _laid_out(slab: _Slab, length: int) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
-    """Elements a position of one layer takes; sizes and strides of a cache of this length."""
-    _, batch, heads, width, _, _ = slab.geometry
-    row = batch * heads * width
-    return row, (batch, heads, length, width), (heads * width, width, row, 1)

@@ -55,7 +55,7 @@ class LinearProblem:
     residual: bool = False
     group: int = 0  # of quantised weights: inputs that share a scale
     offsets: bool = False
-    planes: int = 0  # signed bytes an activation is a sum of
+    planes: int = 0  # signed bytes an activation is as exact as the sum of
     hint: int = field(default=0, compare=False)  # M of the call that is compiled, where m is None
 
     def facts(self) -> dict[str, str | int]:

@@ -339,6 +339,20 @@ def test_the_largest_sums(tier, group, planes):
         check(c, tier)
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("planes", [1, 2, 3])
+@pytest.mark.parametrize("group", [64, 512])
+@pytest.mark.parametrize("tier", TIERS)
+def test_every_code_of_an_activation_is_in_its_sum(tier, group, planes, dtype):
+    """Weights of 0 are stored as 128, which the sums of the activations' codes take off again: exactly, or some were cut off."""
+    for seed in range(30):
+        c = case(1, 16, 4 * group, 8, group, planes=planes, dtype=dtype)
+        c.x[:] = randn(1, 4 * group, dtype=dtype, seed=seed)
+        c.weights.codes[:] = 0
+        c.w = c.weights.dense()
+        assert (c.run(tier, 1) == 0).all()
+
+
 @pytest.mark.parametrize("tier", TIERS)
 def test_strided_rows(tier):
     for m, planes in product((1, 40, 90), (1, 3)):

@@ -1,4 +1,5 @@
-// Quads of unsigned by signed bytes for tiers that cannot multiply bytes exactly: as two 16-bit pairs each. Unsigned
+// Quads of unsigned bytes by signed codes for tiers that cannot multiply bytes exactly: as two 16-bit pairs each, which
+// leaves the signed ones 16 bits. Unsigned
 // bytes below 16 they can: eight such products of a lane fit 16 bits.
 // The tier gives Bytes, even_bytes, odd_bytes, all_words, add_pairs, add_nibbles and add_words.
 #pragma once

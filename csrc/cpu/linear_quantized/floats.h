@@ -1,5 +1,5 @@
 // Weights of 8 or 4 bits beside activations as they are, where the CPU cannot multiply bytes: codes become f32 K block
-// by K block and the rows pass over them by FMA. The integer kernels would multiply two or three planes of each
+// by K block and the rows pass over them by FMA. The integer kernels would multiply up to three planes of each
 // activation; for one row they do, because their weights then come from DRAM and are used once.
 #pragma once
 #include "cpu/linear/blocked.h"

@@ -49,8 +49,8 @@ struct Form {
   int32_t zero_point() const { return bits == 8 ? 128 : offsets ? 0 : 8; }
 };
 
-// Where activations become 16-bit pairs, two planes of 16 bits take the place of three of bytes, as long as their sums
-// fit 32 bits: 128 * 32767 * group < 2^31.
+// Where activations become 16-bit pairs, one plane of 16 bits takes the place of two of bytes and two that of three, as
+// long as their sums fit 32 bits: 128 * 32767 * group < 2^31.
 #ifdef LLMOPT_ISA_PAIRS
 constexpr int64_t kMostWideGroup = 512;
 #else

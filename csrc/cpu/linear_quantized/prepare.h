@@ -1,4 +1,5 @@
-// Rows of x → the left operand: normalised, rounded to signed bytes group by group, in the order the tiles read.
+// Rows of x → the left operand: normalised, rounded to planes of signed codes group by group, in the order the tiles
+// read.
 //   codes   [tiles][groups][steps][2 quads][rows] kQuadBytes each
 //   then per tile three tables [groups][rows]: scale f32, start i32 (what the sums begin at, for the zero point of the
 //   weights) and scaled sum f32 (scale * sum of codes, for their offsets).
@@ -117,6 +118,9 @@ void clear_quads(const Form& form, int64_t first, char* to, int64_t quad_stride)
   for (int64_t i = first; i < 2 * form.steps(); ++i) __builtin_memset(to + i * quad_stride, 0, form.quad_bytes());
 }
 
+// Of a code: half of one, and 2^-9 of the largest products that were rounded before they became codes.
+constexpr float kMostLeftOver = 0.5f + 1.0f / 512;
+
 template <bool kLast>
 auto plane_rounding(const QuantizedProblem& p) {
   if (p.form.bits == 4) return round_plane<int8_t, kNibbleQuadBytes, kLast>;
@@ -153,7 +157,7 @@ void quantize_groups(const QuantizedProblem& p, const Prepared& tile, const RowN
       tile.scale[at] = is_number ? scale[i] : sum[i];
       tile.start[at] = -form.zero_point() * (is_number ? static_cast<int32_t>(sum[i]) : 0);
       tile.sum[at] = tile.scale[at] * sum[i];
-      inverse[i] = 2 * largest_code;  // what is left over is half a code at most
+      inverse[i] = largest_code / kMostLeftOver;
       scale[i] /= inverse[i];
     }
   }

@@ -23,7 +23,7 @@ from llmopt.native.segment import PackedSpec, SegmentBuilder
 from llmopt.ops.linear_quantized import parts
 from llmopt.quant.schemes import CodeForm, Scheme
 
-# Signed bytes an activation is a sum of: one is 8 bits, three keep 23 bits of the largest in a group, as many as float32 has.
+# Signed bytes an activation is as exact as the sum of: one is 8 bits, three keep 23 bits of the largest in a group, as many as float32 has.
 PLANES = {"int8": 1, "same": 3}
 MAX_GROUP = 1 << 16  # products that an int32 sum holds
 
