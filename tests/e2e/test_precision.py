@@ -200,6 +200,19 @@ def test_the_head_keeps_eight_bits() -> None:
     assert any("100x64 w8a16" in d for d in details)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@torch.no_grad()
+def test_the_head_is_the_same_for_tokens_and_for_their_embeddings(tied: bool) -> None:
+    model, ids = llama(tied), torch.arange(3, 9)[None]
+    fast = compiled(model, "w4a16")
+    embeds = model.get_input_embeddings()(ids)
+    assert relative(fast(inputs_embeds=embeds).logits, fast(ids).logits) < 1e-5
+    (head,) = [
+        r.detail for r in alive()[-1].plan.records() if f"{model.config.vocab_size}x" in r.detail
+    ]
+    assert "w8a16" in head
+
+
 @torch.no_grad()
 def test_an_edited_weight_is_rounded_again() -> None:
     module = Mlp()

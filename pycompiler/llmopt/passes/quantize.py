@@ -5,6 +5,7 @@ Runs after all other passes: what stands around a linear has joined it by then.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,6 +31,8 @@ from llmopt.passes.simplify import erase_unused
 from llmopt.quant.schemes import Scheme, of_head
 
 EMBEDDINGS = ("llmopt.embedding", "embedding")
+# What models call an output head, or the embedding whose weight it shares.
+_HEAD_NAME = re.compile(r"(^|\.)(lm_head|wte|[^.]*embed[^.]*)\.weight$")
 
 
 def run(
@@ -117,13 +120,17 @@ def _replace(
 
 
 def _is_head(graph: fx.Graph, node: fx.Node) -> bool:
-    """A linear with the embedding's weight, or one that is returned and has an output for each row of an embedding."""
+    """A linear with the embedding's weight, or one that is returned and has an output for each row of an embedding. Where the
+    model is called with embeddings, its graph looks none up: then one that is returned and is called a head."""
     tables = [n for e in graph.nodes if kind(e) in EMBEDDINGS for n in e.all_input_nodes]
     weights = parts(node)["weights"]
     if any(w in tables for w in weights):
         return True
     rows = [fake(t).shape[0] for t in tables if fake(t).dtype.is_floating_point]
-    return fake(weights[0]).shape[0] in rows and _only_returned(node)
+    head_like = fake(weights[0]).shape[0] in rows
+    if not tables:
+        head_like = _HEAD_NAME.search(weight_name(weights[0])) is not None
+    return head_like and _only_returned(node)
 
 
 def _only_returned(node: fx.Node) -> bool:
