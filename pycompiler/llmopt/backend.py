@@ -175,7 +175,7 @@ def _say_exact(options: Options, layers: Sequence[str]) -> None:
     if layers:
         more = f" (and {len(layers) - 1} more: LLMOPT_DEBUG=1 lists them)" if layers[1:] else ""
         other = "; the option group takes these" if "groups of" in layers[0] else ""
-        log.warning("precision=%r leaves exact: %s%s%s", options.precision, layers[0], other, more)
+        warn_once(f"precision={options.precision!r} leaves exact: {layers[0]}{other}{more}")
     for layer in layers:
         say(1, f"stays exact: {layer}")
 
