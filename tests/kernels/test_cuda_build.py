@@ -243,7 +243,9 @@ def test_the_build_says_that_nvcc_is_missing(tmp_path):
     tools.mkdir()
     for name in ("c++", "g++", "cc", "gcc", "ar", "ranlib", "ld", "as", "uname"):
         (tools / name).symlink_to(tool(name, brought_by="gcc"))
-    error = cmake_error(tmp_path, PATH=str(tools), CUDA_HOME="", CUDA_PATH="")
+    # A launcher such as ccache, if the environment names one, is not among the tools.
+    launchers = dict.fromkeys(("CMAKE_C_COMPILER_LAUNCHER", "CMAKE_CXX_COMPILER_LAUNCHER"), "")
+    error = cmake_error(tmp_path, PATH=str(tools), CUDA_HOME="", CUDA_PATH="", **launchers)
     assert "LLMOPT_CUDA=ON needs nvcc of CUDA 12.8 or newer" in error
     assert "Without LLMOPT_CUDA the build is for CPUs" in error
 
