@@ -133,9 +133,8 @@ def _in_place(
     slab = _slab_around(address)
     if slab is None or slab.geometry != geometry or slab.storage.expired():
         return None
-    _, batch, heads, width, _, _ = geometry
-    row = batch * heads * width
     length = int(first.shape[2])
+    row, _, _ = _laid_out(slab, length)
     start, rest = divmod(address - slab.address, row * itemsize) if row else (0, 1)
     end = start + length
     if rest or end + new_length > slab.capacity:

@@ -118,7 +118,8 @@ void clear_quads(const Form& form, int64_t first, char* to, int64_t quad_stride)
   for (int64_t i = first; i < 2 * form.steps(); ++i) __builtin_memset(to + i * quad_stride, 0, form.quad_bytes());
 }
 
-// Of a code: half of one, and 2^-9 of the largest products that were rounded before they became codes.
+// What rounding may leave over of a product, in codes: half a code and more, as products of some thousand codes were
+// rounded to f32 before.
 constexpr float kMostLeftOver = 0.5f + 1.0f / 512;
 
 template <bool kLast>

@@ -126,11 +126,12 @@ def _is_head(graph: fx.Graph, node: fx.Node) -> bool:
     weights = parts(node)["weights"]
     if any(w in tables for w in weights):
         return True
-    rows = [fake(t).shape[0] for t in tables if fake(t).dtype.is_floating_point]
-    head_like = fake(weights[0]).shape[0] in rows
+    if not _only_returned(node):
+        return False
     if not tables:
-        head_like = _HEAD_NAME.search(weight_name(weights[0])) is not None
-    return head_like and _only_returned(node)
+        return _HEAD_NAME.search(weight_name(weights[0])) is not None
+    rows = [fake(t).shape[0] for t in tables if fake(t).dtype.is_floating_point]
+    return fake(weights[0]).shape[0] in rows
 
 
 def _only_returned(node: fx.Node) -> bool:
