@@ -10,7 +10,7 @@
 namespace llmopt {
 
 // Owns zeroed memory: 64-byte aligned; when large, pages of its own (given back at once when freed), 2 MiB-aligned,
-// with huge pages asked for.
+// with huge pages asked for where whole ones fit.
 class Memory {
  public:
   Memory() = default;
@@ -27,7 +27,7 @@ class Memory {
   }
 
  private:
-  static constexpr size_t kHuge = size_t{2} << 20;
+  static constexpr size_t kSmall = size_t{4} << 10, kHuge = size_t{2} << 20;
 
   static size_t round_up(size_t bytes, size_t unit) { return (bytes + unit - 1) / unit * unit; }
 
@@ -45,7 +45,7 @@ class Memory {
     release();
     if (bytes == 0) return;
     if (bytes >= kHuge) {
-      map(round_up(bytes, kHuge));
+      map(round_up(bytes, kSmall));
       return;
     }
     const size_t rounded = round_up(bytes, 64);
@@ -56,7 +56,9 @@ class Memory {
     bytes_ = rounded;
   }
 
-  // Maps one huge page more than needed, so that an aligned start fits; the untouched ends cost no memory.
+  // Maps one huge page more than needed, so that an aligned start fits; the untouched ends cost no memory. The last
+  // huge page would be touched in part and cost all of it: there, pages are small even where the system gives huge ones
+  // to everybody.
   void map(size_t bytes) {
     void* p = mmap(nullptr, bytes + kHuge, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (p == MAP_FAILED) throw std::bad_alloc();
@@ -64,7 +66,9 @@ class Memory {
     mapped_bytes_ = bytes + kHuge;
     data_ = reinterpret_cast<char*>(round_up(reinterpret_cast<size_t>(p), kHuge));
     bytes_ = bytes;
-    madvise(data_, bytes, MADV_HUGEPAGE);
+    const size_t whole = bytes / kHuge * kHuge;
+    madvise(data_, whole, MADV_HUGEPAGE);
+    madvise(data_ + whole, bytes - whole, MADV_NOHUGEPAGE);
   }
 
   char* data_ = nullptr;
