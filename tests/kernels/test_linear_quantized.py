@@ -227,6 +227,17 @@ def test_a_scaled_sum_beyond_float32_is_not_read():
     assert c.run(TIERS[0], 2).isfinite().all()
 
 
+@pytest.mark.parametrize("offsets", [False, True])
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("tier", TIERS)
+def test_sums_within_float32_are_finite(tier, bits, offsets):
+    """Packed scales of 4-bit codes lie at the top of f16's range: sums over them must not."""
+    for m, planes in product((1, 4, 20, 90), (1, 3)):
+        c = case(m, 35, 64, bits, 32, offsets, planes=planes)
+        c.x *= 3e34
+        check(c, tier)
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("tier", TIERS)
 def test_awkward_sizes(tier, bits):

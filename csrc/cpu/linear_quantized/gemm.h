@@ -52,7 +52,8 @@ struct QuantizedSchedule : Cut {
 
 constexpr int64_t kQuantizedAhead = 2 << 10;  // bytes a stream asks for its weights before it needs them
 
-// The planes of a token become one row; columns of 4-bit weights get their factors.
+// The planes of a token become one row; columns of 4-bit weights get their factors, and back what their rows' scales
+// were divided by.
 void settle(const QuantizedProblem& p, const char* factors, int64_t tokens, float* sums) {
   if (p.planes > 1)
     for (int64_t t = 0; t < tokens; ++t)
@@ -65,7 +66,8 @@ void settle(const QuantizedProblem& p, const char* factors, int64_t tokens, floa
   for (int64_t t = 0; t < tokens; ++t)
     for (int v = 0; v < kPanel; v += kLanes) {
       float* at = sums + t * kPanel + v;
-      vstore(at, vmul(vload(at), vload(reinterpret_cast<const float*>(factors) + v)));
+      const Vec factor = vmul(vload(reinterpret_cast<const float*>(factors) + v), vset(kScaleTop));
+      vstore(at, vmul(vload(at), factor));
     }
 }
 

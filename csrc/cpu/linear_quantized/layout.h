@@ -5,7 +5,7 @@
 //     8 bits  [2 quads][kPanel][4]
 //     4 bits  [kPanel][4]: the first quad in the low halves of the bytes, the second in the high halves
 // Scales and offsets are f32 beside 8-bit codes. Beside 4-bit codes they are f16, divided by a power of two per column
-// that puts the largest of the column at the top of f16's range; these [kPanel] f32 end the panel.
+// that puts the largest of the column at the top of f16's range, from kScaleTop on; these [kPanel] f32 end the panel.
 // Groups are padded to whole steps; activations are zero there. Columns past N have scale and offset zero.
 #pragma once
 #include "cpu/linear/problem.h"
@@ -13,6 +13,7 @@
 namespace {
 
 constexpr int64_t kStepK = 8;
+constexpr float kScaleTop = 1 << 14;
 // Rows of a stream. Where registers are many, a tile that is alone may have more rows than its f32 sums find registers
 // for, as long as the weights are read once. Where they are few, codes are unpacked beside the sums: the mask of 4 bits
 // and the pairs of 8 take some, which leaves room for fewer rows than a tile over an unpacked panel has.

@@ -47,7 +47,8 @@ inline float factor_at(const Tensor& t, int64_t row, int64_t group) {
   return reinterpret_cast<const float*>(t.data)[row * t.stride[0] + group * t.stride[1]];
 }
 
-// The power of two that brings the largest scale or offset of a column to 2^14 .. 2^15; 1 where there is none.
+// The power of two that brings the largest scale or offset of a column to kScaleTop and below twice that; 1 where there
+// is none.
 inline float column_factor(const Form& form, const QuantizedRow& from) {
   float largest = 0.0f;
   for (int64_t g = 0; g < form.groups(); ++g) {

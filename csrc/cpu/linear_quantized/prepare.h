@@ -17,6 +17,7 @@ struct Prepared {
   float* sum;
   int64_t rows;                                   // of a table
   int64_t group_stride, quad_stride, row_stride;  // of codes, in bytes
+  float unit = 1;                                 // what scales lie there times
 
   char* quad(int64_t group, int64_t i, int64_t row) const {
     return codes + group * group_stride + i * quad_stride + row * row_stride;
@@ -27,6 +28,10 @@ inline size_t prepared_bytes(const QuantizedProblem& p) {
   const int64_t rows = p.M * p.planes;
   return static_cast<size_t>(ceil_div(rows * p.row_bytes(), 64) * 64 + 3 * 4 * rows * p.form.groups());
 }
+
+// Streams multiply by f16 scales as they are packed, from kScaleTop on: in full, large activations would take their
+// sums beyond f32.
+inline float scale_unit(const QuantizedProblem& p) { return p.form.bits == 4 && p.streamed ? 1 / kScaleTop : 1.0f; }
 
 inline Prepared prepared_tile(const QuantizedProblem& p, char* shared, int64_t tile) {
   const int64_t rows = p.M * p.planes, row0 = p.tile_row(tile) * p.planes, groups = p.form.groups();
@@ -39,7 +44,8 @@ inline Prepared prepared_tile(const QuantizedProblem& p, char* shared, int64_t t
           tile_rows,
           2 * p.form.steps() * quad_bytes,
           quad_bytes,
-          p.form.quad_bytes()};
+          p.form.quad_bytes(),
+          scale_unit(p)};
 }
 
 // Small M has one tile: its groups are shared out so that all threads prepare it.
@@ -155,7 +161,7 @@ void quantize_groups(const QuantizedProblem& p, const Prepared& tile, const RowN
     for (int64_t i = 0; i < count; ++i) {
       const int64_t at = (group0 + i) * tile.rows + row;
       const bool is_number = sum[i] == sum[i];
-      tile.scale[at] = is_number ? scale[i] : sum[i];
+      tile.scale[at] = is_number ? scale[i] * tile.unit : sum[i];
       tile.start[at] = -form.zero_point() * (is_number ? static_cast<int32_t>(sum[i]) : 0);
       tile.sum[at] = tile.scale[at] * sum[i];
       inverse[i] = largest_code / kMostLeftOver;
