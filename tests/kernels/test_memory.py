@@ -10,6 +10,10 @@ import pytest
 from llmopt import _C
 
 MIB = 1 << 20
+# Without them nothing marks where one mapping ends and the next begins.
+pytestmark = pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="a kernel without huge pages"
+)
 
 
 def resident(memory: _C.Memory) -> int:

@@ -17,7 +17,7 @@ struct Prepared {
   float* sum;
   int64_t rows;                                   // of a table
   int64_t group_stride, quad_stride, row_stride;  // of codes, in bytes
-  float unit = 1;                                 // what scales lie there times
+  float unit = 1;                                 // `scale` and `sum` are stored times this
 
   char* quad(int64_t group, int64_t i, int64_t row) const {
     return codes + group * group_stride + i * quad_stride + row * row_stride;
