@@ -25,6 +25,7 @@ from llmopt.passes.pipeline import passes
 from llmopt.passes.verify import check_form, check_values, run_again, run_copy
 from llmopt.plan import make_plan
 from llmopt.quant.budget import Decision
+from llmopt.regions import inline
 from llmopt.tune.lookup import tuner_for
 from llmopt.types import Choice, Target
 from llmopt.windows import pin
@@ -51,6 +52,7 @@ def llmopt(
     """
     chosen = parse_options(mode, options)
     _raise_recompile_limit()
+    inline(gm)
     tensors = [t for t in example_inputs if isinstance(t, torch.Tensor)]
     machine, reason = choose_target(chosen.target, tensors)
     reason = reason or _why_not(gm, example_inputs, tensors) or enclose(gm) or pin(gm)
