@@ -17,6 +17,7 @@ from llmopt.types import Target
 
 if TYPE_CHECKING:
     from llmopt.auto.module import quantize
+    from llmopt.layers import mark_layers
     from llmopt.quant.kv_cache import KVCache
     from llmopt.quant.storage import load_quantized, save_quantized
     from llmopt.report import Report, explain, refresh
@@ -30,6 +31,7 @@ __all__ = [
     "__version__",
     "explain",
     "load_quantized",
+    "mark_layers",
     "quantize",
     "refresh",
     "save_quantized",
@@ -41,6 +43,7 @@ _AT_FIRST_USE = {
     "Report": ("llmopt.report", "Report"),
     "explain": ("llmopt.report", "explain"),
     "load_quantized": ("llmopt.quant.storage", "load_quantized"),
+    "mark_layers": ("llmopt.layers", "mark_layers"),
     "quantize": ("llmopt.auto.module", "quantize"),
     "refresh": ("llmopt.report", "refresh"),
     "save_quantized": ("llmopt.quant.storage", "save_quantized"),

@@ -31,7 +31,7 @@ LAYERS = (
     ("executor",),
     ("compiled",),
     ("backend",),
-    ("explain", "report"),
+    ("explain", "layers", "report"),
     ("llmopt",),  # the package itself: its public names
     ("models",),
     ("benchmark",),
