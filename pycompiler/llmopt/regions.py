@@ -20,6 +20,8 @@ from llmopt.graph import (
     fake_mode_of,
     getitem,
     is_in_place,
+    is_tensor,
+    kind,
     storage,
     tensors_in,
     unreadable,
@@ -44,7 +46,7 @@ def _write_out(gm: fx.GraphModule, call: fx.Node, body: fx.GraphModule) -> None:
     region, _name, *operands = call.args
     mode = fake_mode_of(gm.graph)
     inputs = [n for n in body.graph.nodes if n.op == "placeholder"]
-    made: dict[fx.Node, Any] = dict(zip(inputs, operands, strict=True))
+    made: dict[fx.Node, Any] = {n: _as_asked(n, o) for n, o in zip(inputs, operands, strict=True)}
     with gm.graph.inserting_before(call):
         for node in body.graph.nodes:
             if node in made or node.op == "output":
@@ -62,6 +64,12 @@ def _write_out(gm: fx.GraphModule, call: fx.Node, body: fx.GraphModule) -> None:
     gm.graph.erase_node(call)
     if not region.users:
         gm.graph.erase_node(region)
+
+
+def _as_asked(asked: fx.Node, given: Any) -> Any:
+    """The tensor that holds a number, where torch 2.13 gives later calls of a region its item and the body takes the item itself."""
+    is_number = isinstance(given, fx.Node) and kind(given) == "item" and not is_tensor(given)
+    return given.args[0] if is_number and is_tensor(asked) else given
 
 
 def _value(mode: FakeTensorMode, node: fx.Node, copy: fx.Node) -> Any:

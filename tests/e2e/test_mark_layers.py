@@ -67,6 +67,23 @@ def test_an_encoder_is_traced_once(backend: str) -> None:
     assert reused() - before == 2
 
 
+@torch.no_grad()
+def test_every_size_and_number_is_a_symbol(backend: str) -> None:
+    """dynamic=True: also the epsilon of each norm, which Dynamo hands over as a tensor."""
+    if backend != "llmopt":
+        pytest.skip("torch 2.13 calls a region with the wrong one")
+    eager = zoo.make("llama", num_hidden_layers=2)
+    eager.model.layers[1].input_layernorm.variance_epsilon = 0.5
+    marked = copy.deepcopy(eager)
+    llmopt.mark_layers(marked)
+    compiled = torch.compile(marked, backend=backend, dynamic=True)
+    before = reused()
+    for length in (7, 5):
+        x = zoo.inputs("llama", length)
+        assert_same_output(compiled(**x), eager(**x))
+    assert reused() - before == 1
+
+
 def test_other_calls_are_traced_as_before(backend: str) -> None:
     """A static cache, a window, gradients in training mode."""
     before = reused()
@@ -125,3 +142,6 @@ def test_what_cannot_be_marked(
     own = zoo.make("llama", num_hidden_layers=2)
     own.model.layers[1].forward = lambda x, **_: x
     assert llmopt.mark_layers(own) == 0
+    watched = zoo.make("llama", num_hidden_layers=2)
+    watched.model.layers[0].mlp.register_forward_hook(lambda *_: None)
+    assert llmopt.mark_layers(watched) == 0
