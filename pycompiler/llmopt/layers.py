@@ -29,11 +29,12 @@ def mark_layers(model: nn.Module) -> int:
     """Marks every list of equal layers in `model`; returns how many layers that are, after a warning if there are none.
 
     To be called before the first call of a compiled model. Results stay what they were. A layer counts that stands in an
-    `nn.ModuleList` of one class whose `forward` is annotated to return a tensor. Register no hook that keeps values
-    inside a layer after that: Dynamo fails where a region hands out more than its results; lists with hooks are left alone. What a call of it cannot share is traced as before:
-    in training mode, under `torch.export`, with other arguments than tensors, numbers, strings, None, tuples of tensors and a
-    transformers `DynamicCache` without windows. Attributes of the layers of a kind are compared with the first's when the model is
-    compiled; a later change is noticed in the first alone. Weights are watched in all.
+    `nn.ModuleList` of one class whose `forward` is annotated to return a tensor, without hooks inside. What a call of it cannot share is
+    traced as before: in training mode, under `torch.export`, with other arguments than tensors, numbers, strings, None, tuples of tensors
+    and a transformers `DynamicCache` without windows.
+
+    Attributes of the layers of a kind are compared with the first's when the model is compiled; a later change is noticed in the first
+    alone. Weights are watched in all. A hook registered inside a layer afterwards may not keep values: compiling would fail.
     """
     if not _CAN_REUSE:
         warn_once(

@@ -46,10 +46,14 @@ def _write_out(gm: fx.GraphModule, call: fx.Node, body: fx.GraphModule) -> None:
     region, _name, *operands = call.args
     mode = fake_mode_of(gm.graph)
     inputs = [n for n in body.graph.nodes if n.op == "placeholder"]
-    made: dict[fx.Node, Any] = {n: _as_asked(n, o) for n, o in zip(inputs, operands, strict=True)}
+    made: dict[fx.Node, Any] = dict(zip(inputs, operands, strict=True))
     with gm.graph.inserting_before(call):
         for node in body.graph.nodes:
             if node in made or node.op == "output":
+                continue
+            if kind(node) == "item" and not is_tensor(made[node.args[0]]):
+                # A number: the first call of a region takes it as a tensor, and torch 2.13 gives others the number itself.
+                made[node] = made[node.args[0]]
                 continue
             copy = made[node] = gm.graph.node_copy(node, made.__getitem__)
             if node.op == "get_attr":
@@ -64,12 +68,6 @@ def _write_out(gm: fx.GraphModule, call: fx.Node, body: fx.GraphModule) -> None:
     gm.graph.erase_node(call)
     if not region.users:
         gm.graph.erase_node(region)
-
-
-def _as_asked(asked: fx.Node, given: Any) -> Any:
-    """The tensor that holds a number, where torch 2.13 gives later calls of a region its item and the body takes the item itself."""
-    is_number = isinstance(given, fx.Node) and kind(given) == "item" and not is_tensor(given)
-    return given.args[0] if is_number and is_tensor(asked) else given
 
 
 def _value(mode: FakeTensorMode, node: fx.Node, copy: fx.Node) -> Any:
