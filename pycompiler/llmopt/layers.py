@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections import Counter
 from collections.abc import Iterator
+from itertools import zip_longest
 from types import MethodType
 from typing import Any
 
@@ -28,13 +30,13 @@ _TENSOR = (torch.Tensor, torch.FloatTensor, "Tensor", "torch.Tensor", "torch.Flo
 def mark_layers(model: nn.Module) -> int:
     """Marks every list of equal layers in `model`; returns how many layers that are, after a warning if there are none.
 
-    To be called before the first call of a compiled model. Results stay what they were. A layer counts that stands in an
-    `nn.ModuleList` of one class whose `forward` is annotated to return a tensor, without hooks inside. What a call of it cannot share is
-    traced as before: in training mode, under `torch.export`, with other arguments than tensors, numbers, strings, None, tuples of tensors
-    and a transformers `DynamicCache` without windows.
+    To be called before the first call of a compiled model. A layer counts that stands in an `nn.ModuleList` of one class whose `forward`
+    is annotated to return a tensor, where all are built alike, share nothing, and have neither hooks nor replaced methods inside. What a
+    call of it cannot share is traced as before: in training mode, under `torch.export`, with other arguments than tensors, numbers,
+    strings, None, tuples of tensors and a transformers `DynamicCache` without windows.
 
-    Attributes of the layers of a kind are compared with the first's when the model is compiled; a later change is noticed in the first
-    alone. Weights are watched in all. A hook registered inside a layer afterwards may not keep values: compiling would fail.
+    What holds of marked layers: nobody changes them but their weights (attributes are watched in the first of a kind alone, hooks and
+    parts in none), and Dynamo traces them without a graph break, or compiling fails. Changed weights are noticed in all.
     """
     if not _CAN_REUSE:
         warn_once(
@@ -53,22 +55,44 @@ def mark_layers(model: nn.Module) -> int:
     return len(found)
 
 
-def _layers(module: nn.Module) -> Iterator[nn.Module]:
+def _layers(module: nn.Module, root: nn.Module | None = None) -> Iterator[nn.Module]:
     """The outermost layers that can be marked."""
+    root = root or module
     for child in module.children():
-        if isinstance(child, nn.ModuleList) and len(child) > 1 and _are_equal(child):
+        if isinstance(child, nn.ModuleList) and len(child) > 1 and _are_equal(child, root):
             yield from child
         else:
-            yield from _layers(child)
+            yield from _layers(child, root)
 
 
-def _are_equal(layers: nn.ModuleList) -> bool:
-    kinds = {type(layer) for layer in layers}
-    if len(kinds) > 1 or any("forward" in vars(layer) for layer in layers):
+def _are_equal(layers: nn.ModuleList, root: nn.Module) -> bool:
+    """True for layers of one class that are built alike, of parts and tensors that nothing else holds: one trace speaks for all of them."""
+    if len({type(layer) for layer in layers}) > 1:
         return False
-    if any(m._forward_hooks or m._forward_pre_hooks for m in layers.modules()):
-        return False  # what a hook keeps cannot leave a region
-    return inspect.signature(kinds.pop().forward).return_annotation in _TENSOR
+    if inspect.signature(type(layers[0]).forward).return_annotation not in _TENSOR:
+        return False
+    for part in layers.modules():
+        if "forward" in vars(part) or part._forward_hooks or part._forward_pre_hooks:
+            return False
+    holders = Counter(id(thing) for _, thing in _things(root))
+    return all(
+        holders[id(thing)] == 1 and (name, type(thing)) == first
+        for layer in layers
+        for (name, thing), first in zip_longest(
+            _things(layer), _kinds(layers[0]), fillvalue=("", None)
+        )
+    )
+
+
+def _things(module: nn.Module) -> Iterator[tuple[str, object]]:
+    """Every module, parameter and buffer by name, as often as it is held."""
+    yield from module.named_modules(remove_duplicate=False)
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)
+
+
+def _kinds(module: nn.Module) -> list[tuple[str, type]]:
+    return [(name, type(thing)) for name, thing in _things(module)]
 
 
 def _cache_index(layer: nn.Module) -> int:
@@ -84,6 +108,10 @@ def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     Its name is that of what it stands for. Pickle looks methods up by name: a model that was saved whole comes back without marks.
     """
     if self.training or not torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting():
+        return type(self).forward(self, *args, **kwargs)
+    if kwargs.get(
+        "output_attentions"
+    ):  # of which transformers warns inside, where Dynamo cannot leave a region
         return type(self).forward(self, *args, **kwargs)
     spec, leaves, own = "", [], None
     for name, value in [*enumerate(args), *kwargs.items()]:
@@ -117,6 +145,10 @@ def _sizes_agree(leaves: list[Any], own: Any) -> bool:
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     if not tensors or tensors[0].dim() != 3:
         return False
+    for i, t in enumerate(tensors):
+        for other in tensors[:i]:
+            if t is other:  # the trace would take them for one in every layer
+                return False
     batch, length = tensors[0].shape[:2]
     total = length
     if own is not None and own.is_initialized:
@@ -163,6 +195,9 @@ class _Part:
         self, keys: torch.Tensor, values: torch.Tensor, _index: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return self.layer.update(keys, values, *args, **kwargs)
+
+    def get_seq_length(self, _index: int = 0) -> int:
+        return self.layer.get_seq_length()
 
 
 def _call(layer: nn.Module, spec: str, *leaves: Any) -> Any:

@@ -152,9 +152,59 @@ def test_what_cannot_be_marked(
     model = zoo.make("llama", num_hidden_layers=2)
     assert llmopt.mark_layers(model) == 2
     assert llmopt.mark_layers(model) == 0, "they have been marked"
-    own = zoo.make("llama", num_hidden_layers=2)
-    own.model.layers[1].forward = lambda x, **_: x
-    assert llmopt.mark_layers(own) == 0
-    watched = zoo.make("llama", num_hidden_layers=2)
-    watched.model.layers[0].mlp.register_forward_hook(lambda *_: None)
-    assert llmopt.mark_layers(watched) == 0
+    for change in CHANGES:
+        other = zoo.make("llama", num_hidden_layers=2)
+        change(*other.model.layers, other.model)
+        assert llmopt.mark_layers(other) == 0
+
+
+# What would make one trace wrong for another layer.
+CHANGES = (
+    lambda first, second, model: setattr(second, "forward", lambda x, **_: x),
+    lambda first, second, model: setattr(second.mlp, "forward", lambda x: x),
+    lambda first, second, model: second.mlp.register_forward_hook(lambda *_: None),
+    lambda first, second, model: setattr(first.mlp.up_proj, "weight", first.mlp.gate_proj.weight),
+    lambda first, second, model: setattr(first, "input_layernorm", first.post_attention_layernorm),
+    lambda first, second, model: setattr(model, "norm", first.input_layernorm),
+    lambda first, second, model: setattr(second.mlp.up_proj, "bias", nn.Parameter(torch.ones(76))),
+    lambda first, second, model: setattr(second.mlp, "up_proj", nn.Identity()),
+)
+
+
+class Twice(nn.Module):
+    """The first layer gets its input twice, the second two different tensors."""
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(48, 48)
+
+        def forward(self, x: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
+            return self.linear(x) + 2 * first
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Twice.Layer() for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first = x
+        for layer in self.layers:
+            x = layer(x, first)
+        return x
+
+
+@torch.no_grad()
+def test_a_tensor_given_twice(backend: str) -> None:
+    eager = Twice().eval()
+    marked = copy.deepcopy(eager)
+    assert llmopt.mark_layers(marked) == 3
+    x = torch.randn(2, 5, 48)
+    assert_same_output(torch.compile(marked, backend=backend)(x), eager(x))
+
+
+@torch.no_grad()
+def test_attentions_are_given_out(backend: str) -> None:
+    """transformers warns of them inside a layer, where Dynamo breaks the graph."""
+    eager, compiled = marked_pair("llama", backend, num_hidden_layers=2)
+    x = zoo.inputs("llama", 7)
+    assert_same_output(compiled(**x, output_attentions=True), eager(**x, output_attentions=True))
