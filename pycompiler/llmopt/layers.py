@@ -23,7 +23,10 @@ from llmopt.messages import warn_once
 
 _mark = torch.compiler.nested_compile_region
 _CAN_REUSE = "max_reuse_entries" in inspect.signature(_mark).parameters
-_INDEX = "llmopt_cache_index"  # attribute of a marked layer: which part of a cache is its own
+# Layers that differ have a trace each, of which torch allows eight.
+_REUSE: dict[str, Any] = {"max_reuse_entries": 1 << 20} if _CAN_REUSE else {}
+# An attribute of a marked layer: which part of a cache is its own, or None.
+_INDEX = "llmopt_cache_index"
 _TENSOR = (torch.Tensor, torch.FloatTensor, "Tensor", "torch.Tensor", "torch.FloatTensor")
 
 
@@ -31,8 +34,8 @@ def mark_layers(model: nn.Module) -> int:
     """Marks every list of equal layers in `model`; returns how many layers that are, after a warning if there are none.
 
     To be called before the first call of a compiled model. A layer counts that stands in an `nn.ModuleList` of one class whose `forward`
-    is annotated to return a tensor, where all are built alike, share nothing, and have neither hooks nor replaced methods inside. What a
-    call of it cannot share is traced as before: in training mode, under `torch.export`, with other arguments than tensors, numbers,
+    is annotated to return a tensor, where all are built alike, share nothing, and have neither hooks nor a replaced forward inside. What
+    a call of it cannot share is traced as before: in training mode, under `torch.export`, with other arguments than tensors, numbers,
     strings, None, tuples of tensors and a transformers `DynamicCache` without windows.
 
     What holds of marked layers: nobody changes them but their weights (attributes are watched in the first of a kind alone, hooks and
@@ -71,9 +74,8 @@ def _are_equal(layers: nn.ModuleList, root: nn.Module) -> bool:
         return False
     if inspect.signature(type(layers[0]).forward).return_annotation not in _TENSOR:
         return False
-    for part in layers.modules():
-        if "forward" in vars(part) or part._forward_hooks or part._forward_pre_hooks:
-            return False
+    if any(_is_changed(part, part is layer) for layer in layers for part in layer.modules()):
+        return False
     holders = Counter(id(thing) for _, thing in _things(root))
     return all(
         holders[id(thing)] == 1 and (name, type(thing)) == first
@@ -82,6 +84,12 @@ def _are_equal(layers: nn.ModuleList, root: nn.Module) -> bool:
             _things(layer), _kinds(layers[0]), fillvalue=("", None)
         )
     )
+
+
+def _is_changed(part: nn.Module, outermost: bool) -> bool:
+    """True where a call does other things than the class says. A layer's own hooks run outside of its region."""
+    hooks = part._forward_hooks or part._forward_pre_hooks
+    return "forward" in vars(part) or bool(hooks and not outermost)
 
 
 def _things(module: nn.Module) -> Iterator[tuple[str, object]]:
@@ -95,11 +103,10 @@ def _kinds(module: nn.Module) -> list[tuple[str, type]]:
     return [(name, type(thing)) for name, thing in _things(module)]
 
 
-def _cache_index(layer: nn.Module) -> int:
-    """What transformers calls layer_idx, where the parts of a layer agree on one; else -1."""
+def _cache_index(layer: nn.Module) -> int | None:
+    """What transformers calls layer_idx, where the parts of a layer agree on one."""
     indices = {vars(m).get("layer_idx") for m in layer.modules()} - {None}
-    index = indices.pop() if len(indices) == 1 else None
-    return index if isinstance(index, int) else -1
+    return indices.pop() if len(indices) == 1 else None
 
 
 def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -109,10 +116,10 @@ def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """
     if self.training or not torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting():
         return type(self).forward(self, *args, **kwargs)
-    if kwargs.get(
-        "output_attentions"
-    ):  # of which transformers warns inside, where Dynamo cannot leave a region
+    # transformers warns of attentions inside a layer: a graph break.
+    if kwargs.get("output_attentions"):
         return type(self).forward(self, *args, **kwargs)
+    # A region's arguments are tensors, numbers and strings, so that the names of the others are one string.
     spec, leaves, own = "", [], None
     for name, value in [*enumerate(args), *kwargs.items()]:
         if value is None or isinstance(value, (torch.Tensor, bool, int, float, str)):
@@ -125,46 +132,39 @@ def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             spec += f"{name}:cache,"
         else:
             return type(self).forward(self, *args, **kwargs)
-    if not _sizes_agree(leaves, own):
+    past = (own.keys, own.values) if own is not None and own.is_initialized else ()
+    if not _sizes_agree([v for v in leaves if isinstance(v, torch.Tensor)], past):
         return type(self).forward(self, *args, **kwargs)
     if own is None:
         return _region(self, spec, *leaves)
-    past = (own.keys, own.values) if own.is_initialized else (None, None)
-    result, keys, values = _region(self, spec, *past, *leaves)
-    if not own.is_initialized:
-        own.lazy_initialization(keys, values)
-    own.keys, own.values = keys, values
+    result, keys, values = _region(self, spec, *leaves, *(past or (None, None)))
+    _fill(own, keys, values)
     return result
 
 
-def _sizes_agree(leaves: list[Any], own: Any) -> bool:
-    """True where everything is of the batch and the lengths of the first tensor, the states [B, S, E], and of the cache.
+def _sizes_agree(tensors: list[torch.Tensor], past: tuple[torch.Tensor, ...]) -> bool:
+    """True where all differ and are of the batch and the lengths of the first, the states [B, S, E], and of the keys and values so far.
 
-    Dynamo must know so before a region begins: torch 2.13 fails to use one again in which it learnt that a size is another one.
+    Dynamo must know so before a region begins: torch 2.13 fails to use one again in which it learnt that a size is another one, and
+    takes what was one tensor in the first call for one in all.
     """
-    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     if not tensors or tensors[0].dim() != 3:
         return False
-    for i, t in enumerate(tensors):
-        for other in tensors[:i]:
-            if t is other:  # the trace would take them for one in every layer
+    every = [*tensors, *past]
+    for i, t in enumerate(every):
+        for other in every[:i]:
+            if t is other:
                 return False
     batch, length = tensors[0].shape[:2]
-    total = length
-    if own is not None and own.is_initialized:
-        past = own.keys.shape[-2]
-        if (
-            own.keys.shape[0] != batch
-            or own.values.shape[0] != batch
-            or own.values.shape[-2] != past
-        ):
+    before = past[0].shape[-2] if past else 0
+    for t in past:
+        if t.shape[0] != batch or t.shape[-2] != before:
             return False
-        total = past + length
     for t in tensors[1:]:
         if t.dim() > 1 and t.shape[0] != 1 and t.shape[0] != batch:
             return False
-        if t.dim() == 4:  # a mask [B, H, S, total]
-            if t.shape[2] != length or t.shape[3] != total:
+        if t.dim() == 4:  # a mask [B, H, S, before + S]
+            if t.shape[2] != length or t.shape[3] != before + length:
                 return False
         elif t.dim() > 4 or t.dim() < 1 or t.shape[1 if t.dim() > 1 else 0] != length:
             return False  # rotary tables [B, S, D], positions [B, S] or [S]
@@ -177,9 +177,16 @@ def _part_of(cache: Any, layer: nn.Module) -> Any:
     if kinds is None or type(cache) is not kinds.DynamicCache:
         return None
     index = getattr(layer, _INDEX)
-    if not 0 <= index < len(cache.layers) or type(cache.layers[index]) is not kinds.DynamicLayer:
+    if index is None or index >= len(cache.layers):
         return None
-    return cache.layers[index]
+    part = cache.layers[index]
+    return part if type(part) is kinds.DynamicLayer else None
+
+
+def _fill(part: Any, keys: torch.Tensor, values: torch.Tensor) -> None:
+    if not part.is_initialized:
+        part.lazy_initialization(keys, values)
+    part.keys, part.values = keys, values
 
 
 class _Part:
@@ -187,9 +194,8 @@ class _Part:
 
     def __init__(self, keys: torch.Tensor | None, values: torch.Tensor | None) -> None:
         self.layer = sys.modules["transformers.cache_utils"].DynamicLayer()
-        if keys is not None:
-            self.layer.lazy_initialization(keys, values)
-            self.layer.keys, self.layer.values = keys, values
+        if keys is not None and values is not None:
+            _fill(self.layer, keys, values)
 
     def update(
         self, keys: torch.Tensor, values: torch.Tensor, _index: int, *args: Any, **kwargs: Any
@@ -201,15 +207,13 @@ class _Part:
 
 
 def _call(layer: nn.Module, spec: str, *leaves: Any) -> Any:
-    """The forward of the layer's class with the arguments that `spec` names; with a cache also its part as it then is."""
+    """The forward of the layer's class with the arguments that `spec` names. A part of a cache comes last, and goes out as it then is."""
     args, kwargs, rest, part = [], {}, list(leaves), None
-    if ":cache," in spec:
-        part = _Part(rest.pop(0), rest.pop(0))
     for entry in spec.split(",")[:-1]:
         name, kind = entry.split(":")
         value: Any
         if kind == "cache":
-            value = part
+            value = part = _Part(*leaves[-2:])
         elif kind == "value":
             value = rest.pop(0)
         else:
@@ -222,4 +226,4 @@ def _call(layer: nn.Module, spec: str, *leaves: Any) -> Any:
     return result if part is None else (result, part.layer.keys, part.layer.values)
 
 
-_region = _mark(_call, max_reuse_entries=1 << 20) if _CAN_REUSE else _call
+_region = _mark(_call, **_REUSE)

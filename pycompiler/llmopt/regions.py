@@ -18,7 +18,6 @@ from llmopt.graph import (
     compute_fake,
     fake,
     fake_mode_of,
-    getitem,
     is_in_place,
     is_tensor,
     kind,
@@ -31,13 +30,12 @@ _INVOKE = torch.ops.higher_order.invoke_subgraph
 
 
 def inline(gm: fx.GraphModule) -> None:
-    """Writes the operations of every region where it is called. Results that are read other than one by one stay in a call."""
+    """Writes the operations of every region where it is called. Dynamo reads its results one by one."""
     calls = gm.graph.find_nodes(op="call_function", target=_INVOKE)
     for call in calls:
         body = gm.get_submodule(call.args[0].target)
         inline(body)
-        if all(user.target is getitem for user in call.users):
-            _write_out(gm, call, body)
+        _write_out(gm, call, body)
     if calls:
         gm.recompile()
 

@@ -17,6 +17,7 @@ import torch
 
 from llmopt.benchmark.phases import Phase, Runner, last_logits_only
 from llmopt.benchmark.work import EXACT, Form, form_of
+from llmopt.layers import mark_layers
 from llmopt.models import LoadedModel, ModelError
 from llmopt.quant.schemes import SCHEMES, scheme_of
 
@@ -79,6 +80,11 @@ def _llmopt(precision: str, **more: Any) -> Builder:
         return _module_runner(loaded, torch.compile(loaded.model, backend="llmopt", options=chosen))
 
     return build
+
+
+def _llmopt_marked(loaded: LoadedModel, phases: Sequence[Phase]) -> Runner:
+    mark_layers(loaded.model)
+    return _llmopt("exact")(loaded, phases)
 
 
 def _inductor(loaded: LoadedModel, phases: Sequence[Phase]) -> Runner:
@@ -158,6 +164,7 @@ SYSTEMS = {
             _llmopt("w8a8", group="channel"),
             form_of(scheme_of("w8a8", "channel")),
         ),
+        System("llmopt-marked", True, _nothing, _llmopt_marked),
         System("llmopt-auto", True, _nothing, _llmopt("auto"), None),
         System("eager", False, _nothing, _eager),
         System("inductor", True, _no_compiler, _inductor),

@@ -69,7 +69,6 @@ def run(args: argparse.Namespace) -> int:
     with working("eager: warming up"):
         _generate(loaded, inputs[0], WARM_UP_TOKENS)
     eager = _generate_all("eager", loaded, inputs, args.max_new_tokens)
-    llmopt.mark_layers(model)
     model.compile(backend="llmopt")
     with working("llmopt: compiling"):
         compile_seconds = _warm_up(loaded, inputs)
