@@ -223,6 +223,9 @@ def _call(layer: nn.Module, spec: str, *leaves: Any) -> Any:
         else:
             kwargs[name] = value
     result = type(layer).forward(layer, *args, **kwargs)
+    for leaf in leaves:
+        if result is leaf:  # a layer that was skipped: what leaves a region is no input of it
+            result = result.clone()
     return result if part is None else (result, part.layer.keys, part.layer.values)
 
 

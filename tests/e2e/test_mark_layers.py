@@ -160,19 +160,21 @@ CHANGES = (
 
 
 class Twice(nn.Module):
-    """The first layer gets its input twice, the second two different tensors."""
+    """The first layer gets its input twice, the second two different tensors; the last gives its input."""
 
     class Layer(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.linear = nn.Linear(48, 48)
+            self.skip = False
 
         def forward(self, x: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
-            return self.linear(x) + 2 * first
+            return x if self.skip else self.linear(x) + 2 * first
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Twice.Layer() for _ in range(3))
+        self.layers = nn.ModuleList(Twice.Layer() for _ in range(4))
+        self.layers[3].skip = True
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         first = x
@@ -182,10 +184,10 @@ class Twice(nn.Module):
 
 
 @torch.no_grad()
-def test_a_tensor_given_twice(backend: str) -> None:
+def test_a_tensor_given_twice_and_one_given_back(backend: str) -> None:
     eager = Twice().eval()
     marked = copy.deepcopy(eager)
-    assert llmopt.mark_layers(marked) == 3
+    assert llmopt.mark_layers(marked) == 4
     x = torch.randn(2, 5, 48)
     assert_same_output(torch.compile(marked, backend=backend)(x), eager(x))
 
