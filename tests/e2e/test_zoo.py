@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from llmopt.compiled import alive
+from llmopt.compiled import CompiledGraph, alive
 
 from tests.e2e import zoo
 from tests.e2e.architectures import CORE, ROWS, Row
@@ -56,12 +56,13 @@ def has_own_forward(row: Row) -> bool:
 @torch.no_grad()
 def test_forward(row: Row, backend: str) -> None:
     eager, compiled = zoo.pair(row, backend)
+    before = alive()
     lengths = lengths_of(row)
     for length in lengths:
         x = zoo.inputs(row, length)
         assert_same_output(compiled(**x), eager(**x))
         if length == lengths[0] and backend == "llmopt":
-            assert_stays_native(row)
+            assert_stays_native(row, before)
     if row.name in CORE and row.kind in ("causal", "encoder", "seq2seq"):
         for side in ("left", "right"):
             assert_padding_is_ignored(eager, compiled, row, side)
@@ -85,10 +86,10 @@ def assert_padding_is_ignored(eager: Any, compiled: Any, row: Row, side: str) ->
     assert_same_output(got, want, f"{side} padding")
 
 
-def assert_stays_native(row: Row) -> None:
-    """The one graph alive has the segments the row promises; more would mean that something fell back to PyTorch."""
+def assert_stays_native(row: Row, before: list[CompiledGraph]) -> None:
+    """The one graph made since has the segments the row promises; more would mean that something fell back to PyTorch."""
     gc.collect()
-    (plan,) = [g.plan for g in alive()]
+    (plan,) = [g.plan for g in alive() if g not in before]
     assert plan is not None
     assert len(plan.segments) == row.segments, str(plan)
 
@@ -112,27 +113,38 @@ def test_generate(row: Row, backend: str) -> None:
             how["logits_to_keep"] = (
                 0  # all; where test_forward sees them generate asks for the last
             )
-        zoo.after_first_call(compiled, partial(assert_prompt, row, eager, prompt, backend))
+        check = partial(assert_prompt, row, eager, prompt, backend, alive())
+        zoo.after_first_call(compiled, check)
     assert_same_generation(compiled.generate(**prompt, **how), eager.generate(**prompt, **how))
 
 
 @torch.no_grad()
-def assert_prompt(row: Row, eager: Any, prompt: dict, backend: str, got: Any) -> None:
+def assert_prompt(
+    row: Row, eager: Any, prompt: dict, backend: str, before: list[CompiledGraph], got: Any
+) -> None:
     assert_same_output(got.logits, eager(**prompt).logits)
     if backend == "llmopt":
-        assert_stays_native(row)
+        assert_stays_native(row, before)
 
 
 @pytest.mark.parametrize(("name", "dtype"), HALF)
 def test_half_precision_is_as_near_as_eager(name: str, dtype: str, backend: str) -> None:
-    """Our distance to the fp32 result of the same rounded weights is at most eager's."""
+    """Our distance to the fp32 result of the same rounded weights is at most eager's. The few logits of an image are a
+    sample too small to say so: there it is that of all tokens."""
     half, compiled = zoo.pair(name, backend, getattr(torch, dtype))
     exact = copy.deepcopy(half).float()
     x = zoo.inputs(name, 33, batch=4)
     halved = {k: v.to(half.dtype) if v.is_floating_point() else v for k, v in x.items()}
     widened = {k: v.float() if v.is_floating_point() else v for k, v in halved.items()}
+    tokens = zoo.row(name).kind == "vision"
+
+    def result(model: Any, inputs: dict) -> torch.Tensor:
+        if tokens:
+            return model(**inputs, output_hidden_states=True).hidden_states[-1]
+        return model(**inputs)[0]
+
     with torch.no_grad():
-        want, eager, got = exact(**widened)[0], half(**halved)[0], compiled(**halved)[0]
+        want, eager, got = result(exact, widened), result(half, halved), result(compiled, halved)
     assert got.dtype == eager.dtype
     ours, theirs = (rms(o.float() - want) / rms(want) for o in (got, eager))
     assert theirs > 0

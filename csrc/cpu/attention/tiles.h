@@ -22,9 +22,10 @@ inline Vec column_max(const float* s, int64_t begin, int64_t end, Vec top) {
   return vmax(other, top);
 }
 
-// Weights exp(factor * score - shift) of the scores in a column, as bf16 pairs of each term; returns their sum. Scores
-// with biases lose the shift before anything multiplies them: a row of finfo.min must not overflow. `pieces` of the
-// waiting products go between every 16 keys.
+// Weights exp(factor * score - shift) of the scores in a column, as bf16 pairs of each term; returns their sum. A lone
+// term is summed as it was rounded: what the weights of a row have in common of their roundings then leaves its
+// outputs alone. Scores with biases lose the shift before anything multiplies them: a row of finfo.min must not
+// overflow. `pieces` of the waiting products go between every 16 keys.
 template <int T, bool kBiased>
 __attribute__((noinline)) Vec weigh_column(const float* s, int64_t keys, float factor, Vec shift, char* weights,
                                            TileQueue<T>& queue, int64_t pieces) {
@@ -34,20 +35,21 @@ __attribute__((noinline)) Vec weigh_column(const float* s, int64_t keys, float f
     const Vec power = kBiased ? vmul(vsub(score, shift), log2e) : vfma(score, scale, start);
     return T == 1 ? vexp2_rough(power) : vexp2(power);
   };
-  Vec total = vzero(), other = vzero();
+  Vec total = vzero(), other = vzero(), nan = vzero();  // nan: rounding may lose that of a bias
   for (int64_t j0 = 0; j0 < keys; j0 += 16) {
     for (int64_t n = min64(pieces, queue.left); n > 0; --n) queue.advance();
     for (int64_t j = j0; j < j0 + 16; j += 2, weights += kTileBytes) {
       Vec even = weight(j), odd = weight(j + 1);
-      total = vadd(total, even);
-      other = vadd(other, odd);
+      if (T > 1) total = vadd(total, even), other = vadd(other, odd);
+      if (T == 1 && kBiased) nan = vfma(vzero(), vadd(even, odd), nan);
       char* at = weights;
 #pragma GCC unroll 2
       for (int n = 0; n + 1 < T; ++n, at += kKeySteps * kTileSize) _mm512_store_si512(at, split_pairs(even, odd));
       _mm512_store_si512(at, round_pairs(even, odd));
+      if (T == 1) total = vadd(total, even), other = vadd(other, odd);
     }
   }
-  return vadd(total, other);
+  return vadd(vadd(total, other), nan);
 }
 
 // O of one vector times alpha.

@@ -57,12 +57,13 @@ inline __m512i split_pairs(Vec& even, Vec& odd) {
   return _mm512_ternarylogic_epi32(_mm512_srli_epi32(low, 16), high, upper, 0xF8);  // low | (high & upper)
 }
 
-// Two vectors rounded to bf16 (ties away from zero), in turn: what B wants of two k.
-inline __m512i round_pairs(Vec even, Vec odd) {
+// Two vectors rounded to bf16 (ties away from zero), in turn: what B wants of two k. They become what was rounded.
+inline __m512i round_pairs(Vec& even, Vec& odd) {
   const __m512i half = _mm512_set1_epi32(0x8000), upper = _mm512_set1_epi32(static_cast<int32_t>(0xFFFF0000u));
-  const __m512i low = _mm512_add_epi32(_mm512_castps_si512(even.v), half);
-  const __m512i high = _mm512_add_epi32(_mm512_castps_si512(odd.v), half);
-  return _mm512_ternarylogic_epi32(_mm512_srli_epi32(low, 16), high, upper, 0xF8);  // low | (high & upper)
+  const __m512i low = _mm512_and_si512(_mm512_add_epi32(_mm512_castps_si512(even.v), half), upper);
+  const __m512i high = _mm512_and_si512(_mm512_add_epi32(_mm512_castps_si512(odd.v), half), upper);
+  even.v = _mm512_castsi512_ps(low), odd.v = _mm512_castsi512_ps(high);
+  return _mm512_or_si512(_mm512_srli_epi32(low, 16), high);
 }
 
 // 2^x within 8e-5 of itself, for results that become bf16. -inf gives 0, NaN stays NaN.
