@@ -56,11 +56,8 @@ inline Vec load_optional(const Tensor& t, int64_t k, int n) {
   return t.data ? vload_as(t.dtype, t.data, k, n) : vzero();
 }
 
-// block[r] = kLanes elements of row row0 + r from k on, normalised, zero past K.
-inline void load_block(const Problem& p, const RowNorm* norms, int64_t row0, int rows, int64_t k, Vec* block) {
-  const int n = static_cast<int>(max64(0, min64(kLanes, p.K - k)));
-  for (int r = 0; r < rows; ++r) block[r] = vload_as(p.x.dtype, p.x.data, (row0 + r) * p.x.stride[0] + k, n);
-  if (p.norm == kNormNone) return;
+// block[r]: kLanes elements of one of `rows` rows from k on, `n` of them in the row, becomes normalised.
+inline void normalize(const Problem& p, const RowNorm* norms, int rows, int64_t k, int n, Vec* block) {
   const Vec weight = p.norm_weight.data ? vadd(vset(p.norm_offset), load_optional(p.norm_weight, k, n)) : vset(1.0f);
   const Vec bias = load_optional(p.norm_bias, k, n);
   for (int r = 0; r < rows; ++r) {
@@ -71,6 +68,13 @@ inline void load_block(const Problem& p, const RowNorm* norms, int64_t row0, int
     vstore(whole, block[r]);
     block[r] = vload_n(whole, n);
   }
+}
+
+// block[r] = kLanes elements of row row0 + r from k on, normalised, zero past K.
+inline void load_block(const Problem& p, const RowNorm* norms, int64_t row0, int rows, int64_t k, Vec* block) {
+  const int n = static_cast<int>(max64(0, min64(kLanes, p.K - k)));
+  for (int r = 0; r < rows; ++r) block[r] = vload_as(p.x.dtype, p.x.data, (row0 + r) * p.x.stride[0] + k, n);
+  if (p.norm != kNormNone) normalize(p, norms, rows, k, n, block);
 }
 
 }  // namespace

@@ -58,17 +58,51 @@ inline int64_t quantize_parts(const QuantizedProblem& p, int threads) {
 constexpr int64_t kBatch = 16, kBatchValues = 16 << 10;
 static_assert(kBatchValues * 4 < int64_t(kLocalBytes));
 
-// The values of one token's group, normalised, to `values`; returns the largest magnitude. NaNs may hide behind it.
-inline float group_values(const QuantizedProblem& p, const RowNorm& norm, int64_t token, int64_t group, float* values) {
-  Vec largest = vzero();
-  const int64_t k0 = group * p.form.group;
-  for (int64_t k = 0; k < p.form.group; k += kLanes) {
-    Vec x;
-    load_block(p, &norm, token, 1, k0 + k, &x);
-    if (p.form.group - k < kLanes) x = vkeep(x, static_cast<int>(p.form.group - k));
-    vstore(values + k, x);
-    largest = vmax(vabs(x), largest);
+// `count` values of a token from k0 on, whole vectors of them, normalised, to `values`.
+template <DType kIn, bool kNormed>
+void load_values(const QuantizedProblem& p, const RowNorm& norm, int64_t token, int64_t k0, int64_t count,
+                 float* values) {
+  const char* row = p.x.data + token * p.x.stride[0] * itemsize(kIn);
+  for (int64_t k = k0; k < k0 + count; k += kLanes) {
+    Vec x = vload_as(kIn, row, k, kLanes);
+    if (kNormed) normalize(p, &norm, 1, k, kLanes, &x);
+    vstore(values + k - k0, x);
   }
+}
+
+template <bool kNormed>
+auto values_loader(DType in) {
+  return in == DType::f32   ? load_values<DType::f32, kNormed>
+         : in == DType::f16 ? load_values<DType::f16, kNormed>
+                            : load_values<DType::bf16, kNormed>;
+}
+
+// The groups of a batch, each padded with zeros to whole vectors: where they lie, or made at `values`.
+float* batch_values(const QuantizedProblem& p, const RowNorm& norm, int64_t token, int64_t group0, int64_t count,
+                    float* values) {
+  const int64_t group = p.form.group, k0 = group0 * group;
+  if (group % kLanes == 0) {
+    const bool normed = p.norm != kNormNone;
+    if (!normed && p.x.dtype == DType::f32 && p.planes == 1)
+      return reinterpret_cast<float*>(p.x.data) + token * p.x.stride[0] + k0;
+    (normed ? values_loader<true>(p.x.dtype) : values_loader<false>(p.x.dtype))(p, norm, token, k0, count * group,
+                                                                                values);
+    return values;
+  }
+  float* to = values;
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t k = 0; k < group; k += kLanes, to += kLanes) {
+      Vec x;
+      load_block(p, &norm, token, 1, k0 + i * group + k, &x);
+      vstore(to, group - k < kLanes ? vkeep(x, static_cast<int>(group - k)) : x);
+    }
+  return values;
+}
+
+// NaNs may hide behind it.
+inline float largest_magnitude(const float* values, int64_t count) {
+  Vec largest = vzero();
+  for (int64_t k = 0; k < count; k += kLanes) largest = vmax(vabs(vload(values + k)), largest);
   return vreduce_max(largest);
 }
 
@@ -89,33 +123,37 @@ inline void store_codes(int16_t* to, Vec codes) { vstore_s16(to, codes); }
 // back to `values` if another plane follows. Returns the sum of the codes: NaN if a value is NaN or Inf, whatever the
 // scale.
 template <class Code, int kBytes, bool kLast>
-float round_plane(const Form& form, float inverse, float* values, char* to, int64_t quad_stride) {
+inline __attribute__((always_inline)) float round_plane(const Form& form, float inverse, float* values, char* to,
+                                                        int64_t quad_stride) {
   Vec sum = vzero();
-  const int64_t quads = 2 * form.steps();
-  Code codes[kLanes];
-  for (int64_t k = 0; k < form.group; k += kLanes) {
+  auto round = [&](int64_t k) __attribute__((always_inline)) {
     const Vec x = vload(values + k), q = vround(vmul(x, vset(inverse)));
     sum = vadd(sum, q);
     if (!kLast) vstore(values + k, vfma(x, vset(inverse), vneg(q)));
-    char* at = to + k / 4 * quad_stride;
-    const bool whole = k + kLanes <= kStepK * form.steps();
-    if (kBytes == 4 && whole && quad_stride == kBytes) {  // the codes of a row lie side by side
-      vstore_s8(reinterpret_cast<int8_t*>(at), q);
-      continue;
-    }
+    return q;
+  };
+  const int64_t whole = kStepK * form.steps() / kLanes * kLanes;  // k whose vectors have all their quads
+  Code codes[kLanes];
+  int64_t k = 0;
+  if (kBytes == 4 && quad_stride == kBytes) {  // the codes of a row lie side by side
+    for (; k < whole && k < form.group; k += kLanes) vstore_s8(reinterpret_cast<int8_t*>(to + k), round(k));
+  } else {
+    char* at = to;
+    for (; k < whole && k < form.group; k += kLanes, at += kLanes / 4 * quad_stride) {
+      const Vec q = round(k);
 #ifdef LLMOPT_STORES_QUADS
-    if (whole) {
       store_code_quads<kBytes>(at, quad_stride, q);
-      continue;
-    }
-#endif
-    store_codes(codes, q);
-    if (whole) {
+#else
+      store_codes(codes, q);
 #pragma GCC unroll 4
       for (int i = 0; i < kLanes / 4; ++i) pack_quad<kBytes>(at + i * quad_stride, codes + 4 * i);
-      continue;
+#endif
     }
-    for (int64_t i = 0; i < quads - k / 4; ++i) pack_quad<kBytes>(at + i * quad_stride, codes + 4 * i);
+  }
+  if (k < form.group) {
+    store_codes(codes, round(k));
+    for (int64_t i = 0; i < 2 * form.steps() - k / 4; ++i)
+      pack_quad<kBytes>(to + (k / 4 + i) * quad_stride, codes + 4 * i);
   }
   return vreduce_add(sum);
 }
@@ -128,22 +166,36 @@ void clear_quads(const Form& form, int64_t first, char* to, int64_t quad_stride)
 // rounded to f32 before.
 constexpr float kMostLeftOver = 0.5f + 1.0f / 512;
 
-template <bool kLast>
-auto plane_rounding(const QuantizedProblem& p) {
-  if (p.form.bits == 4) return round_plane<int8_t, kNibbleQuadBytes, kLast>;
-  if constexpr (kMostWideGroup > 0) {
-    if (p.wide_planes) return round_plane<int16_t, kQuadBytes, kLast>;
+// A plane of several groups, which lie `stride` values apart.
+template <class Code, int kBytes, bool kLast>
+void round_groups(const QuantizedProblem& p, const Prepared& tile, int64_t row, int64_t group0, int64_t count,
+                  const float* inverse, float* values, int64_t stride, float* sum) {
+  const Form& form = p.form;
+  const int64_t written = stride / 4;
+  for (int64_t i = 0; i < count; ++i) {
+    char* to = tile.quad(group0 + i, 0, row);
+    sum[i] = round_plane<Code, kBytes, kLast>(form, inverse[i], values + i * stride, to, tile.quad_stride);
+    clear_quads(form, sum[i] == sum[i] ? written : 0, to, tile.quad_stride);
   }
-  return round_plane<int8_t, kQuadBytes, kLast>;
+}
+
+template <bool kLast>
+auto groups_rounding(const QuantizedProblem& p) {
+  if (p.form.bits == 4) return round_groups<int8_t, kNibbleQuadBytes, kLast>;
+  if constexpr (kMostWideGroup > 0) {
+    if (p.wide_planes) return round_groups<int16_t, kQuadBytes, kLast>;
+  }
+  return round_groups<int8_t, kQuadBytes, kLast>;
 }
 
 void quantize_groups(const QuantizedProblem& p, const Prepared& tile, const RowNorm& norm, int64_t token, int64_t row,
-                     int64_t group0, int64_t count, float* values) {
+                     int64_t group0, int64_t count, float* memory) {
   const Form& form = p.form;
-  const int64_t stride = ceil_div(form.group, kLanes) * kLanes, written = ceil_div(form.group, kLanes) * kLanes / 4;
+  const int64_t stride = ceil_div(form.group, kLanes) * kLanes;
   const float largest_code = p.wide_planes ? 32767.0f : 127.0f;
   float scale[kBatch], inverse[kBatch], sum[kBatch];
-  for (int64_t i = 0; i < count; ++i) scale[i] = group_values(p, norm, token, group0 + i, values + i * stride);
+  float* values = batch_values(p, norm, token, group0, count, memory);
+  for (int64_t i = 0; i < count; ++i) scale[i] = largest_magnitude(values + i * stride, stride);
   for (int64_t i = 0; i < count; ++i) {
     scale[i] /= largest_code;
     inverse[i] = inverse_scale(scale[i]);
@@ -151,13 +203,8 @@ void quantize_groups(const QuantizedProblem& p, const Prepared& tile, const RowN
   }
   for (int plane = 0; plane < p.planes; ++plane, ++row) {
     const bool last = plane + 1 == p.planes;
-    const auto round = last ? plane_rounding<true>(p) : plane_rounding<false>(p);
-    for (int64_t i = 0; i < count; ++i) {
-      char* to = tile.quad(group0 + i, 0, row);
-      float* from = values + i * stride;
-      sum[i] = round(form, inverse[i], from, to, tile.quad_stride);
-      clear_quads(form, sum[i] == sum[i] ? written : 0, to, tile.quad_stride);
-    }
+    (last ? groups_rounding<true>(p) : groups_rounding<false>(p))(p, tile, row, group0, count, inverse, values, stride,
+                                                                  sum);
     for (int64_t i = 0; i < count; ++i) {
       const int64_t at = (group0 + i) * tile.rows + row;
       const bool is_number = sum[i] == sum[i];
