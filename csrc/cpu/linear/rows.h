@@ -70,10 +70,22 @@ inline void normalize(const Problem& p, const RowNorm* norms, int rows, int64_t 
   }
 }
 
+template <DType kIn>
+inline void load_rows(const Tensor& x, int64_t row0, int rows, int64_t k, int n, Vec* block) {
+  const int64_t stride = x.stride[0];
+  int64_t at = row0 * stride + k;
+  if (n == kLanes)
+    for (int r = 0; r < rows; ++r, at += stride) block[r] = vload_as(kIn, x.data, at, kLanes);
+  else
+    for (int r = 0; r < rows; ++r, at += stride) block[r] = vload_as(kIn, x.data, at, n);
+}
+
 // block[r] = kLanes elements of row row0 + r from k on, normalised, zero past K.
 inline void load_block(const Problem& p, const RowNorm* norms, int64_t row0, int rows, int64_t k, Vec* block) {
   const int n = static_cast<int>(max64(0, min64(kLanes, p.K - k)));
-  for (int r = 0; r < rows; ++r) block[r] = vload_as(p.x.dtype, p.x.data, (row0 + r) * p.x.stride[0] + k, n);
+  (p.x.dtype == DType::f32   ? load_rows<DType::f32>
+   : p.x.dtype == DType::f16 ? load_rows<DType::f16>
+                             : load_rows<DType::bf16>)(p.x, row0, rows, k, n, block);
   if (p.norm != kNormNone) normalize(p, norms, rows, k, n, block);
 }
 

@@ -99,11 +99,18 @@ float* batch_values(const QuantizedProblem& p, const RowNorm& norm, int64_t toke
   return values;
 }
 
+// Sums and maxima of a row are several chains: one would wait for itself.
+constexpr int kRowChains = 4;
+
 // NaNs may hide behind it.
 inline float largest_magnitude(const float* values, int64_t count) {
-  Vec largest = vzero();
-  for (int64_t k = 0; k < count; k += kLanes) largest = vmax(vabs(vload(values + k)), largest);
-  return vreduce_max(largest);
+  Vec largest[kRowChains] = {vzero(), vzero(), vzero(), vzero()};
+  int64_t k = 0;
+  for (; k + kRowChains * kLanes <= count; k += kRowChains * kLanes)
+#pragma GCC unroll 4
+    for (int i = 0; i < kRowChains; ++i) largest[i] = vmax(vabs(vload(values + k + i * kLanes)), largest[i]);
+  for (; k < count; k += kLanes) largest[0] = vmax(vabs(vload(values + k)), largest[0]);
+  return vreduce_max(vmax(vmax(largest[0], largest[1]), vmax(largest[2], largest[3])));
 }
 
 template <int kBytes, class Code>
@@ -125,37 +132,40 @@ inline void store_codes(int16_t* to, Vec codes) { vstore_s16(to, codes); }
 template <class Code, int kBytes, bool kLast>
 inline __attribute__((always_inline)) float round_plane(const Form& form, float inverse, float* values, char* to,
                                                         int64_t quad_stride) {
-  Vec sum = vzero();
-  auto round = [&](int64_t k) __attribute__((always_inline)) {
+  Vec sum[kRowChains] = {vzero(), vzero(), vzero(), vzero()};
+  auto round = [&](int64_t k, int chain) __attribute__((always_inline)) {
     const Vec x = vload(values + k), q = vround(vmul(x, vset(inverse)));
-    sum = vadd(sum, q);
+    sum[chain] = vadd(sum[chain], q);
     if (!kLast) vstore(values + k, vfma(x, vset(inverse), vneg(q)));
     return q;
   };
-  const int64_t whole = kStepK * form.steps() / kLanes * kLanes;  // k whose vectors have all their quads
   Code codes[kLanes];
-  int64_t k = 0;
-  if (kBytes == 4 && quad_stride == kBytes) {  // the codes of a row lie side by side
-    for (; k < whole && k < form.group; k += kLanes) vstore_s8(reinterpret_cast<int8_t*>(to + k), round(k));
-  } else {
-    char* at = to;
-    for (; k < whole && k < form.group; k += kLanes, at += kLanes / 4 * quad_stride) {
-      const Vec q = round(k);
+  const bool side_by_side = kBytes == 4 && quad_stride == kBytes;  // the codes of a row
+  auto whole_vector = [&](int64_t k, int chain) __attribute__((always_inline)) {
+    const Vec q = round(k, chain);
+    if (side_by_side) return vstore_s8(reinterpret_cast<int8_t*>(to + k), q);
+    char* at = to + k / 4 * quad_stride;
 #ifdef LLMOPT_STORES_QUADS
-      store_code_quads<kBytes>(at, quad_stride, q);
+    store_code_quads<kBytes>(at, quad_stride, q);
 #else
-      store_codes(codes, q);
+    store_codes(codes, q);
 #pragma GCC unroll 4
-      for (int i = 0; i < kLanes / 4; ++i) pack_quad<kBytes>(at + i * quad_stride, codes + 4 * i);
+    for (int i = 0; i < kLanes / 4; ++i) pack_quad<kBytes>(at + i * quad_stride, codes + 4 * i);
 #endif
-    }
-  }
+  };
+  // Vectors that have all their quads.
+  const int64_t whole = min64(kStepK * form.steps(), ceil_div(form.group, kLanes) * kLanes) / kLanes * kLanes;
+  int64_t k = 0;
+  for (; k + kRowChains * kLanes <= whole; k += kRowChains * kLanes)
+#pragma GCC unroll 4
+    for (int i = 0; i < kRowChains; ++i) whole_vector(k + i * kLanes, i);
+  for (; k < whole; k += kLanes) whole_vector(k, 0);
   if (k < form.group) {
-    store_codes(codes, round(k));
+    store_codes(codes, round(k, 0));
     for (int64_t i = 0; i < 2 * form.steps() - k / 4; ++i)
       pack_quad<kBytes>(to + (k / 4 + i) * quad_stride, codes + 4 * i);
   }
-  return vreduce_add(sum);
+  return vreduce_add(vadd(vadd(sum[0], sum[1]), vadd(sum[2], sum[3])));
 }
 
 void clear_quads(const Form& form, int64_t first, char* to, int64_t quad_stride) {
