@@ -71,7 +71,8 @@ inline void normalize(const Problem& p, const RowNorm* norms, int rows, int64_t 
 }
 
 template <DType kIn>
-inline void load_rows(const Tensor& x, int64_t row0, int rows, int64_t k, int n, Vec* block) {
+inline __attribute__((always_inline)) void load_rows(const Tensor& x, int64_t row0, int rows, int64_t k, int n,
+                                                     Vec* block) {
   const int64_t stride = x.stride[0];
   int64_t at = row0 * stride + k;
   if (n == kLanes)
@@ -81,11 +82,15 @@ inline void load_rows(const Tensor& x, int64_t row0, int rows, int64_t k, int n,
 }
 
 // block[r] = kLanes elements of row row0 + r from k on, normalised, zero past K.
-inline void load_block(const Problem& p, const RowNorm* norms, int64_t row0, int rows, int64_t k, Vec* block) {
+inline __attribute__((always_inline)) void load_block(const Problem& p, const RowNorm* norms, int64_t row0, int rows,
+                                                      int64_t k, Vec* block) {
   const int n = static_cast<int>(max64(0, min64(kLanes, p.K - k)));
-  (p.x.dtype == DType::f32   ? load_rows<DType::f32>
-   : p.x.dtype == DType::f16 ? load_rows<DType::f16>
-                             : load_rows<DType::bf16>)(p.x, row0, rows, k, n, block);
+  if (p.x.dtype == DType::f32)
+    load_rows<DType::f32>(p.x, row0, rows, k, n, block);
+  else if (p.x.dtype == DType::f16)
+    load_rows<DType::f16>(p.x, row0, rows, k, n, block);
+  else
+    load_rows<DType::bf16>(p.x, row0, rows, k, n, block);
   if (p.norm != kNormNone) normalize(p, norms, rows, k, n, block);
 }
 
