@@ -82,6 +82,19 @@ def test_nonfinite_numbers_reach_the_rows_that_see_them(
             assert_close(run(replace(c, mask=mask), t, TIER), want, c.accuracy)
 
 
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF, -1])
+def test_a_nan_in_a_mask_is_one_whatever_its_bits(form: Case, bits: int) -> None:
+    """Rounding to bf16 by adding half a unit carries out of the largest ones."""
+    c = replace(form, batch=1, heads=4, q_len=70, kv_len=140, dim=48, mask="causal_float")
+    t = make(c)
+    assert t.mask is not None
+    t.mask = t.mask.float()
+    t.mask.view(torch.int32)[0, 0, 40, 5] = bits
+    rows = run(c, t, TIER).isnan().all(-1)[0].all(0)
+    assert rows.nonzero().flatten().tolist() == [40]
+    assert torch.isfinite(run(c, t, TIER)[0, :, torch.arange(70) != 40]).all()
+
+
 @pytest.mark.parametrize("where", ["q", "k", "v"])
 def test_numbers_that_bf16_cannot_hold_are_no_infinities(where: str) -> None:
     """The largest f32 rounds to infinity in bf16: what holds one is multiplied as it is."""
