@@ -1,8 +1,9 @@
 """Timing of one op between two probes of the machine, and the table printed at the end.
 
 pytest-benchmark does the timing; `extra_info` gets the shape, the rates and the share of the roof,
-so that `--benchmark-json` keeps them. Ops rotate over copies of their operands that together exceed
-the last-level cache: in a model no layer finds its weights there.
+so that `--benchmark-json` keeps them. Ops rotate over copies of their operands, CACHE_BYTES of them
+or MAX_COPIES: in a model no layer finds its weights in a cache. A last-level cache of some hundred
+MiB that nobody else uses may hold them all the same; then the share of the roof is above 100%.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import pytest
 import torch
 from llmopt.native.probe import Probe, measure
 
-CACHE_BYTES = 256 << 20  # more than last-level caches leave to one of their users, of those machines we know
+CACHE_BYTES = 256 << 20
 MAX_COPIES = 512
 
 _rows: list[tuple[str, str, str, float, float]] = []  # op and shape, dtype, system, seconds, roof

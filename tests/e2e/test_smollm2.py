@@ -152,7 +152,7 @@ def test_generate_with_int8_kv(eager: models.LoadedModel, compiled: Any) -> None
 def test_half_precision_is_as_near_as_eager(
     eager: models.LoadedModel, dtype: torch.dtype, backend: str
 ) -> None:
-    """Over twelve pieces of text: of a single one either may be the nearer by half."""
+    """Over twelve pieces of text: of a single one eager may be the nearer."""
     tokens = eager.tokenizer(documentation().content[:20_000], return_tensors="pt")["input_ids"]
     ids = tokens[:, : 12 * 96].reshape(12, 96)
     exact = eager.model(ids).logits

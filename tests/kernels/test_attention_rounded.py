@@ -110,9 +110,11 @@ def test_numbers_that_bf16_cannot_hold_are_no_infinities(where: str) -> None:
     assert_close(run(c, t, TIER), want, BF16_PRODUCTS)
 
 
-def test_rounded_weights_add_up_to_one() -> None:
+@pytest.mark.parametrize("mask", ["", "random", "causal_float"])
+def test_rounded_weights_add_up_to_one(mask: str) -> None:
     """They are divided by their own sum: values that are all alike come out as they are."""
-    c = replace(FORMS["f32 rounded"], heads=4, q_len=90, kv_len=300, dim=64, is_causal=True)
+    c = replace(FORMS["f32 rounded"], heads=4, q_len=90, kv_len=300, dim=64, mask=mask)
+    c = replace(c, is_causal=not mask)
     t = make(c)
     t.v.fill_(1.0)
     assert (run(c, t, TIER) - 1).abs().max() < 1e-6

@@ -77,7 +77,8 @@ auto values_loader(DType in) {
                             : load_values<DType::bf16, kNormed>;
 }
 
-// The groups of a batch, each padded with zeros to whole vectors: where they lie, or made at `values`.
+// The groups of a batch, each padded with zeros to whole vectors: where they lie, or made at `values`. Only planes that
+// others follow are written back, so a lone plane may be rounded from x itself.
 float* batch_values(const QuantizedProblem& p, const RowNorm& norm, int64_t token, int64_t group0, int64_t count,
                     float* values) {
   const int64_t group = p.form.group, k0 = group0 * group;
@@ -102,7 +103,7 @@ float* batch_values(const QuantizedProblem& p, const RowNorm& norm, int64_t toke
 // Sums and maxima of a row are several chains: one would wait for itself.
 constexpr int kRowChains = 4;
 
-// NaNs may hide behind it.
+// The largest magnitude of `count` values. NaNs may hide behind it.
 inline float largest_magnitude(const float* values, int64_t count) {
   Vec largest[kRowChains] = {vzero(), vzero(), vzero(), vzero()};
   int64_t k = 0;
