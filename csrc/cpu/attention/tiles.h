@@ -36,17 +36,21 @@ __attribute__((noinline)) Vec weigh_column(const float* s, int64_t keys, float f
     return T == 1 ? vexp2_rough(power) : vexp2(power);
   };
   Vec total = vzero(), other = vzero(), nan = vzero();  // nan: rounding may lose that of a bias
+  auto add = [&](Vec even, Vec odd) __attribute__((always_inline)) {
+    total = vadd(total, even);
+    other = vadd(other, odd);
+  };
   for (int64_t j0 = 0; j0 < keys; j0 += 16) {
     for (int64_t n = min64(pieces, queue.left); n > 0; --n) queue.advance();
     for (int64_t j = j0; j < j0 + 16; j += 2, weights += kTileBytes) {
       Vec even = weight(j), odd = weight(j + 1);
-      if (T > 1) total = vadd(total, even), other = vadd(other, odd);
+      if (T > 1) add(even, odd);
       if (T == 1 && kBiased) nan = vfma(vzero(), vadd(even, odd), nan);
       char* at = weights;
 #pragma GCC unroll 2
       for (int n = 0; n + 1 < T; ++n, at += kKeySteps * kTileSize) _mm512_store_si512(at, split_pairs(even, odd));
       _mm512_store_si512(at, round_pairs(even, odd));
-      if (T == 1) total = vadd(total, even), other = vadd(other, odd);
+      if (T == 1) add(even, odd);
     }
   }
   return vadd(vadd(total, other), nan);

@@ -62,9 +62,9 @@ static_assert(kBatchValues * 4 < int64_t(kLocalBytes));
 template <DType kIn, bool kNormed>
 void load_values(const QuantizedProblem& p, const RowNorm& norm, int64_t token, int64_t k0, int64_t count,
                  float* values) {
-  const char* row = p.x.data + token * p.x.stride[0] * itemsize(kIn);
   for (int64_t k = k0; k < k0 + count; k += kLanes) {
-    Vec x = vload_as(kIn, row, k, kLanes);
+    Vec x;
+    load_rows<kIn>(p.x, token, 1, k, kLanes, &x);
     if (kNormed) normalize(p, &norm, 1, k, kLanes, &x);
     vstore(values + k - k0, x);
   }
@@ -77,27 +77,27 @@ auto values_loader(DType in) {
                             : load_values<DType::bf16, kNormed>;
 }
 
-// The groups of a batch, each padded with zeros to whole vectors: where they lie, or made at `values`. Only planes that
+// The groups of a batch, each padded with zeros to whole vectors: where they lie, or made in `memory`. Only planes that
 // others follow are written back, so a lone plane may be rounded from x itself.
 float* batch_values(const QuantizedProblem& p, const RowNorm& norm, int64_t token, int64_t group0, int64_t count,
-                    float* values) {
+                    float* memory) {
   const int64_t group = p.form.group, k0 = group0 * group;
   if (group % kLanes == 0) {
     const bool normed = p.norm != kNormNone;
     if (!normed && p.x.dtype == DType::f32 && p.planes == 1)
       return reinterpret_cast<float*>(p.x.data) + token * p.x.stride[0] + k0;
     (normed ? values_loader<true>(p.x.dtype) : values_loader<false>(p.x.dtype))(p, norm, token, k0, count * group,
-                                                                                values);
-    return values;
+                                                                                memory);
+    return memory;
   }
-  float* to = values;
+  float* to = memory;
   for (int64_t i = 0; i < count; ++i)
     for (int64_t k = 0; k < group; k += kLanes, to += kLanes) {
       Vec x;
       load_block(p, &norm, token, 1, k0 + i * group + k, &x);
       vstore(to, group - k < kLanes ? vkeep(x, static_cast<int>(group - k)) : x);
     }
-  return values;
+  return memory;
 }
 
 // Sums and maxima of a row are several chains: one would wait for itself.
@@ -230,12 +230,12 @@ void quantize_groups(const QuantizedProblem& p, const Prepared& tile, const RowN
 
 // Tokens [token0, token0 + tokens) of a tile whose first token is `first`, groups [group0, group1).
 void quantize_tokens(const QuantizedProblem& p, const Prepared& out, int64_t first, int64_t token0, int64_t tokens,
-                     int64_t group0, int64_t group1, float* values) {
+                     int64_t group0, int64_t group1, float* memory) {
   const int64_t batch = max64(1, min64(kBatch, kBatchValues / (p.form.group + kLanes)));
   for (int64_t token = token0; token < token0 + tokens; ++token) {
     const RowNorm norm = row_norm(p, token);
     for (int64_t g = group0; g < group1; g += batch)
-      quantize_groups(p, out, norm, token, (token - first) * p.planes, g, min64(batch, group1 - g), values);
+      quantize_groups(p, out, norm, token, (token - first) * p.planes, g, min64(batch, group1 - g), memory);
   }
 }
 
