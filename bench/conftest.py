@@ -19,6 +19,7 @@ from llmopt.native.probe import Probe, measure
 
 CACHE_BYTES = 256 << 20
 MAX_COPIES = 512
+HELD_BYTES = 1 << 30  # of all copies
 
 _rows: list[tuple[str, str, str, float, float]] = []  # op and shape, dtype, system, seconds, roof
 
@@ -32,9 +33,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         item.add_marker(pytest.mark.benchmark(min_rounds=5, max_time=0.2, warmup=True))
 
 
-def copies_beyond_cache(num_bytes: int) -> int:
-    """How many copies of operands of this size to rotate over."""
-    return max(1, min(MAX_COPIES, -(-CACHE_BYTES // max(1, num_bytes))))
+def copies_beyond_cache(num_bytes: int, held: int = 0) -> int:
+    """How many copies of operands to rotate over, of which a call reads `num_bytes`. held: what a copy takes, where that is more."""
+    copies = min(MAX_COPIES, -(-CACHE_BYTES // max(1, num_bytes)))
+    return max(1, min(copies, HELD_BYTES // max(1, num_bytes, held)))
 
 
 @pytest.fixture
@@ -60,6 +62,8 @@ def timed(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None]
         name = str(dtype).removeprefix("torch.")
         benchmark.group = f"{what} {name}"
         with torch.inference_mode():
+            for call in calls:  # outputs have their pages
+                call()
             before = measure(threads)
             benchmark(lambda: next(endless)())
             after = measure(threads)

@@ -34,10 +34,16 @@ def tensor_over(memory: _C.Memory, num_bytes: int) -> torch.Tensor:
     return torch.frombuffer(array, dtype=torch.uint8)
 
 
-def ours(shape: Linear, w: torch.Tensor, x: torch.Tensor) -> tuple[OneOp, _C.Memory]:
+def output(shape: Linear, dtype: torch.dtype) -> torch.Tensor:
+    """One for all copies of a weight, as an arena and PyTorch's allocator give the same memory again and again."""
+    return torch.empty(shape.m, shape.n // 2 if shape.gated else shape.n, dtype=dtype)
+
+
+def ours(
+    shape: Linear, w: torch.Tensor, x: torch.Tensor, y: torch.Tensor
+) -> tuple[OneOp, _C.Memory]:
     halves = list(w.chunk(2)) if shape.gated else [w]
     memory, packed = pack(halves, interleave=shape.gated)
-    y = torch.empty(shape.m, shape.n // 2 if shape.gated else shape.n, dtype=x.dtype)
     activation = SILU if shape.gated else 0
     ints = [shape.n, shape.k, DTYPE_CODES[w.dtype], activation, int(shape.gated), 0]
     op = OneOp("linear", [x, packed, None, None, y, None, None], ints, [0.0, 1.0, 0.0])
@@ -62,7 +68,8 @@ def test_linear(timed, shape, dtype, system):
     if system == "torch":
         calls = [theirs(shape, w, x) for w in weights]
     else:
-        built = [ours(shape, w, x) for w in weights]
+        y = output(shape, dtype)
+        built = [ours(shape, w, x, y) for w in weights]
         torch.testing.assert_close(  # never the time of a wrong result
             run(built[0][0]), theirs(shape, weights[0], x)().float(), atol=5e-2, rtol=5e-2
         )

@@ -18,7 +18,7 @@ from llmopt.weights import pack_codes, packed_code_bytes
 
 from bench.conftest import copies_beyond_cache
 from bench.shapes import DECODE_LINEARS, PREFILL_LINEARS, SMALL_BATCH_LINEARS, Linear
-from bench.test_linear import SILU, tensor_over, theirs
+from bench.test_linear import SILU, output, tensor_over, theirs
 
 GEMM_ROWS = 16  # below, a product with 8-bit inputs is bound by reading
 
@@ -41,12 +41,11 @@ def ours(shape: Linear, w: torch.Tensor, x: torch.Tensor, scheme: Scheme, copies
     act = [SILU, 1] if shape.gated else [0, 0]
     ints = [shape.n, shape.k, DTYPE_CODES[torch.uint8], *act, 0]
     ints += [form.bits, form.group, int(not form.symmetric), PLANES[scheme.activations]]
-    calls = []
+    calls, y = [], output(shape, x.dtype)
     for memory in memories:
         packed = tensor_over(memory, size)
         if packed.data_ptr() != first.data_ptr():
             packed.copy_(first)
-        y = torch.empty(shape.m, shape.n // 2 if shape.gated else shape.n)
         operands = [x, packed, None, None, y, None, None]
         calls.append(OneOp("linear_quantized", operands, ints, [0.0, 1.0, 0.0]))
     return calls, memories, size
