@@ -137,19 +137,19 @@ inline void mask_scores(const Problem& p, const Panel& a, int v, int64_t j0, int
 inline void exponentiate(Panel& a, int v, int64_t keys, bool has_dead, Vec new_max, float* alpha) {
   const Vec ninf = vset(kNegInf), minus_zero = vset(-0.0f), log2e = vset(kLog2e);
   const Vec shift = vselect(veq(new_max, ninf), vzero(), new_max);
-  const Vec shrink = vexp2(vmul(vsub(a.max[v], shift), log2e));
+  const Vec shrink = vexp2_weight(vmul(vsub(a.max[v], shift), log2e));
   Vec total = vzero();
   float* at = a.st + v * kLanes;
   if (has_dead) {
     for (int64_t j = 0; j < keys; ++j, at += kLd) {
       const Vec s = vload(at);
-      const Vec w = vselect(veq(s, ninf), minus_zero, vexp2(vmul(vsub(s, shift), log2e)));
+      const Vec w = vselect(veq(s, ninf), minus_zero, vexp2_weight(vmul(vsub(s, shift), log2e)));
       vstore(at, w);
       total = vadd(total, w);
     }
   } else {
     for (int64_t j = 0; j < keys; ++j, at += kLd) {
-      const Vec w = vexp2(vmul(vsub(vload(at), shift), log2e));
+      const Vec w = vexp2_weight(vmul(vsub(vload(at), shift), log2e));
       vstore(at, w);
       total = vadd(total, w);
     }

@@ -33,7 +33,7 @@ __attribute__((noinline)) Vec weigh_column(const float* s, int64_t keys, float f
   auto weight = [&](int64_t j) __attribute__((always_inline)) {
     const Vec score = vload(s + j * kLanes);
     const Vec power = kBiased ? vmul(vsub(score, shift), log2e) : vfma(score, scale, start);
-    return T == 1 ? vexp2_rough(power) : vexp2(power);
+    return T == 1 ? vexp2_rough(power) : vexp2_weight(power);
   };
   Vec total = vzero(), other = vzero(), nan = vzero();  // nan: rounding may lose that of a bias
   auto add = [&](Vec even, Vec odd) __attribute__((always_inline)) {
@@ -137,7 +137,7 @@ void weigh_pair(const Problem& p, TileChunk& c, const TilePair& t, int slot, int
 
     const Vec new_max = vmax(vmul(vset(factor), top), a.max[v]), ninf = vset(kNegInf);
     const Vec shift = vselect(veq(new_max, ninf), vzero(), new_max);
-    const Vec alpha = vexp2(vmul(vsub(a.max[v], shift), vset(kLog2e)));
+    const Vec alpha = vexp2_weight(vmul(vsub(a.max[v], shift), vset(kLog2e)));
     char* weights = c.weights_of(slot) + (v - t.v) * c.weight_bytes();
     const Vec total =
         (adjusted ? weigh_column<T, true> : weigh_column<T, false>)(s, padded, factor, shift, weights, queue, pieces);

@@ -78,6 +78,11 @@ inline Vec vscale2(Vec a, Vec n) {
   __m256 f2 = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(rest, bias), 23));
   return {_mm256_mul_ps(_mm256_mul_ps(a.v, f1), f2)};
 }
+// The same, 0 where n < least, whatever a is there; NaN in n stays.
+inline Vec vscale2_from(Vec least, Vec a, Vec n) {
+  const __m256 keep = _mm256_cmp_ps(n.v, least.v, _CMP_NLT_UQ);
+  return {_mm256_and_ps(keep, vscale2({_mm256_and_ps(keep, a.v)}, n).v)};
+}
 
 inline Mask vlt(Vec a, Vec b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)}; }
 inline Mask vle(Vec a, Vec b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_LE_OQ)}; }
