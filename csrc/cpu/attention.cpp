@@ -74,7 +74,7 @@ inline void merge_row(const Problem& p, const Plan& plan, int64_t b, int64_t kv_
   for (int64_t n = 0; n < splits; ++n) {
     const float* from = part(n);
     alignas(64) float weight[kLanes];
-    const Vec w = vexp2_weight(vset((from[0] - shift) * kLog2e));
+    const Vec w = vexp2_normal(vset((from[0] - shift) * kLog2e));
     vstore(weight, w);
     sum += from[1] * weight[0];
     for (int64_t d = 0; d < p.v_dim; d += kLanes) {

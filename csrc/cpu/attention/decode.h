@@ -225,11 +225,11 @@ inline void softmax_row(DecodeRow& row, int64_t keys, float* s, int64_t v_dim, f
   Vec total = vzero();
   for (int64_t j = 0; j < keys; j += kLanes) {
     const Vec x = vload(s + j);
-    const Vec w = vselect(veq(x, ninf), minus_zero, vexp2_weight(vmul(vsub(x, m), log2e)));
+    const Vec w = vselect(veq(x, ninf), minus_zero, vexp2_normal(vmul(vsub(x, m), log2e)));
     vstore(s + j, w);
     total = vadd(total, w);
   }
-  const Vec alpha = vexp2_weight(vmul(vsub(vset(row.max), m), log2e));
+  const Vec alpha = vexp2_normal(vmul(vsub(vset(row.max), m), log2e));
   alignas(64) float shrink[kLanes];
   vstore(shrink, alpha);
   row.sum = row.sum * shrink[0] + vreduce_add(total);

@@ -73,9 +73,11 @@ inline void find_ranges(const Problem& p, Panel& a) {
   for (int v = 0; v < a.nv; ++v) {
     a.vec_lo[v] = p.kv_len, a.vec_hi[v] = 0;
     for (int lane = v * kLanes; lane < (v + 1) * kLanes; ++lane) {
-      a.range[lane] = {0, p.kv_len, MaskUse::none};
+      KeyRange r{0, p.kv_len, MaskUse::none};
+      if (lane < a.rows) r = key_range(p, a.b, a.head[lane], a.pos[lane]);
+      KeyRange& to = a.range[lane];
+      to.lo = r.lo, to.hi = r.hi, to.mask = r.mask;  // GCC copies a whole one by loads that wait for its stores
       if (lane >= a.rows) continue;
-      const KeyRange r = a.range[lane] = key_range(p, a.b, a.head[lane], a.pos[lane]);
       a.common_lo = max64(a.common_lo, r.lo), a.common_hi = min64(a.common_hi, r.hi);
       a.masked |= r.mask != MaskUse::none;
       if (r.lo >= r.hi) continue;
@@ -132,24 +134,36 @@ inline void mask_scores(const Problem& p, const Panel& a, int v, int64_t j0, int
   *block_max = top;
 }
 
+// The largest of keys [begin, end) in a column of scores that lie `stride` floats apart, or `top`.
+inline Vec column_max(const float* s, int64_t stride, int64_t begin, int64_t end, Vec top) {
+  Vec other = top;
+  int64_t j = begin;
+  for (; j + 1 < end; j += 2) {
+    top = vmax(vload(s + j * stride), top);
+    other = vmax(vload(s + (j + 1) * stride), other);
+  }
+  if (j < end) top = vmax(vload(s + j * stride), top);
+  return vmax(other, top);
+}
+
 // P = exp(S - max) in place, its sum, and how much the rows' earlier sums shrink. A dead key's weight is stored as -0,
 // which adds nothing and tells it from a live key whose weight underflowed.
 inline void exponentiate(Panel& a, int v, int64_t keys, bool has_dead, Vec new_max, float* alpha) {
   const Vec ninf = vset(kNegInf), minus_zero = vset(-0.0f), log2e = vset(kLog2e);
   const Vec shift = vselect(veq(new_max, ninf), vzero(), new_max);
-  const Vec shrink = vexp2_weight(vmul(vsub(a.max[v], shift), log2e));
+  const Vec shrink = vexp2_normal(vmul(vsub(a.max[v], shift), log2e));
   Vec total = vzero();
   float* at = a.st + v * kLanes;
   if (has_dead) {
     for (int64_t j = 0; j < keys; ++j, at += kLd) {
       const Vec s = vload(at);
-      const Vec w = vselect(veq(s, ninf), minus_zero, vexp2_weight(vmul(vsub(s, shift), log2e)));
+      const Vec w = vselect(veq(s, ninf), minus_zero, vexp2_normal(vmul(vsub(s, shift), log2e)));
       vstore(at, w);
       total = vadd(total, w);
     }
   } else {
     for (int64_t j = 0; j < keys; ++j, at += kLd) {
-      const Vec w = vexp2_weight(vmul(vsub(vload(at), shift), log2e));
+      const Vec w = vexp2_normal(vmul(vsub(vload(at), shift), log2e));
       vstore(at, w);
       total = vadd(total, w);
     }
@@ -215,7 +229,7 @@ inline void attend_block(const Problem& p, Panel& a, int64_t j0, int64_t keys) {
     if (has_dead || p.softcap > 0)
       mask_scores(p, a, v, j0, 0, keys, 1.0f, ragged, &top);
     else
-      for (int64_t j = 0; j < keys; ++j) top = vmax(vload(a.st + j * kLd + v * kLanes), top);
+      top = column_max(a.st + v * kLanes, kLd, 0, keys, top);
     exponentiate(a, v, keys, has_dead, top, alpha);
   }
 

@@ -10,18 +10,6 @@
 
 namespace {
 
-// The largest of keys [begin, end) in a column of scores, or `top`.
-inline Vec column_max(const float* s, int64_t begin, int64_t end, Vec top) {
-  Vec other = top;
-  int64_t j = begin;
-  for (; j + 1 < end; j += 2) {
-    top = vmax(vload(s + j * kLanes), top);
-    other = vmax(vload(s + (j + 1) * kLanes), other);
-  }
-  if (j < end) top = vmax(vload(s + j * kLanes), top);
-  return vmax(other, top);
-}
-
 // Weights exp(factor * score - shift) of the scores in a column, as bf16 pairs of each term; returns their sum. A lone
 // term is summed as it was rounded: what the weights of a row have in common of their roundings then leaves its
 // outputs alone. Scores with biases lose the shift before anything multiplies them: a row of finfo.min must not
@@ -33,7 +21,7 @@ __attribute__((noinline)) Vec weigh_column(const float* s, int64_t keys, float f
   auto weight = [&](int64_t j) __attribute__((always_inline)) {
     const Vec score = vload(s + j * kLanes);
     const Vec power = kBiased ? vmul(vsub(score, shift), log2e) : vfma(score, scale, start);
-    return T == 1 ? vexp2_rough(power) : vexp2_weight(power);
+    return T == 1 ? vexp2_rough(power) : vexp2_normal(power);
   };
   Vec total = vzero(), other = vzero(), nan = vzero();  // nan: rounding may lose that of a bias
   auto add = [&](Vec even, Vec odd) __attribute__((always_inline)) {
@@ -130,14 +118,14 @@ void weigh_pair(const Problem& p, TileChunk& c, const TilePair& t, int slot, int
       mask_scores(p, a, v, j0, 0, t.keys, scale, clean0 > 0 || clean1 < t.keys, &top);
     } else {
       if (clean0 > 0) mask_scores(p, a, v, j0, 0, clean0, 1.0f, true, &top);
-      top = column_max(s, clean0, clean1, top);
+      top = column_max(s, kLanes, clean0, clean1, top);
       if (clean1 < t.keys) mask_scores(p, a, v, j0, clean1, t.keys, 1.0f, true, &top);
     }
     for (int64_t j = t.keys; j < padded; ++j) vstore(s + j * kLanes, vset(kNegInf));
 
     const Vec new_max = vmax(vmul(vset(factor), top), a.max[v]), ninf = vset(kNegInf);
     const Vec shift = vselect(veq(new_max, ninf), vzero(), new_max);
-    const Vec alpha = vexp2_weight(vmul(vsub(a.max[v], shift), vset(kLog2e)));
+    const Vec alpha = vexp2_normal(vmul(vsub(a.max[v], shift), vset(kLog2e)));
     char* weights = c.weights_of(slot) + (v - t.v) * c.weight_bytes();
     const Vec total =
         (adjusted ? weigh_column<T, true> : weigh_column<T, false>)(s, padded, factor, shift, weights, queue, pieces);
