@@ -146,6 +146,21 @@ inline Vec column_max(const float* s, int64_t stride, int64_t begin, int64_t end
   return vmax(other, top);
 }
 
+// A block's scores of one vector, ready for the softmax: scaled where they are adjusted at all, dead ones -inf. Returns
+// their largest, or `top`.
+inline Vec finish_scores(const Problem& p, const Panel& a, int v, int64_t j0, int64_t keys, float scale, Vec top) {
+  const int64_t clean0 = min64(keys, max64(0, a.common_lo - j0));
+  const int64_t clean1 = min64(keys, max64(clean0, a.common_hi - j0));
+  if (a.masked || p.softcap > 0) {
+    mask_scores(p, a, v, j0, 0, keys, scale, clean0 > 0 || clean1 < keys, &top);
+    return top;
+  }
+  if (clean0 > 0) mask_scores(p, a, v, j0, 0, clean0, 1.0f, true, &top);
+  top = column_max(a.st + v * a.vec_ld, a.row_ld, clean0, clean1, top);
+  if (clean1 < keys) mask_scores(p, a, v, j0, clean1, keys, 1.0f, true, &top);
+  return top;
+}
+
 // P = exp(S - max) in place, its sum, and how much the rows' earlier sums shrink. A dead key's weight is stored as -0,
 // which adds nothing and tells it from a live key whose weight underflowed.
 inline void exponentiate(Panel& a, int v, int64_t keys, bool has_dead, Vec new_max, float* alpha) {
@@ -201,8 +216,7 @@ inline Segment next_segment(const Panel& a, int v1, int64_t block0, int64_t begi
 
 // One block of keys for the whole panel.
 inline void attend_block(const Problem& p, Panel& a, int64_t j0, int64_t keys) {
-  const bool ragged = j0 < a.common_lo || j0 + keys > a.common_hi;
-  const bool has_dead = ragged || a.masked;
+  const bool has_dead = a.masked || j0 < a.common_lo || j0 + keys > a.common_hi;
   int v1 = a.nv;
   while (v1 > 1 && a.vec_lo[v1 - 1] >= j0 + keys) --v1;
 
@@ -225,11 +239,7 @@ inline void attend_block(const Problem& p, Panel& a, int64_t j0, int64_t keys) {
   alignas(64) float alpha[kLd];
   if (a.masked) load_bias_block(p, a, v0, v1, j0, keys);
   for (int v = v0; v < v1; ++v) {
-    Vec top = a.max[v];
-    if (has_dead || p.softcap > 0)
-      mask_scores(p, a, v, j0, 0, keys, 1.0f, ragged, &top);
-    else
-      top = column_max(a.st + v * kLanes, kLd, 0, keys, top);
+    const Vec top = finish_scores(p, a, v, j0, keys, 1.0f, a.max[v]);
     exponentiate(a, v, keys, has_dead, top, alpha);
   }
 

@@ -108,19 +108,11 @@ void weigh_pair(const Problem& p, TileChunk& c, const TilePair& t, int slot, int
   a.st = c.scores_of(slot) - t.v * kColumn;
   const bool adjusted = a.masked || p.softcap > 0;  // scores are scaled before the softmax
   const float scale = p.softcap > 0 ? p.scale / p.softcap : p.scale, factor = adjusted ? 1.0f : scale;
-  const int64_t clean0 = min64(t.keys, max64(0, a.common_lo - j0)), padded = t.steps * kTileStep;
-  const int64_t clean1 = min64(t.keys, max64(clean0, a.common_hi - j0)), pieces = ceil_div(queue.left, padded / 8);
+  const int64_t padded = t.steps * kTileStep, pieces = ceil_div(queue.left, padded / 8);
   if (a.masked) load_bias_block(p, a, t.v, t.v + 2, j0, t.keys);
   for (int v = t.v; v < t.v + 2; ++v) {
     float* s = a.st + v * kColumn;
-    Vec top = vset(kNegInf);
-    if (adjusted) {
-      mask_scores(p, a, v, j0, 0, t.keys, scale, clean0 > 0 || clean1 < t.keys, &top);
-    } else {
-      if (clean0 > 0) mask_scores(p, a, v, j0, 0, clean0, 1.0f, true, &top);
-      top = column_max(s, kLanes, clean0, clean1, top);
-      if (clean1 < t.keys) mask_scores(p, a, v, j0, clean1, t.keys, 1.0f, true, &top);
-    }
+    const Vec top = finish_scores(p, a, v, j0, t.keys, scale, vset(kNegInf));
     for (int64_t j = t.keys; j < padded; ++j) vstore(s + j * kLanes, vset(kNegInf));
 
     const Vec new_max = vmax(vmul(vset(factor), top), a.max[v]), ninf = vset(kNegInf);
