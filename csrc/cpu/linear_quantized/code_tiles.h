@@ -1,5 +1,5 @@
 // The GEMM over codes with one scale a column on AMX tiles: products of signed bytes, exact sums over all of K.
-//   codes of rows   [row tiles][32 rows][padded K]   signed bytes
+//   codes of rows   [row tiles][32 rows][padded K]   signed bytes, an odd number of cache lines from row to row
 //   tables          [row tiles][32 rows] each; what they mean is in prepare.h; `start` is not read here
 #pragma once
 #include "cpu/linear/terms.h"
@@ -15,21 +15,23 @@ struct CodeTiles : QuantizedProblem {
   using QuantizedProblem::QuantizedProblem;
 
   int64_t row_bytes() const { return form.steps() * kStepK; }
+  // A tile takes a line of each of 16 rows: an even number of lines apart, they would share some sets of L1.
+  int64_t row_stride() const { return (row_bytes() / 64 | 1) * 64; }
   int64_t tile_tokens() const { return kTileHeight / planes; }
   int64_t row_tiles() const { return ceil_div(M, tile_tokens()); }
   int64_t table_size() const { return row_tiles() * kTileHeight; }
   Form wide() const { return {K, 8, form.group, form.offsets}; }
 
   Prepared tile(char* shared, int64_t i) const {
-    float* tables = reinterpret_cast<float*>(shared + table_size() * row_bytes()) + i * kTileHeight;
-    return {shared + i * kTileHeight * row_bytes(),
+    float* tables = reinterpret_cast<float*>(shared + table_size() * row_stride()) + i * kTileHeight;
+    return {shared + i * kTileHeight * row_stride(),
             tables,
             reinterpret_cast<int32_t*>(tables + table_size()),
             tables + 2 * table_size(),
             kTileHeight,
-            kTileHeight * row_bytes(),
+            kTileHeight * row_stride(),
             4,
-            row_bytes()};
+            row_stride()};
   }
 };
 
@@ -46,7 +48,7 @@ struct CodeSchedule : Cut {
     const int64_t wanted = kChunksPerThread * threads;
     // All panels of a chunk pass over its rows, which stay in L2. Fewer rows let more panels share a chunk: rows and
     // weights are fetched about equally often then.
-    const int64_t fit = max64(1, kTileL2 / (kTileHeight * p.row_bytes()));
+    const int64_t fit = max64(1, kTileL2 / (kTileHeight * p.row_stride()));
     const int64_t row_blocks = max64(1, ceil_div(tiles, fit));
     span = max64(1, panels * row_blocks / wanted);
     blocks = 1, tiles_per_block = tiles;
@@ -122,9 +124,9 @@ class CodeEpilogue {
 };
 
 struct CodeTileArgs {
-  const char* a;  // [32 rows][row_bytes]
+  const char* a;  // 32 rows, row_stride apart
   const char* b;  // a panel of signed 8-bit codes
-  int64_t row_bytes;
+  int64_t row_bytes, row_stride;
   const char* ahead;  // weights wanted next: so many lines of 64 bytes in a step
   int64_t ahead_lines;
   float* sums;  // [32][kPanel], for integers
@@ -143,8 +145,8 @@ void code_tile(const CodeTileArgs& args) {
   _tile_zero(3);
   for (int64_t k = 0; k < args.row_bytes; k += kTileBytes, b += kTileBytes / 4 * kStride) {
     for (int64_t line = args.ahead_lines; line > 0; --line, ahead += 64) __builtin_prefetch(ahead, 0, 2);
-    _tile_loadd(4, a + k, args.row_bytes);
-    if (kHalves == 2) _tile_loadd(5, a + kTileRows * args.row_bytes + k, args.row_bytes);
+    _tile_loadd(4, a + k, args.row_stride);
+    if (kHalves == 2) _tile_loadd(5, a + kTileRows * args.row_stride + k, args.row_stride);
     _tile_loadd(6, b, kStride);
     _tile_loadd(7, b + kTileBytes, kStride);
     _tile_dpbssd(0, 4, 6);
@@ -173,7 +175,7 @@ void run_codes(const CodeTiles& p, const CodeSchedule& s, int64_t chunk, int thr
   CodeEpilogue epilogue(p);
   CodeTileArgs args{};
   args.b = codes;
-  args.row_bytes = p.row_bytes();
+  args.row_bytes = p.row_bytes(), args.row_stride = p.row_stride();
   args.ahead_lines = ceil_div(bytes, 64 * tiles * steps);
   args.before = &epilogue;
   args.tokens_a_step = ceil_div(max64(2, ceil_div(kTileHeight, steps)), p.planes);

@@ -36,7 +36,7 @@ size_t tier_workspace(const Step& s, int threads) {
     case Tiles::none:
       return linear_workspace(s, threads);
     case Tiles::codes:
-      return static_cast<size_t>(p.table_size() * (p.row_bytes() + 3 * 4));
+      return static_cast<size_t>(p.table_size() * (p.row_stride() + 3 * 4));
     case Tiles::terms:
       break;
   }
