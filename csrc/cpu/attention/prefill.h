@@ -105,8 +105,8 @@ inline void load_bias_block(const Problem& p, const Panel& a, int v0, int v1, in
 
 // Scale (of scores that still want one), softcap, bias and the lanes' own ranges for keys [begin, end) of the block at
 // j0; dead scores become -inf. Returns the running max including these.
-inline void mask_scores(const Problem& p, const Panel& a, int v, int64_t j0, int64_t begin, int64_t end, float scale,
-                        bool ragged, Vec* block_max) {
+__attribute__((noinline)) void mask_scores(const Problem& p, const Panel& a, int v, int64_t j0, int64_t begin,
+                                           int64_t end, float scale, bool ragged, Vec* block_max) {
   alignas(64) float lo[kLanes], hi[kLanes];
   for (int l = 0; l < kLanes; ++l) {  // relative to the block, so that they are exact as floats
     const KeyRange& r = a.range[v * kLanes + l];

@@ -67,7 +67,7 @@ inline Vec vsplit(Vec a, Vec& exponent) {
 }
 // a * 2^n for integral n; underflows to 0 and overflows to inf without wrapping.
 inline Vec vscale2(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }
-// The same, 0 where n < least, whatever a is there; NaN in n stays.
+// For n of at most 254; 0 where n < least, whatever a is there. Where n is NaN, a is.
 inline Vec vscale2_from(Vec least, Vec a, Vec n) {
   return {_mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(n.v, least.v, _CMP_NLT_UQ), a.v, n.v)};
 }

@@ -116,7 +116,7 @@ inline Vec vscale2(Vec a, Vec n) {
     return __builtin_ldexpf(a.v[i], static_cast<int>(m));
   });
 }
-// The same, 0 where n < least, whatever a is there; NaN in n stays.
+// For n of at most 254; 0 where n < least, whatever a is there. Where n is NaN, a is.
 inline Vec vscale2_from(Vec least, Vec a, Vec n) {
   const Vec scaled = vscale2(a, n);
   return each([&](int i) { return n.v[i] < least.v[i] ? 0.0f : scaled.v[i]; });
