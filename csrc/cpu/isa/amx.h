@@ -66,7 +66,7 @@ inline __m512i round_pairs(Vec& even, Vec& odd) {
   return _mm512_or_si512(_mm512_srli_epi32(low, 16), high);
 }
 
-// vexp2_normal within 8e-5 of itself, for results that become bf16.
+// vexp2_normal within 8e-5 of itself, for results that become bf16; 0 below 2^-126.
 inline Vec vexp2_rough(Vec x) {
   const Vec r{_mm512_reduce_ps(x.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)};  // x - floor(x)
   Vec p = vfma(r, vset(0.0780245166f), vset(0.226067239f));

@@ -15,7 +15,7 @@ struct CodeTiles : QuantizedProblem {
   using QuantizedProblem::QuantizedProblem;
 
   int64_t row_bytes() const { return form.steps() * kStepK; }
-  // A tile takes a line of each of 16 rows: an even number of lines apart, they would share some sets of L1.
+  // A tile takes a line of each of 16 rows: a power of two of lines apart, or a multiple, they would share sets of L1.
   int64_t row_stride() const { return (row_bytes() / 64 | 1) * 64; }
   int64_t tile_tokens() const { return kTileHeight / planes; }
   int64_t row_tiles() const { return ceil_div(M, tile_tokens()); }
