@@ -19,7 +19,6 @@ from llmopt.native.probe import Probe, measure
 
 CACHE_BYTES = 256 << 20
 MAX_COPIES = 512
-HELD_BYTES = 1 << 30  # of all copies
 
 _rows: list[tuple[str, str, str, float, float]] = []  # op and shape, dtype, system, seconds, roof
 
@@ -33,10 +32,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         item.add_marker(pytest.mark.benchmark(min_rounds=5, max_time=0.2, warmup=True))
 
 
-def copies_beyond_cache(num_bytes: int, held: int = 0) -> int:
-    """How many copies of operands to rotate over, of which a call reads `num_bytes`. held: what a copy takes, where that is more."""
-    copies = min(MAX_COPIES, -(-CACHE_BYTES // max(1, num_bytes)))
-    return max(1, min(copies, HELD_BYTES // max(1, num_bytes, held)))
+def copies_beyond_cache(num_bytes: int) -> int:
+    """How many copies of operands of this size to rotate over."""
+    return max(1, min(MAX_COPIES, -(-CACHE_BYTES // max(1, num_bytes))))
 
 
 @pytest.fixture
