@@ -256,6 +256,25 @@ def test_extreme_scores(tier: str, q_len: int) -> None:
     assert_close(run(c, t, tier), want)
 
 
+@pytest.mark.parametrize("q_len", [1, 5, 70])
+@pytest.mark.parametrize("score", [-80.0, -86.0, -87.5, -95.0, -110.0, -1e30])
+def test_small_weights(tier: str, q_len: int, score: float) -> None:
+    """A key of weight e^score beside one of weight 1. Weights may be zero from the denormals on, where a value of 1e37
+    shows it, but no live key stops being one."""
+    c = Case(1, 2, 2, q_len, 300, 16)
+    t = make(c)
+    t.q.zero_()[..., 0] = c.dim**0.5
+    t.k.zero_()[..., 0] = -1e30
+    t.k[:, :, 7, 0], t.k[:, :, 250, 0] = 0, score
+    t.v[:, :, 250] = 1e37
+    want = reference(c, t)[0]
+    error = (run(c, t, tier).double() - want).abs()
+    lost = 2.0**-125 * 1e37 if score < -86.5 else 0.0
+    assert (error <= lost + 1e-5 * (1 + want.abs())).all()
+    t.v[:, :, 250] = math.inf
+    assert not torch.isfinite(run(c, t, tier)).any()
+
+
 @pytest.mark.parametrize("q_len", [1, 3, 40])
 def test_nan_of_a_live_key_propagates(tier: str, q_len: int) -> None:
     for where in ("k", "v"):
