@@ -6,8 +6,9 @@
 namespace {
 
 // Exponentials: 0 and inf at the ends, NaN stays NaN (the argument order of vmin lets it through). Scaling into
-// denormals, or from there to zero, takes 140 to 160 cycles on an Intel core, so what is certainly zero is not scaled,
-// and forms called normal have 0 in place of denormals.
+// denormals, or from there to zero, takes 140 to 160 cycles on an Intel core, so results whose power of two is below
+// `least` are 0 without being scaled: -150 where all of them are, -125 in the forms called normal, which have 0 in
+// place of denormals.
 
 // 2^x, within 2 ulp. |x - round(x)| <= 1/2 and a polynomial of degree 5 that is minimax in ulps (1.1 by itself).
 inline Vec vexp2_series(Vec r) {
@@ -23,7 +24,7 @@ inline Vec vexp2_from(float least, Vec x) {
   return vscale2_from(vset(least), vexp2_series(vsub(x, n)), n);
 }
 inline Vec vexp2(Vec x) { return vexp2_from(-150.0f, vmin(vset(160.0f), x)); }
-// For x < 160 or NaN.
+// For x < 160 or NaN; any x with AVX-512.
 inline Vec vexp2_normal(Vec x) { return vexp2_from(-125.0f, x); }
 
 // e^x, within 1 ulp: ln 2 in two parts keeps the reduced argument exact, the minimax polynomial of degree 6 is good

@@ -68,8 +68,8 @@ inline Vec vsplit(Vec a, Vec& exponent) {
   return {_mm256_castsi256_ps(_mm256_sub_epi32(bits, _mm256_slli_epi32(e, 23)))};
 }
 // a * 2^n for integral n of -254 to 254, in two half steps, so that results down to the denormals and up to inf come
-// out right.
-inline Vec vscale2_bounded(Vec a, Vec n) {
+// out right. Where n is NaN, a is.
+inline Vec vscale2(Vec a, Vec n) {
   __m256i whole = _mm256_cvtps_epi32(n.v);
   __m256i half = _mm256_srai_epi32(whole, 1);
   __m256i rest = _mm256_sub_epi32(whole, half);
@@ -78,12 +78,10 @@ inline Vec vscale2_bounded(Vec a, Vec n) {
   __m256 f2 = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(rest, bias), 23));
   return {_mm256_mul_ps(_mm256_mul_ps(a.v, f1), f2)};
 }
-// For any integral n.
-inline Vec vscale2(Vec a, Vec n) { return vscale2_bounded(a, vmin(vset(254.0f), vmax(vset(-254.0f), n))); }
-// For n of at most 254; 0 where n < least, whatever a is there. Where n is NaN, a is.
+// The same for n from -inf on, 0 where n < least, whatever a is there.
 inline Vec vscale2_from(Vec least, Vec a, Vec n) {
   const __m256 keep = _mm256_cmp_ps(n.v, least.v, _CMP_NLT_UQ);
-  return vscale2_bounded({_mm256_and_ps(keep, a.v)}, {_mm256_and_ps(keep, n.v)});
+  return vscale2({_mm256_and_ps(keep, a.v)}, {_mm256_and_ps(keep, n.v)});
 }
 
 inline Mask vlt(Vec a, Vec b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)}; }

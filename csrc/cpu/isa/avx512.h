@@ -65,9 +65,9 @@ inline Vec vsplit(Vec a, Vec& exponent) {
   exponent.v = _mm512_sub_ps(_mm512_getexp_ps(a.v), _mm512_getexp_ps(m));
   return {m};
 }
-// a * 2^n for integral n; underflows to 0 and overflows to inf without wrapping.
+// a * 2^n for integral n of -254 to 254 (any n here: 0 and inf at the ends). Where n is NaN, a is.
 inline Vec vscale2(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }
-// For n of at most 254; 0 where n < least, whatever a is there. Where n is NaN, a is.
+// The same for n from -inf on, 0 where n < least, whatever a is there.
 inline Vec vscale2_from(Vec least, Vec a, Vec n) {
   return {_mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(n.v, least.v, _CMP_NLT_UQ), a.v, n.v)};
 }

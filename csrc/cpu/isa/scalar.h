@@ -108,18 +108,14 @@ inline Vec vsplit(Vec a, Vec& exponent) {
   }
   return m;
 }
-// a * 2^n for integral n; clamped so that the conversion is defined for every n, NaN included.
+// a * 2^n for integral n of -254 to 254. Where n is NaN, a is: the conversion is defined there too.
+inline float scale2(float a, float n) { return __builtin_ldexpf(a, n == n ? static_cast<int>(n) : 0); }
 inline Vec vscale2(Vec a, Vec n) {
-  return each([&](int i) {
-    float m = n.v[i] > -300.0f ? n.v[i] : -300.0f;
-    m = m < 300.0f ? m : 300.0f;
-    return __builtin_ldexpf(a.v[i], static_cast<int>(m));
-  });
+  return each([&](int i) { return scale2(a.v[i], n.v[i]); });
 }
-// For n of at most 254; 0 where n < least, whatever a is there. Where n is NaN, a is.
+// The same for n from -inf on, 0 where n < least, whatever a is there.
 inline Vec vscale2_from(Vec least, Vec a, Vec n) {
-  const Vec scaled = vscale2(a, n);
-  return each([&](int i) { return n.v[i] < least.v[i] ? 0.0f : scaled.v[i]; });
+  return each([&](int i) { return n.v[i] < least.v[i] ? 0.0f : scale2(a.v[i], n.v[i]); });
 }
 
 inline Mask vlt(Vec a, Vec b) {

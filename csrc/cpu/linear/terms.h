@@ -199,7 +199,7 @@ void term_tile(const TermArgs<Weights>& args) {
     auto fetch = [&]() __attribute__((always_inline)) {
 #pragma GCC unroll 16
       for (int line = 0; line < (kTerms == 3 ? 16 : 0); ++line, next += 64) {
-        __builtin_prefetch(a + next);
+        if (kHalves == 2 || next / kTile % 2 == 0) __builtin_prefetch(a + next);
         __builtin_prefetch(b + next);
       }
     };
