@@ -13,6 +13,7 @@ from torch import fx
 from llmopt import settings
 from llmopt.auto import choose as auto
 from llmopt.compiled import CompiledGraph
+from llmopt.constants import fix_numbers
 from llmopt.contexts import enclose
 from llmopt.executor import build_executable
 from llmopt.gpu.device import choose_target, gpu_among
@@ -83,6 +84,7 @@ def _compile(
     gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, machine: Target
 ) -> Callable:
     clock = _Clock()
+    fix_numbers(gm.graph)
     decision = _run_passes(gm, example_inputs, options, machine, clock)
     if machine.gpu is None:
         plan = make_plan(gm.graph, machine, tuner_for(machine, options.mode))

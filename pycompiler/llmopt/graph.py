@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from llmopt.sizes import Size, expression
+from llmopt.sizes import Size, expression, same_size, same_stride
 
 NOTE = "llmopt_note"  # key of node.meta: a remark of a pass that reports show
 
@@ -153,11 +153,6 @@ def argument(node: fx.Node, position: int, name: str, default: Any = None) -> An
     return node.kwargs.get(name, default)
 
 
-def same_size(a: Size, b: Size) -> bool:
-    """True when two sizes are the same expression; never adds a guard."""
-    return expression(a) == expression(b)
-
-
 def same_shape(a: Sequence[Size], b: Sequence[Size]) -> bool:
     return len(a) == len(b) and all(same_size(x, y) for x, y in zip(a, b, strict=True))
 
@@ -172,7 +167,7 @@ def is_dense(tensor: torch.Tensor, order: Sequence[int] | None = None) -> bool:
     for d in reversed(order if order is not None else range(tensor.dim())):
         if is_one(tensor.shape[d]):
             continue
-        if not same_size(tensor.stride(d), expected):
+        if not same_stride(tensor.stride(d), expected):
             return False
         expected = expected * tensor.shape[d]
     return True
@@ -321,7 +316,7 @@ def _same_layout(a: Any, b: Any) -> bool:
     if not _same_shape(a, b):
         return False
     wide = [d for d in range(a.dim()) if not is_one(a.shape[d])]
-    return all(same_size(a.stride(d), b.stride(d)) for d in wide)
+    return all(same_stride(a.stride(d), b.stride(d)) for d in wide)
 
 
 def _fakes_in(value: Any) -> list[FakeTensor]:

@@ -34,6 +34,35 @@ def expression(size: Size) -> int | sympy.Expr:
     return int(expr) if expr.is_Integer else expr
 
 
+def same_size(a: Size, b: Size) -> bool:
+    """True when two sizes are the same expression; never adds a guard."""
+    return expression(a) == expression(b)
+
+
+def same_stride(a: Size, b: Size) -> bool:
+    """True when two distances in memory are the same, or would be in a tensor that has elements: strides of PyTorch count a
+    dimension of no elements as one, max(1, n). Never adds a guard."""
+    if same_size(a, b):
+        return True
+    if is_static(a) and is_static(b):
+        return False
+    import sympy
+
+    return bool(sympy.expand(_of_elements(a) - _of_elements(b)) == 0)
+
+
+def _of_elements(stride: Size) -> Any:
+    """A stride's expression with n in place of max(1, n)."""
+    import sympy
+    from torch.utils._sympy.functions import Max
+
+    expr = sympy.sympify(expression(stride))
+    return expr.replace(
+        lambda e: e.func is Max and 1 in e.args and len(e.args) == 2,
+        lambda e: next(n for n in e.args if n != 1),
+    )
+
+
 def size_hint(size: Size) -> int:
     """The size in the call that is compiled; 0 where nobody knows."""
     return size if isinstance(size, int) else int(size.node.hint or 0)

@@ -21,7 +21,7 @@ LAYERS = (
     ("target", "graph", "memory", "counters", "registry", "messages", "offload"),
     ("gpus",),
     ("ops", "writes"),
-    ("quant", "contexts", "regions", "windows"),
+    ("quant", "contexts", "constants", "regions", "windows"),
     ("passes", "native", "kernels"),
     ("kv", "weights", "options"),
     ("tune", "watch"),

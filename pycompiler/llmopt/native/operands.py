@@ -12,7 +12,7 @@ from torch import fx
 from llmopt.graph import FLOATS, expression, fake, is_one, numel, same_size
 from llmopt.native.program import MAX_DIMS, View
 from llmopt.native.segment import SegmentBuilder
-from llmopt.sizes import Size
+from llmopt.sizes import Size, same_stride
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def rows(value: torch.Tensor) -> tuple[Size, Size] | None:
             continue
         if step is None:
             step, inner = value.stride(d), value.stride(d) * value.shape[d]
-        elif not same_size(value.stride(d), inner):
+        elif not same_stride(value.stride(d), inner):
             return None
         else:
             inner = inner * value.shape[d]

@@ -22,6 +22,7 @@ from llmopt.graph import (
     is_tensor,
     kind,
     same_size,
+    same_stride,
     storage,
 )
 from llmopt.ops.attention import APPENDS
@@ -53,7 +54,7 @@ def _is_matrix(value: torch.Tensor) -> bool:
         return False
     outer = [d for d in range(value.dim() - 1) if not is_one(value.shape[d])]
     return all(
-        same_size(value.stride(a), value.stride(b) * value.shape[b]) for a, b in pairwise(outer)
+        same_stride(value.stride(a), value.stride(b) * value.shape[b]) for a, b in pairwise(outer)
     )
 
 
