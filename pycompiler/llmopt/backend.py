@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from llmopt import settings
+from llmopt import autocast, settings
 from llmopt.auto import choose as auto
 from llmopt.compiled import CompiledGraph
 from llmopt.constants import fix_numbers
@@ -57,6 +57,8 @@ def llmopt(
     tensors = [t for t in example_inputs if isinstance(t, torch.Tensor)]
     machine, reason = choose_target(chosen.target, tensors)
     reason = reason or _why_not(gm, example_inputs, tensors) or enclose(gm) or pin(gm)
+    if not reason and autocast.is_on():
+        reason = autocast.write_casts(gm.graph) if machine.gpu is None else autocast.OTHERS
     if reason:
         say(1, f"graph of {len(gm.graph.nodes)} nodes runs as in PyTorch: {reason}")
         if reason == _GRADIENTS:
@@ -122,8 +124,6 @@ def _why_not(
     """Why a graph is left to PyTorch as a whole, or ""."""
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return _GRADIENTS
-    if any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda")):
-        return "autocast is on: its casts happen inside PyTorch's own operators"
     if any(not isinstance(t, torch.Tensor | int | float | torch.SymInt) for t in example_inputs):
         return "an input is neither tensor nor number"
     if any(value.is_nested for node in gm.graph.nodes for value in tensors_in(fake(node))):

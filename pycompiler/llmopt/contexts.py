@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
+from llmopt import autocast
 from llmopt.graph import NOTE, allow_a_copy, fake, getitem, kind, storage
 from llmopt.writes import written_by
 
@@ -65,8 +66,8 @@ def _drop_what_changes_nothing(graph: fx.Graph) -> None:
 
 
 def _is_off(enter: fx.Node) -> bool:
-    """True for autocast(enabled=False) that no autocast surrounds: the backend takes no graph while autocast is on."""
-    if len(enter.args) < 3 or enter.args[2] is not False:
+    """True for autocast(enabled=False) that no autocast surrounds."""
+    if autocast.is_on() or len(enter.args) < 3 or enter.args[2] is not False:
         return False
     return not any(
         kind(other) == "_enter_autocast"

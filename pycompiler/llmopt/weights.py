@@ -221,6 +221,7 @@ def _identity(
         tuple((v.size, v.stride, v.offset) for v in spec.views()),
         tuple(b is None for b in spec.biases),
         spec.interleave,
+        spec.dtype,
         spec.form,
         str(target),
     )
@@ -230,7 +231,7 @@ def _identity(
 def _packed_floats(
     spec: PackedSpec, arguments: Sequence[Tensor], target: Target, memory: _C.Memory | None
 ) -> _C.Memory:
-    weights = [_cut(arguments[v.argument], v) for v in spec.sources]
+    weights = [_cut(arguments[v.argument], v).to(spec.dtype) for v in spec.sources]
     n, k = sum(w.shape[0] for w in weights), weights[0].shape[1]
     needed = packed_bytes(n, k, weights[0].element_size(), target.panel_width)
     if memory is None or memory.bytes < needed:  # of another dtype
@@ -304,10 +305,10 @@ def _bias_vector(spec: PackedSpec, arguments: Sequence[Tensor]) -> Tensor | None
     if all(b is None for b in spec.biases):
         return None
     pieces = [
-        torch.zeros(w.size[0], dtype=spec.dtype) if b is None else _cut(arguments[b.argument], b)
+        torch.zeros(w.size[0]) if b is None else _cut(arguments[b.argument], b)
         for w, b in zip(spec.sources, spec.biases, strict=True)
     ]
-    return torch.cat(pieces)
+    return torch.cat(pieces).to(spec.dtype)
 
 
 STORE = PackedStore()

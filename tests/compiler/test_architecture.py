@@ -21,6 +21,7 @@ LAYERS = (
     ("target", "graph", "memory", "counters", "registry", "messages", "offload"),
     ("gpus",),
     ("ops", "writes"),
+    ("autocast",),
     ("quant", "contexts", "constants", "regions", "windows"),
     ("passes", "native", "kernels"),
     ("kv", "weights", "options"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import fx
 
 from llmopt.graph import NOTE, fake, is_dense, kind
@@ -13,7 +12,6 @@ from llmopt.native.operands import (
     NativeKernel,
     are_static,
     as_rows,
-    itemsize,
     num_bytes,
     reads_as_rows,
     rows,
@@ -35,10 +33,10 @@ def reject(node: fx.Node) -> str:
         return f"weights of {fake(p['weights'][0]).dtype}: f32, f16 and bf16 are possible"
     if any(kind(w) == "llmopt.dequantize" for w in p["weights"]):
         return "its weights are quantised in different ways"
-    return reject_around(node, p, fake(p["weights"][0]).dtype)
+    return reject_around(node, p)
 
 
-def reject_around(node: fx.Node, p: dict[str, Any], bias_dtype: torch.dtype) -> str:
+def reject_around(node: fx.Node, p: dict[str, Any]) -> str:
     """The reasons that are not in the weights."""
     if not reads_as_rows(p["x"]) or not reads_as_rows(p["residual"]):
         return "input rows are not evenly spaced in memory"
@@ -49,21 +47,20 @@ def reject_around(node: fx.Node, p: dict[str, Any], bias_dtype: torch.dtype) -> 
     vectors = [v for v in (*(p["biases"] or ()), p["norm_weight"], p["norm_bias"]) if v is not None]
     if any(fake(v).dtype not in FLOATS or not is_dense(fake(v)) for v in vectors):
         return "bias or norm weight is not a dense float vector"
-    biases = [b for b in p["biases"] or () if b is not None]
-    if any(fake(b).dtype != bias_dtype for b in biases):
-        return "bias and weight differ in dtype"
     return ""
 
 
 def lower(s: SegmentBuilder, node: fx.Node) -> None:
     p = parts(node)
     weights = p["weights"]
-    packed, bias = s.packed_weight(weights, p["biases"] or (None,) * len(weights), p["gated"])
+    dtype = fake(p["x"]).dtype
+    biases = p["biases"] or (None,) * len(weights)
+    packed, bias = s.packed_weight(weights, biases, p["gated"], dtype)
     n, k = sum(fake(w).shape[0] for w in weights), fake(weights[0]).shape[1]
-    ints = problem_ints(p, n, k, DTYPE_CODES[fake(weights[0]).dtype])
+    ints = problem_ints(p, n, k, DTYPE_CODES[dtype])
     note = node.meta.get(NOTE, "")
-    size = n * k * itemsize(weights[0]) + num_bytes(p["x"], node, p["residual"])
-    weight = SHORT_DTYPES[fake(weights[0]).dtype]
+    size = n * k * dtype.itemsize + num_bytes(p["x"], node, p["residual"])
+    weight = SHORT_DTYPES[dtype]
     choice = s.tuner(problem("linear", node, p, n, k, weight, bias is not None))
     flops = 2 * rows_of(p) * n * k
     what, has_bias = f"{n}x{k}", bias is not None

@@ -43,7 +43,7 @@ def reject(node: fx.Node) -> str:
             return f"weights of {fake(p['codes'][0]).dtype}: f32, f16 and bf16 are possible"
     elif reason := _reject_codes(p, form, k):
         return reason
-    return reject_around(node, p, fake(p["x"]).dtype)
+    return reject_around(node, p)
 
 
 def _reject_codes(p: dict[str, Any], form: CodeForm, k: int) -> str:

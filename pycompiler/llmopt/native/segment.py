@@ -45,7 +45,7 @@ class WeightView:
 
 @dataclass(frozen=True)
 class PackedSpec:
-    """A packed linear weight: its sources side by side (or gate/up interleaved), and their biases as one vector.
+    """A packed linear weight: its sources side by side (or gate/up interleaved), and their biases as one vector, both in `dtype`.
 
     With a form it is quantised: sources are codes, with their scales and offsets, or float weights without, which are rounded when
     they are packed.
@@ -195,14 +195,18 @@ class SegmentBuilder:
         )
 
     def packed_weight(
-        self, weights: Sequence[fx.Node], biases: Sequence[fx.Node | None], interleave: bool
+        self,
+        weights: Sequence[fx.Node],
+        biases: Sequence[fx.Node | None],
+        interleave: bool,
+        dtype: torch.dtype,
     ) -> tuple[View, View | None]:
-        """Operands for the packed weights and for their biases as one vector (None when there is no bias)."""
+        """Operands for the packed weights and for their biases as one vector (None when there is no bias), in `dtype`."""
         spec = PackedSpec(
             tuple(self.weight_view(w) for w in weights),
             tuple(None if b is None else self.weight_view(b) for b in biases),
             interleave,
-            fake(weights[0]).dtype,
+            dtype,
         )
         return self.packed_operands(spec)
 

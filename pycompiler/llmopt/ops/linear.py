@@ -30,16 +30,17 @@ def linear(
     norm_eps: float = 0.0,
     norm_offset: float = 0.0,
 ) -> Tensor:
-    """x [..., K], weights [N_i, K], biases [N_i] or None → [..., ΣN_i] (gated: [..., N]) in x's dtype.
+    """x [..., K], weights [N_i, K], biases [N_i] or None → [..., ΣN_i] (gated: [..., N]) in x's dtype, to which weights and biases
+    are rounded.
 
     residual has the shape of the result. Computed in float32, rounded once.
     """
     h = normed(x, norm_kind, norm_weight, norm_bias, norm_eps, norm_offset)
     parts = []
     for i, w in enumerate(weights):
-        part = torch.nn.functional.linear(h, w.float()) * alpha
+        part = torch.nn.functional.linear(h, w.to(x.dtype).float()) * alpha
         bias = biases[i] if biases else None
-        parts.append(part if bias is None else part + bias.float())
+        parts.append(part if bias is None else part + bias.to(x.dtype).float())
     y = activate(act, parts[0]) * parts[1] if gated else activate(act, torch.cat(parts, -1))
     if residual is not None:
         y = y + residual.float()

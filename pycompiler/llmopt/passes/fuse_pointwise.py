@@ -140,11 +140,13 @@ def _reduces_inside(node: fx.Node, shape: Any) -> bool:
 
 def _worthwhile(members: set[fx.Node]) -> bool:
     """One kernel instead of several passes over memory, or instead of a way out of C++ and back for one operation."""
-    arithmetic = [m for m in members if kind(m) not in FLOAT_CASTS]
-    if not arithmetic:
-        return False
     inputs = [_uncopied(n) for m in members for n in m.all_input_nodes if is_tensor(n)]
-    return len(members) >= 2 or any(kind(n).startswith("llmopt.") for n in inputs)
+    fed = any(kind(n).startswith("llmopt.") for n in inputs)
+    if all(kind(m) in FLOAT_CASTS for m in members):
+        return fed and all(
+            kind(u).startswith("llmopt.") for m in members for u in m.users if u not in members
+        )
+    return fed or len(members) >= 2
 
 
 def _uncopied(node: fx.Node) -> fx.Node:

@@ -45,11 +45,11 @@ def _usable(x: Any, weight: Any, bias: Any) -> bool:
         return False
     if fake(weight).dim() != 2 or fake(x).dim() < 1:
         return False
-    if fake(x).dtype not in FLOATS or fake(weight).dtype != fake(x).dtype:
+    vectors = [] if bias is None else [bias]
+    # Only under autocast do they differ in dtype: the linear rounds them to that of x.
+    if any(fake(t).dtype not in FLOATS for t in (x, weight, *vectors)):
         return False
-    return bias is None or (
-        is_weight(bias) and fake(bias).dtype == fake(x).dtype and fake(bias).dim() == 1
-    )
+    return all(is_weight(v) and fake(v).dim() == 1 for v in vectors)
 
 
 def _linear(graph: fx.Graph, mode: Any, node: fx.Node) -> None:

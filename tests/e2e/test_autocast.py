@@ -1,0 +1,184 @@
+"""Models called under torch.autocast("cpu"): their products run in kernels of its dtype, everything else as without it."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from llmopt.compiled import CompiledGraph, alive
+from torch import nn
+
+from tests.e2e import zoo
+from tests.e2e.compare import assert_same_output
+
+# A decoder, products by addmm, norms in fp32 between linears, a bias of scores, images.
+ROWS = ("llama", "gpt2", "bert", "t5", "vit")
+
+
+def newest(before: list[CompiledGraph]) -> CompiledGraph:
+    gc.collect()
+    (graph,) = [g for g in alive() if g not in before]
+    return graph
+
+
+def rms(x: torch.Tensor) -> float:
+    return x.float().pow(2).mean().sqrt().item()
+
+
+@pytest.mark.parametrize("name", ROWS)
+@torch.no_grad()
+def test_models_are_as_near_as_eager(name: str, backend: str) -> None:
+    eager, compiled = zoo.pair(name, backend)
+    x = zoo.inputs(name, 1024 if zoo.row(name).kind == "vision" else 33, batch=4)
+    exact, before = eager(**x)[0], alive()
+    with torch.autocast("cpu", torch.bfloat16):
+        want, got = eager(**x)[0], compiled(**x)[0]
+    assert got.dtype == want.dtype
+    ours, theirs = rms(got - exact), rms(want - exact)
+    assert 0 < ours <= 1.02 * theirs, f"RMS error {ours:.3g}, eager's is {theirs:.3g}"
+    if backend == "llmopt":
+        plan = newest(before).plan
+        assert plan is not None
+        linears = [r for r in plan.records() if r.op == "linear"]
+        assert linears
+        assert {r.multiplies for r in linears} == {"bf16"}
+
+
+class Block(nn.Module):
+    """A norm in fp32 in front of linears, and attention between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm = nn.LayerNorm(64)
+        self.qkv, self.out = nn.Linear(64, 192), nn.Linear(64, 64)
+        self.table = nn.Parameter(torch.randn(64, 64) / 8)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        heads = self.qkv(self.norm(x)).unflatten(-1, (3, 4, 16)).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(*heads, attn_mask=mask)
+        return x + self.out(y.transpose(1, 2).flatten(2)) @ self.table
+
+
+def block_input(seed: int = 0) -> torch.Tensor:
+    return torch.randn(2, 9, 64, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("mask", [None, torch.float32, torch.bool], ids=str)
+@torch.no_grad()
+def test_dtypes_and_masks(dtype: torch.dtype, mask: torch.dtype | None, backend: str) -> None:
+    net = Block().eval()
+    compiled = torch.compile(net, backend=backend)
+    allowed = torch.ones(9, 9, dtype=torch.bool).tril()
+    given: Any = None
+    if mask is not None:
+        given = allowed if mask is torch.bool else torch.where(allowed, 0.25, -9.0)
+    x = block_input()
+    exact = net(x, given)
+    with torch.autocast("cpu", dtype):
+        got, want = compiled(x, given), net(x, given)
+    assert got.dtype == want.dtype == torch.float32
+    assert rms(got - exact) <= 1.1 * rms(want - exact)
+    assert_same_output(got.to(dtype), want.to(dtype))
+
+
+@torch.no_grad()
+def test_one_model_with_and_without(backend: str) -> None:
+    """Each has packed weights of its own dtype, and both follow an edit."""
+    net = Block().eval()
+    compiled = torch.compile(net, backend=backend)
+    x = block_input()
+    for change in (1.0, 3.0):
+        net.out.weight.mul_(change)
+        net.out.bias.data.add_(change)
+        assert_same_output(compiled(x), net(x))
+        for dtype in (torch.bfloat16, torch.float16):
+            with torch.autocast("cpu", dtype):
+                assert_same_output(compiled(x).to(dtype), net(x).to(dtype))
+        assert_same_output(compiled(x), net(x))
+
+
+@torch.no_grad()
+def test_values_that_are_written_between_two_products(backend: str) -> None:
+    linear = nn.Linear(64, 64).eval()
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        x = x * 2
+        y = linear(x)
+        x.add_(1)
+        return y + linear(x)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        got, want = torch.compile(function, backend=backend)(block_input()), function(block_input())
+    assert got.dtype == want.dtype
+    assert_same_output(got, want)
+
+
+@torch.no_grad()
+def test_autocast_switched_off_inside(backend: str) -> None:
+    linear = nn.Linear(64, 64).eval()
+
+    def function(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y = linear(x)
+        with torch.autocast("cpu", enabled=False):
+            return y, linear(x)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        got, want = torch.compile(function, backend=backend)(block_input()), function(block_input())
+    assert [t.dtype for t in got] == [torch.bfloat16, torch.float32]
+    assert_same_output(got, want)
+
+
+@torch.no_grad()
+def test_operators_that_no_kernel_takes_keep_their_casts(backend: str) -> None:
+    convolution, linear = nn.Conv1d(64, 64, 3, padding=1).eval(), nn.Linear(64, 64).eval()
+
+    def function(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        y = convolution(x.transpose(1, 2)).transpose(1, 2)
+        return y, linear(y), torch.einsum("bsi,bti->bst", x, x), torch.cat([y, x], 1)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        got, want = torch.compile(function, backend=backend)(block_input()), function(block_input())
+    assert [t.dtype for t in got] == [t.dtype for t in want]
+    assert_same_output(got, want)
+
+
+@torch.no_grad()
+def test_doubles_stay_doubles(backend: str) -> None:
+    linear = nn.Linear(64, 64).double().eval()
+    x = block_input().double()
+    with torch.autocast("cpu", torch.bfloat16):
+        got, want = torch.compile(linear, backend=backend)(x), linear(x)
+    assert_same_output(got, want)
+
+
+@torch.no_grad()
+def test_weights_rounded_to_bytes(backend: str) -> None:
+    if backend != "llmopt":
+        pytest.skip("an option of llmopt's")
+    net = Block().eval()
+    compiled = torch.compile(net, backend=backend, options={"precision": "w8a8", "group": 32})
+    x, before = block_input(), alive()
+    with torch.autocast("cpu", torch.bfloat16):
+        got, want = compiled(x), net(x)
+    assert got.dtype == want.dtype
+    assert rms(got - want) < 0.03 * rms(want)
+    plan = newest(before).plan
+    assert plan is not None
+    assert "linear_quantized" in [r.op for r in plan.records()]
+
+
+@torch.no_grad()
+def test_an_attention_layer_that_is_one_call_says_so(backend: str) -> None:
+    layer = nn.TransformerEncoderLayer(64, 4, batch_first=True).eval()
+    before, x = alive(), block_input()
+    with torch.autocast("cpu", torch.bfloat16):
+        got, want = torch.compile(layer, backend=backend)(x), layer(x)
+    assert got.dtype == want.dtype
+    assert_same_output(got, want)
+    if backend == "llmopt":
+        assert "autocast" in newest(before).reason
