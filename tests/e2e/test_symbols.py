@@ -16,8 +16,8 @@ from llmopt.plan import Plan
 from tests.e2e import zoo
 from tests.e2e.compare import assert_same_generation, assert_same_output
 
-# A norm's eps; tanh-GELU by `math.pi`; a cut of the logits by an argument; the frames a convolution leaves of a sound.
-ROWS = ("llama", "gpt2", "falcon", "bert", "wav2vec2")
+# Tanh-GELU by `math.pi`; a cut of the logits by an argument; the frames a convolution leaves of a sound.
+ROWS = ("gpt2", "falcon", "wav2vec2")
 
 
 @pytest.fixture(autouse=True)
@@ -65,8 +65,8 @@ def test_sounds_of_two_durations(backend: str) -> None:
 
 
 def test_generate_with_every_size_a_symbol(backend: str) -> None:
-    eager = zoo.make("llama")
-    compiled = zoo.make("llama")
+    """A prompt and tokens behind it, with the eps of RMSNorm and a scale of attention."""
+    eager, compiled, before = zoo.make("llama"), zoo.make("llama"), alive()
     compiled.compile(backend=backend, dynamic=True)
     how: dict[str, Any] = {
         "max_new_tokens": 8,
@@ -76,6 +76,9 @@ def test_generate_with_every_size_a_symbol(backend: str) -> None:
     }
     prompt = zoo.inputs("llama", 11)
     assert_same_generation(compiled.generate(**prompt, **how), eager.generate(**prompt, **how))
+    if backend == "llmopt":
+        plans = [g.plan for g in alive() if g not in before]
+        assert [len(p.segments) for p in plans if p is not None] == [1] * len(plans) != []
 
 
 class Scaled(torch.nn.Module):
@@ -129,7 +132,7 @@ def test_a_number_that_keeps_changing_becomes_a_symbol(backend: str) -> None:
 def test_models_of_one_class_with_other_numbers(backend: str) -> None:
     """Dynamo makes a number a symbol once two models of a class differ in it."""
     for eps in (1e-5, 0.3, 0.1):
-        eager, compiled = zoo.pair("llama", backend, rms_norm_eps=eps)
+        eager, compiled = zoo.pair("llama", backend, rms_norm_eps=eps, num_hidden_layers=1)
         before = alive()
         x = zoo.inputs("llama", 7)
         assert_same_output(compiled(**x), eager(**x))
