@@ -1,36 +1,48 @@
 """Autocast around a graph: its casts, which happen inside PyTorch's own operators, become nodes.
 
-Under `torch.autocast("cpu", dtype)` linears, matrix products and attention take their operands in that dtype; every other operator
-that has a kernel takes them as they come. What no kernel takes runs in PyTorch, under the same autocast as before. Weights of linears
-stay as they are: a linear rounds its weights to the dtype of its inputs.
+Under `torch.autocast("cpu", dtype)` linears and matrix products take their operands in that dtype, attention gives it, and
+concatenation takes the widest of its operands; every other operator that has a kernel takes them as they come. What no kernel takes
+runs in PyTorch, under the same autocast as before. Weights of linears stay as they are: a linear rounds its weights to the dtype of
+its inputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import fx
 
-from llmopt.graph import FLOATS, emit, fake, fake_mode_of, is_tensor, is_weight, kind, storage
+from llmopt.graph import (
+    FLOATS,
+    argument,
+    emit,
+    fake,
+    fake_mode_of,
+    is_tensor,
+    is_weight,
+    kind,
+    storage,
+)
 from llmopt.writes import mutated_storages
 
 # By kind: the arguments that are cast, by position and keyword, and those of them that a linear rounds itself if they are weights.
-_LINEAR = {"linear": ("input", "weight", "bias"), "addmm": ("input", "mat1", "mat2")}
-_PRODUCT = {
+_OPERANDS = {
+    "linear": ("input", "weight", "bias"),
+    "addmm": ("input", "mat1", "mat2"),
     "matmul": ("input", "other"),
     "mm": ("input", "mat2"),
     "bmm": ("input", "mat2"),
     "baddbmm": ("input", "batch1", "batch2"),
-    "scaled_dot_product_attention": ("query", "key", "value", "attn_mask"),
 }
-_OPERANDS = _LINEAR | _PRODUCT
 _ROUNDED = {
     "linear": ("weight", "bias"),
     "addmm": ("input", "mat2"),
     "matmul": ("other",),
     "mm": ("mat2",),
 }
+_ATTENTION = ("query", "key", "value")
 # Single calls that a pass writes out.
 _WHOLE = ("multi_head_attention_forward", "_transformer_encoder_layer_fwd")
 
@@ -53,29 +65,42 @@ def write_casts(graph: fx.Graph) -> str:
     if mode is None:
         return ""
     written = mutated_storages(graph)
-    casts: dict[fx.Node, fx.Node] = {}
+    casts: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
     for node in list(graph.nodes):
-        for operand in _to_cast(node, dtype):
-            if operand not in casts or storage(operand) in written:
+        if node.op not in ("call_function", "call_method") or not is_tensor(node):
+            continue
+        to, operands = _to_cast(node, dtype)
+        for operand in operands:
+            key = (operand, to)
+            if key not in casts or storage(operand) in written:
                 with graph.inserting_before(node):
-                    casts[operand] = emit(graph, mode, "to", (operand, dtype), like=node)
-            node.replace_input_with(operand, casts[operand])
+                    casts[key] = emit(graph, mode, "to", key, like=node)
+            node.replace_input_with(operand, casts[key])
     return ""
 
 
-def _to_cast(node: fx.Node, dtype: torch.dtype) -> Iterator[fx.Node]:
+def _to_cast(node: fx.Node, dtype: torch.dtype) -> tuple[torch.dtype, list[fx.Node]]:
+    """A dtype and the operands that a node takes in it. dtype: that of the products."""
     name = kind(node)
-    if node.op not in ("call_function", "call_method") or name not in _OPERANDS:
-        return
+    if name == "cat" and fake(node).dtype in FLOATS:
+        return fake(node).dtype, _others(node.all_input_nodes, fake(node).dtype)
     if fake(node).dtype != dtype:  # of float64, or of ints
-        return
-    for position, keyword in enumerate(_OPERANDS[name]):
-        operand = node.args[position] if position < len(node.args) else node.kwargs.get(keyword)
-        if (
-            not is_tensor(operand)
-            or fake(operand).dtype not in FLOATS
-            or fake(operand).dtype == dtype
-        ):
-            continue
-        if not (keyword in _ROUNDED.get(name, ()) and is_weight(operand)):
-            yield operand
+        return dtype, []
+    if name == "scaled_dot_product_attention":
+        # Attention that rounds only its result reads caches as they are, and is the nearer to exact one.
+        given = [argument(node, i, keyword) for i, keyword in enumerate(_ATTENTION)]
+        wide = torch.float32 if _others(given, dtype) else dtype
+        return wide, _others(given, wide)
+    rounded = _ROUNDED.get(name, ())
+    given = [
+        argument(node, i, keyword)
+        for i, keyword in enumerate(_OPERANDS.get(name, ()))
+        if not (keyword in rounded and is_weight(argument(node, i, keyword)))
+    ]
+    return dtype, _others(given, dtype)
+
+
+def _others(operands: Sequence[Any], dtype: torch.dtype) -> list[fx.Node]:
+    """The float tensors among operands that have another dtype."""
+    floats = [n for n in operands if is_tensor(n) and fake(n).dtype in FLOATS]
+    return [n for n in dict.fromkeys(floats) if fake(n).dtype != dtype]

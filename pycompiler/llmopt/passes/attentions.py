@@ -69,6 +69,8 @@ def _match_sdpa(graph: fx.Graph, mode: Any, node: fx.Node, writes: Writes) -> No
         mask = _four_dims(graph, mode, mask)
         args = (q, k, v, mask, scale, causal)
         new = emit(graph, mode, ops.attention, args, like=node)
+        if fake(new).dtype != fake(node).dtype:  # under autocast
+            new = emit(graph, mode, "to", (new, fake(node).dtype), like=node)
     replace(node, new)
 
 

@@ -24,6 +24,7 @@ from llmopt.graph import (
     is_in_place,
     is_one,
     is_tensor,
+    is_view,
     kind,
     refresh,
     same_shape,
@@ -141,12 +142,23 @@ def _reduces_inside(node: fx.Node, shape: Any) -> bool:
 def _worthwhile(members: set[fx.Node]) -> bool:
     """One kernel instead of several passes over memory, or instead of a way out of C++ and back for one operation."""
     inputs = [_uncopied(n) for m in members for n in m.all_input_nodes if is_tensor(n)]
-    fed = any(kind(n).startswith("llmopt.") for n in inputs)
+    fed = any(map(_is_ours, inputs))
     if all(kind(m) in FLOAT_CASTS for m in members):
-        return fed and all(
-            kind(u).startswith("llmopt.") for m in members for u in m.users if u not in members
-        )
+        readers = [u for m in members for u in m.users if u not in members]
+        return fed and all(map(_reaches_ours, readers))
     return fed or len(members) >= 2
+
+
+def _is_ours(node: fx.Node) -> bool:
+    source = node.args[0] if kind(node) == "getitem" else node
+    return isinstance(source, fx.Node) and kind(source).startswith("llmopt.")
+
+
+def _reaches_ours(node: fx.Node) -> bool:
+    """True where ops of llmopt alone read a value, through views."""
+    return _is_ours(node) or (
+        (is_view(node) or kind(node) == "reshape") and all(map(_reaches_ours, node.users))
+    )
 
 
 def _uncopied(node: fx.Node) -> fx.Node:
