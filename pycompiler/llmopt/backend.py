@@ -20,6 +20,7 @@ from llmopt.gpu.device import choose_target, gpu_among
 from llmopt.gpu.tune.lookup import chooser_for
 from llmopt.graph import fake, kind, tensors_in
 from llmopt.messages import say, warn_once
+from llmopt.operands import place_operands
 from llmopt.options import Options, check_for_cpu, check_for_gpu, parse_options
 from llmopt.passes import attention_precision, kv_cache, quantize
 from llmopt.passes.pipeline import passes
@@ -54,6 +55,7 @@ def llmopt(
     chosen = parse_options(mode, options)
     _raise_recompile_limit()
     inline(gm)
+    place_operands(gm.graph)
     tensors = [t for t in example_inputs if isinstance(t, torch.Tensor)]
     machine, reason = choose_target(chosen.target, tensors)
     reason = reason or _why_not(gm, example_inputs, tensors) or enclose(gm) or pin(gm)

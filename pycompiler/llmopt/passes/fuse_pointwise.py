@@ -155,9 +155,9 @@ def _is_ours(node: fx.Node) -> bool:
 
 
 def _reaches_ours(node: fx.Node) -> bool:
-    """True where ops of llmopt alone read a value, through views."""
+    """True where ops of llmopt alone read a value, through views and concatenation."""
     return _is_ours(node) or (
-        (is_view(node) or kind(node) == "reshape") and all(map(_reaches_ours, node.users))
+        (is_view(node) or kind(node) in ("reshape", "cat")) and all(map(_reaches_ours, node.users))
     )
 
 
