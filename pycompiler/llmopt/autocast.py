@@ -87,7 +87,7 @@ def _to_cast(node: fx.Node, dtype: torch.dtype) -> tuple[torch.dtype, list[fx.No
     if fake(node).dtype != dtype:  # of float64, or of ints
         return dtype, []
     if name == "scaled_dot_product_attention":
-        # Attention that rounds only its result reads caches as they are, and is the nearer to exact one.
+        # Attention that rounds only its result reads caches as they are, and is nearer to the exact result.
         given = [argument(node, i, keyword) for i, keyword in enumerate(_ATTENTION)]
         wide = torch.float32 if _others(given, dtype) else dtype
         return wide, _others(given, wide)

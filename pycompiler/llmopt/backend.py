@@ -19,8 +19,8 @@ from llmopt.executor import build_executable
 from llmopt.gpu.device import choose_target, gpu_among
 from llmopt.gpu.tune.lookup import chooser_for
 from llmopt.graph import fake, kind, tensors_in
+from llmopt.keywords import place_operands
 from llmopt.messages import say, warn_once
-from llmopt.operands import place_operands
 from llmopt.options import Options, check_for_cpu, check_for_gpu, parse_options
 from llmopt.passes import attention_precision, kv_cache, quantize
 from llmopt.passes.pipeline import passes
