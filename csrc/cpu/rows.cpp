@@ -1,5 +1,5 @@
-// Row kernels: norm, softmax, embedding, index_copy, copy, rope, rotary_table, arange. Each op's contract heads its
-// file in rows/.
+// Row kernels: norm, softmax, embedding, index_copy, copy, rope, slide, rotary_table, arange. Each op's contract heads
+// its file in rows/.
 #include "cpu/family.h"
 #include "cpu/rows/arange.h"
 #include "cpu/rows/copy.h"
@@ -7,6 +7,7 @@
 #include "cpu/rows/norm.h"
 #include "cpu/rows/rope.h"
 #include "cpu/rows/rotary_table.h"
+#include "cpu/rows/slide.h"
 #include "cpu/rows/softmax.h"
 
 namespace {
@@ -18,6 +19,7 @@ const Kernel kKernels[] = {
     {"index_copy", one_phase, index_copy_chunks, nullptr, index_copy_run},
     {"copy", one_phase, copy_chunks, nullptr, copy_run},
     {"rope", one_phase, rope_chunks, nullptr, rope_run},
+    {"slide", one_phase, slide_chunks, nullptr, slide_run},
     {"rotary_table", one_phase, rotary_table_chunks, nullptr, rotary_table_run},
     {"arange", one_phase, arange_chunks, nullptr, arange_run},
 };

@@ -289,6 +289,15 @@ const char* index_copy(const Call& c) {
   return indices_below(c, 1, y.size[2]);
 }
 
+const char* slide(const Call& c) {
+  const Step& s = c.step;
+  if (!has(s, 2, 0, 0)) return kWrongCount;
+  const Tensor &y = s.t[0], &x = s.t[1];
+  if (!float_rows(y, 4) || !float_rows(x, 4) || x.dtype != y.dtype) return "y and x are not float [B, H, S, D]";
+  if (x.size[0] != y.size[0] || x.size[1] != y.size[1] || x.size[3] != y.size[3]) return "y and x differ in size";
+  return x.size[2] >= 1 && x.size[2] <= y.size[2] ? nullptr : "x has no position, or more than y";
+}
+
 const char* copy(const Call& c) {
   const Step& s = c.step;
   if (!has(s, 2, 0, 0)) return kWrongCount;
@@ -392,6 +401,7 @@ const struct {
     {"index_copy", {index_copy, true}},
     {"copy", {copy, false}},
     {"rope", {rope, false}},
+    {"slide", {slide, false}},
     {"rotary_table", {rotary_table, false}},
     {"arange", {arange, false}},
     {"vm", {vm, false}},

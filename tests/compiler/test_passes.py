@@ -27,6 +27,7 @@ EFFECTS = {
     "attentions": "attention.cpu",
     "kv_cache": "attention.cpu append",
     "activations": "gelu_tanh",
+    "sliding_caches": "slide.cpu",
     "linears": "linear.cpu",
     "embeddings": "embedding.cpu",
     "simplify_again": "gated",
@@ -55,6 +56,7 @@ class Step(nn.Module):
         frequencies: torch.Tensor,
         position: torch.Tensor,
         cache: tuple[torch.Tensor, torch.Tensor],
+        window: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
         x = self.embed(ids) * 4.0
         x = x + self.pool(x, x, x, need_weights=False)[0]
@@ -65,8 +67,12 @@ class Step(nn.Module):
             f(self.norm(x)).unflatten(-1, (4, 8)).transpose(1, 2) for f in (self.q, self.k, self.v)
         )
         q, k = rotated(q, cos, sin), rotated(k, cos, sin)
+        moved = window.roll(-1, 2)
+        moved[:, :, -1:] = v
+        window.copy_(moved)
         k, v = (torch.cat((old, new), 2) for old, new in zip(cache, (k, v), strict=True))
         y = F.scaled_dot_product_attention(q, k, v)
+        y = y + window[:, :, -1:]
         x = x + self.out(y.transpose(1, 2).flatten(2))
         h = F.layer_norm(cache[0][:, 0].mT, (5,)).sum() + self.norm(x)
         x = x + self.down(gelu(self.gate(h)) * self.up(h))
@@ -100,7 +106,8 @@ def captured() -> Captured:
         return gm.forward
 
     cache = (torch.randn(1, 4, 5, 8), torch.randn(1, 4, 5, 8))
-    arguments = (torch.tensor([[3]]), torch.rand(4), torch.tensor([[5.0]]), cache)
+    window = torch.randn(1, 4, 5, 8)
+    arguments = (torch.tensor([[3]]), torch.rand(4), torch.tensor([[5.0]]), cache, window)
     with torch.no_grad():
         torch.compile(Step().eval(), backend=keep, fullgraph=True)(*arguments)
     return found[0]
@@ -176,6 +183,16 @@ def returns_another_shape(graph: fx.Graph) -> None:
     node.args = (node.args[0][::-1],)
 
 
+def writes_nothing(graph: fx.Graph) -> None:
+    graph.erase_node(graph.find_nodes(op="call_function", target=ops.slide_)[0])
+
+
+def writes_something_else(graph: fx.Graph) -> None:
+    slide = graph.find_nodes(op="call_function", target=ops.slide_)[0]
+    with graph.inserting_before(graph.output_node()):  # no result reads it
+        graph.call_method("neg_", slide.args[:1])
+
+
 FORMS = {
     reads_a_later_node: "was used before it has been defined",
     reads_what_is_gone: "was used before it has been defined",
@@ -193,6 +210,8 @@ VALUES = {
     lacks_an_argument: "the graph no longer runs: TypeError",
     computes_another_value: r"result \d differs by",
     returns_less: "2 results instead of 3",
+    writes_nothing: r"inputs \[\d+\] are written",
+    writes_something_else: r"input \d+, written in place, differs by",
     returns_another_shape: r"result 0 is .* instead of",
 }
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from llmopt.compiled import alive
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, pipeline
 from transformers.cache_utils import DynamicCache, StaticCache
@@ -298,6 +299,24 @@ def test_static_cache_reset_and_reuse(backend: str) -> None:
             compiled.generate(**x, past_key_values=cache, max_new_tokens=6, **GREEDY), want
         )
         assert cache.get_seq_length() == length + 5
+
+
+@pytest.mark.parametrize("name", ["mistral-window", "gemma3"])
+def test_static_caches_that_slide(name: str, backend: str) -> None:
+    """Prompts shorter and longer than the window, turns of several tokens behind a full one: one segment each."""
+    eager, compiled = zoo.pair(name, backend)
+    known = set(alive())
+    for lengths in ((9, 1, 1, 4, 1), (3, 2, 5, 1)):
+        caches = [StaticCache(config=m.config, max_cache_len=32) for m in (eager, compiled)]
+        for i, length in enumerate(lengths):
+            ids = zoo.inputs(name, length, batch=2, seed=i)["input_ids"]
+            want, got = (feed(m, c, ids) for m, c in zip((eager, compiled), caches, strict=True))
+            assert_same_output(got, want)
+        for ours, theirs in zip(caches[1].layers, caches[0].layers, strict=True):
+            assert_same_output([ours.keys, ours.values], [theirs.keys, theirs.values])
+    graphs = [g for g in alive() if g not in known]
+    assert any("slide" in str(g.plan) for g in graphs)
+    assert {len(g.plan.segments) for g in graphs} == {1}
 
 
 def test_two_models_and_two_conversations_interleaved(backend: str) -> None:

@@ -139,6 +139,9 @@ WRONG = {
         ("index_copy", [heads(1, 2, 5, 4), torch.tensor([1]), heads(1, 2, 2, 4)], [], []),
         "index is not",
     ),
+    "more positions than the cache has": (("slide", [heads(1, 2, 5, 4), heads(1, 2, 6, 4)], [], []), "more than y"),
+    "no position": (("slide", [heads(1, 2, 5, 4), heads(1, 2, 0, 4)], [], []), "no position"),
+    "positions of other heads": (("slide", [heads(1, 2, 5, 4), heads(1, 3, 1, 4)], [], []), "differ in size"),
     "copy of other sizes": (("copy", [ONES(3, 4), ONES(4, 3)], [], []), "differ in size"),
     "copy to integers": (("copy", [ONES(3), torch.zeros(3, dtype=torch.int64)], [], []), "dtype"),
     "rope wider than the head": (

@@ -1,4 +1,4 @@
-"""Row kernels (norm, softmax, embedding, index_copy, copy, rope) against float64, in every tier."""
+"""Row kernels (norm, softmax, embedding, index_copy, slide, copy, rope) against float64, in every tier."""
 
 from __future__ import annotations
 
@@ -181,6 +181,20 @@ def test_index_copy(tier, dtype):
     want = cache.clone().index_copy(2, index, x.to(dtype))
     run_op("index_copy", [cache, index, x], tier=tier)
     assert torch.equal(cache, want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(2, 3, 40, 20), (1, 1, 33, 128), (1, 1, 7, 5)], ids=str)
+def test_slide(tier, dtype, shape):
+    """Caches as they are, and with positions in front of heads; fewer heads than threads cut a head by columns."""
+    batch, heads, length, width = shape
+    for new in (1, 3, length):
+        x = randn(batch, new, heads, width, seed=1).to(dtype).transpose(1, 2)
+        dense = randn(*shape).to(dtype)
+        for cache in (dense, dense.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3)):
+            want = torch.cat((cache[:, :, new:], x), 2)
+            run_op("slide", [cache, x], tier=tier)
+            assert torch.equal(cache, want)
 
 
 def rope_reference(x, cos, sin, kind):

@@ -1,4 +1,5 @@
-"""Row and copy kernels: norm.cpu, rope.cpu, embedding.cpu, copy.cpu, index_copy.cpu, arange.cpu."""
+"""Row and copy kernels: norm.cpu, rope.cpu, embedding.cpu, copy.cpu, index_copy.cpu,
+slide.cpu, arange.cpu."""
 
 from __future__ import annotations
 
@@ -15,9 +16,11 @@ from llmopt.graph import (
     is_one,
     is_tensor,
     is_view,
+    is_weight,
     kind,
     numel,
     same_size,
+    storage,
 )
 from llmopt.native.operands import (
     FLOATS,
@@ -248,6 +251,60 @@ def _lower_index_copy(s: SegmentBuilder, node: fx.Node) -> None:
     s.step("index_copy", [s.view(cache), s.view(index), s.view(new)], [], [], record)
 
 
+def _reject_slide(node: fx.Node) -> str:
+    values = [fake(t) for t in node.args]
+    if any(v.dtype not in FLOATS for v in values):
+        return "runs as in PyTorch"
+    if not all(same_size(v.stride(-1), 1) for v in values):
+        return "last dimension is not dense"
+    return _reject_shared(values[0])
+
+
+def _reject_shared(y: torch.Tensor) -> str:
+    """Why each element of a tensor cannot be written for itself; "" when it can."""
+    dims = zip(y.shape, y.stride(), strict=True)
+    spread = all(is_one(size) or not same_size(step, 0) for size, step in dims)
+    return "" if spread else "several elements share memory"
+
+
+def _lower_slide(s: SegmentBuilder, node: fx.Node) -> None:
+    cache, new = node.args
+    record = StepRecord(
+        "slide",
+        "slide.cpu",
+        "",
+        (describe(new),),
+        (describe(cache),),
+        0,
+        2 * num_bytes(cache),
+        node,
+    )
+    s.step("slide", [s.view(cache), s.view(new)], [], [], record)
+
+
+def _reject_copy_into(node: fx.Node) -> str:
+    """copy_: memory of the caller, or of an operation, becomes a copy of a value."""
+    if len(node.args) != 2 or not all(is_tensor(n) for n in node.args):
+        return "runs as in PyTorch"
+    y, x = map(fake, node.args)
+    if x.dtype not in FLOATS or y.dtype not in FLOATS or not x.dim() <= y.dim() <= MAX_DIMS:
+        return "runs as in PyTorch"
+    if is_weight(node.args[0]):
+        return "writes a parameter or buffer"
+    if storage(node.args[0]) == storage(node.args[1]):
+        return "copies within the same memory"
+    return _reject_shared(y)
+
+
+def _lower_copy_into(s: SegmentBuilder, node: fx.Node) -> None:
+    y, x = node.args
+    source = broadcast(s.view(x), tuple(fake(x).shape), tuple(fake(y).shape))
+    record = StepRecord(
+        "copy", "copy.cpu", "in place", (describe(x),), (describe(y),), 0, num_bytes(x, y), node
+    )
+    s.step("copy", [source, s.view(y)], [], [], record)
+
+
 def arange_bounds(node: fx.Node) -> tuple[Size, Size] | None:
     """Start and step of a torch.arange that counts in int64 on the CPU, else None."""
     value = fake(node)
@@ -298,6 +355,8 @@ KERNELS = {
     "index_copy_": NativeKernel(
         "index_copy.cpu", reject_index_copy, _lower_index_copy, is_glue=True
     ),
+    "llmopt.slide_": NativeKernel("slide.cpu", _reject_slide, _lower_slide, is_glue=True),
+    "copy_": NativeKernel("copy.cpu", _reject_copy_into, _lower_copy_into, is_glue=True),
     "cat": NativeKernel("copy.cpu", reject_cat, _lower_cat, is_glue=True),
     **{name: NativeKernel("copy.cpu", reject_copy, _lower_copy, is_glue=True) for name in COPIES},
 }

@@ -12,6 +12,7 @@ from llmopt.ops.norm import norm
 from llmopt.ops.pointwise import pointwise
 from llmopt.ops.rope import rope
 from llmopt.ops.rotary_table import rotary_table
+from llmopt.ops.slide import slide_
 
 ALL = (
     attention,
@@ -25,6 +26,7 @@ ALL = (
     pointwise,
     rope,
     rotary_table,
+    slide_,
 )
 
 __all__ = [
@@ -40,4 +42,5 @@ __all__ = [
     "pointwise",
     "rope",
     "rotary_table",
+    "slide_",
 ]

@@ -20,6 +20,7 @@ from llmopt.passes import (
     rotary_tables,
     share,
     simplify,
+    sliding_caches,
     torch_layers,
 )
 
@@ -28,6 +29,7 @@ Pass = Callable[[fx.Graph], None]
 PIPELINE: tuple[tuple[str, Pass], ...] = (
     ("torch_layers", torch_layers.run),
     ("simplify", simplify.run),
+    ("sliding_caches", sliding_caches.run),
     ("norms", norms.run),
     ("rotary", rotary.run),
     ("rotary_tables", rotary_tables.run),

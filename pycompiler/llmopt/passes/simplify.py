@@ -158,8 +158,9 @@ def run(graph: fx.Graph) -> None:
 def erase_unused(graph: fx.Graph) -> None:
     """Removes nodes nobody reads, from the back, when they are known to have no effect."""
     for node in reversed(list(graph.nodes)):
-        pure = kind(node) in PURE or kind(node).startswith("llmopt.") or is_view(node)
-        if not node.users and node.op in ("call_function", "call_method") and pure:
+        if node.users or node.op not in ("call_function", "call_method") or is_in_place(node):
+            continue
+        if kind(node) in PURE or kind(node).startswith("llmopt.") or is_view(node):
             graph.erase_node(node)
 
 
