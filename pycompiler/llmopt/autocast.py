@@ -47,7 +47,7 @@ _ATTENTION = ("query", "key", "value")
 _WHOLE = ("multi_head_attention_forward", "_transformer_encoder_layer_fwd")
 
 
-OTHERS = "autocast is on: its casts happen inside PyTorch's own operators"
+LEFT_TO_PYTORCH = "autocast is on: its casts happen inside PyTorch's own operators"
 
 
 def is_on() -> bool:
@@ -58,7 +58,7 @@ def is_on() -> bool:
 def write_casts(graph: fx.Graph) -> str:
     """Puts the casts of the autocast that surrounds the graph into it, or says why it has to run as in PyTorch; "" if it need not."""
     if torch.is_autocast_enabled("cuda"):
-        return OTHERS
+        return LEFT_TO_PYTORCH
     if any(kind(node) in _WHOLE for node in graph.nodes):
         return "autocast is on, and casts inside an attention layer that is one call"
     dtype, mode = torch.get_autocast_dtype("cpu"), fake_mode_of(graph)

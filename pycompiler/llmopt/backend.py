@@ -60,7 +60,7 @@ def llmopt(
     machine, reason = choose_target(chosen.target, tensors)
     reason = reason or _why_not(gm, example_inputs, tensors) or enclose(gm) or pin(gm)
     if not reason and autocast.is_on():
-        reason = autocast.write_casts(gm.graph) if machine.gpu is None else autocast.OTHERS
+        reason = autocast.write_casts(gm.graph) if machine.gpu is None else autocast.LEFT_TO_PYTORCH
     if reason:
         say(1, f"graph of {len(gm.graph.nodes)} nodes runs as in PyTorch: {reason}")
         if reason == _GRADIENTS:

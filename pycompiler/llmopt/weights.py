@@ -19,6 +19,7 @@ from llmopt import _C
 from llmopt.native.program import ProgramBuilder, View, view_of
 from llmopt.native.segment import PackedSpec, WeightView
 from llmopt.offload import is_moved
+from llmopt.ops.reference import outside_autocast
 from llmopt.quant.rounding import Codes, round_weight
 from llmopt.quant.schemes import CodeForm
 from llmopt.types import Target
@@ -175,6 +176,7 @@ class PackedStore:
                 if key in self._entries:
                     self._entries[key].held = Held(bases)
 
+    @outside_autocast
     def _make(
         self,
         spec: PackedSpec,

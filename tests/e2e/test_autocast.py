@@ -28,6 +28,15 @@ def rms(x: torch.Tensor) -> float:
     return x.float().pow(2).mean().sqrt().item()
 
 
+def products_of(graph: CompiledGraph) -> list[str]:
+    """The dtype that each linear of a graph multiplies; empty where all runs in PyTorch."""
+    records = [] if graph.plan is None else graph.plan.records()
+    return [r.multiplies for r in records if r.op == "linear"]
+
+
+SHORT = {torch.bfloat16: "bf16", torch.float16: "f16"}
+
+
 @pytest.mark.parametrize("name", ROWS)
 @torch.no_grad()
 def test_models_are_as_near_as_eager(name: str, backend: str) -> None:
@@ -43,9 +52,7 @@ def test_models_are_as_near_as_eager(name: str, backend: str) -> None:
         plan = newest(before).plan
         assert plan is not None
         assert len(plan.segments) == 1, str(plan)
-        linears = [r for r in plan.records() if r.op == "linear"]
-        assert linears
-        assert {r.multiplies for r in linears} == {"bf16"}
+        assert set(products_of(newest(before))) == {"bf16"}
 
 
 def test_generate(backend: str) -> None:
@@ -107,12 +114,14 @@ def test_dtypes_and_masks(dtype: torch.dtype, mask: torch.dtype | None, backend:
     if mask is not None:
         given = allowed if mask is torch.bool else torch.where(allowed, 0.25, -9.0)
     x = block_input()
-    exact = net(x, given)
+    exact, before = net(x, given), alive()
     with torch.autocast("cpu", dtype):
         got, want = compiled(x, given), net(x, given)
     assert got.dtype == want.dtype == torch.float32
     assert rms(got - exact) <= 1.1 * rms(want - exact)
     assert_same_output(got.to(dtype), want.to(dtype))
+    if backend == "llmopt":
+        assert products_of(newest(before)) == [SHORT[dtype]] * 3
 
 
 @torch.no_grad()
@@ -120,7 +129,7 @@ def test_one_model_with_and_without(backend: str) -> None:
     """Each has packed weights of its own dtype, and both follow an edit."""
     net = Block().eval()
     compiled = torch.compile(net, backend=backend)
-    x = block_input()
+    x, before = block_input(), alive()
     for change in (1.0, 3.0):
         net.out.weight.mul_(change)
         net.out.bias.data.add_(change)
@@ -129,6 +138,51 @@ def test_one_model_with_and_without(backend: str) -> None:
             with torch.autocast("cpu", dtype):
                 assert_same_output(compiled(x).to(dtype), net(x).to(dtype))
         assert_same_output(compiled(x), net(x))
+    if backend == "llmopt":
+        gc.collect()
+        graphs = [g for g in alive() if g not in before]
+        assert sorted(map(products_of, graphs)) == [["bf16"] * 3, ["f16"] * 3, ["f32"] * 3]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bias", [torch.bfloat16, torch.float16, torch.float32, None], ids=str)
+@pytest.mark.parametrize("dtype", SHORT, ids=str)
+def test_weights_of_another_dtype(
+    dtype: torch.dtype, bias: torch.dtype | None, backend: str
+) -> None:
+    """A model in one short dtype under autocast to the other, biases in a third."""
+    for weight in SHORT:
+        net = nn.Linear(64, 64, bias=bias is not None).to(weight).eval()
+        if bias is not None:
+            net.bias.data = net.bias.data.to(bias)
+        x, before = block_input(), alive()
+        with torch.autocast("cpu", dtype):
+            got, want = torch.compile(net, backend=backend)(x), net(x)
+        assert_same_output(got, want)
+        if backend == "llmopt":
+            assert products_of(newest(before)) == [SHORT[dtype]]
+
+
+@pytest.mark.parametrize("width", [64, 320])
+@torch.no_grad()
+def test_attention_that_no_kernel_takes(width: int, backend: str) -> None:
+    """Scores beyond what f16 holds stay in f32: a mask whose rows are not dense, and heads wider than a kernel takes."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(1, 2, 8, width, generator=generator) * size for size in (60.0, 60.0, 1.0)
+    )
+    mask = torch.zeros(8, 8)
+
+    def function(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.t())
+
+    with torch.autocast("cpu", torch.float16):
+        got = torch.compile(function, backend=backend)(q, k, v)
+    assert got.dtype == torch.float16
+    want = function(q, k, v)
+    if backend == "llmopt":
+        assert rms(got - want) <= 2e-3 * rms(want)
+    assert got.isfinite().all()
 
 
 @torch.no_grad()
@@ -141,10 +195,13 @@ def test_values_that_are_written_between_two_products(backend: str) -> None:
         x.add_(1)
         return y + linear(x)
 
+    before = alive()
     with torch.autocast("cpu", torch.bfloat16):
         got, want = torch.compile(function, backend=backend)(block_input()), function(block_input())
     assert got.dtype == want.dtype
     assert_same_output(got, want)
+    if backend == "llmopt":
+        assert products_of(newest(before)) == ["bf16"] * 2
 
 
 @torch.no_grad()

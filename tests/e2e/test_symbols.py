@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import gc
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from llmopt import constants
 from llmopt.compiled import CompiledGraph, alive
 from llmopt.graph import kind
 from llmopt.plan import Plan
@@ -18,11 +18,6 @@ from tests.e2e.compare import assert_same_generation, assert_same_output
 
 # Tanh-GELU by `math.pi`; a cut of the logits by an argument; the frames a convolution leaves of a sound.
 ROWS = ("gpt2", "falcon", "wav2vec2")
-
-
-@pytest.fixture(autouse=True)
-def nothing_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(constants, "_seen", {})
 
 
 def new_plan(before: list[CompiledGraph]) -> Plan:
@@ -106,6 +101,7 @@ def test_numbers_of_modules_are_constants_until_they_change(backend: str) -> Non
         assert names.count("item") == 1, f"the caller's number alone is a symbol: {names}"
     net.eps = 3.0
     assert_same_output(compiled(x, 0.25), net(x, 0.25))
+    gc.collect()
     graphs = len(alive())
     for shift in (0.5, 0.75, 1.25):
         assert_same_output(compiled(x, shift), net(x, shift))
@@ -126,6 +122,37 @@ def test_a_number_that_keeps_changing_becomes_a_symbol(backend: str) -> None:
         assert_same_output(compiled(x, 0.5), net(x, 0.5))
     gc.collect()
     assert len([g for g in alive() if g not in before]) == 5
+
+
+@torch.no_grad()
+def test_other_functions_do_not_count(backend: str) -> None:
+    """Numbers of one name in functions that have nothing to do with each other; in a closure; after a reset."""
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
+
+    def norm(eps: float) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda x: torch.nn.functional.silu(
+            x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+        )
+
+    net = Scaled().eval()
+    for factor in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6):
+        net.factor = factor
+        torch.compile(net, backend=backend, dynamic=True)(x, 0.5)
+    for function in (norm(1e-3), norm(1e-4), Other().eval()):
+        torch._dynamo.reset()
+        before = alive()
+        assert_same_output(torch.compile(function, backend=backend, dynamic=True)(x), function(x))
+        if backend == "llmopt":
+            assert "item" not in [kind(f.node) for f in new_plan(before).fallbacks]
+
+
+class Other(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = 0.7
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.silu(x * self.factor).exp()
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from llmopt.ops.kv_codes import (
     quantize_arrays,
     quantize_rows,
 )
+from llmopt.ops.reference import outside_autocast
 from llmopt.ops.rope import rope
 from llmopt.sizes import Size
 
@@ -34,6 +35,7 @@ def _allowed(q: Tensor, k: Tensor, causal: bool, offset: int, window: int) -> Te
     return allowed & (j > i - window) if window else allowed
 
 
+@outside_autocast
 def attention(
     q: Tensor,
     k: Tensor,
@@ -110,6 +112,7 @@ def _fake(
 attention.fake = _fake  # type: ignore[attr-defined]
 
 
+@outside_autocast
 def attention_append(
     q: Tensor,
     k_new: Tensor,
@@ -181,6 +184,7 @@ def _fake_append(
 attention_append.fake = _fake_append  # type: ignore[attr-defined]
 
 
+@outside_autocast
 def attention_append_arrays(
     q: Tensor,
     k_new: Tensor,

@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llmopt.ops.reference import outside_autocast
 
+
+@outside_autocast
 def embedding(ids: Tensor, table: Tensor, scale: float = 1.0) -> Tensor:
     """ids i64 [...], table [V,K] → [..., K] in the table's dtype, times scale.
 

@@ -14,8 +14,10 @@ from torch import Tensor, fx
 
 from llmopt.ops.activation import activate
 from llmopt.ops.norm import normalized
+from llmopt.ops.reference import outside_autocast
 
 
+@outside_autocast
 def linear(
     x: Tensor,
     weights: Sequence[Tensor],

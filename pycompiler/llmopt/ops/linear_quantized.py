@@ -21,6 +21,7 @@ from torch import Tensor, fx
 
 from llmopt.ops.linear import DEFAULTS as LINEAR_DEFAULTS
 from llmopt.ops.linear import NORM_ARGUMENTS, arguments_of, linear, normed
+from llmopt.ops.reference import outside_autocast
 
 ZERO_POINT_4BIT = 8
 
@@ -45,6 +46,7 @@ def quantized_activations(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     return (values * inverse[..., None]).round(), scale
 
 
+@outside_autocast
 def dequantize(
     codes: Tensor,
     scale: Tensor,
@@ -75,6 +77,7 @@ def _fake_weight(
 dequantize.fake = _fake_weight  # type: ignore[attr-defined]
 
 
+@outside_autocast
 def linear_quantized(
     x: Tensor,
     codes: Sequence[Tensor],

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llmopt.ops.reference import outside_autocast
+
 KINDS = ("none", "rms", "layer")
 
 
@@ -25,6 +27,7 @@ def normalized(
     return h if bias is None else h + bias.float()
 
 
+@outside_autocast
 def norm(
     x: Tensor,
     weight: Tensor | None,

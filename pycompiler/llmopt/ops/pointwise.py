@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llmopt.ops.reference import outside_autocast
+
 UNARY: dict[str, Any] = {
     "neg": torch.neg,
     "abs": torch.abs,
@@ -51,6 +53,7 @@ REDUCE: dict[str, Any] = {
 }
 
 
+@outside_autocast
 def pointwise(
     program: tuple, results: tuple[int, ...], dtypes: tuple[torch.dtype, ...], *inputs: Tensor
 ) -> tuple[Tensor, ...]:

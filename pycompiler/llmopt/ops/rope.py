@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llmopt.ops.reference import outside_autocast
+
 KINDS = ("none", "half", "interleaved")
 
 
@@ -20,6 +22,7 @@ def rotate(x: Tensor, kind: str) -> Tensor:
     return torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
 
 
+@outside_autocast
 def rope(x: Tensor, cos: Tensor, sin: Tensor, kind: str) -> Tensor:
     """x [B,H,S,D]; cos, sin [B|1,1,S,R] with R ≤ D → [B,H,S,D] in x's dtype; computed in float32."""
     width = cos.shape[-1]

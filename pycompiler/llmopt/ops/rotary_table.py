@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llmopt.ops.reference import outside_autocast
 
+
+@outside_autocast
 def rotary_table(
     frequencies: Tensor, positions: Tensor, scale: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from llmopt.ops.reference import outside_autocast
 
+
+@outside_autocast
 def slide_(cache: Tensor, new: Tensor) -> Tensor:
     """cache [B,H,S,D] loses its first Sn positions and ends with new [B,H,Sn,D], Sn ≤ S, of the same dtype; returns cache."""
     moved = cache.roll(-new.shape[2], dims=2)
