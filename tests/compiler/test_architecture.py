@@ -17,12 +17,12 @@ MAX_LINES = 500
 # Lowest first. A file imports only its own group and the groups of lower rows: groups that share a
 # row do not know each other, so passes never see kernels.
 LAYERS = (
-    ("_C", "types", "launch", "settings", "sizes", "files", "keywords", "source_lines"),
+    ("_C", "types", "launch", "settings", "sizes", "files", "source_lines"),
     ("target", "graph", "memory", "counters", "registry", "messages", "offload"),
     ("gpus",),
     ("ops", "writes"),
     ("autocast",),
-    ("quant", "contexts", "constants", "regions", "windows"),
+    ("quant", "contexts", "constants", "keywords", "regions", "windows"),
     ("passes", "native", "kernels"),
     ("kv", "weights", "options"),
     ("tune", "watch"),

@@ -98,6 +98,15 @@ struct WaitingRows {
   int64_t panel = 0, row = 0, left = 0;  // `row` is the next
   float* sums = nullptr;                 // of it, `planes` rows of them for each
 
+  // The operands of the next product pass through L1: sums that are not asked for again would be in L2 when their turn
+  // comes, and wait behind the tiles' loads.
+  void keep(int planes) const {
+    for (int64_t r = 0; r < left * planes; ++r) {
+      __builtin_prefetch(sums + r * kPanel);
+      __builtin_prefetch(sums + r * kPanel + kLanes);
+    }
+  }
+
   // f(n): the epilogue of the next n rows, at most so many.
   template <class F>
   void some(int64_t most, int planes, F f) {

@@ -88,6 +88,7 @@ class CodeEpilogue {
   // factors: of the columns. sums: [32][kPanel] integers; they become f32 where they lie.
   void begin(int64_t panel, int64_t token0, int64_t tokens, const Prepared& rows, const char* factors, float* sums) {
     waiting_ = {panel, token0, tokens, sums};
+    waiting_.keep(p_.planes);
     row_scale_ = rows.scale, row_sum_ = rows.sum;
     const float* w = reinterpret_cast<const float*>(factors);
     for (int v = 0; v < 2; ++v) {
