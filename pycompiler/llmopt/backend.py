@@ -22,7 +22,7 @@ from llmopt.graph import fake, kind, tensors_in
 from llmopt.keywords import place_operands
 from llmopt.messages import say, warn_once
 from llmopt.options import Options, check_for_cpu, check_for_gpu, parse_options
-from llmopt.passes import attention_precision, kv_cache, quantize
+from llmopt.passes import attention_precision, kv_cache, narrow, quantize
 from llmopt.passes.pipeline import passes
 from llmopt.passes.verify import check_form, check_values, run_again, run_copy
 from llmopt.plan import make_plan
@@ -38,6 +38,10 @@ _RECOMPILE_LIMITS = (8, 64)  # Dynamo's own default, and ours
 _GRADIENTS = (
     "gradients are needed (call under torch.no_grad() or torch.inference_mode() for acceleration)"
 )
+
+
+# Tiers in which halves of floats were measured to pay: where tiles multiply, reading and writing f32 takes most of the time.
+_NARROWS = ("amx",)
 
 
 def llmopt(
@@ -152,7 +156,10 @@ def _run_passes(
                 decision, schemes = chosen.decision, chosen.schemes
         exact = quantize.run(graph, options.scheme, schemes)
         _say_exact(options, exact)
-        attention_precision.run(graph, _attention(graph, options, machine))
+        attention = _attention(graph, options, machine)
+        attention_precision.run(graph, attention)
+        if attention == "bf16" and machine.tier in _NARROWS:
+            narrow.run(graph)
 
     chosen = passes(quantise, settings.disabled_passes())
     values = run_copy(gm, example_inputs) if settings.verify_passes() else None

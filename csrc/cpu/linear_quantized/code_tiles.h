@@ -1,6 +1,7 @@
-// The GEMM over codes with one scale a column on AMX tiles: products of signed bytes, exact sums over all of K.
+// The GEMM over codes with one scale a column on AMX tiles: products of bytes, exact sums over all of K.
 //   codes of rows   [row tiles][32 rows][padded K]   signed bytes, an odd number of cache lines from row to row
-//   tables          [row tiles][32 rows] each; what they mean is in prepare.h; `start` is not read here
+//   tables          [row tiles][32 rows] each; what they mean is in prepare.h
+// Codes of weights are multiplied as they are packed, unsigned: `start` takes their zero point out of the sums.
 #pragma once
 #include "cpu/linear/terms.h"
 #include "cpu/linear_quantized/gemm.h"
@@ -8,7 +9,7 @@
 namespace {
 
 constexpr int64_t kTokensPrepared = 8;               // of a chunk
-constexpr int64_t kLeastCodeRows = 64;               // fewer do not pay for signing a panel
+constexpr int64_t kLeastCodeRows = 64;               // fewer do not pay for tiles
 constexpr int64_t kCodeSums = kTileHeight * kPanel;  // of a tile
 
 struct CodeTiles : QuantizedProblem {
@@ -35,7 +36,7 @@ struct CodeTiles : QuantizedProblem {
   }
 };
 
-// Local memory: two tiles of sums, used in turn, then a panel of signed codes.
+// Local memory: two tiles of sums, used in turn, then a panel of 8-bit codes made from 4-bit ones.
 inline bool runs_on_codes(const CodeTiles& p) {
   if (p.tuning.family != LinearFamily::automatic || p.K == 0 || p.form.groups() != 1) return false;
   if (p.M * p.planes < kLeastCodeRows || p.row_bytes() % kTileBytes) return false;
@@ -65,19 +66,11 @@ void prepare_tokens(const CodeTiles& p, int64_t chunk, const Scratch& scratch) {
   }
 }
 
-// The panel as signed 8-bit codes, less their zero point: otherwise every integer sum would need a correction.
-void sign_codes(const CodeTiles& p, const char* packed, char* to) {
-  const Form form = p.wide();
-  if (p.form.bits == 4) {
-    widen_codes(p.form, packed, to);
-    if (p.form.zero_point() == 0) return;
-    packed = to;
-  }
-  const __m512i zero = _mm512_set1_epi8(static_cast<char>(p.form.zero_point()));
-  for (int64_t i = 0; i < form.code_bytes(); i += 64)
-    _mm512_storeu_si512(to + i, _mm512_sub_epi8(_mm512_loadu_si512(packed + i), zero));
-  for (int64_t i = form.code_bytes(); i < form.group_bytes(); i += 64)
-    _mm512_storeu_si512(to + i, _mm512_loadu_si512(packed + i));
+// The panel as 8-bit codes: where it lies, or made at `to`.
+const char* wide_codes(const CodeTiles& p, const char* packed, char* to) {
+  if (p.form.bits == 8) return packed;
+  widen_codes(p.form, packed, to);
+  return to;
 }
 
 // The scales of a finished product, and its epilogue.
@@ -89,7 +82,7 @@ class CodeEpilogue {
   void begin(int64_t panel, int64_t token0, int64_t tokens, const Prepared& rows, const char* factors, float* sums) {
     waiting_ = {panel, token0, tokens, sums};
     waiting_.keep(p_.planes);
-    row_scale_ = rows.scale, row_sum_ = rows.sum;
+    row_ = rows;
     const float* w = reinterpret_cast<const float*>(factors);
     for (int v = 0; v < 2; ++v) {
       scale_[v] = vload(w + v * kLanes);
@@ -107,26 +100,26 @@ class CodeEpilogue {
 
  private:
   void scale(int rows) {
-    for (int m = 0; m < rows; ++m, ++row_scale_, ++row_sum_)
+    for (int m = 0; m < rows; ++m, ++row_.scale, ++row_.start, ++row_.sum)
 #pragma GCC unroll 2
       for (int v = 0; v < 2; ++v) {
         float* at = waiting_.sums + m * kPanel + v * kLanes;
-        const Vec exact = vfrom_int({_mm512_load_si512(at)});
-        Vec total = vmul(vmul(exact, scale_[v]), vset(*row_scale_));
-        if (p_.form.offsets) total = vfma(offset_[v], vset(*row_sum_), total);
+        const Vec exact = vfrom_int({_mm512_add_epi32(_mm512_load_si512(at), _mm512_set1_epi32(*row_.start))});
+        Vec total = vmul(vmul(exact, scale_[v]), vset(*row_.scale));
+        if (p_.form.offsets) total = vfma(offset_[v], vset(*row_.sum), total);
         vstore(at, total);
       }
   }
 
   const CodeTiles& p_;
   WaitingRows waiting_;
-  const float *row_scale_ = nullptr, *row_sum_ = nullptr;  // of the next row
+  Prepared row_{};  // its tables begin with the next row
   Vec scale_[2], offset_[2];
 };
 
 struct CodeTileArgs {
   const char* a;  // 32 rows, row_stride apart
-  const char* b;  // a panel of signed 8-bit codes
+  const char* b;  // a panel of unsigned 8-bit codes
   int64_t row_bytes, row_stride;
   const char* ahead;  // weights wanted next: so many lines of 64 bytes in a step
   int64_t ahead_lines;
@@ -150,11 +143,11 @@ void code_tile(const CodeTileArgs& args) {
     if (kHalves == 2) _tile_loadd(5, a + kTileRows * args.row_stride + k, args.row_stride);
     _tile_loadd(6, b, kStride);
     _tile_loadd(7, b + kTileBytes, kStride);
-    _tile_dpbssd(0, 4, 6);
-    _tile_dpbssd(1, 4, 7);
+    _tile_dpbsud(0, 4, 6);
+    _tile_dpbsud(1, 4, 7);
     if (kHalves == 2) {
-      _tile_dpbssd(2, 5, 6);
-      _tile_dpbssd(3, 5, 7);
+      _tile_dpbsud(2, 5, 6);
+      _tile_dpbsud(3, 5, 7);
     }
     args.before->some(args.tokens_a_step);
   }
@@ -172,10 +165,8 @@ void run_codes(const CodeTiles& p, const CodeSchedule& s, int64_t chunk, int thr
   const int64_t next_panel = s.next_panel(chunk, threads);
   const int64_t bytes = p.form.panel_bytes(), tiles = c.tile1 - c.tile0, steps = p.row_bytes() / kTileBytes;
   float* sums = reinterpret_cast<float*>(scratch.local);
-  char* codes = scratch.local + 2 * 4 * kCodeSums;
   CodeEpilogue epilogue(p);
   CodeTileArgs args{};
-  args.b = codes;
   args.row_bytes = p.row_bytes(), args.row_stride = p.row_stride();
   args.ahead_lines = ceil_div(bytes, 64 * tiles * steps);
   args.before = &epilogue;
@@ -184,7 +175,8 @@ void run_codes(const CodeTiles& p, const CodeSchedule& s, int64_t chunk, int thr
   const TileScope scope;
   for (int64_t panel = c.panel0; panel < c.panel1; ++panel) {
     const char* ahead = p.w.data + (panel + 1 < c.panel1 ? panel + 1 : next_panel) * bytes;
-    sign_codes(p, p.w.data + panel * bytes, codes);
+    const char* codes = wide_codes(p, p.w.data + panel * bytes, scratch.local + 2 * 4 * kCodeSums);
+    args.b = codes;
     before_tile_loads();
     for (int64_t tile = c.tile0; tile < c.tile1; ++tile) {
       const int64_t token0 = tile * p.tile_tokens(), tokens = min64(p.tile_tokens(), p.M - token0);

@@ -172,7 +172,7 @@ def _reject_quantized(node: fx.Node) -> str:
 def _lower_quantized(s: GpuSegmentBuilder, node: fx.Node) -> None:
     p = quantized_parts(node)
     form, k = cpu_quantized.form_of(p), cpu_quantized.inputs_of(p)
-    spec = cpu_quantized.spec_of(s, p, form)
+    spec = cpu_quantized.spec_of(s, p, form, fake(node).dtype)
     n = sum(fake(c).shape[0] for c in p["codes"])
     scheme = cpu_quantized.scheme_of(p, form).name
     group = 0 if form.group == k else form.group

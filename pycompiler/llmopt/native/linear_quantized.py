@@ -75,14 +75,16 @@ def scheme_of(p: dict[str, Any], form: CodeForm) -> Scheme:
     return Scheme(form.bits, form.group, form.symmetric, p["activations"])
 
 
-def spec_of(s: SegmentBuilder, p: dict[str, Any], form: CodeForm) -> PackedSpec:
-    """The weight of a quantised linear, as codes or to be rounded."""
+def spec_of(
+    s: SegmentBuilder, p: dict[str, Any], form: CodeForm, result: torch.dtype
+) -> PackedSpec:
+    """The weight of a quantised linear, as codes or to be rounded; biases in the wider of the dtypes that come in and go out."""
     biases = p["biases"] or (None,) * len(p["codes"])
     return PackedSpec(
         tuple(s.weight_view(c) for c in p["codes"]),
         tuple(None if b is None else s.weight_view(b) for b in biases),
         p["gated"],
-        fake(p["x"]).dtype,
+        torch.promote_types(fake(p["x"]).dtype, result),
         form,
         tuple(s.weight_view(t) for t in p["scales"] if t is not None),
         tuple(s.weight_view(t) for t in p["offsets"] if t is not None),
@@ -95,7 +97,7 @@ def lower(s: SegmentBuilder, node: fx.Node) -> None:
     form, k = form_of(p), inputs_of(p)
     scheme = scheme_of(p, form)
     n = sum(fake(c).shape[0] for c in p["codes"])
-    packed, bias = s.packed_operands(spec_of(s, p, form))
+    packed, bias = s.packed_operands(spec_of(s, p, form, fake(node).dtype))
     ints = problem_ints(p, n, k, DTYPE_CODES[torch.uint8])
     planes = PLANES[p["activations"]]
     ints += [form.bits, form.group, int(not form.symmetric), planes]

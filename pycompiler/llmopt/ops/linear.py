@@ -31,9 +31,10 @@ def linear(
     norm_bias: Tensor | None = None,
     norm_eps: float = 0.0,
     norm_offset: float = 0.0,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """x [..., K], weights [N_i, K], biases [N_i] or None → [..., ΣN_i] (gated: [..., N]) in x's dtype, to which weights and biases
-    are rounded.
+    """x [..., K], weights [N_i, K], biases [N_i] or None → [..., ΣN_i] (gated: [..., N]) in `dtype`, else in x's, to which weights and
+    biases are rounded.
 
     residual has the shape of the result. Computed in float32, rounded once.
     """
@@ -46,7 +47,7 @@ def linear(
     y = activate(act, parts[0]) * parts[1] if gated else activate(act, torch.cat(parts, -1))
     if residual is not None:
         y = y + residual.float()
-    return y.to(x.dtype)
+    return y.to(dtype or x.dtype)
 
 
 NORM_ARGUMENTS = ("norm_kind", "norm_weight", "norm_bias", "norm_eps", "norm_offset")
@@ -72,10 +73,11 @@ def _fake(
     biases: Any = None,
     act: str = "none",
     gated: bool = False,
+    dtype: torch.dtype | None = None,
     **_: Any,
 ) -> Tensor:
     n = weights[0].shape[0] if gated else sum(w.shape[0] for w in weights)
-    return torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device)
+    return torch.empty((*x.shape[:-1], n), dtype=dtype or x.dtype, device=x.device)
 
 
 linear.fake = _fake  # type: ignore[attr-defined]
@@ -95,6 +97,7 @@ DEFAULTS: dict[str, Any] = {
     "norm_bias": None,
     "norm_eps": 0.0,
     "norm_offset": 0.0,
+    "dtype": None,
 }
 
 

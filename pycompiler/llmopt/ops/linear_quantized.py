@@ -89,7 +89,7 @@ def linear_quantized(
     symmetric: bool = True,
     **around: Any,
 ) -> Tensor:
-    """x [..., K], codes_i as above, scales_i and offsets_i [N_i, K/group] float32 → [..., ΣN_i] (gated: [..., N]) in x's dtype.
+    """x [..., K], codes_i as above, scales_i and offsets_i [N_i, K/group] float32 → [..., ΣN_i] (gated: [..., N]) in `dtype`, else in x's.
 
     bits: 8 or 4. activations: "same" or "int8". around: what else ops.linear takes; a norm comes before the rounding of activations.
     A float weight [N, K] may stand in the place of codes, with None for its scales and offsets. A kernel rounds it when it packs it,
@@ -105,12 +105,20 @@ def linear_quantized(
     groups = k // (group or k) if first is None else first.shape[1]
     norm = {name: around.pop(name) for name in NORM_ARGUMENTS if name in around}
     rounded, scale = quantized_activations(normed(x, **norm), groups)
-    return linear((rounded * scale[..., None]).flatten(-2), weights, **around).to(x.dtype)
+    around.setdefault("dtype", x.dtype)
+    return linear((rounded * scale[..., None]).flatten(-2), weights, **around)
 
 
-def _fake(x: Tensor, codes: Sequence[Tensor], *_: Any, gated: bool = False, **__: Any) -> Tensor:
+def _fake(
+    x: Tensor,
+    codes: Sequence[Tensor],
+    *_: Any,
+    gated: bool = False,
+    dtype: torch.dtype | None = None,
+    **__: Any,
+) -> Tensor:
     n = codes[0].shape[0] if gated else sum(c.shape[0] for c in codes)
-    return torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device)
+    return torch.empty((*x.shape[:-1], n), dtype=dtype or x.dtype, device=x.device)
 
 
 linear_quantized.fake = _fake  # type: ignore[attr-defined]
