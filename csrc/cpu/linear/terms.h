@@ -101,11 +101,31 @@ void prepare_terms(const TileProblem& p, int64_t chunk, char* shared) {
   for (int r = 0; r < kPreparedRows; ++r) lone[r] = !finite[r].all();
 }
 
+// Rows that are bf16 already are moved as they are, whole steps of them.
+void move_rows(const TileProblem& p, int64_t chunk, char* shared) {
+  const int64_t row0 = chunk * kPreparedRows;
+  const int64_t rows = max64(0, min64(kPreparedRows, p.M - row0));
+  char* to = shared + row0 / kTileHeight * p.tile_bytes() + row0 % kTileHeight * kTileBytes;
+  FiniteWords finite[kPreparedRows];
+  for (int64_t step = 0; step < p.steps(); ++step, to += kTermBytes) {
+    const char* from = p.x.data + row0 * p.x.stride[0] * 2 + step * kTileBytes;
+#pragma GCC unroll 8
+    for (int64_t r = 0; r < kPreparedRows; ++r, from += p.x.stride[0] * 2) {
+      const __m512i words = r < rows ? _mm512_loadu_si512(from) : _mm512_setzero_si512();
+      finite[r].see(words);
+      _mm512_store_si512(to + r * kTileBytes, words);
+    }
+  }
+  for (int64_t r = 0; r < kPreparedRows; ++r) p.lone(shared)[row0 + r] = !finite[r].all();
+}
+
 inline size_t tile_workspace(const TileProblem& p) {
   return static_cast<size_t>(p.row_tiles() * p.tile_bytes() + p.padded_rows());
 }
 
 inline void prepare_tile_rows(const TileProblem& p, int64_t chunk, char* shared) {
+  if (p.terms == 1 && p.x.dtype == DType::bf16 && p.norm == kNormNone && p.K % kTileK == 0)
+    return move_rows(p, chunk, shared);
   (p.terms == 1 ? prepare_terms<1> : p.terms == 2 ? prepare_terms<2> : prepare_terms<3>)(p, chunk, shared);
 }
 
