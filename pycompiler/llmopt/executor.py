@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.autograd.graph import increment_version
 
 from llmopt.gpu.executor import GpuSegment
 from llmopt.gpu.segment import GpuSegmentBuilder
-from llmopt.graph import fake, getitem, is_dense, kind
+from llmopt.graph import fake, getitem, is_dense, kind, view_base
 from llmopt.kv import groups_of
 from llmopt.native.segment import SegmentBuilder, picker
 from llmopt.offload import offload
@@ -22,6 +23,7 @@ from llmopt.sizes import Size, SizeTable, expression
 from llmopt.types import Target
 from llmopt.watch import Watch
 from llmopt.weights import STORE, PackedWeight
+from llmopt.writes import written_by
 
 _ADDRESS = Tensor.data_ptr
 
@@ -61,6 +63,7 @@ class Segment(torch.nn.Module):
         self._offload = options.weights == "packed"
         self._arguments = picker([n for source, n in builder.externals if source == "argument"])
         self._packed_externals = [e for e in builder.externals if e[0] in ("packed", "bias")]
+        self._written = picker(_written_arguments(builder))
         self._check_dense = [builder.inputs[n] for n in builder.inputs if _made_by_python(n)]
         self._packed_addresses: list[int] = []
         self._watch: Watch | None = None
@@ -93,6 +96,10 @@ class Segment(torch.nn.Module):
             self.profile_ns = self.program.profile(addresses, symbols, threads)
         else:
             self.program.run(addresses, symbols, threads)
+        if written := self._written(
+            arguments
+        ):  # whoever looks at versions takes note, as after PyTorch's own writes
+            increment_version(t for t in written if not t.is_inference())
         watch = self._watch  # another thread may forget it
         if watch is not None:
             watch.fetch()
@@ -201,6 +208,12 @@ class _OutputSpec:
             return torch.empty_strided(*self._fixed, dtype=self.dtype, device="cpu")
         size, stride = [values[i] for i in self._size], [values[i] for i in self._stride]
         return torch.empty_strided(size, stride, dtype=self.dtype, device="cpu")
+
+
+def _written_arguments(builder: SegmentBuilder) -> list[int]:
+    """The arguments of a segment into whose memory its steps write."""
+    bases = [view_base(n) for record in builder.records for n in written_by(record.node)]
+    return sorted({builder.inputs[base] for base in bases if base in builder.inputs})
 
 
 def _made_by_python(node: fx.Node) -> bool:

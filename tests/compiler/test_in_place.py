@@ -404,6 +404,29 @@ def test_copies_into_memory_that_is_given() -> None:
     check(whole, Q, K.to(torch.float16), takes=["copy"])
 
 
+def test_what_a_kernel_writes_counts_as_written() -> None:
+    """Autograd and packed weights tell edits by a tensor's version, inference tensors have none."""
+    linear = nn.Linear(8, 8)
+
+    def set_rows(x: Tensor, y: Tensor) -> Tensor:
+        y.copy_(F.layer_norm(x, (8,)))
+        return F.layer_norm(y, (8,))
+
+    with torch.no_grad():
+        apply, write = (torch.compile(f, backend="llmopt") for f in (linear, set_rows))
+        before = apply(Q)
+        version = linear.weight._version
+        write(Q[0, 0, :1].expand(8, 8), linear.weight.detach())
+        assert linear.weight._version == version + 1
+        after = apply(Q)
+        assert not torch.equal(before, after)
+        torch.testing.assert_close(after, linear(Q))
+    with torch.inference_mode():
+        y = torch.zeros(8, 8)
+        write(Q[0, 0, :1].expand(8, 8), y)
+        assert y.abs().sum() > 0
+
+
 def test_copies_that_pytorch_must_make() -> None:
     """A parameter that is packed elsewhere, memory that overlaps, numbers that are no floats."""
     linear = nn.Linear(8, 8)
