@@ -39,7 +39,7 @@ from llmopt.registry import Chooser, by_default
 from llmopt.sizes import Size, SizeTable, UnsupportedSize, expression
 from llmopt.source_lines import source_line
 from llmopt.types import Target
-from llmopt.writes import mutated_storages
+from llmopt.writes import mutated_storages, written_by
 
 
 @dataclass(frozen=True)
@@ -174,8 +174,12 @@ class _Roles:
 
     def _leave_glue(self, graph: fx.Graph) -> None:
         """Copies and small arithmetic that no native value feeds stay with PyTorch when PyTorch reads them next:
-        taking them would only cut the graph into more segments."""
+        taking them would only cut the graph into more segments. So do writes into memory that PyTorch writes next."""
+        writers: dict[int | None, list[fx.Node]] = {}  # behind the node, by the memory they write
         for node in reversed(list(graph.nodes)):
+            later = [w for n in written_by(node) for w in writers.get(storage(n), [])]
+            for n in written_by(node):
+                writers.setdefault(storage(n), []).append(node)
             if node not in self.native or not self.native[node].is_glue:
                 continue
             fed = any(
@@ -183,7 +187,8 @@ class _Roles:
             )
             readers = [u for value in _value_nodes(node) for u in _readers(value) if not is_view(u)]
             in_python = any(self.is_eager(u) for u in readers)
-            if not fed and (in_python or not any(u in self.native for u in readers)):
+            alone = not fed and (in_python or not any(u in self.native for u in readers))
+            if alone or any(map(self.is_eager, later)):
                 del self.native[node]
                 self.fallbacks.append(
                     Fallback(node, "stands between operations that run in PyTorch")

@@ -126,3 +126,28 @@ def test_a_model_in_half_precision_stays_in_it() -> None:
     plan = alive()[-1].plan
     assert plan is not None
     assert "bf16" not in [dtype(o) for r in plan.records() for o in r.outputs]
+
+
+@torch.no_grad()
+def test_views_that_need_f32_keep_it() -> None:
+    """Complex numbers and bits of a float exist in f32 only; so little as a few rows stay too."""
+    first, second = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def turned(x: Tensor) -> Tensor:
+        z = torch.view_as_complex(first(x).unflatten(-1, (-1, 2)))
+        return second(torch.view_as_real(z).flatten(-2))
+
+    def bits(x: Tensor) -> Tensor:
+        return second(first(x).view(torch.int32).view(torch.float32))
+
+    def few(x: Tensor) -> Tensor:
+        return second(first(x[0, :5]))
+
+    for function in (turned, bits, few):
+        torch._dynamo.reset()
+        got = torch.compile(function, backend="llmopt", options=W8A8)(x_of())
+        want = function(x_of())
+        assert (got - want).norm() < 0.03 * want.norm()
+        plan = alive()[-1].plan
+        assert plan is not None
+        assert "bf16" not in str(plan)

@@ -16,11 +16,11 @@ from llmopt.graph import (
     is_one,
     is_tensor,
     is_view,
-    is_weight,
     kind,
     numel,
     same_size,
     storage,
+    view_base,
 )
 from llmopt.native.operands import (
     FLOATS,
@@ -224,10 +224,31 @@ def _lower_cat(s: SegmentBuilder, node: fx.Node) -> None:
         s.step("copy", [s.view(piece), y], [], [], record)
 
 
+WRITES_WEIGHT = "writes a weight that a linear reads"
+
+
+def _is_packed(node: fx.Node) -> bool:
+    """True for memory that a linear takes for a weight or a bias: a segment packs those before its first step."""
+    return any(
+        kind(u) in ("llmopt.linear", "llmopt.linear_quantized")
+        and any(view_base(n) is view_base(node) for n in _constants_of(u))
+        for u in _readers(view_base(node))
+    )
+
+
+def _constants_of(linear: fx.Node) -> list[fx.Node]:
+    found: list[fx.Node] = []
+    given = {k: v for k, v in linear.kwargs.items() if k != "residual"}
+    fx.node.map_arg((linear.args[1:], given), found.append)
+    return found
+
+
 def reject_index_copy(node: fx.Node) -> str:
     if len(node.args) != 4 or node.kwargs:
         return "runs as in PyTorch"
     cache, dim, index, new = node.args
+    if _is_packed(cache):
+        return WRITES_WEIGHT
     values = [fake(t) for t in (cache, new)]
     if dim not in (2, -2) or any(v.dim() != 4 or v.dtype not in FLOATS for v in values):
         return "runs as in PyTorch"
@@ -252,6 +273,8 @@ def _lower_index_copy(s: SegmentBuilder, node: fx.Node) -> None:
 
 
 def _reject_slide(node: fx.Node) -> str:
+    if _is_packed(node.args[0]):
+        return WRITES_WEIGHT
     values = [fake(t) for t in node.args]
     if any(v.dtype not in FLOATS for v in values):
         return "runs as in PyTorch"
@@ -289,8 +312,8 @@ def _reject_copy_into(node: fx.Node) -> str:
     y, x = map(fake, node.args)
     if x.dtype not in FLOATS or y.dtype not in FLOATS or not x.dim() <= y.dim() <= MAX_DIMS:
         return "runs as in PyTorch"
-    if is_weight(node.args[0]):
-        return "writes a parameter or buffer"
+    if _is_packed(node.args[0]):
+        return WRITES_WEIGHT
     if storage(node.args[0]) == storage(node.args[1]):
         return "copies within the same memory"
     return _reject_shared(y)

@@ -9,11 +9,13 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from llmopt.graph import fake, is_tensor, is_view, kind, refresh, storage, view_base
+from llmopt.graph import fake, is_tensor, is_view, kind, numel, refresh, storage, view_base
 from llmopt.ops.linear_quantized import parts
+from llmopt.sizes import size_hint
 from llmopt.writes import mutated_storages
 
 _LINEAR, _ATTENTION = "llmopt.linear_quantized", "llmopt.attention"
+_LEAST_ROWS = 64  # when compiled: fewer take no time to read and write
 _COPIES = frozenset({"reshape", "contiguous", "flatten"})
 
 
@@ -40,6 +42,7 @@ def _may_be_narrow(node: fx.Node, written: set[int]) -> bool:
         kind(node) == _LINEAR
         and fake(node).dtype == torch.float32
         and parts(node)["residual"] is None
+        and size_hint(numel(fake(node)) // fake(node).shape[-1]) >= _LEAST_ROWS
         and storage(node) not in written
     )
 
@@ -67,7 +70,7 @@ def _only_rounded(node: fx.Node, attentions: set[fx.Node] | tuple[()]) -> bool:
 
     def rounds(user: fx.Node) -> bool:
         if is_tensor(user) and (is_view(user) or kind(user) in _COPIES):
-            return _only_rounded(user, attentions)
+            return fake(user).dtype == torch.float32 and _only_rounded(user, attentions)
         if kind(user) == _ATTENTION:
             return user in attentions and node not in user.args[3:]
         if kind(user) != _LINEAR:

@@ -41,8 +41,12 @@ def _match(graph: fx.Graph, mode: Any, node: fx.Node, writes: Writes) -> None:
     assigned = [u for u in rolled.users if u is not node]
     if len(assigned) != 1 or kind(assigned[0]) != "setitem_" or assigned[0].users:
         return
+    if not assigned[0] < node:
+        return
     _, where, new = assigned[0].args
     if not is_tensor(new) or not _is_last_position(where) or not _fits(fake(new), fake(cache)):
+        return
+    if is_tensor(where[2]) and writes.between((where[2],), where[2], assigned[0]):
         return
     if storage(new) == storage(cache):
         return  # what is assigned would have moved
