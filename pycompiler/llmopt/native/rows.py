@@ -1,5 +1,4 @@
-"""Row and copy kernels: norm.cpu, rope.cpu, embedding.cpu, copy.cpu, index_copy.cpu,
-slide.cpu, arange.cpu."""
+"""Row and copy kernels: norm.cpu, rope.cpu, embedding.cpu, copy.cpu, index_copy.cpu, slide.cpu, arange.cpu."""
 
 from __future__ import annotations
 
@@ -224,7 +223,7 @@ def _lower_cat(s: SegmentBuilder, node: fx.Node) -> None:
         s.step("copy", [s.view(piece), y], [], [], record)
 
 
-WRITES_WEIGHT = "writes a weight that a linear reads"
+_WRITES_WEIGHT = "writes a weight that a linear reads"
 
 
 def _is_packed(node: fx.Node) -> bool:
@@ -248,7 +247,7 @@ def reject_index_copy(node: fx.Node) -> str:
         return "runs as in PyTorch"
     cache, dim, index, new = node.args
     if _is_packed(cache):
-        return WRITES_WEIGHT
+        return _WRITES_WEIGHT
     values = [fake(t) for t in (cache, new)]
     if dim not in (2, -2) or any(v.dim() != 4 or v.dtype not in FLOATS for v in values):
         return "runs as in PyTorch"
@@ -274,7 +273,7 @@ def _lower_index_copy(s: SegmentBuilder, node: fx.Node) -> None:
 
 def _reject_slide(node: fx.Node) -> str:
     if _is_packed(node.args[0]):
-        return WRITES_WEIGHT
+        return _WRITES_WEIGHT
     values = [fake(t) for t in node.args]
     if any(v.dtype not in FLOATS for v in values):
         return "runs as in PyTorch"
@@ -284,7 +283,7 @@ def _reject_slide(node: fx.Node) -> str:
 
 
 def _reject_shared(y: torch.Tensor) -> str:
-    """Why each element of a tensor cannot be written for itself; "" when it can."""
+    """Why expanded memory cannot be written element by element; "" for any other."""
     dims = zip(y.shape, y.stride(), strict=True)
     spread = all(is_one(size) or not same_size(step, 0) for size, step in dims)
     return "" if spread else "several elements share memory"
@@ -313,7 +312,7 @@ def _reject_copy_into(node: fx.Node) -> str:
     if x.dtype not in FLOATS or y.dtype not in FLOATS or not x.dim() <= y.dim() <= MAX_DIMS:
         return "runs as in PyTorch"
     if _is_packed(node.args[0]):
-        return WRITES_WEIGHT
+        return _WRITES_WEIGHT
     if storage(node.args[0]) == storage(node.args[1]):
         return "copies within the same memory"
     return _reject_shared(y)

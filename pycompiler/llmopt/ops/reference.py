@@ -8,15 +8,15 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
-P = ParamSpec("P")
-R = TypeVar("R")
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
-def outside_autocast(op: Callable[P, R]) -> Callable[P, R]:
+def outside_autocast(op: Callable[_P, _R]) -> Callable[_P, _R]:
     """The function in its own dtypes where autocast surrounds the call: what that casts in a graph are nodes of the graph already."""
 
     @functools.wraps(op)
-    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         if not torch.is_autocast_enabled("cpu"):
             return op(*args, **kwargs)
         with torch.autocast("cpu", enabled=False):

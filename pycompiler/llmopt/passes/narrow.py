@@ -29,9 +29,9 @@ def run(graph: fx.Graph) -> None:
         attentions = {n for n in attentions if all(s in linears for s in _sources(n))}
     for node in linears:
         node.kwargs = {**node.kwargs, "dtype": torch.bfloat16}
-    narrowed = sorted(linears)
+    narrow, narrowed = linears | attentions, sorted(linears)
     for node in graph.nodes:
-        if kind(node) == _LINEAR and node not in linears and _reads(node, linears | attentions):
+        if kind(node) == _LINEAR and node not in linears and _source(node.args[0]) in narrow:
             node.kwargs = {**node.kwargs, "dtype": fake(node).dtype}
             narrowed.append(node)
     refresh(narrowed)
@@ -81,7 +81,3 @@ def _only_rounded(node: fx.Node, attentions: set[fx.Node] | tuple[()]) -> bool:
         return rounded and node not in others
 
     return bool(node.users) and all(map(rounds, node.users))
-
-
-def _reads(linear: fx.Node, narrow: set[fx.Node]) -> bool:
-    return _source(linear.args[0]) in narrow
