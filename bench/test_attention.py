@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from llmopt.mirrors import MirrorLayout
 from llmopt.native.program import OneOp, run_op
 from llmopt.ops.kv_codes import SCALE_BYTES, quantize_rows
 
@@ -97,6 +98,37 @@ def test_decode_over_int8_kv(timed, shape, kv):
     torch.testing.assert_close(calls[0].tensors[3], want, atol=2e-2, rtol=2e-2)
     system = "llmopt" if kv == "int8" else "fp32 KV"
     timed(system, f"attention int8 KV {shape}", q.dtype, calls, shape.flops, num_bytes)
+
+
+@pytest.mark.parametrize("shape", INT8_KV_ATTENTION, ids=str)
+def test_decode_over_codes_beside_floats(timed, shape):
+    """A token: its key and value are written, rounded into the mirror, and the mirror is read."""
+    q, first = query_and_cache(shape, torch.float32)
+    new = [torch.randn(1, shape.kv_heads, 1, shape.dim) for _ in range(2)]
+    out = torch.empty_like(q)
+    num_bytes = shape.num_bytes(1) // shape.dim * (shape.dim + SCALE_BYTES)
+    layout = MirrorLayout(1, shape.kv_heads, shape.keys, shape.dim)
+
+    def call() -> OneOp:
+        keys_and_values, mirrors = first.clone(), []
+        for _ in range(2):
+            memory = torch.zeros(layout.num_bytes, dtype=torch.int8)
+            state = memory[: layout.state_bytes].view(torch.int64)[: 2 * shape.kv_heads]
+            rows = memory[layout.state_bytes :][: shape.keys * layout.position_bytes]
+            width = shape.dim + SCALE_BYTES
+            rows = rows.view(1, shape.kv_heads, shape.keys, width)
+            if shape.by_position:
+                rows = rows.view(1, shape.keys, shape.kv_heads, width).transpose(1, 2)
+            mirrors += [rows, state.view(1, shape.kv_heads, 2)]
+        operands = [q, *keys_and_values, out, *[None] * 4, *new, None, *mirrors]
+        return OneOp("attention", operands, [0, 0, 0, 0, 1, 0], [shape.dim**-0.5, 0.0])
+
+    calls = [call() for _ in range(copies_beyond_cache(num_bytes))]
+    for c in calls:
+        c()  # rounds all of its keys; never the time of a wrong result
+    _, k, v, got, *_ = calls[0].tensors
+    torch.testing.assert_close(got, theirs(shape, q, k, v, None)(), atol=2e-2, rtol=2e-2)
+    timed("int8 beside fp32", f"attention int8 KV {shape}", q.dtype, calls, shape.flops, num_bytes)
 
 
 @pytest.mark.parametrize(("rows", "keys"), [(1, 8192), (512, 512)])

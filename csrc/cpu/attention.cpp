@@ -5,6 +5,8 @@
 //   k and v may be signed bytes with a scale per row, [B,Hkv,Skv,D+4] (attention/codes.h)
 //   4 mask [B,H,Sq,Skv] (b8: true attends; float: bias) -   5 bounds i32 [B,H,Sq,4] of mask_bounds, always with a mask
 //   - 6 cos, 7 sin [B,1,Sq,R] -   8 k_new [B,Hkv,Sn,D] -   9 v_new [B,Hkv,Sn,Dv] -   10 positions i64 [Sn] -
+//   - 11 codes of k [B,Hkv,Skv,D+4], 12 their state i64 [B,Hkv,2], 13 and 14 the same of v: what is kept beside floats
+//   k and v (attention/mirror.h); with them and without new rows, positions are slots that a step in front wrote -
 // ints: is_causal, causal_offset, window (0: none), rope_kind (0 none, 1 half, 2 interleaved), write_kv, bf16_products
 //   (1: products of several queries may round what they multiply to bf16)
 // floats: scale, softcap (0: none)
@@ -107,17 +109,27 @@ __attribute__((noinline)) void merge(const Problem& p, const Plan& plan, int64_t
     for (int64_t row = 0; row < plan.rows; ++row) merge_row(p, plan, c.b, head, row, splits, shared);
 }
 
+// What the codes beside the cache are up to date with, after the last part of a chunk's keys. Without decoding nothing
+// looks at the state of a head meanwhile, and one chunk notes what was written to all.
+inline void note_mirrors(const Problem& p, const Plan& plan, int64_t chunk, int64_t splits) {
+  if (plan.decode) return note_decoded(p, plan, DecodeChunk(p, plan, chunk, splits));
+  for (int64_t head = 0; chunk < splits && head < p.batch * p.kv_heads; ++head)
+    note_rounded(p, head / p.kv_heads, head % p.kv_heads, {0, 0});
+}
+
 void run(const Step& s, int phase, int64_t chunk, int threads, const Scratch& scratch) {
   const Problem p = parse(s);
   const Plan plan = make_plan(p, threads);
   if (writes(plan, phase)) return write_rows(p, chunk);
   const int64_t splits = live_splits(p, plan);
   attend(p, plan, chunk, splits, threads, scratch);
-  if (splits == 1) return;
-  int32_t* ended = scratch.counters + chunk / splits;
-  if (__atomic_add_fetch(ended, 1, __ATOMIC_ACQ_REL) < splits) return;
-  *ended = 0;
-  merge(p, plan, chunk, splits, scratch.shared);
+  if (splits > 1) {
+    int32_t* ended = scratch.counters + chunk / splits;
+    if (__atomic_add_fetch(ended, 1, __ATOMIC_ACQ_REL) < splits) return;
+    *ended = 0;
+    merge(p, plan, chunk, splits, scratch.shared);
+  }
+  if (p.k_mirror.codes) note_mirrors(p, plan, chunk, splits);
 }
 
 const Kernel kKernels[] = {

@@ -194,10 +194,29 @@ bool key_rows(const Tensor& t) {
   return given(t, 4) && t.size[3] > 4 && t.stride[3] == 1;
 }
 
+// Codes [B,Hkv,Skv,D+4] beside a cache of floats, and their state [B,Hkv,2] in front of them in memory.
+bool is_mirror(const Tensor& cache, const Tensor& codes, const Tensor& state) {
+  if (!float_rows(cache, 4) || !key_rows(codes) || codes.dtype != DType::s8) return false;
+  for (int d = 0; d < 3; ++d)
+    if (codes.size[d] != cache.size[d]) return false;
+  if (head_size(codes) != cache.size[3] || state.ndim != 3 || state.dtype != DType::i64) return false;
+  const bool dense = state.stride[2] == 1 && state.stride[1] == 2 && state.stride[0] == 2 * state.size[1];
+  return state.size[0] == cache.size[0] && state.size[1] == cache.size[1] && state.size[2] == 2 && dense &&
+         codes.stride[2] > 0 && codes.data > state.data;
+}
+
+const char* mirrors(const Tensor* t) {
+  if (absent(t[11]) && absent(t[12]) && absent(t[13]) && absent(t[14])) return nullptr;
+  if (!is_mirror(t[1], t[11], t[12]) || !is_mirror(t[2], t[13], t[14]))
+    return "the codes beside k and v are not theirs";
+  if (!absent(t[10]) && (t[10].ndim != 1 || t[10].dtype != DType::i64)) return "positions are not int64 [Sn]";
+  return nullptr;
+}
+
 const char* attention(const Call& c) {
   const Step& s = c.step;
-  if (s.num_tensors < 4 || s.num_tensors > 11 || s.num_ints < 6 || s.num_floats < 2) return kWrongCount;
-  Tensor t[11] = {};  // those past the end of the list are not given
+  if (s.num_tensors < 4 || s.num_tensors > 15 || s.num_ints < 6 || s.num_floats < 2) return kWrongCount;
+  Tensor t[15] = {};  // those past the end of the list are not given
   for (int i = 0; i < s.num_tensors; ++i) t[i] = s.t[i];
   const Tensor &q = t[0], &k = t[1], &v = t[2], &out = t[3], &mask = t[4], &bounds = t[5];
   for (int i = 0; i < 4; ++i) {
@@ -233,6 +252,7 @@ const char* attention(const Call& c) {
         return "cos or sin is not float [B, 1, Sq, R]";
     if (t[6].size[3] != t[7].size[3]) return "cos and sin differ in size";
   }
+  if (const char* reason = mirrors(t)) return reason;
   return s.i[4] ? rows_to_write(c, t) : nullptr;
 }
 

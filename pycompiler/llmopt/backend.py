@@ -22,7 +22,7 @@ from llmopt.graph import fake, kind, tensors_in
 from llmopt.keywords import place_operands
 from llmopt.messages import say, warn_once
 from llmopt.options import Options, check_for_cpu, check_for_gpu, parse_options
-from llmopt.passes import attention_precision, kv_cache, narrow, quantize
+from llmopt.passes import attention_precision, mirror_caches, narrow, quantize
 from llmopt.passes.pipeline import passes
 from llmopt.passes.verify import check_form, check_values, run_again, run_copy
 from llmopt.plan import make_plan
@@ -100,7 +100,7 @@ def _compile(
         chooser = chooser_for(machine, options.mode, gpu_among(example_inputs))
         plan = make_plan(gm.graph, machine, lambda _: Choice(), chooser)
     if options.kv_cache == "int8":
-        plan.notes = tuple(kv_cache.float_caches(gm.graph))
+        plan.notes = tuple(mirror_caches.notes(gm.graph, machine, plan.mirrored()))
         for note in plan.notes:
             warn_once(note)
     clock.lap("plan")
@@ -160,6 +160,8 @@ def _run_passes(
         attention_precision.run(graph, attention)
         if attention == "bf16" and machine.tier in _NARROWS:
             narrow.run(graph)
+        if options.kv_cache == "int8":
+            mirror_caches.run(graph, machine)
 
     chosen = passes(quantise, settings.disabled_passes())
     values = run_copy(gm, example_inputs) if settings.verify_passes() else None

@@ -15,6 +15,7 @@ from llmopt.gpu.executor import GpuSegment
 from llmopt.gpu.segment import GpuSegmentBuilder
 from llmopt.graph import fake, getitem, is_dense, kind, view_base
 from llmopt.kv import groups_of
+from llmopt.mirrors import CallerMirrors
 from llmopt.native.segment import SegmentBuilder, picker
 from llmopt.offload import offload
 from llmopt.options import Options
@@ -52,6 +53,11 @@ class Segment(torch.nn.Module):
             for spec in [builder.kv[group.numbers[0]]]
         ]
         self._num_kv = len(builder.kv)
+        self._mirrored_kv = {m.kv: n for n, m in enumerate(builder.mirrors) if m.kv is not None}
+        given = {m.argument: n for n, m in enumerate(builder.mirrors) if m.argument is not None}
+        self._given_mirrors = list(given.values())
+        self._caller_mirrors = CallerMirrors(list(given))
+        self._num_mirrors = len(builder.mirrors)
         self._costs = [(sizes.id(r.flops), sizes.id(r.bytes)) for r in builder.records]
         builder.sort_externals()
         self.program = builder.builder.build(target.tier)
@@ -91,6 +97,8 @@ class Segment(torch.nn.Module):
             results += self._grown(arguments, values)
         given = map(_ADDRESS, self._arguments(arguments))
         addresses = [*packed, *given, *map(_ADDRESS, results)]  # in the order of SOURCES
+        if self._num_mirrors:
+            addresses += self._mirror_addresses(arguments, results[len(self._outputs) :])
         threads = torch.get_num_threads()
         if profile:
             self.profile_ns = self.program.profile(addresses, symbols, threads)
@@ -100,6 +108,8 @@ class Segment(torch.nn.Module):
             arguments
         ):  # whoever looks at versions takes note, as after PyTorch's own writes
             increment_version(t for t in written if not t.is_inference())
+        if self._given_mirrors:
+            self._caller_mirrors.written(arguments)
         watch = self._watch  # another thread may forget it
         if watch is not None:
             watch.fetch()
@@ -112,6 +122,20 @@ class Segment(torch.nn.Module):
             for number, cache in zip(group.numbers, grown, strict=True):
                 caches[number] = cache
         return caches
+
+    def _mirror_addresses(self, arguments: tuple, caches: Sequence[Tensor]) -> list[int]:
+        """Rows and state of each mirror. caches: those that have grown."""
+        addresses = [0] * (2 * self._num_mirrors)
+        found = [*zip(self._given_mirrors, self._caller_mirrors.addresses(arguments), strict=True)]
+        for group, _ in self._kv_groups:
+            if group.is_mirrored:
+                numbers = [self._mirrored_kv[n] for n in group.numbers]
+                found += zip(
+                    numbers, group.mirrors([caches[n] for n in group.numbers]), strict=True
+                )
+        for number, pair in found:
+            addresses[2 * number : 2 * number + 2] = pair
+        return addresses
 
     def costs(self, symbols: Sequence[int]) -> list[tuple[int, int]]:
         """(flops, bytes) of every step for these symbol values."""

@@ -3,14 +3,16 @@
 All caches of one graph with equal geometry lie in one slab [layers, capacity, B, H, D]; a cache is the view [B,H,S,D] of its part.
 Its strides depend neither on S nor on the capacity, and it begins where its storage does, so neither strides nor offsets trip the
 checks of compiled code or become arguments of it. Appending to a cache that ends where its slab is filled up to writes behind it;
-any other cache (forked, reordered, cropped, foreign) is copied into a new slab first.
+any other cache (forked, reordered, cropped, foreign) is copied into a new slab first. Behind the floats of a slab lie, where they were
+asked for, the mirrors of its layers: llmopt.mirrors.
 """
 
 from __future__ import annotations
 
 import threading
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from operator import attrgetter
 
@@ -20,6 +22,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.dlpack import from_dlpack
 
 from llmopt import _C
+from llmopt.exchange import EXCHANGE
+from llmopt.mirrors import MirrorLayout, aligned
 from llmopt.native.segment import KvSpec, picker
 
 _MIN_SPARE = 64  # positions
@@ -27,13 +31,28 @@ _address_of = attrgetter("address")
 _CPU = torch.device("cpu")
 
 
-def _exchange(tensors: type) -> object | None:
-    """The functions by which C++ makes tensors; None where a PyTorch has none, or others."""
-    given = getattr(tensors, "__dlpack_c_exchange_api__", None)
-    return given if _C.knows_exchange(given) else None
+class _Mirrors:
+    """Where the mirrors of a slab's layers lie, one after the other behind its floats; in bytes from its address."""
 
+    def __init__(self, geometry: tuple, capacity: int, float_bytes: int) -> None:
+        self._layers, batch, heads, width, *_ = geometry
+        self._layout = MirrorLayout(batch, heads, capacity, width)
+        self._begin = aligned(float_bytes)
+        self.num_bytes = self._begin - float_bytes + self._layers * self._layout.num_bytes
 
-_EXCHANGE = _exchange(Tensor)
+    def empty(self, memory: Tensor) -> None:
+        """The states of new mirrors."""
+        rows = memory.view(torch.uint8)[self._begin :].view(self._layers, -1)
+        rows[:, : self._layout.state_bytes].zero_()
+
+    def addresses(
+        self, slab_address: int, layers: Iterable[int], start: int
+    ) -> list[tuple[int, int]]:
+        """Of each layer its rows from position `start` on, and its state."""
+        step, state_bytes = self._layout.num_bytes, self._layout.state_bytes
+        to_rows = state_bytes + start * self._layout.position_bytes
+        states = [slab_address + self._begin + layer * step for layer in layers]
+        return [(state + to_rows, state) for state in states]
 
 
 @dataclass
@@ -43,9 +62,10 @@ class _Slab:
     address: int
     storage: StorageWeakRef
     parts: _C.Parts | None  # makes the tensors over it, where PyTorch has the functions for that
-    geometry: tuple  # (layers, B, H, D, dtype, device)
+    geometry: tuple  # (layers, B, H, D, dtype, device, whether it has mirrors)
     capacity: int
     filled: int
+    mirrors: _Mirrors | None
 
 
 _slabs: list[_Slab] = []  # by address; replaced, never changed, so that it is read without the lock
@@ -79,6 +99,7 @@ class KvGroup:
         self.numbers = [number for number, _ in specs]  # which of the segment's caches
         self.dtype = specs[0][1].dtype
         self.width = specs[0][1].width
+        self.is_mirrored = specs[0][1].is_mirrored
         given = [spec.argument for _, spec in specs if spec.argument is not None]
         self._caches = picker(given)
         self._empty = not given  # `groups_of` never mixes empty and filled ones
@@ -96,7 +117,8 @@ class KvGroup:
 
         arguments: the segment's arguments, among them the old caches [B,H,S,D], on the device.
         """
-        geometry = (len(self.numbers), batch, heads, self.width, self.dtype, device)
+        kind = (batch, heads, self.width, self.dtype, device, self.is_mirrored)
+        geometry = (len(self.numbers), *kind)
         caches = self._caches(arguments)
         if self._empty:
             return _fresh(geometry, 0, new_length)
@@ -116,10 +138,19 @@ class KvGroup:
                 result[i] = cache
         return result
 
+    def mirrors(self, caches: Sequence[Tensor]) -> list[tuple[int, int]]:
+        """Addresses of the rows and of the state of each cache that `grow` gave; zeros where there is no memory."""
+        if not all(c.numel() for c in caches):
+            return [(0, 0)] * len(caches)
+        first = _mirrors_of(caches[0], range(len(caches)))
+        if len(first) == len(caches):
+            return first
+        return [_mirrors_of(cache, None)[0] for cache in caches]  # a slab for each length
+
 
 def _laid_out(slab: _Slab, length: int) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
     """Elements a position of one layer takes; sizes and strides of a cache of this length."""
-    _, batch, heads, width, _, _ = slab.geometry
+    _, batch, heads, width, *_ = slab.geometry
     row = batch * heads * width
     return row, (batch, heads, length, width), (heads * width, width, row, 1)
 
@@ -133,6 +164,8 @@ def _in_place(
     slab = _slab_around(address)
     if slab is None or slab.geometry != geometry or slab.storage.expired():
         return None
+    if geometry[-1] and not all(map(_is_unedited, caches)):
+        return None  # mirrors hold what the caches held
     length = int(first.shape[2])
     row, _, _ = _laid_out(slab, length)
     start, rest = divmod(address - slab.address, row * itemsize) if row else (0, 1)
@@ -146,6 +179,31 @@ def _in_place(
             return None
         slab.filled = end + new_length
     return _caches(slab, caches, start, length + new_length)
+
+
+def _mirrors_of(cache: Tensor, layers: range | None) -> list[tuple[int, int]]:
+    """Addresses in the slab of a cache: for all its layers where it has as many as these, else for the cache's own."""
+    address = cache.data_ptr()
+    slab = _slab_around(address)
+    assert slab is not None
+    assert slab.mirrors is not None
+    row, _, _ = _laid_out(slab, 0)
+    position_bytes = row * cache.element_size()
+    layer, behind = divmod(address - slab.address, slab.capacity * position_bytes)
+    if layers is None or len(layers) != slab.geometry[0]:
+        layers = range(layer, layer + 1)
+    return slab.mirrors.addresses(slab.address, layers, behind // position_bytes)
+
+
+def _counting_edits(is_needed: bool) -> AbstractContextManager:
+    """Within it new tensors count their edits, as those made under inference_mode do not."""
+    if is_needed and torch.is_inference_mode_enabled():
+        return torch.inference_mode(False)
+    return nullcontext()
+
+
+def _is_unedited(cache: Tensor) -> bool:
+    return not cache.is_inference() and cache._version == 0
 
 
 def _lie_in(slab: _Slab, caches: Sequence[Tensor], start: int, length: int) -> bool:
@@ -170,19 +228,25 @@ def _copied(caches: Sequence[Tensor], geometry: tuple, new_length: int) -> Seque
 
 
 def _fresh(geometry: tuple, length: int, new_length: int) -> Sequence[Tensor]:
-    layers, batch, heads, width, dtype, device = geometry
+    layers, batch, heads, width, dtype, device, is_mirrored = geometry
     total = length + new_length
     capacity = total + _spare(total)
-    memory = torch.empty(layers * capacity * batch * heads * width, dtype=dtype, device=device)
-    parts = None if _EXCHANGE is None else _C.Parts(_EXCHANGE, memory)
+    elements = layers * capacity * batch * heads * width
+    mirrors = _Mirrors(geometry, capacity, elements * dtype.itemsize) if is_mirrored else None
+    more = 0 if mirrors is None else mirrors.num_bytes // dtype.itemsize
+    with _counting_edits(is_mirrored):
+        memory = torch.empty(elements + more, dtype=dtype, device=device)
+    if mirrors is not None:
+        mirrors.empty(memory)
+    parts = None if EXCHANGE is None else _C.Parts(EXCHANGE, memory)
     storage = StorageWeakRef(memory.untyped_storage())
-    slab = _Slab(memory.data_ptr(), storage, parts, geometry, capacity, total)
+    slab = _Slab(memory.data_ptr(), storage, parts, geometry, capacity, total, mirrors)
     # A part keeps the whole alive.
     whole = (
         [from_dlpack(part) for part in memory.view(layers, -1).unbind(0)] if parts is None else ()
     )
     caches = _caches(slab, whole, 0, total)
-    if memory.numel():
+    if elements:
         _keep(slab)
     for cache in caches:
         _will_grow(cache)
@@ -200,7 +264,8 @@ def _caches(slab: _Slab, begun: Sequence[Tensor], start: int, length: int) -> Se
     storages as long as a layer's part."""
     row, size, stride = _laid_out(slab, length)
     if slab.parts is not None:
-        return slab.parts.over(slab.geometry[0], start * row, slab.capacity * row, size, stride)
+        with _counting_edits(slab.mirrors is not None):
+            return slab.parts.over(slab.geometry[0], start * row, slab.capacity * row, size, stride)
     if begun[0].is_inference():
         return [t.as_strided(size, stride) for t in begun]
     # Detached: a window remembers the tensor that it is a view of, whose sizes Dynamo checks too; they must not be the capacity.
@@ -212,6 +277,6 @@ def groups_of(specs: Sequence[KvSpec]) -> list[KvGroup]:
     found: dict[tuple, list[tuple[int, KvSpec]]] = {}
     for number, spec in enumerate(specs):
         sizes = tuple(str(s) for s in (spec.batch, spec.heads, spec.new_length))
-        key = (*sizes, spec.width, spec.dtype, spec.argument is None)
+        key = (*sizes, spec.width, spec.dtype, spec.argument is None, spec.is_mirrored)
         found.setdefault(key, []).append((number, spec))
     return [KvGroup(group) for group in found.values()]

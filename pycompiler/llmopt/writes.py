@@ -28,6 +28,12 @@ def written_by(node: fx.Node) -> list[fx.Node]:
     return found
 
 
+def writers_of(graph: fx.Graph, value: fx.Node) -> list[fx.Node]:
+    """The nodes that write into a value's memory."""
+    place = storage(value)
+    return [node for node in graph.nodes if any(storage(n) == place for n in written_by(node))]
+
+
 def mutated_storages(graph: fx.Graph) -> set[int]:
     """Memory that some node writes into."""
     written = {storage(n) for node in graph.nodes for n in written_by(node)}

@@ -18,9 +18,10 @@ MAX_LINES = 500
 # row do not know each other, so passes never see kernels.
 LAYERS = (
     ("_C", "types", "launch", "settings", "sizes", "files", "source_lines"),
-    ("target", "graph", "memory", "counters", "registry", "messages", "offload"),
+    ("target", "graph", "memory", "exchange", "counters", "registry", "messages", "offload"),
     ("gpus",),
     ("ops", "writes"),
+    ("mirrors",),
     ("autocast",),
     ("quant", "contexts", "constants", "keywords", "regions", "windows"),
     ("passes", "native", "kernels"),

@@ -35,13 +35,14 @@ def padded(lengths: tuple[int, ...], side: str) -> dict[str, torch.Tensor]:
 class Counted:
     """A backend that counts the graphs it compiles and the calls they get."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, options: dict[str, Any] | None = None) -> None:
         self.backend = torch._dynamo.lookup_backend(name)
+        self.options = {} if options is None else {"options": options}
         self.graphs = self.calls = 0
 
     def __call__(self, graph: torch.fx.GraphModule, example_inputs: list[Any]) -> Any:
         self.graphs += 1
-        compiled = self.backend(graph, example_inputs)
+        compiled = self.backend(graph, example_inputs, **self.options)
 
         def counted(*args: Any) -> Any:
             self.calls += 1

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from llmopt import kv
+from llmopt.exchange import exchange_of
 from llmopt.native.segment import KvSpec
 
 LAYERS, BATCH, HEADS, WIDTH = 3, 2, 4, 8
@@ -16,8 +17,8 @@ LAYERS, BATCH, HEADS, WIDTH = 3, 2, 4, 8
 def maker(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Tensors over slabs are made by PyTorch's exchange functions, and as views where it has none or others."""
     of = torch.Tensor if request.param == "exchange" else object
-    monkeypatch.setattr(kv, "_EXCHANGE", kv._exchange(of))
-    assert (kv._EXCHANGE is None) == (request.param == "views")
+    monkeypatch.setattr(kv, "EXCHANGE", exchange_of(of))
+    assert (kv.EXCHANGE is None) == (request.param == "views")
     with torch.no_grad():
         yield
 

@@ -2,8 +2,8 @@
 // that share it; scores are dot products along the head dimension, kLanes of them in flight.
 #pragma once
 #include "cpu/attention/mask.h"
+#include "cpu/attention/mirror.h"
 #include "cpu/attention/quads.h"
-#include "cpu/attention/rope.h"
 
 namespace {
 
@@ -382,6 +382,17 @@ struct DecodeChunk {
   }
 };
 
+// What was rounded by the chunks of these heads, once all have ended: the slots that any of their rows may see.
+inline void note_decoded(const Problem& p, const Plan& plan, const DecodeChunk& chunk) {
+  Slots live{p.kv_len, 0};
+  for (int64_t head = chunk.head0; head < chunk.head0 + chunk.heads; ++head)
+    for (int64_t r = 0; r < plan.rows; ++r) {
+      const KeyRange range = key_range(p, chunk.b, head * p.group + r % p.group, r / p.group);
+      if (range.lo < range.hi) live.begin = min64(live.begin, range.lo), live.end = max64(live.end, range.hi);
+    }
+  for (int64_t head = chunk.head0; head < chunk.head0 + chunk.heads; ++head) note_rounded(p, chunk.b, head, live);
+}
+
 // New keys and values are written by the split that owns their slots.
 inline void decode(const Problem& p, const Plan& plan, int64_t chunk, int64_t splits, int threads,
                    const Scratch& scratch) {
@@ -403,6 +414,7 @@ inline void decode(const Problem& p, const Plan& plan, int64_t chunk, int64_t sp
   const int64_t begin = mine.begin(lo, length), end = mine.end(lo, length);
   for (int64_t n = 0; p.new_len && n < heads; ++n)
     write_new_rows(p, b, head0 + n, 0, p.new_len, split == 0 ? 0 : begin, split == splits - 1 ? p.kv_len : end);
+  for (int64_t n = 0; p.k_mirror.codes && n < heads; ++n) round_new_slots(p, b, head0 + n, begin, end);
   // The chunk this thread likely takes next, whose live keys are most often the same. Nothing follows its last one.
   const bool is_last = chunk + threads >= plan.units * splits;
   const DecodeChunk next_chunk(p, plan, is_last ? chunk : chunk + threads, splits);

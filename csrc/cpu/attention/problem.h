@@ -23,8 +23,15 @@ constexpr bool kHasTiles = true;
 constexpr bool kHasTiles = false;
 #endif
 
+// Codes kept beside keys or values of floats, and which of them are up to date (attention/mirror.h).
+struct Mirror {
+  const Tensor *codes, *state;  // nullptr: none is kept
+};
+
 struct Problem {
   const Tensor *q, *k, *v, *out, *mask, *bounds, *cos, *sin, *k_new, *v_new, *positions;  // nullptr: not given
+  const Tensor *k_cache, *v_cache;  // what new rows are written to: k and v, or the floats where those are a mirror's
+  Mirror k_mirror, v_mirror;
   int64_t batch, heads, kv_heads, group, q_len, kv_len, head_dim, v_dim, new_len;
   bool is_causal, codes_by_byte;  // byte products give the scores of keys that are codes
   bool bf16_products;             // products of several queries may round what they multiply to bf16
@@ -39,26 +46,6 @@ inline int64_t row_index(const Tensor& t, int64_t b, int64_t h, int64_t i) {
 }
 inline char* row_ptr(const Tensor& t, int64_t b, int64_t h, int64_t i) {
   return t.data + row_index(t, b, h, i) * itemsize(t.dtype);
-}
-
-inline Problem parse(const Step& s) {
-  auto given = [&](int n) { return n < s.num_tensors && s.t[n].data ? &s.t[n] : nullptr; };
-  Problem p{};
-  p.q = &s.t[0], p.k = &s.t[1], p.v = &s.t[2], p.out = &s.t[3];
-  p.mask = given(4), p.bounds = given(5), p.cos = given(6), p.sin = given(7);
-  const bool write_kv = s.i[4] != 0;
-  p.k_new = write_kv ? given(8) : nullptr;
-  p.v_new = write_kv ? given(9) : nullptr;
-  p.positions = given(10);
-  p.batch = p.q->size[0], p.heads = p.q->size[1], p.q_len = p.q->size[2], p.head_dim = p.q->size[3];
-  p.kv_heads = p.k->size[1], p.kv_len = p.k->size[2], p.v_dim = head_size(*p.v);
-  p.group = p.kv_heads ? p.heads / p.kv_heads : 1;
-  p.new_len = p.k_new ? p.k_new->size[2] : p.v_new ? p.v_new->size[2] : 0;
-  p.is_causal = s.i[0] != 0, p.causal_offset = s.i[1], p.window = s.i[2], p.bf16_products = s.i[5] != 0;
-  p.rope_kind = p.cos && p.sin ? s.i[3] : kRopeNone;
-  p.scale = s.f[0], p.softcap = s.f[1];
-  p.codes_by_byte = kMultipliesBytes && p.k->dtype == DType::s8;
-  return p;
 }
 
 // How a row reads its mask: not at all; holes are dead keys; or every bias is a number to add (a row of a float mask in
@@ -126,14 +113,41 @@ inline int64_t most_rows_without_tiles(const Problem& p, int terms) {
   return p.q_len > 1 ? kTileDecodeRows : kLanes;
 }
 
+// Few enough to be decoded: read with dot products along the head dimension.
+inline bool few_rows(const Problem& p) {
+  return p.q_len * p.group <= min64(kLanes, most_rows_without_tiles(p, tile_terms(p)));
+}
+
+inline Problem parse(const Step& s) {
+  auto given = [&](int n) { return n < s.num_tensors && s.t[n].data ? &s.t[n] : nullptr; };
+  Problem p{};
+  p.q = &s.t[0], p.k = &s.t[1], p.v = &s.t[2], p.out = &s.t[3];
+  p.mask = given(4), p.bounds = given(5), p.cos = given(6), p.sin = given(7);
+  const bool write_kv = s.i[4] != 0;
+  p.k_new = write_kv ? given(8) : nullptr;
+  p.v_new = write_kv ? given(9) : nullptr;
+  p.positions = given(10);
+  p.k_cache = p.k, p.v_cache = p.v;
+  p.k_mirror = {given(11), given(12)}, p.v_mirror = {given(13), given(14)};
+  p.batch = p.q->size[0], p.heads = p.q->size[1], p.q_len = p.q->size[2], p.head_dim = p.q->size[3];
+  p.kv_heads = p.k->size[1], p.kv_len = p.k->size[2], p.v_dim = head_size(*p.v);
+  p.group = p.kv_heads ? p.heads / p.kv_heads : 1;
+  p.new_len = p.k_new ? p.k_new->size[2] : p.v_new ? p.v_new->size[2] : 0;
+  p.is_causal = s.i[0] != 0, p.causal_offset = s.i[1], p.window = s.i[2], p.bf16_products = s.i[5] != 0;
+  p.rope_kind = p.cos && p.sin ? s.i[3] : kRopeNone;
+  p.scale = s.f[0], p.softcap = s.f[1];
+  if (p.k_mirror.codes && few_rows(p)) p.k = p.k_mirror.codes, p.v = p.v_mirror.codes;
+  p.codes_by_byte = kMultipliesBytes && p.k->dtype == DType::s8;
+  return p;
+}
+
 inline Plan make_plan(const Problem& p, int threads) {
   Plan plan{};
   plan.rows = p.q_len * p.group;
   const int terms = tile_terms(p);
-  const int64_t few_rows = most_rows_without_tiles(p, terms);
-  plan.decode = plan.rows <= min64(kLanes, few_rows);
+  plan.decode = few_rows(p);
   plan.write_first = (p.k_new || p.v_new) && !plan.decode;
-  plan.terms = plan.rows > few_rows ? terms : 0;
+  plan.terms = plan.rows > most_rows_without_tiles(p, terms) ? terms : 0;
   const bool tiles = plan.terms > 0;
   plan.nv = tiles ? kTileVectors : kMaxNv;
   plan.heads = 1;

@@ -78,11 +78,11 @@ inline void write_new_rows(const Problem& p, int64_t b, int64_t kv_head, int64_t
     if (p.k_new) {
       load_row(p.k_new->dtype, row_ptr(*p.k_new, b, kv_head, j), p.head_dim, row);
       rotate(p, b, j, row);
-      store_row(p.k->dtype, row_ptr(*p.k, b, kv_head, slot), p.head_dim, row);
+      store_row(p.k_cache->dtype, row_ptr(*p.k_cache, b, kv_head, slot), p.head_dim, row);
     }
     if (p.v_new) {
       load_row(p.v_new->dtype, row_ptr(*p.v_new, b, kv_head, j), p.v_dim, row);
-      store_row(p.v->dtype, row_ptr(*p.v, b, kv_head, slot), p.v_dim, row);
+      store_row(p.v_cache->dtype, row_ptr(*p.v_cache, b, kv_head, slot), p.v_dim, row);
     }
   }
 }

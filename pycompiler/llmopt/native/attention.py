@@ -19,10 +19,11 @@ from llmopt.native.operands import (
     reject_angles,
 )
 from llmopt.native.program import View
-from llmopt.native.segment import KvSpec, SegmentBuilder, StepRecord, describe
+from llmopt.native.segment import KvSpec, MirrorSpec, SegmentBuilder, StepRecord, describe
 from llmopt.ops.kv_codes import SCALE_BYTES
 from llmopt.ops.rope import KINDS as ROPE_KINDS
 from llmopt.sizes import Size
+from llmopt.writes import writers_of
 
 _ATTENTION = (
     ("mask", None),
@@ -131,6 +132,20 @@ def codes(keys: Tensor) -> str:
     return "+int8_kv" if keys.dtype == torch.int8 else ""
 
 
+def _static_mirrors(s: SegmentBuilder, node: fx.Node) -> list[View | None]:
+    """Positions that this segment has written, codes and state of keys, and of values; nothing where no codes are kept."""
+    nothing: list[View | None] = [None] * 5
+    if not node.kwargs.get("mirror"):
+        return nothing
+    (writer,), (other,) = (writers_of(node.graph, cache) for cache in node.args[1:3])
+    if not {writer, other} <= {record.node for record in s.records}:
+        return nothing
+    mirrors: list[View | None] = [s.view(writer.args[2])]
+    for cache in node.args[1:3]:
+        mirrors += s.mirror(MirrorSpec(argument=s.argument(cache)), fake(cache))
+    return mirrors
+
+
 def _products(node: fx.Node) -> str:
     return "+bf16_allowed" if _bf16_products(node) else ""
 
@@ -143,10 +158,17 @@ def attention_record(
     inputs: tuple,
     outputs: tuple,
     impl: str = "cpu",
+    is_mirrored: bool = False,
 ) -> StepRecord:
     b, h, sq, d = fake(q).shape
     flops = 4 * b * h * sq * kv[0].shape[2] * d
-    size = num_bytes(q, q) + sum(numel(t) * t.element_size() for t in kv)
+    size = num_bytes(q, q)
+    for t in kv:  # as decoding reads them
+        size += (
+            numel(t) + numel(t) // t.shape[3] * SCALE_BYTES
+            if is_mirrored
+            else numel(t) * t.element_size()
+        )
     return StepRecord(
         "attention",
         f"attention.{impl}",
@@ -156,6 +178,7 @@ def attention_record(
         flops,
         size,
         node,
+        is_mirrored=is_mirrored,
     )
 
 
@@ -164,11 +187,15 @@ def _lower_attention(s: SegmentBuilder, node: fx.Node) -> None:
     a = attention_settings(node, 3)
     keys = fake(k).shape[2]
     mask, bounds = _mask_operands(s, node, a["mask"], (*fake(q).shape[:3], keys))
-    operands = [s.view(q), s.view(k), s.view(v), s.view(node), mask, bounds, *[None] * 5]
+    mirrors = _static_mirrors(s, node)
+    is_mirrored = any(mirrors)
+    operands = [s.view(q), s.view(k), s.view(v), s.view(node), mask, bounds, *[None] * 4, *mirrors]
     ints = [int(a["causal"]), a["causal_offset"], a["window"], 0, 0, _bf16_products(node)]
     detail = "causal" if a["causal"] else "mask" if mask is not None else "full"
-    detail += codes(fake(k)) + _products(node)
-    record = attention_record(node, q, (fake(k), fake(v)), detail, (q, k, v), (node,))
+    detail += codes(fake(k)) + _products(node) + ("+int8_mirror" if is_mirrored else "")
+    record = attention_record(
+        node, q, (fake(k), fake(v)), detail, (q, k, v), (node,), is_mirrored=is_mirrored
+    )
     s.step("attention", operands, ints, [a["scale"], a["softcap"]], record)
 
 
@@ -178,14 +205,18 @@ def _lower_attention_append(s: SegmentBuilder, node: fx.Node) -> None:
     )
     a = attention_settings(node, 8)
     _, keys, values = fake(node)
+    is_mirrored = bool(node.kwargs.get("mirror"))
     views = []
+    mirrors: list[View] = []
     for i, (cache, new, whole) in enumerate(((k_cache, k_new, keys), (v_cache, v_new, values))):
         b, h, n, _ = fake(new).shape
         d = int(whole.shape[3])
         number = None if cache is None else s.argument(cache)
-        spec = KvSpec(number, b, h, n, d, whole.dtype)
+        spec = KvSpec(number, b, h, n, d, whole.dtype, is_mirrored)
         buffer = s.grow(spec, s.part(node, 1 + i))
         views.append(View(buffer, whole.dtype, tuple(whole.shape), tuple(whole.stride())))
+        if is_mirrored:
+            mirrors += s.mirror(MirrorSpec(kv=len(s.kv) - 1), whole)
     total = keys.shape[2]
     mask, bounds = _mask_operands(s, node, a["mask"], (*fake(q).shape[:3], total))
     operands = [
@@ -197,13 +228,15 @@ def _lower_attention_append(s: SegmentBuilder, node: fx.Node) -> None:
         batch_broadcast(s, cos, q),
         batch_broadcast(s, sin, q),
     ]
-    operands += [s.view(k_new), s.view(v_new), None]
+    operands += [s.view(k_new), s.view(v_new), None, *mirrors]
     ints = [int(a["causal"]), a["causal_offset"], a["window"], ROPE_KINDS.index(rope_name), 1]
     ints.append(_bf16_products(node))
     detail = "append" + (f"+rope_{rope_name}" if rope_name != "none" else "")
     detail += "+causal" if a["causal"] else "+mask" if mask is not None else ""
-    detail += codes(keys) + _products(node)
-    record = attention_record(node, q, (keys, values), detail, (q, k_new, v_new), ())
+    detail += codes(keys) + _products(node) + ("+int8_mirror" if is_mirrored else "")
+    record = attention_record(
+        node, q, (keys, values), detail, (q, k_new, v_new), (), is_mirrored=is_mirrored
+    )
     s.step("attention", operands, ints, [a["scale"], a["softcap"]], record)
 
 

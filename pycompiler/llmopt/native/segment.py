@@ -11,16 +11,17 @@ from operator import itemgetter
 from typing import Any, overload
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from llmopt.graph import fake, kind, numel, view_base
 from llmopt.native.program import ProgramBuilder, View
+from llmopt.ops.kv_codes import SCALE_BYTES
 from llmopt.quant.schemes import CodeForm
 from llmopt.sizes import Size
 from llmopt.types import Choice, LinearProblem
 
 # Where externals come from, in the order in which a run gets their addresses.
-SOURCES = ("packed", "bias", "argument", "result", "kv")
+SOURCES = ("packed", "bias", "argument", "result", "kv", "mirror")
 
 # Which configs a linear runs with: what was measured, or nothing and why.
 Tuner = Callable[[LinearProblem], Choice]
@@ -76,6 +77,15 @@ class KvSpec:
     new_length: Size
     width: int
     dtype: torch.dtype
+    is_mirrored: bool = False  # codes are kept beside it
+
+
+@dataclass(frozen=True)
+class MirrorSpec:
+    """Codes kept beside a cache of floats [B,H,S,D]: a growing one, by its number, or one that comes in as this argument."""
+
+    kv: int | None = None
+    argument: int | None = None
 
 
 @dataclass(frozen=True)
@@ -98,6 +108,7 @@ class StepRecord:
         ""  # of a linear: dtype of its multiplications, as `Probe.linear_peak` takes it
     )
     products: int = 1  # of that dtype that one product is made of
+    is_mirrored: bool = False  # of an attention: it keeps codes beside its keys and values
 
 
 @dataclass
@@ -110,11 +121,13 @@ class SegmentBuilder:
     records: list[StepRecord] = field(default_factory=list)
     packed: dict[PackedSpec, tuple[int, PackedSpec]] = field(default_factory=dict)
     kv: list[KvSpec] = field(default_factory=list)
+    mirrors: list[MirrorSpec] = field(default_factory=list)
     results: list[fx.Node] = field(default_factory=list)  # values handed out, in order
     kv_results: list[fx.Node] = field(
         default_factory=list
     )  # grown caches, handed out after the results
-    # The address of each external buffer: ("argument", i), ("packed", j), ("bias", j), ("result", k), ("kv", l).
+    # The address of each external buffer: ("argument", i), ("packed", j), ("bias", j), ("result", k), ("kv", l), and of
+    # mirror m ("mirror", 2 m) and ("mirror", 2 m + 1), its codes and their state.
     externals: list[tuple[str, int]] = field(default_factory=list)
     _buffers: dict[Any, int] = field(default_factory=dict)
 
@@ -157,6 +170,22 @@ class SegmentBuilder:
         self.kv_results.append(node)
         self._buffers[node] = self.external("kv", len(self.kv) - 1)
         return self._buffers[node]
+
+    def mirror(self, spec: MirrorSpec, cache: Tensor) -> list[View]:
+        """The operands of the codes beside a cache: as long as the cache, in the order of `slab_empty` or [B,H,S,D], and their state."""
+        if spec not in self.mirrors:
+            self.mirrors.append(spec)
+        number = 2 * self.mirrors.index(spec)
+        b, h, length, width = cache.shape
+        size = (b, h, length, width + SCALE_BYTES)
+        row = size[3]
+        stride = (h * length * row, length * row, row, 1)
+        if spec.kv is not None:
+            stride = (h * row, row, b * h * row, 1)
+        return [
+            View(self.external("mirror", number), torch.int8, size, stride),
+            View(self.external("mirror", number + 1), torch.int64, (b, h, 2), (2 * h, 2, 1)),
+        ]
 
     def shared_buffer(self, key: tuple, size: Size) -> tuple[int, bool]:
         """An arena buffer several steps of the segment share, and whether this call made it."""

@@ -40,30 +40,6 @@ def run(graph: fx.Graph) -> None:
             _match(graph, mode, node, written, writes)
 
 
-def float_caches(graph: fx.Graph) -> list[str]:
-    """Why caches of this graph cannot become codes by themselves, a sentence for each kind of cache.
-
-    What leaves the graph, or is written into a tensor that came in, is the caller's: it may be read or changed by any code before
-    the next call, so it keeps its dtype.
-    """
-    written = mutated_storages(graph)
-    reasons: dict[str, int] = {}
-    for node in graph.nodes:
-        name = kind(node)
-        if name == "llmopt.attention_append" and not node.kwargs.get("as_codes"):
-            reason = "leave the graph"
-        elif name == "llmopt.attention" and storage(node.args[1]) in written:
-            reason = "are written into tensors that belong to the caller"
-        else:
-            continue
-        reasons[reason] = reasons.get(reason, 0) + 1
-    return [
-        f'kv_cache="int8": keys and values of {count} attention(s) {reason}, where any code may read them, and stay as they are; '
-        "pass past_key_values=llmopt.KVCache(model)"
-        for reason, count in reasons.items()
-    ]
-
-
 def _read_codes(node: fx.Node, writes: Writes) -> None:
     """attention over keys and values widened from codes reads the codes."""
     widened = node.args[1:3]
