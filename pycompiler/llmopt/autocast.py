@@ -14,17 +14,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from llmopt.graph import (
-    FLOATS,
-    argument,
-    emit,
-    fake,
-    fake_mode_of,
-    is_tensor,
-    is_weight,
-    kind,
-    storage,
-)
+from llmopt.graph import FLOATS, argument, emit, fake, fake_mode_of, is_tensor, kind, storage
+from llmopt.parameters import is_weight
 from llmopt.writes import mutated_storages
 
 # By kind: the arguments that are cast, by position and keyword, and those of them that a linear rounds itself if they are weights.

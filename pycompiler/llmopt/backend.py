@@ -31,6 +31,7 @@ from llmopt.regions import inline
 from llmopt.tune.lookup import tuner_for
 from llmopt.types import Choice, Target
 from llmopt.windows import pin
+from llmopt.writes import separate_windows
 
 log = logging.getLogger("llmopt")
 
@@ -93,6 +94,7 @@ def _compile(
 ) -> Callable:
     clock = _Clock()
     fix_numbers(gm.graph)
+    separate_windows(gm.graph)
     decision = _run_passes(gm, example_inputs, options, machine, clock)
     if machine.gpu is None:
         plan = make_plan(gm.graph, machine, tuner_for(machine, options.mode))

@@ -13,7 +13,7 @@ from torch.autograd.graph import increment_version
 
 from llmopt.gpu.executor import GpuSegment
 from llmopt.gpu.segment import GpuSegmentBuilder
-from llmopt.graph import fake, getitem, is_dense, kind, view_base
+from llmopt.graph import fake, getitem, is_dense, is_in_place, kind, view_base
 from llmopt.kv import groups_of
 from llmopt.mirrors import CallerMirrors
 from llmopt.native.segment import SegmentBuilder, picker
@@ -104,9 +104,8 @@ class Segment(torch.nn.Module):
             self.profile_ns = self.program.profile(addresses, symbols, threads)
         else:
             self.program.run(addresses, symbols, threads)
-        if written := self._written(
-            arguments
-        ):  # whoever looks at versions takes note, as after PyTorch's own writes
+        written = self._written(arguments)
+        if written:  # whoever looks at versions takes note, as after PyTorch's own writes
             increment_version(t for t in written if not t.is_inference())
         if self._given_mirrors:
             self._caller_mirrors.written(arguments)
@@ -253,12 +252,14 @@ def build_executable(gm: fx.GraphModule, plan: Plan, options: Options) -> fx.Gra
     source = gm.graph
     graph = fx.Graph()
     made: dict[fx.Node, fx.Node] = {}
+    native = {node for level in plan.segments for node in plan.levels[level]}
     modules: dict[str, torch.nn.Module] = {}
 
     def value(node: fx.Node) -> fx.Node:
-        """The new graph's node for a value; views are repeated where Python reads them."""
+        """The new graph's node for a value. Views are repeated where Python reads them; what a kernel wrote in place is what it got."""
         if node not in made:
-            made[node] = graph.node_copy(node, value)
+            in_place = node in native and is_in_place(node)
+            made[node] = value(node.args[0]) if in_place else graph.node_copy(node, value)
         return made[node]
 
     for node in source.nodes:

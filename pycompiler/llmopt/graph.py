@@ -7,7 +7,6 @@ example value that carries shape, dtype and strides, `emit` adds a node with its
 from __future__ import annotations
 
 import operator
-import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from heapq import heappop, heappush
@@ -54,6 +53,7 @@ _ALIASES = {
     "irshift": "bitwise_right_shift_",
     "setitem": "setitem_",
 }
+_ALIASES |= {f"__{name}__": own for name, own in _ALIASES.items() if own.endswith("_")}
 
 # What torch.arange may be told without counting otherwise or elsewhere.
 PLAIN_ARANGE = frozenset({"device", "dtype", "layout", "pin_memory", "requires_grad"})
@@ -89,11 +89,15 @@ def kind(node: fx.Node) -> str:
 
 
 def _kind(node: fx.Node) -> str:
-    if node.op == "call_method":
-        name = node.target
-        return _ALIASES.get(name, name)
-    if node.op != "call_function":
+    if node.op not in ("call_function", "call_method"):
         return node.op
+    name = _name(node)
+    return name if node.kwargs.get("out") is None else f"{name}.out"
+
+
+def _name(node: fx.Node) -> str:
+    if node.op == "call_method":
+        return _ALIASES.get(node.target, node.target)
     target = node.target
     if target is getattr:
         return "getattr_" + str(node.args[1]) if len(node.args) > 1 else "getattr"
@@ -413,7 +417,40 @@ def is_in_place(node: fx.Node) -> bool:
     name = kind(node)
     if name.endswith("_") and not name.endswith("__") and name not in _NOT_MUTATING:
         return True
-    return any(schema.is_mutable for schema in schemas(node.target))
+    return bool(written_when_told(node)) or any(s.is_mutable for s in schemas(node.target))
+
+
+# Functions that write into some of their arguments where another one says so: name → (its place, its names, theirs).
+_WHEN_TOLD = {
+    "batch_norm": (5, ("training",), slice(1, 5)),
+    "instance_norm": (5, ("use_input_stats",), slice(1, 5)),
+    "embedding": (3, ("max_norm",), slice(1, 2)),
+    "embedding_bag": (3, ("max_norm",), slice(1, 2)),
+}
+
+
+def written_when_told(node: fx.Node) -> list[fx.Node]:
+    """The arguments that such a function writes into, or may."""
+    if node.op != "call_function" or (rule := _WHEN_TOLD.get(kind(node))) is None:
+        return []
+    place, names, written = rule
+    told = node.args[place] if len(node.args) > place else None
+    if told in (None, False) and all(node.kwargs.get(n) in (None, False) for n in names):
+        return []
+    return [a for a in (*node.args[written], *node.kwargs.values()) if isinstance(a, fx.Node)]
+
+
+def readers(value: fx.Node) -> list[fx.Node]:
+    """Everybody who reads a value's memory, through views and in-place results."""
+    found: dict[fx.Node, None] = {}
+    waiting = [value]
+    while waiting:
+        for user in waiting.pop().users:
+            if user not in found:
+                found[user] = None
+                if is_view(user) or (is_in_place(user) and storage(user) == storage(value)):
+                    waiting.append(user)
+    return list(found)
 
 
 def schemas(target: Any) -> list[torch.FunctionSchema]:
@@ -423,34 +460,6 @@ def schemas(target: Any) -> list[torch.FunctionSchema]:
     if isinstance(target, OpOverloadPacket):
         return [getattr(target, name)._schema for name in target.overloads()]
     return []
-
-
-def is_weight(node: Any) -> bool:
-    """True for a module's parameter or buffer (or a view of one): a tensor that stays the same between calls."""
-    if not is_tensor(node):
-        return False
-    base = view_base(node)
-    if base.op == "get_attr":
-        return True
-    if base.op != "placeholder":
-        return False
-    if isinstance(fake(base), torch.nn.Parameter):
-        return True
-    name = _source(base)
-    return "_parameters[" in name or "_buffers[" in name
-
-
-def weight_name(node: fx.Node) -> str:
-    """A parameter's or buffer's name in its model, such as layers.0.q_proj.weight; the node's own where it is unknown."""
-    parts = re.findall(r"\['([^']+)'\]", _source(view_base(node)))
-    return ".".join(parts[1:]) or node.name  # the first part is the variable that holds the model
-
-
-def _source(placeholder: fx.Node) -> str:
-    """Where Dynamo found what a placeholder stands for, as an expression."""
-    source = getattr(placeholder.meta.get("grapharg"), "source", None)
-    name = getattr(source, "name", "")
-    return name() if callable(name) else name
 
 
 def sole_user(node: fx.Node) -> fx.Node | None:

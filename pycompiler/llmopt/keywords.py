@@ -37,6 +37,8 @@ _Form = tuple[_Parameter, ...]  # the parameters of one overload
 def place_operands(graph: fx.Graph) -> None:
     """Makes positional, in every call, the required arguments that come next by keyword, and gives NumPy's names of others up."""
     for node in graph.nodes:
+        if node.op == "call_function":
+            _name_inplace(node)
         if node.op not in ("call_function", "call_method") or not node.kwargs:
             continue
         called = _Called(node)
@@ -44,6 +46,31 @@ def place_operands(graph: fx.Graph) -> None:
         names = called.next_required(len(node.args), node.kwargs.keys())
         node.args = (*node.args, *(node.kwargs[n] for n in names))
         node.kwargs = {n: v for n, v in node.kwargs.items() if n not in names}
+
+
+def _name_inplace(node: fx.Node) -> None:
+    """`inplace` by position gets its name, by which all see what the function does; without training, dropout does nothing in place."""
+    if getattr(node.target, "__module__", "") != torch.nn.functional.__name__:
+        return
+    names = _names_of(node.target)
+    if "inplace" in names and len(node.args) > names.index("inplace"):
+        place = names.index("inplace")
+        node.kwargs = {**node.kwargs, **dict(zip(names[place:], node.args[place:], strict=False))}
+        node.args = node.args[:place]
+    if "training" in names and node.kwargs.get("inplace") is True:
+        place = names.index("training")
+        training = node.args[place] if len(node.args) > place else node.kwargs.get("training")
+        if training is False:
+            node.kwargs = {n: v for n, v in node.kwargs.items() if n != "inplace"}
+
+
+@functools.cache
+def _names_of(function: Callable) -> tuple[str, ...]:
+    """Of a Python function's parameters; none where nobody knows them."""
+    try:
+        return tuple(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        return ()
 
 
 class _Called:

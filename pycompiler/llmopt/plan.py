@@ -23,6 +23,7 @@ from llmopt.graph import (
     is_view,
     kind,
     numel,
+    readers,
     storage,
     tensors_in,
     unreadable,
@@ -148,6 +149,7 @@ class _Roles:
         self.fallbacks: list[Fallback] = []
         self._unread: set[fx.Node] = set()
         self._sizes = SizeTable()
+        weights = _packed_storages(graph)
         for node in graph.nodes:
             if (
                 node.op not in ("call_function", "call_method", "call_module")
@@ -159,6 +161,8 @@ class _Roles:
             if not reason:
                 kernel, reason = kernel_for(node)
             reason = reason or self._unknown_sizes(node) or self._unknown_layout(node)
+            if any(storage(n) in weights for n in written_by(node)):
+                reason = reason or "writes a weight that a linear reads"
             if kernel is not None and not reason:
                 self.native[node] = kernel
             else:
@@ -189,9 +193,9 @@ class _Roles:
             fed = any(
                 _producer(n, self) in self.native for n in node.all_input_nodes if is_tensor(n)
             )
-            readers = [u for value in _value_nodes(node) for u in _readers(value) if not is_view(u)]
-            in_python = any(self.is_eager(u) for u in readers)
-            alone = not fed and (in_python or not any(u in self.native for u in readers))
+            read_by = [u for value in _value_nodes(node) for u in readers(value) if not is_view(u)]
+            in_python = any(self.is_eager(u) for u in read_by)
+            alone = not fed and (in_python or not any(u in self.native for u in read_by))
             if alone or any(map(self.is_eager, later)):
                 del self.native[node]
                 self.fallbacks.append(
@@ -245,6 +249,16 @@ class _Roles:
             if is_tensor(base) and fake(base).device != self._device:
                 return f"{base.name} is on {fake(base).device}"
         return ""
+
+
+def _packed_storages(graph: fx.Graph) -> set[int | None]:
+    """Memory that linears take for weights and biases: a segment packs those before its first step."""
+    linears = [n for n in graph.nodes if kind(n) in ("llmopt.linear", "llmopt.linear_quantized")]
+    found: list[fx.Node] = []
+    for linear in linears:
+        given = {name: v for name, v in linear.kwargs.items() if name != "residual"}
+        fx.node.map_arg((linear.args[1:], given), found.append)
+    return {storage(n) for n in found} - {None}
 
 
 def _device_of(graph: fx.Graph) -> torch.device:
@@ -343,14 +357,6 @@ def _value_nodes(node: fx.Node) -> list[fx.Node]:
     return sorted(u for u in node.users if kind(u) == "getitem")
 
 
-def _readers(value: fx.Node) -> Iterator[fx.Node]:
-    """Everybody who reads a value's memory, through views and in-place results."""
-    for user in value.users:
-        yield user
-        if is_view(user) or (is_in_place(user) and storage(user) == storage(value)):
-            yield from _readers(user)
-
-
 def _lower(
     segment: SegmentBuilder,
     nodes: list[fx.Node],
@@ -363,7 +369,7 @@ def _lower(
     lives: list[Life] = []
     for node in nodes:
         for value in _value_nodes(node):
-            users = [u for u in _readers(value) if not is_view(u)]
+            users = [u for u in readers(value) if not is_view(u)]
             escapes = any(levels.get(u, -1) != level for u in users)
             if kind(node) in APPENDS and value.args[1] > 0:
                 continue  # grown caches come from the cache manager

@@ -5,16 +5,32 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import fx
 
-from llmopt.graph import argument, is_in_place, is_view, schemas, storage
+from llmopt.graph import (
+    argument,
+    emit,
+    fake,
+    is_dense,
+    is_in_place,
+    is_tensor,
+    is_view,
+    kind,
+    readers,
+    refresh,
+    schemas,
+    storage,
+    view_base,
+    written_when_told,
+)
 
 
 def written_by(node: fx.Node) -> list[fx.Node]:
-    """The inputs that a node writes into: what its signature says, else `out` or what stands first."""
+    """The inputs that a node writes into, or may: what its signature says, else `out` or what stands first."""
     if not is_in_place(node):
         return []
-    written: list[Any] = []
+    written: list[Any] = [*written_when_told(node)]
     for schema in schemas(node.target):
         for i, a in enumerate(schema.arguments):
             if a.alias_info is not None and a.alias_info.is_write:
@@ -38,6 +54,44 @@ def mutated_storages(graph: fx.Graph) -> set[int]:
     """Memory that some node writes into."""
     written = {storage(n) for node in graph.nodes for n in written_by(node)}
     return {s for s in written if s is not None}
+
+
+# What gives a window on its input where that lies as it has to, and else a copy.
+_WINDOW_OR_COPY = frozenset({"view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "ravel", "contiguous"})  # fmt: skip
+
+
+# What passes lay out in another way, and with it what is computed from its result.
+_LAID_OUT_ANEW = frozenset({"linear", "matmul", "mm", "addmm", "bmm", "scaled_dot_product_attention"})  # fmt: skip
+
+
+def _is_computed(node: fx.Node) -> bool:
+    return is_tensor(node) and node.op not in ("placeholder", "get_attr")
+
+
+def separate_windows(graph: fx.Graph) -> None:
+    """Copies what an operation made, where the graph writes into it and sees it through a window that needs its layout.
+
+    Passes may lay out the operation's result in another way, and then the window would become a copy that the write does not reach; the
+    copy made here has memory of its own, whatever becomes of its source.
+    """
+    written = mutated_storages(graph)
+    if not written:
+        return
+    for node in list(graph.nodes):
+        made = node.op in ("call_function", "call_method", "call_module") and is_tensor(node)
+        if not made or storage(node) not in written or view_base(node) is not node:
+            continue
+        if kind(node) not in _LAID_OUT_ANEW and not any(map(_is_computed, node.all_input_nodes)):
+            continue
+        if not any(kind(u) in _WINDOW_OR_COPY and is_view(u) for u in readers(node)):
+            continue
+        dense = torch.contiguous_format if is_dense(fake(node)) else torch.preserve_format
+        layout = {"memory_format": dense}
+        with graph.inserting_after(node):
+            own = emit(graph, fake(node).fake_mode, torch.clone, (node,), layout, node)
+        users = [u for u in node.users if u is not own]
+        node.replace_all_uses_with(own, delete_user_cb=lambda user, own=own: user is not own)
+        refresh([u for u in users if is_tensor(u)])
 
 
 class Writes:

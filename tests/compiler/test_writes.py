@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -201,12 +202,208 @@ def test_a_weight_that_is_written_between_two_linears() -> None:
             torch.testing.assert_close(ours.rows, theirs.rows, rtol=1e-4, atol=1e-4)
 
 
-def test_what_is_written_to_out_is_not_dropped() -> None:
-    """A call that gives its result to `out` has an effect, whoever reads what it returns."""
+def seeded(make: Callable[[], nn.Module]) -> nn.Module:
+    torch.manual_seed(0)
+    return make().eval()
 
-    def function(x: Tensor, y: Tensor) -> Tensor:
+
+@torch.no_grad()
+def test_a_weight_that_other_names_reach() -> None:
+    """Written by a kernel whose result the linear takes; through a second buffer, or an input, over the same memory."""
+
+    class Result(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            weight = self.weight.copy_(F.layer_norm(x, (8,)))
+            bias = self.bias.copy_(F.layer_norm(x, (8,))[0])
+            return F.linear(x, weight, bias)
+
+    class Buffer(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(8, 8)
+            self.register_buffer("same", self.weight.data)
+
+        def forward(self, x: Tensor) -> Tensor:
+            before = super().forward(x)
+            self.same[2:4].copy_(F.layer_norm(x[:2], (8,)))
+            return before + super().forward(x)
+
+    class Argument(nn.Linear):
+        def forward(self, x: Tensor, same: Tensor) -> Tensor:
+            before = super().forward(x)
+            same.copy_(F.layer_norm(x, (8,)))
+            return before + super().forward(x)
+
+    for make in (lambda: Result(8, 8), Buffer, lambda: Argument(8, 8)):
+        torch._dynamo.reset()
+        x, (ours, theirs) = randn(8, 8), (seeded(make) for _ in range(2))
+        compiled = torch.compile(ours, backend="llmopt")
+        for n in range(3):
+            more = [[m.weight.detach()] if isinstance(m, Argument) else [] for m in (ours, theirs)]
+            got, want = compiled(x + n, *more[0]), theirs(x + n, *more[1])
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_results_of_kernels_that_write_in_place() -> None:
+    """Returned, or read by PyTorch: what was written, once."""
+
+    def returned(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        z = x.copy_(F.layer_norm(y, (8,)))
+        y.copy_(F.layer_norm(x, (8,)) + 1)
+        return z, F.layer_norm(x, (8,))
+
+    def its_source_is_written(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        before = x.clone()
+        z = x.copy_(F.layer_norm(y, (8,)))
+        y.copy_(F.layer_norm(before, (8,)))
+        return z, F.layer_norm(x, (8,)), F.layer_norm(y, (8,))
+
+    for function in (returned, its_source_is_written):
+        check(function, Q, K, takes=["copy"])
+
+    def slid_and_returned(q: Tensor, new: Tensor, cache: Tensor) -> tuple[Tensor, ...]:
+        z = cache.copy_(slid(cache, F.layer_norm(new, (8,))))
+        return F.scaled_dot_product_attention(q, cache, cache), z, z.cumsum(0)
+
+    check(slid_and_returned, Q, NEW, CACHE, takes=["slide"])
+
+
+def test_writes_through_windows_of_a_result() -> None:
+    """A window that needs the layout of what it is on stays one when passes would lay that out in another way."""
+    a, b = nn.Linear(8, 8), nn.Linear(8, 8)
+    windows: list[Callable[[Tensor], Tensor]] = [
+        lambda t: t.view(-1),
+        lambda t: t.flatten(),
+        lambda t: t.reshape(-1, 2),
+        lambda t: t.contiguous(),
+    ]
+    for window in windows:
+
+        def projections(x: Tensor, window: Callable = window) -> Tensor:
+            q, k = a(x), b(x)
+            window(q)[:4] = 5.0
+            q = q * 2
+            return q + k
+
+        def written_later(x: Tensor, window: Callable = window) -> tuple[Tensor, Tensor]:
+            q, k = a(x), b(x)
+            seen = window(q)
+            q.mul_(2)
+            return seen * 1, k
+
+        def attended(x: Tensor, window: Callable = window) -> Tensor:
+            y = F.scaled_dot_product_attention(x, x, x)
+            window(y)[:1] = 9.0
+            return y * 1
+
+        for function in (projections, written_later, attended):
+            check(function, Q)
+
+
+def test_results_keep_their_layout() -> None:
+    """Projections that the caller gets are not windows on a wider row: view(-1) works on them as in eager."""
+    a, b = nn.Linear(8, 8), nn.Linear(8, 8)
+    with torch.no_grad():
+        first, second = torch.compile(lambda x: (a(x), b(x)), backend="llmopt")(Q)
+    assert first.is_contiguous()
+    assert second.view(-1).shape == (Q.numel(),)
+
+
+def test_what_is_written_to_out() -> None:
+    """A call that gives its result to `out` has an effect, whoever reads what it returns."""
+    linear = nn.Linear(8, 8)
+
+    def unread(x: Tensor, y: Tensor) -> Tensor:
         h = F.layer_norm(x, (8,))
         torch.ops.aten.add.out(h, h, out=y)
         return F.layer_norm(y, (8,))
 
-    check(function, Q, K)
+    def product(x: Tensor, y: Tensor) -> Tensor:
+        return torch.matmul(x, linear.weight, out=y) + F.layer_norm(x, (8,))
+
+    def activation(x: Tensor, y: Tensor) -> Tensor:
+        return torch.ops.aten.silu.out(linear(x), out=y) + 1
+
+    def norm(x: Tensor, y: Tensor) -> Tensor:
+        scale = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5)
+        return torch.mul(linear.bias, x * scale, out=y) + 1
+
+    for function in (unread, product, activation, norm):
+        check(function, Q, K)
+
+
+NORMED = {
+    "leaky_relu": lambda h: F.leaky_relu(h, 0.3, True),
+    "elu": lambda h: F.elu(h, 1.0, True),
+    "hardtanh": lambda h: F.hardtanh(h, -0.5, 0.5, True),
+    "relu": lambda h: F.relu(h, True),
+    "silu": lambda h: F.silu(h, True),
+    "module": nn.LeakyReLU(0.2, inplace=True),
+    "dropout that is off": lambda h: F.dropout(h, 0.5, False, True) * 1,
+    "pow": lambda h: h.__ipow__(2),
+    "add": lambda h: h.__iadd__(2),
+}
+
+
+@pytest.mark.parametrize("name", NORMED)
+def test_inplace_by_position(name: str) -> None:
+    def read_again(x: Tensor) -> tuple[Tensor, Tensor]:
+        h = F.layer_norm(x, (8,))
+        z = NORMED[name](h)
+        return F.layer_norm(h, (8,)), z
+
+    def unread(x: Tensor) -> Tensor:
+        NORMED[name](x)
+        return F.layer_norm(x, (8,))
+
+    for function in (read_again, unread):
+        check(function, Q)
+
+
+def test_functions_that_write_when_told() -> None:
+    """Statistics of a batch, rows of a table whose norm is bounded: written, whoever reads the result."""
+
+    def statistics(x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+        before = F.layer_norm(mean, (3,))
+        F.batch_norm(x, mean, var, training=True)
+        return before + F.layer_norm(mean, (3,))
+
+    check(statistics, Q, randn(3), randn(3).abs())
+
+    def instances(x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+        y = F.instance_norm(x, mean, var, use_input_stats=True)
+        return F.layer_norm(mean, (3,)) + y.sum()
+
+    check(instances, Q, randn(3), randn(3).abs())
+
+    def bounded(ids: Tensor, table: Tensor) -> Tensor:
+        F.embedding(ids, table, max_norm=0.5)
+        return F.layer_norm(table, (8,))
+
+    check(bounded, torch.tensor([1, 2]), randn(5, 8))
+
+
+def test_a_chain_of_writes_compiles_in_time() -> None:
+    """Whoever looks for readers through views and writes visits each of them once."""
+
+    def chain(x: Tensor) -> Tensor:
+        h = F.layer_norm(x, (8,))
+        for _ in range(40):
+            h = h.add_(h.view(-1).view(h.shape))
+        return h * 1e-12
+
+    check(chain, Q)
+
+
+@pytest.mark.parametrize("options", [{}, {"precision": "w8a8"}, {"precision": "w8a8", "group": "channel"}])  # fmt: skip
+def test_nothing_to_compute(options: dict[str, str]) -> None:
+    model = nn.Sequential(nn.Linear(64, 0), nn.Linear(0, 64)).eval()
+    torch._dynamo.reset()
+    with torch.no_grad():
+        got = torch.compile(model, backend="llmopt", options=options)(randn(4, 64))
+        torch.testing.assert_close(got, model(randn(4, 64)))
+
+    def empty_cache(q: Tensor, new: Tensor, cache: Tensor) -> Tensor:
+        cache.copy_(cache.roll(-1, dims=-2))
+        return F.layer_norm(q, (8,))
+
+    check(empty_cache, Q, NEW, CACHE[:, :, :0])

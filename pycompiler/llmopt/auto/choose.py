@@ -31,9 +31,10 @@ from llmopt.auto.plans import (
 )
 from llmopt.auto.timing import LayerClock
 from llmopt.auto.trial import Layers, Trial
-from llmopt.graph import FLOATS, fake, is_weight, kind, view_base, weight_name
+from llmopt.graph import FLOATS, fake, kind, view_base
 from llmopt.ops.attention import APPENDS
 from llmopt.ops.linear import parts
+from llmopt.parameters import is_weight, weight_name
 from llmopt.quant.budget import DEFAULT_BUDGET, Choice, Decision, decide
 from llmopt.quant.rounding import why_not
 from llmopt.quant.schemes import CodeForm, Scheme

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from llmopt.graph import is_view, is_weight, kind
+from llmopt.graph import is_view, kind
 from llmopt.ops.linear import parts as linear_parts
 from llmopt.ops.linear_quantized import parts as quantized_parts
+from llmopt.parameters import is_weight
 from llmopt.quant.evaluate import POSITIONS_AT_ONCE, divergence
 
 WORST = 1e6  # stands for a distance that is infinite or NaN

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from llmopt.gpu.segment import GpuSegmentBuilder
 from llmopt.gpu.weights import Prepared
-from llmopt.graph import is_in_place, is_weight, kind, view_base
+from llmopt.graph import is_in_place, kind, view_base
 from llmopt.messages import say
+from llmopt.parameters import is_weight
 from llmopt.writes import written_by
 
 log = logging.getLogger("llmopt")

@@ -12,14 +12,14 @@ from llmopt.graph import (
     argument,
     fake,
     is_dense,
+    is_empty,
     is_one,
     is_tensor,
-    is_view,
     kind,
     numel,
+    readers,
     same_size,
     storage,
-    view_base,
 )
 from llmopt.native.operands import (
     FLOATS,
@@ -223,31 +223,10 @@ def _lower_cat(s: SegmentBuilder, node: fx.Node) -> None:
         s.step("copy", [s.view(piece), y], [], [], record)
 
 
-_WRITES_WEIGHT = "writes a weight that a linear reads"
-
-
-def _is_packed(node: fx.Node) -> bool:
-    """True for memory that a linear takes for a weight or a bias: a segment packs those before its first step."""
-    return any(
-        kind(u) in ("llmopt.linear", "llmopt.linear_quantized")
-        and any(view_base(n) is view_base(node) for n in _constants_of(u))
-        for u in _readers(view_base(node))
-    )
-
-
-def _constants_of(linear: fx.Node) -> list[fx.Node]:
-    found: list[fx.Node] = []
-    given = {k: v for k, v in linear.kwargs.items() if k != "residual"}
-    fx.node.map_arg((linear.args[1:], given), found.append)
-    return found
-
-
 def reject_index_copy(node: fx.Node) -> str:
     if len(node.args) != 4 or node.kwargs:
         return "runs as in PyTorch"
     cache, dim, index, new = node.args
-    if _is_packed(cache):
-        return _WRITES_WEIGHT
     values = [fake(t) for t in (cache, new)]
     if dim not in (2, -2) or any(v.dim() != 4 or v.dtype not in FLOATS for v in values):
         return "runs as in PyTorch"
@@ -272,13 +251,13 @@ def _lower_index_copy(s: SegmentBuilder, node: fx.Node) -> None:
 
 
 def _reject_slide(node: fx.Node) -> str:
-    if _is_packed(node.args[0]):
-        return _WRITES_WEIGHT
     values = [fake(t) for t in node.args]
     if any(v.dtype not in FLOATS for v in values):
         return "runs as in PyTorch"
     if not all(same_size(v.stride(-1), 1) for v in values):
         return "last dimension is not dense"
+    if is_empty(values[0]):
+        return "runs as in PyTorch"
     return _reject_shared(values[0])
 
 
@@ -311,8 +290,6 @@ def _reject_copy_into(node: fx.Node) -> str:
     y, x = map(fake, node.args)
     if x.dtype not in FLOATS or y.dtype not in FLOATS or not x.dim() <= y.dim() <= MAX_DIMS:
         return "runs as in PyTorch"
-    if _is_packed(node.args[0]):
-        return _WRITES_WEIGHT
     if storage(node.args[0]) == storage(node.args[1]):
         return "copies within the same memory"
     return _reject_shared(y)
@@ -344,17 +321,9 @@ def arange_bounds(node: fx.Node) -> tuple[Size, Size] | None:
 def _reject_arange(node: fx.Node) -> str:
     if arange_bounds(node) is None:
         return "runs as in PyTorch"
-    if any(kind(u) in ("llmopt.embedding", "index_copy_") for u in _readers(node)):
+    if any(kind(u) in ("llmopt.embedding", "index_copy_") for u in readers(node)):
         return "indices are checked before a segment runs"
     return ""
-
-
-def _readers(node: fx.Node) -> Iterator[fx.Node]:
-    """Who reads a value, through views."""
-    for user in node.users:
-        yield user
-        if is_view(user):
-            yield from _readers(user)
 
 
 def _lower_arange(s: SegmentBuilder, node: fx.Node) -> None:

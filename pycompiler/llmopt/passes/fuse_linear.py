@@ -227,6 +227,8 @@ def _join(edit: _Edit, x: fx.Node, group: list[fx.Node]) -> None:
         b for n in group for b in (parts(n)["biases"] or (None,) * len(parts(n)["weights"]))
     )
     first = group[0]
+    if any(u.op == "output" for n in group for u in n.users):
+        return  # a window on a wider row is not what the caller gets from PyTorch
     if edit.writes.between((x, *weights, *(b for b in biases if b is not None)), first, group[-1]):
         return
     late = [w for w in (*weights, *biases) if isinstance(w, fx.Node) and first < w]

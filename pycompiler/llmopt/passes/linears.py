@@ -14,7 +14,6 @@ from llmopt.graph import (
     fake,
     fake_mode_of,
     is_tensor,
-    is_weight,
     kind,
     own_value,
     replace,
@@ -23,6 +22,7 @@ from llmopt.graph import (
     sole_user,
     unreadable,
 )
+from llmopt.parameters import is_weight
 from llmopt.writes import Writes
 
 

@@ -9,7 +9,17 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from llmopt.graph import fake, is_tensor, is_view, kind, numel, refresh, storage, view_base
+from llmopt.graph import (
+    fake,
+    is_empty,
+    is_tensor,
+    is_view,
+    kind,
+    numel,
+    refresh,
+    storage,
+    view_base,
+)
 from llmopt.ops.linear_quantized import parts
 from llmopt.sizes import size_hint
 from llmopt.writes import mutated_storages
@@ -23,18 +33,20 @@ def run(graph: fx.Graph) -> None:
     written = mutated_storages(graph)
     linears = {n for n in graph.nodes if _may_be_narrow(n, written)}
     attentions = {n for n in graph.nodes if kind(n) == _ATTENTION and _is_free(n)}
-    before = None
-    while before != (before := (len(linears), len(attentions))):
+    before = -1
+    while before != len(linears) + len(attentions):  # what was excluded may exclude others
+        before = len(linears) + len(attentions)
         linears = {n for n in linears if _only_rounded(n, attentions)}
         attentions = {n for n in attentions if all(s in linears for s in _sources(n))}
+    in_bf16 = linears | attentions
     for node in linears:
         node.kwargs = {**node.kwargs, "dtype": torch.bfloat16}
-    narrow, narrowed = linears | attentions, sorted(linears)
+    changed = sorted(linears)
     for node in graph.nodes:
-        if kind(node) == _LINEAR and node not in linears and _source(node.args[0]) in narrow:
+        if kind(node) == _LINEAR and node not in linears and _source(node.args[0]) in in_bf16:
             node.kwargs = {**node.kwargs, "dtype": fake(node).dtype}
-            narrowed.append(node)
-    refresh(narrowed)
+            changed.append(node)
+    refresh(changed)
 
 
 def _may_be_narrow(node: fx.Node, written: set[int]) -> bool:
@@ -42,6 +54,7 @@ def _may_be_narrow(node: fx.Node, written: set[int]) -> bool:
         kind(node) == _LINEAR
         and fake(node).dtype == torch.float32
         and parts(node)["residual"] is None
+        and not is_empty(fake(node))
         and size_hint(numel(fake(node)) // fake(node).shape[-1]) >= _LEAST_ROWS
         and storage(node) not in written
     )

@@ -21,7 +21,6 @@ from llmopt.graph import (
     fake,
     fake_mode_of,
     is_tensor,
-    is_weight,
     kind,
     own_value,
     replace,
@@ -30,6 +29,7 @@ from llmopt.graph import (
     sole_user,
     strip,
 )
+from llmopt.parameters import is_weight
 from llmopt.writes import Writes
 
 _VARIABLE_EPS = "eps is not a constant"

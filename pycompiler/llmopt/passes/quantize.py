@@ -20,13 +20,12 @@ from llmopt.graph import (
     fake_mode_of,
     is_tensor,
     is_view,
-    is_weight,
     kind,
     replace,
     unreadable,
-    weight_name,
 )
 from llmopt.ops.linear import given, parts
+from llmopt.parameters import is_weight, weight_name
 from llmopt.passes.simplify import erase_unused
 from llmopt.quant.schemes import Scheme, of_head
 

@@ -69,7 +69,7 @@ def _is_last_position(where: Any) -> bool:
     if not isinstance(where, tuple) or len(where) != 3 or where[:2] != (slice(None), slice(None)):
         return False
     index = where[2]
-    if isinstance(index, fx.Node) and kind(index) == "tensor":
+    if isinstance(index, fx.Node) and kind(index) == "tensor" and fake(index).dtype == torch.int64:
         index = index.args[0]
     return index == [-1] or index == slice(-1, None)
 

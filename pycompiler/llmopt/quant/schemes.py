@@ -27,6 +27,8 @@ class CodeForm:
 
     def reject(self, k: int) -> str:
         """Why a linear of k inputs cannot have this form; "" when it can."""
+        if k == 0:
+            return "it has no inputs"
         if self.bits == 4 and k % 2:
             return f"{k} inputs are odd, and two 4-bit codes share a byte"
         if k % self.group_of(k):
