@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from llmopt.kernels.gemm import round_rows, tanh
 from llmopt.kernels.tiles import reject_attention
-from llmopt.launch import AttentionProblem, AttentionTile, Launch
+from llmopt.launch import LARGEST_HEAD, AttentionProblem, AttentionTile, Launch
 from llmopt.registry import Kernel, register
 from llmopt.types import Target
 
@@ -26,7 +26,6 @@ TILES = (
     (128, (AttentionTile(64, 64, 4, 3), AttentionTile(64, 32, 4, 3))),
     (256, (AttentionTile(64, 32, 8, 2), AttentionTile(32, 32, 4, 2))),
 )
-LARGEST_HEAD = 256
 WARP_GROUPS = ("sm_90", "sm_100")  # whose products leave registers free
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 

@@ -10,7 +10,7 @@
 // ints: is_causal, causal_offset, window (0: none), rope_kind (0 none, 1 half, 2 interleaved), write_kv, bf16_products
 //   (1: products of several queries may round what they multiply to bf16)
 // floats: scale, softcap (0: none)
-//   H is a multiple of Hkv; D and Dv are at most 256. Key j is allowed for row i when j <= i + causal_offset (causal),
+//   H is a multiple of Hkv; D and Dv are at most 512. Key j is allowed for row i when j <= i + causal_offset (causal),
 //   j > i + causal_offset - window (window) and the mask lets it. A row with no allowed key gives zeros; what lies in
 //   a key or value that a row may not see, NaN included, never reaches that row.
 //   rope_kind rotates the first R dims of q and k_new. With write_kv, rotated k_new and v_new go to the slots

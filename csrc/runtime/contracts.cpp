@@ -222,7 +222,7 @@ const char* attention(const Call& c) {
   for (int i = 0; i < 4; ++i) {
     const bool is_key = i == 1 || i == 2;
     if (is_key ? !key_rows(t[i]) : !float_rows(t[i], 4)) return "q, k, v and out are not float [B, H, S, D]";
-    if ((is_key ? head_size(t[i]) : t[i].size[3]) > kMaxHeadDim) return "a head is longer than 256";
+    if ((is_key ? head_size(t[i]) : t[i].size[3]) > kMaxHeadDim) return "a head is longer than 512";
   }
   const int64_t batch = q.size[0], heads = q.size[1], queries = q.size[2], keys = k.size[2], kv_heads = k.size[1];
   if (k.size[0] != batch || head_size(k) != q.size[3]) return "q and k differ in batch or head size";

@@ -6,7 +6,7 @@
 
 namespace llmopt {
 
-constexpr int64_t kMaxHeadDim = 256;  // of attention: heads live in arrays of this length
+constexpr int64_t kMaxHeadDim = 512;  // of attention: heads live in arrays of this length
 
 // D of rows of keys or values: floats, or D signed bytes and the four of their scale.
 static inline int64_t head_size(const Tensor& t) { return t.dtype == DType::s8 ? t.size[3] - 4 : t.size[3]; }

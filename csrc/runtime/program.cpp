@@ -250,7 +250,7 @@ void Program::resolve(Context& c, const std::vector<int64_t>& externals, const s
     for (size_t k : varying_steps_) resolve_step(c, k, threads);
   else
     for (size_t k = 0; k < steps_.size(); ++k) resolve_step(c, k, threads);
-  c.local.reserve(kLocalBytes * static_cast<size_t>(threads));
+  c.local.reserve(kMostLocalBytes * static_cast<size_t>(threads));
   c.threads = threads;
 }
 
@@ -269,7 +269,7 @@ Span Program::first_read_after(const Context& c, size_t k, int phase, int thread
 void Program::body(Team& team, int thread, void* context) {
   Context& c = *static_cast<Context*>(context);
   const Program& p = *c.program;
-  const Scratch scratch{c.workspace.data(), c.local.data() + kLocalBytes * static_cast<size_t>(thread),
+  const Scratch scratch{c.workspace.data(), c.local.data() + kMostLocalBytes * static_cast<size_t>(thread),
                         reinterpret_cast<int32_t*>(c.counters.data())};
   const bool timed = thread == 0 && c.step_ns;
   auto last = std::chrono::steady_clock::now();

@@ -58,6 +58,13 @@ class Segment(torch.nn.Module):
         self._given_mirrors = list(given.values())
         self._caller_mirrors = CallerMirrors(list(given))
         self._num_mirrors = len(builder.mirrors)
+        made = [(a, n) for n, a in builder.inputs.items() if _made_by_python(n)]
+        self._check_dense = [a for a, n in made if is_dense(fake(n))]
+        self._check_strides = [
+            (a, [self._want(sizes)(s) for s in fake(n).stride()])
+            for a, n in made
+            if not is_dense(fake(n))
+        ]
         self._costs = [(sizes.id(r.flops), sizes.id(r.bytes)) for r in builder.records]
         builder.sort_externals()
         self.program = builder.builder.build(target.tier)
@@ -70,7 +77,6 @@ class Segment(torch.nn.Module):
         self._arguments = picker([n for source, n in builder.externals if source == "argument"])
         self._packed_externals = [e for e in builder.externals if e[0] in ("packed", "bias")]
         self._written = picker(_written_arguments(builder))
-        self._check_dense = [builder.inputs[n] for n in builder.inputs if _made_by_python(n)]
         self._packed_addresses: list[int] = []
         self._watch: Watch | None = None
         self._repack = False  # the next call packs every weight again, whatever it sees of it
@@ -87,11 +93,11 @@ class Segment(torch.nn.Module):
         return self._call(arguments, profile=True)
 
     def _call(self, arguments: tuple, profile: bool) -> tuple[Tensor, ...]:
-        if self._check_dense:
-            arguments = self._with_dense(arguments)
-        packed = self._weights_ready(arguments)
         symbols = self.symbol_values(arguments)
         values = self.program.sizes(symbols, self._wanted) if self._wanted else ()
+        if self._check_dense or self._check_strides:
+            arguments = self._laid_out(arguments, values)
+        packed = self._weights_ready(arguments)
         results = [spec.allocate(values) for spec in self._outputs]
         if self._num_kv:
             results += self._grown(arguments, values)
@@ -158,14 +164,18 @@ class Segment(torch.nn.Module):
 
         return position
 
-    def _with_dense(self, arguments: tuple) -> tuple:
-        """What Python made is passed on contiguous, as its example value promised."""
-        if all(arguments[a].is_contiguous() for a in self._check_dense):
-            return arguments
-        fixed = list(arguments)
-        for a in self._check_dense:
-            fixed[a] = fixed[a].contiguous()
-        return tuple(fixed)
+    def _laid_out(self, arguments: tuple, values: Sequence[int]) -> tuple:
+        """What Python made is passed on as its example value lies: contiguous most often."""
+        fixed = {
+            a: arguments[a].contiguous()
+            for a in self._check_dense
+            if not arguments[a].is_contiguous()
+        }
+        for a, wanted in self._check_strides:
+            given, stride = arguments[a], tuple(values[n] for n in wanted)
+            if given.stride() != stride:
+                fixed[a] = torch.empty_strided(given.shape, stride, dtype=given.dtype).copy_(given)
+        return tuple(fixed.get(n, a) for n, a in enumerate(arguments)) if fixed else arguments
 
     def _weights_ready(self, arguments: tuple) -> list[int]:
         """The addresses of packed weights and biases, made again first where a source changed."""
@@ -240,11 +250,9 @@ def _written_arguments(builder: SegmentBuilder) -> list[int]:
 
 
 def _made_by_python(node: fx.Node) -> bool:
-    """True for what Python computes: contiguous, or the planner would not have taken its readers. A result of another
-    segment lies as its example value says."""
-    if node.op not in ("call_function", "call_method", "call_module"):
-        return False
-    return isinstance(fake(node), Tensor) and is_dense(fake(node))
+    """True for tensors that Python computes. A result of another segment lies as its example value says."""
+    called = node.op in ("call_function", "call_method", "call_module")
+    return called and isinstance(fake(node), Tensor)
 
 
 def build_executable(gm: fx.GraphModule, plan: Plan, options: Options) -> fx.GraphModule:

@@ -84,6 +84,9 @@ class LinearProblem:
     offsets: bool = False  # of weights that are codes
 
 
+LARGEST_HEAD = 256  # of attention on GPUs
+
+
 @dataclass(frozen=True)
 class AttentionProblem:
     """One attention: q [B, H, Sq, D] over keys [B, Hkv, Skv, D]."""

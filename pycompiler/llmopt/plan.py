@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import fx
@@ -149,6 +150,8 @@ class _Roles:
         self.fallbacks: list[Fallback] = []
         self._unread: set[fx.Node] = set()
         self._sizes = SizeTable()
+        self._on_cpu = target.gpu is None
+        self._written = mutated_storages(graph)
         weights = _packed_storages(graph)
         for node in graph.nodes:
             if (
@@ -224,7 +227,9 @@ class _Roles:
 
     def _unknown_sizes(self, node: fx.Node) -> str:
         """A size the executor could not know when the segment runs."""
-        values = [fake(n) for n in (node, *node.all_input_nodes)]
+        return self._unknown_among([fake(n) for n in (node, *node.all_input_nodes)])
+
+    def _unknown_among(self, values: list[Any]) -> str:
         sizes: list[Size] = [v for v in values if isinstance(v, torch.SymInt)]
         for value in tensors_in(values):
             sizes += [*value.shape, *value.stride(), value.storage_offset()]
@@ -240,11 +245,20 @@ class _Roles:
                 return str(error)
         return ""
 
+    def _can_lay_out(self, base: fx.Node) -> bool:
+        """Whether a segment may copy what PyTorch made into the order that it knows, where it lies in another."""
+        return (
+            self._on_cpu
+            and storage(base) not in self._written
+            and not self._unknown_among([fake(base)])
+        )
+
     def _unknown_layout(self, node: fx.Node) -> str:
-        """An eager input whose memory order PyTorch does not promise."""
+        """An eager input whose memory order PyTorch does not promise, where a segment could not bring it into the one it knows."""
         for value in node.all_input_nodes:
             base = view_base(value)
-            if is_tensor(base) and self.is_eager(base) and not is_dense(fake(base)):
+            uncertain = is_tensor(base) and self.is_eager(base) and not is_dense(fake(base))
+            if uncertain and not self._can_lay_out(base):
                 return f"memory order of {base.name} is not certain"
             if is_tensor(base) and fake(base).device != self._device:
                 return f"{base.name} is on {fake(base).device}"

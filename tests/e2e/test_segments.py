@@ -73,6 +73,50 @@ def test_a_convolution_is_the_only_cut(dims: int) -> None:
     check(function, randn(2, 3, *(16,) * dims), segments=1)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_blocks_of_convolutions_and_linears(dynamic: bool) -> None:
+    """ConvNeXt's block: channels go last and come back, so that PyTorch may lay out what it makes in either order."""
+    convolution = nn.Conv2d(24, 24, 3, padding=1, groups=24)
+    norm, up, down = nn.LayerNorm(24), nn.Linear(24, 96), nn.Linear(96, 24)
+
+    def block(x: torch.Tensor) -> torch.Tensor:
+        h = norm(convolution(x).permute(0, 2, 3, 1))
+        return x + down(F.gelu(up(h))).permute(0, 3, 1, 2)
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return block(block(x))
+
+    known = {id(g) for g in alive()}
+    torch._dynamo.reset()
+    compiled = torch.compile(function, backend="llmopt", dynamic=dynamic)
+    for size in (8, 6):
+        x = randn(2, 24, size, 8)
+        for given in (x, x.to(memory_format=torch.channels_last), x.transpose(2, 3)):
+            assert_close(compiled(given), function(given))
+    plans = [g.plan for g in alive() if id(g) not in known]
+    assert plans
+    for plan in plans:
+        assert plan is not None
+        linears = [r for r in plan.records() if r.op == "linear"]
+        assert len(linears) == 4, str(plan)
+
+
+def test_a_bias_that_lies_across_is_copied() -> None:
+    """T5 looks its bias up as [S,S,H] and permutes it: an attention reads rows of it."""
+    table, out = nn.Embedding(9, 4), nn.Linear(32, 32)
+    places = torch.arange(25).view(5, 5) % 9
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        bias = table(places).permute(2, 0, 1)[None]
+        h = x.unflatten(-1, (4, 8)).transpose(1, 2)
+        return out(
+            F.scaled_dot_product_attention(h, h, h, attn_mask=bias).transpose(1, 2).flatten(2)
+        )
+
+    check(function, randn(2, 5, 32), segments=1)
+
+
 def test_an_index_of_one_is_a_slice() -> None:
     """x[..., [-2], :], Falcon's way to one head."""
     linear = nn.Linear(32, 32)

@@ -48,7 +48,9 @@ def test_shapes(tier: str, group: int, q_len: int, dim: int) -> None:
 
 
 @pytest.mark.parametrize("q_len", [1, 4, 40])
-@pytest.mark.parametrize(("dim", "v_dim"), [(1, 3), (17, 40), (64, 20), (48, 256), (256, 33)])
+@pytest.mark.parametrize(
+    ("dim", "v_dim"), [(1, 3), (17, 40), (64, 20), (48, 256), (256, 33), (512, 512)]
+)
 def test_value_dim_differs(tier: str, q_len: int, dim: int, v_dim: int) -> None:
     check(Case(2, 6, 2, q_len, 70, dim, v_dim), tier)
 

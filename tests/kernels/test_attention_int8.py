@@ -95,7 +95,7 @@ def check_written(
     assert (error <= half_step * (1 + 1e-4)).all(), "further from the rotated key than half a step"
 
 
-@pytest.mark.parametrize("dim", [1, 16, 20, 64, 67, 80, 128, 256])
+@pytest.mark.parametrize("dim", [1, 16, 20, 64, 67, 80, 128, 512])
 @pytest.mark.parametrize("q_len", [1, 3, 17, 70])
 @pytest.mark.parametrize("group", [1, 3, 4, 8])
 def test_shapes(tier: str, group: int, q_len: int, dim: int) -> None:

@@ -52,22 +52,22 @@ def heads(batch: int, number: int, positions: int, width: int) -> torch.Tensor:
     return ONES(batch, number, positions, width)
 
 
-LONG = {name: heads(1, 1, 2, 257) for name in ("q", "k", "v", "out")}
+LONG = {name: heads(1, 1, 2, 513) for name in ("q", "k", "v", "out")}
 CODES = torch.zeros(2, 2, 5, 12, dtype=torch.int8)  # heads of 8
 NEW = {"k_new": heads(2, 2, 1, 8), "v_new": heads(2, 2, 1, 6)}
 WORD_LOAD, WORD_STORE = 0, 1
 
 # name → (op, operands, ints, floats), words of the error
 WRONG = {
-    "head size": (attention(**LONG), "longer than 256"),
-    "v head size": (attention(v=heads(2, 2, 5, 300), out=heads(2, 4, 3, 300)), "longer than 256"),
+    "head size": (attention(**LONG), "longer than 512"),
+    "v head size": (attention(v=heads(2, 2, 5, 513), out=heads(2, 4, 3, 513)), "longer than 512"),
     "codes of another head size": (attention(k=CODES[..., :11].contiguous()), "differ in batch or head size"),
     "codes of values that are not out's": (attention(v=CODES), "out is not"),
     "codes without a code": (attention(k=CODES[..., :4].contiguous()), "q, k, v and out"),
     "codes that are not dense": (attention(k=CODES.transpose(2, 3).contiguous().transpose(2, 3)), "q, k, v and out"),
     "a query of codes": (attention(q=torch.zeros(2, 4, 3, 12, dtype=torch.int8)), "q, k, v and out"),
     "codes longer than 256": (
-        attention(q=heads(2, 4, 3, 257), k=torch.zeros(2, 2, 5, 261, dtype=torch.int8)), "longer than 256"
+        attention(q=heads(2, 4, 3, 513), k=torch.zeros(2, 2, 5, 517, dtype=torch.int8)), "longer than 512"
     ),
     "new keys as long as rows of codes": (
         attention(k=CODES, k_new=heads(2, 2, 1, 12)), "not like those of the cache"

@@ -430,7 +430,7 @@ inline void decode(const Problem& p, const Plan& plan, int64_t chunk, int64_t sp
 static_assert(sizeof(float) * ((kHeadsPerChunk * kLanes + 1) * kScoreLd + kHeadsPerChunk * 2 * kLanes * kMaxHeadDim +
                                kLanes) +
                       sizeof(CodedQuery) * kHeadsPerChunk * kLanes <=
-                  kLocalBytes,
+                  kMostLocalBytes,
               "a decode chunk must fit the local scratch");
 
 }  // namespace

@@ -39,7 +39,7 @@ inline void place_scratch(Panel& a, char* local) {
   a.row_ld = kLd, a.vec_ld = kLanes;
 }
 static_assert(sizeof(float) * (kMaxHeadDim * kLd * 2 + kBlock * kLd * 2 + kBlock * kMaxHeadDim * 2 + kLanes * kRowLd) <=
-                  kLocalBytes,
+                  kMostLocalBytes,
               "a prefill panel must fit the local scratch");
 
 // Qᵀ, rotated and scaled; padding lanes are zero.

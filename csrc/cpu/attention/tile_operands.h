@@ -41,8 +41,8 @@ constexpr int64_t tile_chunk_bytes(int64_t vectors, int64_t terms, int64_t dim) 
   const int64_t numbers = vectors * steps + steps * kTileKeys / kTileRows + 2 * steps * kKeySteps + 4 * kKeySteps;
   return terms * numbers * kTileSize + 4 * (kTileKeys * kLd + kLanes * kRowLd + (4 + vectors) * kColumn);
 }
-static_assert(tile_chunk_bytes(kTileVectors, 1, kMaxHeadDim) <= int64_t(kLocalBytes) &&
-                  tile_chunk_bytes(kTileVectors, 2, kMaxHeadDim) <= int64_t(kLocalBytes),
+static_assert(tile_chunk_bytes(kTileVectors, 1, kMaxHeadDim) <= int64_t(kMostLocalBytes) &&
+                  tile_chunk_bytes(kTileVectors, 2, kMaxHeadDim) <= int64_t(kMostLocalBytes),
               "a chunk on tiles must fit the local scratch");
 
 inline void place_scratch(TileChunk& c, char* local) {

@@ -25,6 +25,8 @@ from llmopt.ops.rope import KINDS as ROPE_KINDS
 from llmopt.sizes import Size
 from llmopt.writes import writers_of
 
+LARGEST_HEAD = 512
+
 _ATTENTION = (
     ("mask", None),
     ("scale", 1.0),
@@ -54,8 +56,8 @@ def reject_heads(
         if not (is_codes or fake(t).dtype in FLOATS) or not same_size(fake(t).stride(-1), 1):
             return "attention needs float tensors, or rows of codes, with a dense last dimension"
         size = fake(t).shape[3] - (scale_bytes if is_codes else 0)
-        if not are_static(size) or int(size) > 256:
-            return f"head size {size}: up to 256 is possible"
+        if not are_static(size) or int(size) > LARGEST_HEAD:
+            return f"head size {size}: up to {LARGEST_HEAD} is possible"
     if mask is not None and fake(mask).dtype not in (torch.bool, *FLOATS):
         return f"a mask of {fake(mask).dtype}: bool, f32, f16 and bf16 are possible"
     if mask is not None and not is_one(fake(mask).shape[3]):

@@ -15,6 +15,7 @@ from torch import fx
 
 from llmopt.graph import (
     FLOATS,
+    argument,
     emit,
     fake,
     fake_mode_of,
@@ -29,6 +30,8 @@ from llmopt.ops.attention import APPENDS
 from llmopt.ops.linear import parts
 from llmopt.writes import mutated_storages
 
+_DTYPES = (*FLOATS, torch.bool)
+
 
 def run(graph: fx.Graph) -> None:
     mode: Any = fake_mode_of(graph)
@@ -37,7 +40,7 @@ def run(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         wants = _OPERANDS.get(kind(node)) if node.op == "call_function" else None
         for operand, fits in wants(node) if wants is not None else ():
-            if is_tensor(operand) and fake(operand).dtype in FLOATS and not fits(fake(operand)):
+            if is_tensor(operand) and fake(operand).dtype in _DTYPES and not fits(fake(operand)):
                 if operand not in copies or storage(operand) in written:
                     with graph.inserting_before(node):
                         copies[operand] = emit(graph, mode, "contiguous", (operand,), like=operand)
@@ -63,8 +66,17 @@ def _of_linear(node: fx.Node) -> list[tuple[Any, Callable[[torch.Tensor], bool]]
     return [(p["x"], _is_matrix), (p["residual"], _is_matrix)]
 
 
+# Where the mask of each kind of attention stands.
+_MASK = {"llmopt.attention": 3, **dict(zip(APPENDS, (8, 10), strict=True))}
+
+
 def _of_heads(node: fx.Node) -> list[tuple[Any, Callable[[torch.Tensor], bool]]]:
-    return [(operand, _last_is_dense) for operand in node.args[:3]]
+    mask = argument(node, _MASK[kind(node)], "mask")
+    return [*((operand, _last_is_dense) for operand in node.args[:3]), (mask, _is_row)]
+
+
+def _is_row(mask: torch.Tensor) -> bool:
+    return _last_is_dense(mask) or same_size(mask.stride(-1), 0)
 
 
 _OPERANDS: dict[str, Callable[[fx.Node], list[tuple[Any, Callable[[torch.Tensor], bool]]]]] = {
