@@ -412,12 +412,12 @@ def is_in_place(node: fx.Node) -> bool:
     """True when the node writes into one of its inputs."""
     if node.op not in ("call_function", "call_method"):
         return False
-    if node.kwargs.get("out") is not None:
-        return True
     name = kind(node)
     if name.endswith("_") and not name.endswith("__") and name not in _NOT_MUTATING:
         return True
-    return bool(written_when_told(node)) or any(s.is_mutable for s in schemas(node.target))
+    if name.endswith(".out") or (name in _WHEN_TOLD and written_when_told(node)):
+        return True
+    return any(schema.is_mutable for schema in schemas(node.target))
 
 
 # Functions that write into some of their arguments where another one says so: name → (its place, its names, theirs).

@@ -53,6 +53,7 @@ def _name_inplace(node: fx.Node) -> None:
     if getattr(node.target, "__module__", "") != torch.nn.functional.__name__:
         return
     names = _names_of(node.target)
+    node.meta.pop("llmopt_kind", None)
     if "inplace" in names and len(node.args) > names.index("inplace"):
         place = names.index("inplace")
         node.kwargs = {**node.kwargs, **dict(zip(names[place:], node.args[place:], strict=False))}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import inspect
 from collections.abc import Iterable
 from functools import partial
@@ -88,7 +87,6 @@ def assert_padding_is_ignored(eager: Any, compiled: Any, row: Row, side: str) ->
 
 def assert_stays_native(row: Row, before: list[CompiledGraph]) -> None:
     """The one graph made since has the segments the row promises; more would mean that something fell back to PyTorch."""
-    gc.collect()
     (plan,) = [g.plan for g in alive() if g not in before]
     assert plan is not None
     assert len(plan.segments) == row.segments, str(plan)
