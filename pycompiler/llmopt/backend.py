@@ -22,6 +22,7 @@ from llmopt.graph import fake, kind, tensors_in
 from llmopt.keywords import place_operands
 from llmopt.messages import say, warn_once
 from llmopt.options import Options, check_for_cpu, check_for_gpu, parse_options
+from llmopt.overlaps import overlaps_of
 from llmopt.passes import attention_precision, mirror_caches, narrow, quantize
 from llmopt.passes.pipeline import passes
 from llmopt.passes.verify import check_form, check_values, run_again, run_copy
@@ -94,6 +95,7 @@ def _compile(
 ) -> Callable:
     clock = _Clock()
     fix_numbers(gm.graph)
+    overlaps = overlaps_of(gm.graph, gm)
     separate_windows(gm.graph)
     decision = _run_passes(gm, example_inputs, options, machine, clock)
     if machine.gpu is None:
@@ -123,6 +125,8 @@ def _compile(
         say(1, f"precision='auto': {decision.summary()}")
         if decision.note:
             log.warning("precision='auto': %s", decision.note)
+    if overlaps is not None:
+        executable.forward = overlaps.guard(executable.forward)
     return CompiledGraph(plan, executable, clock.seconds, options, decision=decision)
 
 

@@ -21,7 +21,7 @@ LAYERS = (
     ("target", "graph", "memory", "exchange", "counters", "registry", "messages", "offload"),
     ("gpus", "parameters"),
     ("ops", "writes"),
-    ("mirrors",),
+    ("mirrors", "overlaps"),
     ("autocast",),
     ("quant", "contexts", "constants", "keywords", "regions", "windows"),
     ("passes", "native", "kernels"),
