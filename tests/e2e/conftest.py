@@ -15,6 +15,8 @@ transformers.logging.set_verbosity_error()
 # its own to every logger that does not propagate.
 logging.getLogger("torch.__trace").handlers.clear()
 logging.getLogger("torch.__trace").propagate = True
+# Nor a message, with its traceback, for each tensor of a cache that a graph replaces.
+torch._dynamo.config.side_effect_replay_policy = "silent"
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -232,6 +232,8 @@ def reject_index_copy(node: fx.Node) -> str:
         return "runs as in PyTorch"
     if fake(index).dtype != torch.int64 or fake(index).dim() != 1:
         return "positions are not a vector of int64"
+    if values[0].dtype != values[1].dtype:
+        return "runs as in PyTorch"  # which refuses it
     return "" if all(same_size(v.stride(-1), 1) for v in values) else "last dimension is not dense"
 
 
