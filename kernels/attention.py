@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from llmopt.kernels.gemm import round_rows, tanh
 from llmopt.kernels.tiles import reject_attention
-from llmopt.launch import LARGEST_HEAD, AttentionProblem, AttentionTile, Launch
+from llmopt.launch import LARGEST_GPU_HEAD, AttentionProblem, AttentionTile, Launch
 from llmopt.registry import Kernel, register
 from llmopt.types import Target
 
@@ -31,8 +31,8 @@ LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
 def reject(p: AttentionProblem, t: Target) -> str:
-    if max(p.head_dim, p.value_dim) > LARGEST_HEAD:
-        return f"heads of {max(p.head_dim, p.value_dim)}: up to {LARGEST_HEAD} are possible"
+    if max(p.head_dim, p.value_dim) > LARGEST_GPU_HEAD:
+        return f"heads of {max(p.head_dim, p.value_dim)}: up to {LARGEST_GPU_HEAD} are possible"
     if p.dtype not in ("fp16", "bf16", "fp32"):
         return f"{p.dtype}: fp16, bf16 and fp32 are possible"
     if p.kv_dtype not in (p.dtype, "i8"):

@@ -58,12 +58,9 @@ class Segment(torch.nn.Module):
         self._given_mirrors = list(given.values())
         self._caller_mirrors = CallerMirrors(list(given))
         self._num_mirrors = len(builder.mirrors)
-        made = [(a, n) for n, a in builder.inputs.items() if _made_by_python(n)]
-        self._check_dense = [a for a, n in made if is_dense(fake(n))]
+        self._check_dense = [a for n, a in builder.inputs.items() if _made_by_python(n)]
         self._check_strides = [
-            (a, [self._want(sizes)(s) for s in fake(n).stride()])
-            for a, n in made
-            if not is_dense(fake(n))
+            (a, [self._want(sizes)(s) for s in stride]) for a, stride in builder.laid_out
         ]
         self._costs = [(sizes.id(r.flops), sizes.id(r.bytes)) for r in builder.records]
         builder.sort_externals()
@@ -250,9 +247,9 @@ def _written_arguments(builder: SegmentBuilder) -> list[int]:
 
 
 def _made_by_python(node: fx.Node) -> bool:
-    """True for tensors that Python computes. A result of another segment lies as its example value says."""
+    """True for what Python computes and its example value says is contiguous. A result of another segment lies as its own says."""
     called = node.op in ("call_function", "call_method", "call_module")
-    return called and isinstance(fake(node), Tensor)
+    return called and isinstance(fake(node), Tensor) and is_dense(fake(node))
 
 
 def build_executable(gm: fx.GraphModule, plan: Plan, options: Options) -> fx.GraphModule:

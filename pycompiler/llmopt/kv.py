@@ -221,13 +221,13 @@ def _lie_in(slab: _Slab, caches: Sequence[Tensor], start: int, length: int) -> b
 
 def _copied(caches: Sequence[Tensor], geometry: tuple, new_length: int) -> Sequence[Tensor]:
     length = caches[0].shape[2]
-    grown = _fresh(geometry, length, new_length)
-    for cache, target in zip(caches, grown, strict=True):
-        target[:, :, :length].copy_(cache)
-    return grown
+    return _fresh(geometry, length, new_length, caches)
 
 
-def _fresh(geometry: tuple, length: int, new_length: int) -> Sequence[Tensor]:
+def _fresh(
+    geometry: tuple, length: int, new_length: int, filled_with: Sequence[Tensor] = ()
+) -> Sequence[Tensor]:
+    """Caches in a slab of their own, the first `length` positions of which hold those of `filled_with`."""
     layers, batch, heads, width, dtype, device, is_mirrored = geometry
     total = length + new_length
     capacity = total + _spare(total)
@@ -246,6 +246,10 @@ def _fresh(geometry: tuple, length: int, new_length: int) -> Sequence[Tensor]:
         [from_dlpack(part) for part in memory.view(layers, -1).unbind(0)] if parts is None else ()
     )
     caches = _caches(slab, whole, 0, total)
+    for cache, target in zip(filled_with, caches, strict=False):
+        target[:, :, :length].copy_(cache)
+    if filled_with and mirrors is not None:
+        caches = _caches(slab, whole, 0, total)  # tensors that nobody has edited
     if elements:
         _keep(slab)
     for cache in caches:

@@ -84,7 +84,7 @@ class LinearProblem:
     offsets: bool = False  # of weights that are codes
 
 
-LARGEST_HEAD = 256  # of attention on GPUs
+LARGEST_GPU_HEAD = 256  # of attention on GPUs
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,7 @@ class CallerMirrors:
 
     def __init__(self, arguments: Sequence[int]) -> None:
         self._arguments = arguments
-        self._last: list[_Mirror] = []  # of the call before
+        self._last: list[weakref.ref[_Mirror]] = []  # of the call before
 
     def addresses(self, arguments: Sequence[Tensor]) -> list[tuple[int, int]]:
         """Of each mirror its rows and its state, which says nothing where the cache is not as the last call left it; zeros where edits
@@ -96,11 +96,13 @@ class CallerMirrors:
         if any(c.is_inference() for c in caches):
             warn_once(_INFERENCE)
             return [(0, 0)] * len(caches)
-        mirrors = self._last
-        if len(mirrors) != len(caches) or any(
-            m.cache() is not c or m.shape != c.shape for m, c in zip(mirrors, caches, strict=True)
-        ):
-            mirrors = self._last = [_mirror_of(c) for c in caches]
+        last = [mirror() for mirror in self._last] or [None] * len(caches)
+        mirrors = [
+            m if m is not None and m.cache() is c and m.shape == c.shape else _mirror_of(c)
+            for m, c in zip(last, caches, strict=True)
+        ]
+        if mirrors != last:
+            self._last = [weakref.ref(m) for m in mirrors]
         for mirror, cache in zip(mirrors, caches, strict=True):
             mirror.check(cache)
         return [mirror.addresses for mirror in mirrors]

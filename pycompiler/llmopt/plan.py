@@ -402,3 +402,9 @@ def _lower(
         roles.native[node].lower(segment, node)
     if isinstance(segment, GpuSegmentBuilder):
         segment.number_outside()
+        return
+    for node, number in segment.inputs.items():
+        if roles.is_eager(node) and is_tensor(node) and not is_dense(fake(node)):
+            segment.laid_out.append((number, fake(node).stride()))
+            for step in fake(node).stride():
+                segment.builder.sizes.id(step)  # a size that the segment has to know

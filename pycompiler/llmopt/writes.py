@@ -64,8 +64,15 @@ _WINDOW_OR_COPY = frozenset({"view", "view_as", "reshape", "reshape_as", "flatte
 _LAID_OUT_ANEW = frozenset({"linear", "matmul", "mm", "addmm", "bmm", "scaled_dot_product_attention"})  # fmt: skip
 
 
+def _is_laid_out_anew(node: fx.Node) -> bool:
+    """Whether a tensor is an operation's own result, which passes may lay out in another way."""
+    if not _is_computed(node) or is_in_place(node) or view_base(node) is not node:
+        return False
+    return kind(node) in _LAID_OUT_ANEW or any(map(_is_computed, node.all_input_nodes))
+
+
 def _is_computed(node: fx.Node) -> bool:
-    return is_tensor(node) and node.op not in ("placeholder", "get_attr")
+    return is_tensor(node) and node.op in ("call_function", "call_method", "call_module")
 
 
 def separate_windows(graph: fx.Graph) -> None:
@@ -77,12 +84,7 @@ def separate_windows(graph: fx.Graph) -> None:
     written = mutated_storages(graph)
     if not written:
         return
-    for node in list(graph.nodes):
-        made = node.op in ("call_function", "call_method", "call_module") and is_tensor(node)
-        if not made or storage(node) not in written or view_base(node) is not node:
-            continue
-        if kind(node) not in _LAID_OUT_ANEW and not any(map(_is_computed, node.all_input_nodes)):
-            continue
+    for node in [n for n in graph.nodes if storage(n) in written and _is_laid_out_anew(n)]:
         if not any(kind(u) in _WINDOW_OR_COPY and is_view(u) for u in readers(node)):
             continue
         dense = torch.contiguous_format if is_dense(fake(node)) else torch.preserve_format
@@ -91,7 +93,7 @@ def separate_windows(graph: fx.Graph) -> None:
             own = emit(graph, fake(node).fake_mode, torch.clone, (node,), layout, node)
         users = [u for u in node.users if u is not own]
         node.replace_all_uses_with(own, delete_user_cb=lambda user, own=own: user is not own)
-        refresh([u for u in users if is_tensor(u)])
+        refresh(users)
 
 
 class Writes:

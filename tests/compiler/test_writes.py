@@ -299,6 +299,36 @@ def test_writes_through_windows_of_a_result() -> None:
             check(function, Q)
 
 
+def test_pieces_of_a_result_that_is_written() -> None:
+    linear = nn.Linear(8, 8)
+
+    def chunks(x: Tensor) -> Tensor:
+        z = linear(x)
+        a, b = z.chunk(2, -1)
+        b.copy_(a.clone())
+        z.view(-1)
+        return z
+
+    def window_and_chunk(x: Tensor) -> Tensor:
+        z = linear(x)
+        z.view(-1)[5:40].mul_(0.5)
+        z.chunk(2, -1)[1].copy_(x.chunk(2, -1)[0].clone())
+        return linear(z)
+
+    def result_of_a_write(x: Tensor) -> tuple[Tensor, Tensor]:
+        y = F.scaled_dot_product_attention(x, x, x).transpose(1, 2).reshape(2, 5, 24)
+        y[:, 1:3] = 2.0
+        first = F.relu(y, inplace=True)
+        second = F.silu(y, True)
+        second.transpose(1, 2).mul_(0.7)
+        second.flatten(0, 1).add_(0.1)
+        return first, second * 1
+
+    for function in (chunks, window_and_chunk, result_of_a_write):
+        for dynamic in (None, True):
+            check(function, Q, dynamic=dynamic)
+
+
 def test_results_keep_their_layout() -> None:
     """Projections that the caller gets are not windows on a wider row: view(-1) works on them as in eager."""
     a, b = nn.Linear(8, 8), nn.Linear(8, 8)

@@ -102,6 +102,23 @@ def test_blocks_of_convolutions_and_linears(dynamic: bool) -> None:
         assert len(linears) == 4, str(plan)
 
 
+@torch.no_grad()
+def test_sizes_of_a_mask_alone() -> None:
+    """A mask that is spread over the keys may have the only symbol for their number."""
+
+    def function(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        tokens = F.max_pool2d(x, 2).flatten(2).permute(0, 2, 1)
+        q = tokens.reshape(tokens.shape[0], tokens.shape[1], 4, 8).transpose(1, 2)
+        return F.scaled_dot_product_attention(q, q, q, attn_mask=mask)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(function, backend="llmopt", dynamic=True)
+    for batch, height, width in ((2, 6, 4), (1, 4, 6), (3, 8, 8)):
+        x, n = randn(batch, 32, height, width), height * width // 4
+        mask = randn(batch, 1, n, 1).expand(batch, 1, n, n)
+        assert_close(compiled(x, mask), function(x, mask))
+
+
 def test_a_bias_that_lies_across_is_copied() -> None:
     """T5 looks its bias up as [S,S,H] and permutes it: an attention reads rows of it."""
     table, out = nn.Embedding(9, 4), nn.Linear(32, 32)

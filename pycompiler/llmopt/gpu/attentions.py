@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from llmopt.gpu.segment import Call, GpuSegmentBuilder, Number, Operand
 from llmopt.graph import FLOATS, argument, fake
-from llmopt.launch import LARGEST_HEAD, AttentionProblem, Launch, RowProblem
+from llmopt.launch import LARGEST_GPU_HEAD, AttentionProblem, Launch, RowProblem
 from llmopt.native import attention as cpu
 from llmopt.native.operands import NativeKernel, batch_broadcast, broadcast, reject_angles
 from llmopt.native.program import View
@@ -197,8 +197,8 @@ def _reject_append_arrays(node: fx.Node) -> str:
 def _reject_mixed(tensors: Sequence[fx.Node]) -> str:
     """Keys and values may both be codes; else all are of one dtype. Heads are shorter than some that CPUs take."""
     longest = max(fake(t).shape[3] for t in tensors[:2] if fake(t).dtype in FLOATS)
-    if longest > LARGEST_HEAD:
-        return f"head size {longest}: up to {LARGEST_HEAD} is possible on a GPU"
+    if longest > LARGEST_GPU_HEAD:
+        return f"head size {longest}: up to {LARGEST_GPU_HEAD} is possible on a GPU"
     q, k, v = (fake(t).dtype for t in tensors)
     if k == v and k in (q, torch.int8):
         return ""

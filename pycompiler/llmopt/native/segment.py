@@ -122,6 +122,8 @@ class SegmentBuilder:
     packed: dict[PackedSpec, tuple[int, PackedSpec]] = field(default_factory=dict)
     kv: list[KvSpec] = field(default_factory=list)
     mirrors: list[MirrorSpec] = field(default_factory=list)
+    # Arguments that PyTorch made and may lay out in another order, and the strides that the steps know.
+    laid_out: list[tuple[int, tuple[Size, ...]]] = field(default_factory=list)
     results: list[fx.Node] = field(default_factory=list)  # values handed out, in order
     kv_results: list[fx.Node] = field(
         default_factory=list
@@ -259,6 +261,8 @@ class SegmentBuilder:
     ) -> None:
         self.builder.step(op, operands, ints, floats)
         self.records.append(record)
+        for cost in (record.flops, record.bytes):
+            self.builder.sizes.id(cost)  # while the segment's sizes are collected
 
 
 SHORT_DTYPES = {

@@ -151,7 +151,7 @@ def _match(graph: fx.Graph, mode: Any, node: fx.Node, written: set[int], writes:
     if any(storage(t) in written for t in (*wholes, *caches) if t is not None):
         return
     if sum(1 for n in keys.users if kind(n) == "llmopt.attention") != 1 or not (
-        _leaves(keys) or _leaves(values)
+        leaves(keys) or leaves(values)
     ):
         return
     cos = sin = None
@@ -205,9 +205,9 @@ _SETTINGS = (
 )
 
 
-def _leaves(node: fx.Node) -> bool:
+def leaves(node: fx.Node) -> bool:
     """True when the value, or a slice of it, is returned by the graph."""
     return any(
-        u.op == "output" or (kind(u) == "getitem" and is_tensor(u) and _leaves(u))
+        u.op == "output" or (kind(u) == "getitem" and is_tensor(u) and leaves(u))
         for u in node.users
     )
