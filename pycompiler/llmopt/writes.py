@@ -44,16 +44,20 @@ def written_by(node: fx.Node) -> list[fx.Node]:
     return found
 
 
-def writers_of(graph: fx.Graph, value: fx.Node) -> list[fx.Node]:
-    """The nodes that write into a value's memory."""
-    place = storage(value)
-    return [node for node in graph.nodes if any(storage(n) == place for n in written_by(node))]
+def writers_by_storage(graph: fx.Graph) -> dict[int, list[fx.Node]]:
+    """Memory that some nodes write into, whole or in part, and these nodes."""
+    found: dict[int, dict[fx.Node, None]] = {}
+    for node in graph.nodes:
+        for n in written_by(node):
+            place = storage(n)
+            if place is not None:
+                found.setdefault(place, {})[node] = None
+    return {place: list(nodes) for place, nodes in found.items()}
 
 
 def mutated_storages(graph: fx.Graph) -> set[int]:
     """Memory that some node writes into."""
-    written = {storage(n) for node in graph.nodes for n in written_by(node)}
-    return {s for s in written if s is not None}
+    return set(writers_by_storage(graph))
 
 
 # What gives a window on its input where that lies as it has to, and else a copy.

@@ -23,7 +23,6 @@ from llmopt.native.segment import KvSpec, MirrorSpec, SegmentBuilder, StepRecord
 from llmopt.ops.kv_codes import SCALE_BYTES
 from llmopt.ops.rope import KINDS as ROPE_KINDS
 from llmopt.sizes import Size
-from llmopt.writes import writers_of
 
 LARGEST_HEAD = 512
 
@@ -136,13 +135,11 @@ def codes(keys: Tensor) -> str:
 
 def _static_mirrors(s: SegmentBuilder, node: fx.Node) -> list[View | None]:
     """Positions that this segment has written, codes and state of keys, and of values; nothing where no codes are kept."""
-    nothing: list[View | None] = [None] * 5
-    if not node.kwargs.get("mirror"):
-        return nothing
-    (writer,), (other,) = (writers_of(node.graph, cache) for cache in node.args[1:3])
-    if not {writer, other} <= {record.node for record in s.records}:
-        return nothing
-    mirrors: list[View | None] = [s.view(writer.args[2])]
+    positions, caches = node.kwargs.get("mirror"), set(node.args[1:3])
+    written = {r.node.args[0] for r in s.records if r.op == "index_copy"}
+    if positions is None or not caches <= written:
+        return [None] * 5
+    mirrors: list[View | None] = [s.view(positions)]
     for cache in node.args[1:3]:
         mirrors += s.mirror(MirrorSpec(argument=s.argument(cache)), fake(cache))
     return mirrors

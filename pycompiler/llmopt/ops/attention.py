@@ -51,7 +51,7 @@ def attention(
     products: str = "same",
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
-    mirror: bool = False,
+    mirror: Tensor | None = None,
 ) -> Tensor:
     """q [B,H,Sq,D], k [B,Hkv,Skv,D], v [B,Hkv,Skv,Dv] → [B,H,Sq,Dv] in q's dtype; H a multiple of Hkv.
 
@@ -60,7 +60,8 @@ def attention(
     qk: "int8" rounds queries and keys to signed bytes before they are multiplied, a scale for each, keys less their mean over all
     positions (unless they are codes already); a kernel may leave few queries as they are.
     products: "bf16" allows a kernel to round what it multiplies to bf16; sums and softmax stay float32. Here nothing is rounded.
-    mirror: k and v are a cache beside which a kernel may keep int8 rows, and read these for few queries. Here it reads k and v.
+    mirror: k and v are a cache beside which a kernel may keep int8 rows, and read these for few queries; of these slots [Sn] int64
+    were just written, others not since the last call. Here k and v are read.
     """
     group = q.shape[1] // k.shape[1]
     floats = [_widened(t, scale) for t, scale in ((k, k_scale), (v, v_scale))]
@@ -133,7 +134,7 @@ def attention_append(
     """Rotates q and k_new, appends k_new and v_new [B,Hkv,Sn,·] to the caches [B,Hkv,S,·], attends.
 
     Returns (out, keys, values); keys and values hold S + Sn positions. A cache of None is empty.
-    settings: mask, scale, causal, causal_offset, window and softcap of `attention`; mirror: as there.
+    settings: mask, scale, causal, causal_offset, window and softcap of `attention`; mirror: True where a kernel may keep int8 rows.
     as_codes: the caches are int8 rows of ops.kv_codes; what is appended is rounded first.
     """
     q, k_new = _rotated(q, k_new, cos, sin, rope_kind)

@@ -7,6 +7,7 @@ cache that grows is ours until it is returned, and tensors count their edits (ll
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from torch import fx
 
@@ -14,22 +15,22 @@ from llmopt.exchange import EXCHANGE
 from llmopt.graph import FLOATS, argument, fake, is_tensor, kind, storage
 from llmopt.passes.kv_cache import leaves
 from llmopt.types import Target
-from llmopt.writes import mutated_storages, writers_of
+from llmopt.writes import writers_by_storage
 
 
 def run(graph: fx.Graph, machine: Target) -> None:
-    for node, reason in _attentions(graph, machine).items():
-        if not reason:
-            node.kwargs = {**node.kwargs, "mirror": True}
+    for node, found in _attentions(graph, machine).items():
+        if not isinstance(found, str):
+            node.kwargs = {**node.kwargs, "mirror": found}
 
 
 def notes(graph: fx.Graph, machine: Target, mirrored: Iterable[fx.Node]) -> list[str]:
     """Why caches of floats have no int8 rows beside them, a sentence for each kind; mirrored: the attentions that do."""
     have = set(mirrored)
     counts: dict[str, int] = {}
-    for node, reason in _attentions(graph, machine).items():
+    for node, found in _attentions(graph, machine).items():
         if node not in have:
-            reason = reason or "are written by PyTorch"
+            reason = found if isinstance(found, str) else "are written by PyTorch"
             counts[reason] = counts.get(reason, 0) + 1
     said = [f"keys and values of {count} attention(s) {reason}" for reason, count in counts.items()]
     if others := _read_by_others(graph, machine):
@@ -54,42 +55,44 @@ def _read_by_others(graph: fx.Graph, machine: Target) -> int:
     return count
 
 
-def _attentions(graph: fx.Graph, machine: Target) -> dict[fx.Node, str]:
-    """Attentions over caches of floats, and why nothing can be kept beside them, or ""."""
-    written = mutated_storages(graph)
+def _attentions(graph: fx.Graph, machine: Target) -> dict[fx.Node, Any]:
+    """Attentions over caches of floats, and what `mirror` of ops.attention is for each, or why nothing can be kept beside its cache."""
+    writers = writers_by_storage(graph)
     given = {storage(node) for node in graph.nodes if node.op == "placeholder"}
-    found = {}
+    found: dict[fx.Node, Any] = {}
     for node in graph.nodes:
         if kind(node) == "llmopt.attention_append" and not node.kwargs.get("as_codes"):
-            found[node] = _why_not_growing(machine)
-        elif kind(node) == "llmopt.attention" and storage(node.args[1]) in written & given:
-            found[node] = _why_not_static(graph, node, machine)
+            found[node] = _growing(machine)
+        elif kind(node) == "llmopt.attention" and storage(node.args[1]) in writers.keys() & given:
+            found[node] = _static(node, machine, writers)
     return found
 
 
 _ON_GPU = "are on a GPU"
 
 
-def _why_not_growing(machine: Target) -> str:
+def _growing(machine: Target) -> Any:
     if machine.gpu is not None:
         return _ON_GPU
-    return "" if EXCHANGE is not None else "are tensors that this PyTorch makes in a slower way"
+    return True if EXCHANGE is not None else "are tensors that this PyTorch makes in a slower way"
 
 
-def _why_not_static(graph: fx.Graph, node: fx.Node, machine: Target) -> str:
+def _static(node: fx.Node, machine: Target, writers: dict[int, list[fx.Node]]) -> Any:
+    """The positions that were written, or a reason."""
     if machine.gpu is not None:
         return _ON_GPU
-    keys, values = node.args[1:3]
-    if any(fake(t).dtype not in FLOATS for t in (keys, values)):
+    if any(fake(t).dtype not in FLOATS for t in node.args[1:3]):
         return "are no floats"
-    if any(t.op != "placeholder" for t in (keys, values)):
+    if any(t.op != "placeholder" for t in node.args[1:3]):
         return "are parts of the tensors that the cache holds"
-    writers = [writers_of(graph, t) for t in (keys, values)]
-    for cache, found in zip((keys, values), writers, strict=True):
+    positions = []
+    for cache in node.args[1:3]:
+        place = storage(cache)
+        found = [] if place is None else writers.get(place, [])
         if len(found) != 1 or kind(found[0]) != "index_copy_" or not found[0] < node:
             return "are written otherwise than by one index_copy_"
-        if found[0].args[0] is not cache or found[0].args[1] not in (2, -2):
+        written, dim, index = found[0].args[:3]
+        if written is not cache or dim not in (2, -2):
             return "are written through a part of them"
-    if writers[0][0].args[2] is not writers[1][0].args[2]:
-        return "are written at positions of their own"
-    return ""
+        positions.append(index)
+    return positions[0] if positions[0] is positions[1] else "are written at positions of their own"
