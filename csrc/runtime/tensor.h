@@ -71,14 +71,16 @@ struct Step {
 
 // Memory a kernel may use while it runs. `shared` is one block for all threads of the step (size asked for through
 // Kernel::workspace); `local` is private to the calling thread and kMostLocalBytes long, of which others than attention
-// use kLocalBytes, half of an L2. Both are 64-byte aligned. `counters` are kCounters zeros for all threads: a kernel that counts leaves zeros again.
+// use kLocalBytes, half of an L2. Both are 64-byte aligned. `counters` are kCounters zeros for all threads: a kernel
+// that counts leaves zeros again.
 struct Scratch {
   char* shared;
   char* local;
   int32_t* counters = nullptr;
 };
 constexpr size_t kLocalBytes = 1 << 20;
-constexpr size_t kMostLocalBytes = 2 * kLocalBytes;  // reserved; attention over its longest heads needs more than half of an L2
+constexpr size_t kMostLocalBytes =
+    2 * kLocalBytes;  // reserved; attention over its longest heads needs more than half of an L2
 constexpr int64_t kCounters = 1024;
 
 struct Span {
