@@ -68,10 +68,7 @@ def _name_inplace(node: fx.Node) -> None:
 @functools.cache
 def _names_of(function: Callable) -> tuple[str, ...]:
     """Of a Python function's parameters; none where nobody knows them."""
-    try:
-        return tuple(inspect.signature(function).parameters)
-    except (TypeError, ValueError):
-        return ()
+    return tuple(p.name for form in _function_forms(function) for p in form)
 
 
 class _Called:

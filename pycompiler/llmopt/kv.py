@@ -31,7 +31,7 @@ _address_of = attrgetter("address")
 _CPU = torch.device("cpu")
 
 
-class _Mirrors:
+class _SlabMirrors:
     """Where the mirrors of a slab's layers lie, one after the other behind its floats; in bytes from its address."""
 
     def __init__(self, geometry: tuple, capacity: int, float_bytes: int) -> None:
@@ -65,7 +65,7 @@ class _Slab:
     geometry: tuple  # (layers, B, H, D, dtype, device, whether it has mirrors)
     capacity: int
     filled: int
-    mirrors: _Mirrors | None
+    mirrors: _SlabMirrors | None
 
 
 _slabs: list[_Slab] = []  # by address; replaced, never changed, so that it is read without the lock
@@ -232,7 +232,7 @@ def _fresh(
     total = length + new_length
     capacity = total + _spare(total)
     elements = layers * capacity * batch * heads * width
-    mirrors = _Mirrors(geometry, capacity, elements * dtype.itemsize) if is_mirrored else None
+    mirrors = _SlabMirrors(geometry, capacity, elements * dtype.itemsize) if is_mirrored else None
     more = 0 if mirrors is None else mirrors.num_bytes // dtype.itemsize
     with _counting_edits(is_mirrored):
         memory = torch.empty(elements + more, dtype=dtype, device=device)

@@ -7,6 +7,7 @@ same tensor, not at whether they are views of the same memory.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor, fx
@@ -46,9 +47,13 @@ class Overlaps:
             if not self._found(arguments):
                 return compiled(*arguments)
             warn_once(_MESSAGE)
-            return fx.GraphModule(self._root, self._graph)(*arguments)
+            return self._as_traced(*arguments)
 
         return forward
+
+    @cached_property
+    def _as_traced(self) -> fx.GraphModule:
+        return fx.GraphModule(self._root, self._graph)
 
     def _found(self, arguments: Sequence[Any]) -> bool:
         owners: dict[int, list[int]] = {}

@@ -151,7 +151,7 @@ class _Roles:
         self._unread: set[fx.Node] = set()
         self._sizes = SizeTable()
         self._on_cpu = target.gpu is None
-        self._written = mutated_storages(graph)
+        self.written = mutated_storages(graph)
         weights = _packed_storages(graph)
         for node in graph.nodes:
             if (
@@ -249,7 +249,7 @@ class _Roles:
         """Whether a segment may copy what PyTorch made into the order that it knows, where it lies in another."""
         return (
             self._on_cpu
-            and storage(base) not in self._written
+            and storage(base) not in self.written
             and not self._unknown_among([fake(base)])
         )
 
@@ -320,7 +320,6 @@ class _Levels:
         self.level: dict[fx.Node, int] = {}
         self._roles = roles
         self._ready: dict[fx.Node, int] = {}  # first even level at which Python can read a value
-        self._written = mutated_storages(graph)
         self._writer: dict[int, fx.Node] = {}  # the last one that wrote a storage
         self._readers: dict[int, list[fx.Node]] = {}  # who read it since
 
@@ -345,7 +344,9 @@ class _Levels:
         return max((_after(self.level[p], True) for p in producers if p in self.level), default=1)
 
     def _place_work(self, node: fx.Node, at: int, native: bool) -> None:
-        touched = [s for n in (node, *node.all_input_nodes) if (s := storage(n)) in self._written]
+        touched = [
+            s for n in (node, *node.all_input_nodes) if (s := storage(n)) in self._roles.written
+        ]
         for s in dict.fromkeys(touched):
             before = [self._writer[s]] if s in self._writer else []
             if is_in_place(node):
