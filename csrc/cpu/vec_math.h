@@ -175,6 +175,18 @@ inline void vstore_as(DType d, char* p, int64_t index, Vec a, int n) {
   else
     vstore_bf16_n(h, a, n);
 }
+#ifndef LLMOPT_ISA_STORES_WORDS
+inline void vstore_bf16_pair(uint16_t* p, Vec a, Vec b) {
+  vstore_bf16(p, a);
+  vstore_bf16(p + kLanes, b);
+}
+#endif
+// Two vectors, one behind the other.
+inline void vstore_pair_as(DType d, char* p, int64_t index, Vec a, Vec b) {
+  if (d == DType::bf16) return vstore_bf16_pair(reinterpret_cast<uint16_t*>(p) + index, a, b);
+  vstore_as(d, p, index, a, kLanes);
+  vstore_as(d, p, index + kLanes, b, kLanes);
+}
 // One element, for edges and scalars.
 inline float load_scalar(DType d, const char* p, int64_t index) {
   float out[kLanes];

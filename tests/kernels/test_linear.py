@@ -209,6 +209,22 @@ def test_epilogues(tier, act, gated):
         ).check(tier)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("act", [CODES["silu"], CODES["gelu_erf"], CODES["gelu_tanh"]])
+@pytest.mark.parametrize("tier", TIERS)
+def test_activations_of_half_precision(tier, act, dtype):
+    """No further from the function than the dtype rounds, half as much again, and 1e-5: tables of some tiers count."""
+    tiny = torch.logspace(-7, -1, 500)
+    x = torch.cat([torch.linspace(-40, 40, 20_001), tiny, -tiny, torch.tensor([0.0, 1e4, -1e30])])
+    case = Case(x[:, None], torch.ones(48, 1), act=act, out=dtype)
+    want, got = case.reference(), case.run(tier, 2).double()
+    rounding = {torch.float16: 2**-11, torch.bfloat16: 2**-8}[dtype]
+    assert ((got - want).abs() <= 1.5 * rounding * want.abs() + 1e-5).all()
+    small = want.abs() < 0.05
+    small &= x[:, None].abs() < 0.1  # not of the tails: these keep their digits
+    assert ((got - want).abs() <= 1.5 * rounding * want.abs() + 6e-8)[small].all()
+
+
 @pytest.mark.parametrize("tier", TIERS)
 def test_gelu_far_below_zero_is_tiny_and_not_zero(tier):
     """Its float64 in torch is -0.0 here, for want of bits; the kernel that takes the sigmoid's form keeps all of its own."""

@@ -1,84 +1,100 @@
 // The end of a tile: y = act(alpha * sums + bias) [* up] + residual, rounded once.
 #pragma once
+#include "cpu/bumps.h"
 #include "cpu/linear/problem.h"
 
 namespace {
 
-// Applies f to the first `vectors` (1 or 2) vectors of every row. Rows are independent, so the long chains of an
-// activation overlap.
-template <class F>
-inline void each_vector(float* sums, int rows, int vectors, F f) {
-  for (int m = 0; m < rows; ++m)
-    for (int v = 0; v < vectors; ++v) {
-      float* at = sums + m * kPanel + v * kLanes;
-      vstore(at, f(vload(at)));
-    }
-}
+template <int64_t kValue>
+struct Constant {
+  static constexpr int64_t value = kValue;
+};
+constexpr int64_t kActAny = -1;  // not known to the compiler
 
-void activate(int64_t act, float* sums, int rows, int vectors) {
+// f(activation, dtype of the results) as constants: with them, the loop over rows is a few instructions an output
+// vector.
+template <class F>
+inline void with_activation(int64_t act, F f) {
   switch (act) {
     case kActNone:
-      return;
-    case kActRelu:
-      return each_vector(sums, rows, vectors, [](Vec x) { return vactivate(kActRelu, x); });
+      return f(Constant<kActNone>{});
     case kActSilu:
-      return each_vector(sums, rows, vectors, [](Vec x) { return vactivate(kActSilu, x); });
+      return f(Constant<kActSilu>{});
     case kActGeluErf:
-      return each_vector(sums, rows, vectors, [](Vec x) { return vactivate(kActGeluErf, x); });
+      return f(Constant<kActGeluErf>{});
     case kActGeluTanh:
-      return each_vector(sums, rows, vectors, [](Vec x) { return vactivate(kActGeluTanh, x); });
+      return f(Constant<kActGeluTanh>{});
     default:
-      return each_vector(sums, rows, vectors, [act](Vec x) { return vactivate(act, x); });
+      return f(Constant<kActAny>{});
   }
 }
-
-// y = sums [* up] + residual from output n0 on. The dtype is known to the compiler: with it, the loop is a few
-// instructions an output vector.
-template <DType kOut>
-void write_rows(const Problem& p, int64_t n0, int64_t row0, int rows, const int* count, const float* sums) {
-  const bool whole = count[0] == kLanes && (p.gated || count[1] == kLanes);
-  const int vectors = p.gated || count[1] == 0 ? 1 : 2;
-  for (int m = 0; m < rows; ++m, sums += kPanel)
-    for (int v = 0; v < vectors; ++v) {
-      Vec out = vload(sums + v * kLanes);
-      if (p.gated) out = vmul(out, vload(sums + kLanes));
-      const int64_t n = n0 + v * kLanes;
-      const int lanes = whole ? kLanes : count[v];
-      if (p.residual.data)
-        out = vadd(out, vload_as(p.residual.dtype, p.residual.data, (row0 + m) * p.residual.stride[0] + n, lanes));
-      vstore_as(kOut, p.y.data, (row0 + m) * p.y.stride[0] + n, out, lanes);
-    }
+template <class F>
+inline void with_activation_and_dtype(int64_t act, DType dtype, F f) {
+  with_activation(act, [&](auto known) {
+    if (dtype == DType::f32) return f(known, Constant<int64_t(DType::f32)>{});
+    if (dtype == DType::f16) return f(known, Constant<int64_t(DType::f16)>{});
+    f(known, Constant<int64_t(DType::bf16)>{});
+  });
 }
 
-void finish_tile(const Problem& p, int64_t panel, int64_t row0, int rows, float* sums) {
+template <int64_t kAct, DType kOut>
+inline __attribute__((always_inline)) Vec activated(int64_t act, Vec x) {
+  const int64_t known = kAct == kActAny ? act : kAct;
+  return kOut == DType::f32 ? vactivate(known, x) : vactivate_half(known, x);
+}
+
+// The outputs of a panel in `rows` rows from row0 on. sum(m, v, bias): vector v of the panel in the m-th of them, with
+// alpha and the bias. One pass, in registers.
+template <int64_t kAct, DType kOut, class Sum>
+void finish_rows(const Problem& p, int64_t panel, int64_t row0, int rows, Sum sum) {
   const int64_t width = p.gated ? kLanes : kPanel;  // outputs of a panel
-  const int64_t n0 = panel * width;
-  const int64_t left = min64(width, p.outputs() - n0);
-  const int vectors = p.gated ? 1 : 2;
-  int count[2];  // outputs in either vector
-  for (int v = 0; v < 2; ++v) count[v] = static_cast<int>(max64(0, min64(kLanes, left - v * kLanes)));
+  const int64_t n0 = panel * width, act = p.act;
+  const int left = static_cast<int>(min64(width, p.outputs() - n0));
+  const int first = left < kLanes ? left : kLanes, second = left - first;  // in either vector
+  Vec bias[2] = {vset(-0.0f), vset(-0.0f)};                                // changes nothing, not even a zero
+  if (p.bias.data) {
+    bias[0] = vload_as(p.bias.dtype, p.bias.data, n0, first);
+    if (p.gated)
+      bias[1] = vload_as(p.bias.dtype, p.bias.data, p.outputs() + n0, first);
+    else if (second > 0)
+      bias[1] = vload_as(p.bias.dtype, p.bias.data, n0 + kLanes, second);
+  }
+  const Tensor& residual = p.residual;
+  auto output = [&](int m, int v, int lanes) __attribute__((always_inline)) {
+    Vec out = activated<kAct, kOut>(act, sum(m, v, bias[v]));
+    if (p.gated) out = vmul(out, sum(m, 1, bias[1]));
+    if (residual.data)
+      out =
+          vadd(out, vload_as(residual.dtype, residual.data, (row0 + m) * residual.stride[0] + n0 + v * kLanes, lanes));
+    return out;
+  };
+  int64_t at = row0 * p.y.stride[0] + n0;
+  if (left == kPanel) {
+    for (int m = 0; m < rows; ++m, at += p.y.stride[0]) {
+      const Vec low = output(m, 0, kLanes);
+      vstore_pair_as(kOut, p.y.data, at, low, output(m, 1, kLanes));
+    }
+    return;
+  }
+  for (int m = 0; m < rows; ++m, at += p.y.stride[0]) {
+    vstore_as(kOut, p.y.data, at, output(m, 0, first), first);
+    if (second > 0) vstore_as(kOut, p.y.data, at + kLanes, output(m, 1, second), second);
+  }
+}
 
-  if (p.bias.data || p.alpha != 1.0f) {
-    const Vec alpha = vset(p.alpha);
-    Vec bias[2] = {vzero(), vzero()};
-    for (int v = 0; v < 2 && p.bias.data; ++v)
-      bias[v] = p.gated ? vload_as(p.bias.dtype, p.bias.data, v * p.outputs() + n0, count[0])
-                        : vload_as(p.bias.dtype, p.bias.data, n0 + v * kLanes, count[v]);
-    for (int m = 0; m < rows; ++m)
-      for (int v = 0; v < 2; ++v) {
-        float* at = sums + m * kPanel + v * kLanes;
-        vstore(at, vfma(vload(at), alpha, bias[v]));
-      }
-  }
-  activate(p.act, sums, rows, vectors);
-  switch (p.y.dtype) {
-    case DType::f32:
-      return write_rows<DType::f32>(p, n0, row0, rows, count, sums);
-    case DType::f16:
-      return write_rows<DType::f16>(p, n0, row0, rows, count, sums);
-    default:
-      return write_rows<DType::bf16>(p, n0, row0, rows, count, sums);
-  }
+template <class Sum>
+inline void finish(const Problem& p, int64_t panel, int64_t row0, int rows, Sum sum) {
+  with_activation_and_dtype(p.act, p.y.dtype, [&](auto act, auto out) {
+    finish_rows<decltype(act)::value, static_cast<DType>(decltype(out)::value)>(p, panel, row0, rows, sum);
+  });
+}
+
+// sums: [rows][kPanel].
+void finish_tile(const Problem& p, int64_t panel, int64_t row0, int rows, const float* sums) {
+  const Vec alpha = vset(p.alpha);
+  finish(p, panel, row0, rows, [=](int m, int v, Vec bias) __attribute__((always_inline)) {
+    return vfma(vload(sums + m * kPanel + v * kLanes), alpha, bias);
+  });
 }
 
 // Asks for the lines that finish_tile will write and add, early enough that its stores do not wait for them.
@@ -97,15 +113,6 @@ inline void fetch_outputs(const Problem& p, int64_t panel, int64_t row0, int row
 struct WaitingRows {
   int64_t panel = 0, row = 0, left = 0;  // `row` is the next
   float* sums = nullptr;                 // of it, `planes` rows of them for each
-
-  // The operands of the next product pass through L1: sums that are not asked for again would be in L2 when their turn
-  // comes, and wait behind the tiles' loads.
-  void keep(int planes) const {
-    for (int64_t r = 0; r < left * planes; ++r) {
-      __builtin_prefetch(sums + r * kPanel);
-      __builtin_prefetch(sums + r * kPanel + kLanes);
-    }
-  }
 
   // f(n): the epilogue of the next n rows, at most so many.
   template <class F>

@@ -4,37 +4,12 @@
 // Codes of weights are multiplied as they are packed, unsigned: `start` takes their zero point out of the sums.
 #pragma once
 #include "cpu/linear/terms.h"
-#include "cpu/linear_quantized/gemm.h"
+#include "cpu/linear_quantized/code_rows.h"
 
 namespace {
 
-constexpr int64_t kTokensPrepared = 8;               // of a chunk
 constexpr int64_t kLeastCodeRows = 64;               // fewer do not pay for tiles
 constexpr int64_t kCodeSums = kTileHeight * kPanel;  // of a tile
-
-struct CodeTiles : QuantizedProblem {
-  using QuantizedProblem::QuantizedProblem;
-
-  int64_t row_bytes() const { return form.steps() * kStepK; }
-  // A tile takes a line of each of 16 rows: a power of two of lines apart, or a multiple, they would share sets of L1.
-  int64_t row_stride() const { return (row_bytes() / 64 | 1) * 64; }
-  int64_t tile_tokens() const { return kTileHeight / planes; }
-  int64_t row_tiles() const { return ceil_div(M, tile_tokens()); }
-  int64_t table_size() const { return row_tiles() * kTileHeight; }
-  Form wide() const { return {K, 8, form.group, form.offsets}; }
-
-  Prepared tile(char* shared, int64_t i) const {
-    float* tables = reinterpret_cast<float*>(shared + table_size() * row_stride()) + i * kTileHeight;
-    return {shared + i * kTileHeight * row_stride(),
-            tables,
-            reinterpret_cast<int32_t*>(tables + table_size()),
-            tables + 2 * table_size(),
-            kTileHeight,
-            kTileHeight * row_stride(),
-            4,
-            row_stride()};
-  }
-};
 
 // Local memory: two tiles of sums, used in turn, then a panel of 8-bit codes made from 4-bit ones.
 inline bool runs_on_codes(const CodeTiles& p) {
@@ -57,15 +32,6 @@ struct CodeSchedule : Cut {
   }
 };
 
-void prepare_tokens(const CodeTiles& p, int64_t chunk, const Scratch& scratch) {
-  const int64_t end = min64(p.M, (chunk + 1) * kTokensPrepared);
-  float* values = reinterpret_cast<float*>(scratch.local);
-  for (int64_t token = chunk * kTokensPrepared; token < end; ++token) {
-    const int64_t tile = token / p.tile_tokens();
-    quantize_tokens(p, p.tile(scratch.shared, tile), tile * p.tile_tokens(), token, 1, 0, 1, values);
-  }
-}
-
 // The panel as 8-bit codes: where it lies, or made at `to`.
 const char* wide_codes(const CodeTiles& p, const char* packed, char* to) {
   if (p.form.bits == 8) return packed;
@@ -78,37 +44,41 @@ class CodeEpilogue {
  public:
   explicit CodeEpilogue(const CodeTiles& p) : p_(p) {}
 
-  // factors: of the columns. sums: [32][kPanel] integers; they become f32 where they lie.
+  // factors: of the columns. sums: [32][kPanel] integers.
   void begin(int64_t panel, int64_t token0, int64_t tokens, const Prepared& rows, const char* factors, float* sums) {
     waiting_ = {panel, token0, tokens, sums};
-    waiting_.keep(p_.planes);
     row_ = rows;
     const float* w = reinterpret_cast<const float*>(factors);
+    const Vec alpha = vset(p_.alpha);
     for (int v = 0; v < 2; ++v) {
-      scale_[v] = vload(w + v * kLanes);
-      offset_[v] = p_.form.offsets ? vload(w + kPanel + v * kLanes) : vzero();
+      scale_[v] = vmul(vload(w + v * kLanes), alpha);
+      offset_[v] = p_.form.offsets ? vmul(vload(w + kPanel + v * kLanes), alpha) : vzero();
     }
   }
   void some(int64_t most) {
     waiting_.some(most, p_.planes, [this](int tokens) {
-      scale(tokens * p_.planes);
-      settle(p_, nullptr, tokens, waiting_.sums);
-      finish_tile(p_, waiting_.panel, waiting_.row, tokens, waiting_.sums);
+      p_.planes == 1 ? finish_tokens<1>(tokens) : finish_tokens<0>(tokens);
+      const int64_t rows = tokens * p_.planes;
+      row_.scale += rows, row_.start += rows, row_.sum += rows;
     });
   }
   void rest() { some(waiting_.left); }
 
  private:
-  void scale(int rows) {
-    for (int m = 0; m < rows; ++m, ++row_.scale, ++row_.start, ++row_.sum)
-#pragma GCC unroll 2
-      for (int v = 0; v < 2; ++v) {
-        float* at = waiting_.sums + m * kPanel + v * kLanes;
-        const Vec exact = vfrom_int({_mm512_add_epi32(_mm512_load_si512(at), _mm512_set1_epi32(*row_.start))});
-        Vec total = vmul(vmul(exact, scale_[v]), vset(*row_.scale));
-        if (p_.form.offsets) total = vfma(offset_[v], vset(*row_.sum), total);
-        vstore(at, total);
+  // kPlanes: 1, or 0 for any number of them.
+  template <int kPlanes>
+  void finish_tokens(int tokens) {
+    const int planes = kPlanes ? kPlanes : p_.planes;
+    const bool offsets = p_.form.offsets;
+    finish(p_, waiting_.panel, waiting_.row, tokens, [=](int m, int v, Vec total) __attribute__((always_inline)) {
+      for (int row = m * planes; row < (m + 1) * planes; ++row) {
+        const __m512i sum = _mm512_load_si512(waiting_.sums + row * kPanel + v * kLanes);
+        const Vec exact = vfrom_int({_mm512_add_epi32(sum, _mm512_set1_epi32(row_.start[row]))});
+        if (offsets) total = vfma(offset_[v], vset(row_.sum[row]), total);
+        total = vfma(vmul(exact, scale_[v]), vset(row_.scale[row]), total);
       }
+      return total;
+    });
   }
 
   const CodeTiles& p_;
