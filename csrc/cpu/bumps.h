@@ -12,8 +12,8 @@ namespace {
 constexpr int kPieces = 32;
 
 struct Bump {
-  float pieces_per_unit = 0, width = 0, top = 0;  // beyond `top` the bump stays what it is there: nothing
-  // Piece i is c0 + r (c1 + r (c2 + r c3)) with r = |x| - i * width, from half a piece before to half a piece after it.
+  float pieces_per_unit = 0, top = 0;  // beyond `top` the bump stays what it is there: nothing
+  // Piece i, around t = i / pieces_per_unit, is -(c0 + t (c1 + t (c2 + t c3))).
   alignas(64) float c[4][kPieces] = {};
 };
 
@@ -39,58 +39,56 @@ constexpr double silu_bump(double t) { return t / (1 + exponential(t)); }
 
 // Each piece passes through four points of the function, the Chebyshev nodes; the first, of which only the upper half
 // is used, passes through zero, so that small results keep their digits.
-constexpr Bump make_bump(double (*f)(double), double width) {
-  Bump bump;
-  bump.width = static_cast<float>(width);
-  bump.pieces_per_unit = static_cast<float>(1 / width);
-  bump.top = static_cast<float>((kPieces - 0.51) * width);
+constexpr Bump make_bump(double (*f)(double), double pieces_per_unit) {
   const double nodes[4] = {-0.4619397662556434, -0.1913417161825449, 0.1913417161825449, 0.4619397662556434};
+  Bump bump;
+  bump.pieces_per_unit = static_cast<float>(pieces_per_unit);
+  bump.top = static_cast<float>((kPieces - 0.51) / pieces_per_unit);
   for (int i = 0; i < kPieces; ++i) {
-    double r[4] = {}, d[4] = {};
+    double t[4] = {}, d[4] = {};
     for (int n = 0; n < 4; ++n) {
-      r[n] = i == 0 ? (n == 0 ? 0 : (nodes[n] + 0.5) * width / 2) : nodes[n] * width;
-      d[n] = f(i * width + r[n]);
+      t[n] = (i == 0 ? (n == 0 ? 0 : (nodes[n] + 0.5) / 2) : i + nodes[n]) / pieces_per_unit;
+      d[n] = -f(t[n]);
     }
     for (int order = 1; order < 4; ++order)  // divided differences
-      for (int n = 3; n >= order; --n) d[n] = (d[n] - d[n - 1]) / (r[n] - r[n - order]);
+      for (int n = 3; n >= order; --n) d[n] = (d[n] - d[n - 1]) / (t[n] - t[n - order]);
     // Newton's form, multiplied out.
+    const double pairs = t[0] * t[1] + t[0] * t[2] + t[1] * t[2];
     bump.c[3][i] = static_cast<float>(d[3]);
-    bump.c[2][i] = static_cast<float>(d[2] - d[3] * (r[0] + r[1] + r[2]));
-    bump.c[1][i] = static_cast<float>(d[1] - d[2] * (r[0] + r[1]) + d[3] * (r[0] * r[1] + r[0] * r[2] + r[1] * r[2]));
-    bump.c[0][i] = static_cast<float>(d[0] - d[1] * r[0] + d[2] * r[0] * r[1] - d[3] * r[0] * r[1] * r[2]);
+    bump.c[2][i] = static_cast<float>(d[2] - d[3] * (t[0] + t[1] + t[2]));
+    bump.c[1][i] = static_cast<float>(d[1] - d[2] * (t[0] + t[1]) + d[3] * pairs);
+    bump.c[0][i] = static_cast<float>(d[0] - d[1] * t[0] + d[2] * t[0] * t[1] - d[3] * t[0] * t[1] * t[2]);
   }
   return bump;
 }
 
-constexpr Bump kGeluErfBump = make_bump(gelu_erf_bump, 0.1875);
-constexpr Bump kGeluTanhBump = make_bump(gelu_tanh_bump, 0.1875);
-constexpr Bump kSiluBump = make_bump(silu_bump, 0.5);
+constexpr Bump kGeluErfBump = make_bump(gelu_erf_bump, 5);
+constexpr Bump kGeluTanhBump = make_bump(gelu_tanh_bump, 5);
+constexpr Bump kSiluBump = make_bump(silu_bump, 2);
 
-// NaN stays NaN, and -inf becomes it, as in PyTorch.
-inline Vec vless_bump(const Bump& bump, Vec x) {
-  const Vec big = vset(12582912.0f);  // 1.5 * 2^23: a number added to it is rounded, and its last bits are the integer
-  const Vec magnitude = vabs(x), t = vmin(vset(bump.top), magnitude);
-  const Vec piece = vfma(t, vset(bump.pieces_per_unit), big);
-  const Vec r = vfma(vsub(piece, big), vset(-bump.width), t);
-  Vec p = vfma(vlookup(bump.c[3], piece), r, vlookup(bump.c[2], piece));
-  p = vfma(p, r, vlookup(bump.c[1], piece));
-  p = vfma(p, r, vlookup(bump.c[0], piece));
-  return vsub(vfma(magnitude, vset(0.5f), vmul(x, vset(0.5f))), p);
-}
+// A bump in registers.
+class LessBump {
+ public:
+  explicit LessBump(const Bump& bump) : top_(vset(bump.top)), pieces_(vset(bump.pieces_per_unit)) {
+    for (int i = 0; i < 4; ++i) c_[i][0] = vload(bump.c[i]), c_[i][1] = vload(bump.c[i] + kLanes);
+  }
+
+  // NaN stays NaN, and -inf becomes it, as in PyTorch.
+  template <int N>
+  inline __attribute__((always_inline)) Vecs<N> operator()(const Vecs<N>& x) const {
+    const Vec big = vset(12582912.0f);  // 1.5 * 2^23: what is added to it is rounded, and its last bits are the integer
+    const Vecs<N> magnitude = vabs(x), t = vmin(top_, magnitude);
+    const Vecs<N> piece = vfma(t, pieces_, big);
+    const auto c = [&](int i) __attribute__((always_inline)) {
+      return in_step<N>([&](Vec at) { return vlookup(c_[i][0], c_[i][1], at); }, piece);
+    };
+    const Vecs<N> p = vfma(vfma(vfma(c(3), t, c(2)), t, c(1)), t, c(0));
+    return vadd(vfma(magnitude, vset(0.5f), vmul(x, vset(0.5f))), p);
+  }
+
+ private:
+  Vec c_[4][2], top_, pieces_;
+};
 
 }  // namespace
 #endif
-
-namespace {
-
-// vactivate for results that are rounded to half precision.
-inline Vec vactivate_half(int64_t act, Vec x) {
-#ifdef LLMOPT_ISA_LOOKS_UP
-  if (act == kActSilu) return vless_bump(kSiluBump, x);
-  if (act == kActGeluErf) return vless_bump(kGeluErfBump, x);
-  if (act == kActGeluTanh) return vless_bump(kGeluTanhBump, x);
-#endif
-  return vactivate(act, x);
-}
-
-}  // namespace

@@ -1,6 +1,8 @@
-// Elementary functions and typed loads over the tier's Vec. Everything is in an anonymous namespace: each object has
-// its own copy, so the linker can never merge an AVX-512 body into the baseline.
+// Elementary functions, those of activations also of several vectors in step, and typed loads over the tier's Vec.
+// Everything is in an anonymous namespace: each object has its own copy, so the linker can never merge an AVX-512 body
+// into the baseline.
 #pragma once
+#include "cpu/vecs.h"
 #include "runtime/tensor.h"
 
 namespace {
@@ -11,28 +13,34 @@ namespace {
 // place of denormals.
 
 // 2^x, within 2 ulp. |x - round(x)| <= 1/2 and a polynomial of degree 5 that is minimax in ulps (1.1 by itself).
-inline Vec vexp2_series(Vec r) {
-  Vec p = vset(0.00132245652f);
+template <class V>
+inline V vexp2_series(V r) {
+  V p = vset(0.00132245652f);
   p = vfma(p, r, vset(0.00967172161f));
   p = vfma(p, r, vset(0.05550896f));
   p = vfma(p, r, vset(0.24022238f));
   p = vfma(p, r, vset(0.693146825f));
   return vfma(p, r, vset(1.0f));
 }
-inline Vec vexp2_from(float least, Vec x) {
-  const Vec n = vround(x);
+template <class V>
+inline V vexp2_from(float least, V x) {
+  const V n = vround(x);
   return vscale2_from(vset(least), vexp2_series(vsub(x, n)), n);
 }
 inline Vec vexp2(Vec x) { return vexp2_from(-150.0f, vmin(vset(160.0f), x)); }
 // For x < 160 or NaN; any x with AVX-512.
-inline Vec vexp2_normal(Vec x) { return vexp2_from(-125.0f, x); }
+template <class V>
+inline V vexp2_normal(V x) {
+  return vexp2_from(-125.0f, x);
+}
 
 // e^x, within 1 ulp: ln 2 in two parts keeps the reduced argument exact, the minimax polynomial of degree 6 is good
 // to 3e-9.
-inline Vec vexp_series(Vec x, Vec n) {
-  Vec r = vfma(n, vset(-0.693145752f), x);
+template <class V>
+inline V vexp_series(V x, V n) {
+  V r = vfma(n, vset(-0.693145752f), x);
   r = vfma(n, vset(-1.42860677e-6f), r);
-  Vec p = vset(0.00138206338f);
+  V p = vset(0.00138206338f);
   p = vfma(p, r, vset(0.00836867373f));
   p = vfma(p, r, vset(0.0416682661f));
   p = vfma(p, r, vset(0.166665211f));
@@ -45,16 +53,23 @@ inline Vec vexp_bounded(Vec x) {
   const Vec n = vround(vmul(x, vset(1.44269504f)));
   return vscale2(vexp_series(x, n), n);
 }
-inline Vec vexp_from(float least, Vec x) {
+template <class V>
+inline V vexp_from(float least, V x) {
   x = vmin(vset(104.0f), x);
-  const Vec n = vround(vmul(x, vset(1.44269504f)));
+  const V n = vround(vmul(x, vset(1.44269504f)));
   return vscale2_from(vset(least), vexp_series(x, n), n);
 }
 inline Vec vexp(Vec x) { return vexp_from(-150.0f, x); }
-inline Vec vexp_normal(Vec x) { return vexp_from(-125.0f, x); }
+template <class V>
+inline V vexp_normal(V x) {
+  return vexp_from(-125.0f, x);
+}
 
 inline Vec vsigmoid(Vec x) { return vdiv(vset(1.0f), vadd(vset(1.0f), vexp_normal(vneg(x)))); }
-inline Vec vsilu(Vec x) { return vdiv(x, vadd(vset(1.0f), vexp_normal(vneg(x)))); }
+template <class V>
+inline V vsilu(V x) {
+  return vdiv(x, vadd(vset(1.0f), vexp_normal(vneg(x))));
+}
 
 // tanh: minimax odd polynomial below 0.625, where the exponential form cancels; 1 - 2/(e^2|x| + 1) elsewhere.
 inline Vec vtanh(Vec x) {
@@ -98,12 +113,13 @@ inline Vec verf(Vec x) {
 
 // max(x, 0) - |x| Φ(-|x|) with Φ(-t) = 2^(t p(t)) / 2, where p of degree 7 moves t Φ(-t) by less than 3e-8: no range is
 // apart, as with erf, and nothing cancels in the negative tail. p goes on downwards: from 16 on Φ is zero.
-inline Vec vgelu_erf(Vec x) {
-  Vec half = vmul(x, vset(0.5f));      // half + |half| is max(x, 0), and NaN for -inf, as in PyTorch
-  Vec t = vmin(vset(16.0f), vabs(x));  // NaN passes
-  Vec t2 = vmul(t, t);
-  Vec p = vfma(vset(-2.46519113e-6f), t, vset(3.55569442e-5f));
-  Vec u = vfma(vset(-1.70782536e-4f), t, vset(-1.68028705e-4f));
+template <class V>
+inline V vgelu_erf(V x) {
+  V half = vmul(x, vset(0.5f));      // half + |half| is max(x, 0), and NaN for -inf, as in PyTorch
+  V t = vmin(vset(16.0f), vabs(x));  // NaN passes
+  V t2 = vmul(t, t);
+  V p = vfma(vset(-2.46519113e-6f), t, vset(3.55569442e-5f));
+  V u = vfma(vset(-1.70782536e-4f), t, vset(-1.68028705e-4f));
   p = vfma(p, t2, u);
   p = vfma(p, t, vset(7.09718994e-3f));
   p = vfma(p, t, vset(-5.2515797e-2f));
@@ -112,8 +128,9 @@ inline Vec vgelu_erf(Vec x) {
   return vfma(vmul(t, vset(-0.5f)), vexp2_normal(vmul(p, t)), vadd(half, vabs(half)));
 }
 // x/2 (1 + tanh t) is x * sigmoid(2t): cheaper, and relative accuracy in the negative tail as well.
-inline Vec vgelu_tanh(Vec x) {
-  Vec t = vmul(vmul(x, vset(-1.59576912f)), vfma(vmul(x, x), vset(0.044715f), vset(1.0f)));
+template <class V>
+inline V vgelu_tanh(V x) {
+  V t = vmul(vmul(x, vset(-1.59576912f)), vfma(vmul(x, x), vset(0.044715f), vset(1.0f)));
   return vdiv(x, vadd(vset(1.0f), vexp_normal(t)));
 }
 

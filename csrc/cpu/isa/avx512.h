@@ -77,10 +77,10 @@ inline Mask vle(Vec a, Vec b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LE_OQ)
 inline Mask veq(Vec a, Vec b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ)}; }
 inline Vec vselect(Mask m, Vec yes, Vec no) { return {_mm512_mask_blend_ps(m.m, no.v, yes.v)}; }
 
-// Element `index` of a table of 32: the last five bits of every lane.
+// Element i of a table of 32, i being the last five bits of a lane.
 #define LLMOPT_ISA_LOOKS_UP
-inline Vec vlookup(const float* table, Vec index) {
-  return {_mm512_permutex2var_ps(_mm512_loadu_ps(table), _mm512_castps_si512(index.v), _mm512_loadu_ps(table + 16))};
+inline Vec vlookup(Vec first, Vec second, Vec i) {
+  return {_mm512_permutex2var_ps(first.v, _mm512_castps_si512(i.v), second.v)};
 }
 
 inline float vreduce_add(Vec a) { return _mm512_reduce_add_ps(a.v); }

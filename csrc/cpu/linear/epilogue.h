@@ -1,33 +1,12 @@
 // The end of a tile: y = act(alpha * sums + bias) [* up] + residual, rounded once.
 #pragma once
-#include "cpu/bumps.h"
+#include "cpu/activation.h"
 #include "cpu/linear/problem.h"
 
 namespace {
 
-template <int64_t kValue>
-struct Constant {
-  static constexpr int64_t value = kValue;
-};
-constexpr int64_t kActAny = -1;  // not known to the compiler
-
 // f(activation, dtype of the results) as constants: with them, the loop over rows is a few instructions an output
 // vector.
-template <class F>
-inline void with_activation(int64_t act, F f) {
-  switch (act) {
-    case kActNone:
-      return f(Constant<kActNone>{});
-    case kActSilu:
-      return f(Constant<kActSilu>{});
-    case kActGeluErf:
-      return f(Constant<kActGeluErf>{});
-    case kActGeluTanh:
-      return f(Constant<kActGeluTanh>{});
-    default:
-      return f(Constant<kActAny>{});
-  }
-}
 template <class F>
 inline void with_activation_and_dtype(int64_t act, DType dtype, F f) {
   with_activation(act, [&](auto known) {
@@ -37,18 +16,12 @@ inline void with_activation_and_dtype(int64_t act, DType dtype, F f) {
   });
 }
 
-template <int64_t kAct, DType kOut>
-inline __attribute__((always_inline)) Vec activated(int64_t act, Vec x) {
-  const int64_t known = kAct == kActAny ? act : kAct;
-  return kOut == DType::f32 ? vactivate(known, x) : vactivate_half(known, x);
-}
-
-// The outputs of a panel in `rows` rows from row0 on. sum(m, v, bias): vector v of the panel in the m-th of them, with
-// alpha and the bias. One pass, in registers.
+// The outputs of a panel in `rows` rows from row0 on, in one pass, in registers. sum(m, v, bias): vector v of the panel
+// in the m-th of them, with alpha and the bias.
 template <int64_t kAct, DType kOut, class Sum>
 void finish_rows(const Problem& p, int64_t panel, int64_t row0, int rows, Sum sum) {
   const int64_t width = p.gated ? kLanes : kPanel;  // outputs of a panel
-  const int64_t n0 = panel * width, act = p.act;
+  const int64_t n0 = panel * width;
   const int left = static_cast<int>(min64(width, p.outputs() - n0));
   const int first = left < kLanes ? left : kLanes, second = left - first;  // in either vector
   Vec bias[2] = {vset(-0.0f), vset(-0.0f)};                                // changes nothing, not even a zero
@@ -59,27 +32,54 @@ void finish_rows(const Problem& p, int64_t panel, int64_t row0, int rows, Sum su
     else if (second > 0)
       bias[1] = vload_as(p.bias.dtype, p.bias.data, n0 + kLanes, second);
   }
-  const Tensor& residual = p.residual;
-  auto output = [&](int m, int v, int lanes) __attribute__((always_inline)) {
-    Vec out = activated<kAct, kOut>(act, sum(m, v, bias[v]));
-    if (p.gated) out = vmul(out, sum(m, 1, bias[1]));
-    if (residual.data)
-      out =
-          vadd(out, vload_as(residual.dtype, residual.data, (row0 + m) * residual.stride[0] + n0 + v * kLanes, lanes));
-    return out;
+  using Act = Activation<kAct, kOut != DType::f32>;
+  const Act act(p.act);
+  const int64_t y_stride = p.y.stride[0], residual_stride = p.residual.stride[0];
+  const DType residual_dtype = p.residual.dtype;
+  char* const y = p.y.data;
+  const char* const residual = p.residual.data;
+  auto with_residual = [=](int m, int v, Vec out, int lanes) __attribute__((always_inline)) {
+    if (!residual) return out;
+    return vadd(out, vload_as(residual_dtype, residual, (row0 + m) * residual_stride + n0 + v * kLanes, lanes));
   };
-  int64_t at = row0 * p.y.stride[0] + n0;
-  if (left == kPanel) {
-    for (int m = 0; m < rows; ++m, at += p.y.stride[0]) {
-      const Vec low = output(m, 0, kLanes);
-      vstore_pair_as(kOut, p.y.data, at, low, output(m, 1, kLanes));
-    }
+  int m = 0;
+  if (p.gated) {
+    auto some = [&](auto count) __attribute__((always_inline)) {
+      constexpr int kRows = decltype(count)::value;
+      Vecs<kRows> x;
+#pragma GCC unroll 4
+      for (int i = 0; i < kRows; ++i) x.v[i] = sum(m + i, 0, bias[0]);
+      x = act(x);
+#pragma GCC unroll 4
+      for (int i = 0; i < kRows; ++i, ++m) {
+        const Vec out = with_residual(m, 0, vmul(x.v[i], sum(m, 1, bias[1])), first);
+        vstore_as(kOut, y, (row0 + m) * y_stride + n0, out, first);
+      }
+    };
+    while (m + Act::kChains <= rows) some(Constant<Act::kChains>{});
+    while (m < rows) some(Constant<1>{});
     return;
   }
-  for (int m = 0; m < rows; ++m, at += p.y.stride[0]) {
-    vstore_as(kOut, p.y.data, at, output(m, 0, first), first);
-    if (second > 0) vstore_as(kOut, p.y.data, at + kLanes, output(m, 1, second), second);
-  }
+  auto some = [&](auto count) __attribute__((always_inline)) {
+    constexpr int kRows = decltype(count)::value;
+    Vecs<2 * kRows> x;
+#pragma GCC unroll 4
+    for (int i = 0; i < 2 * kRows; ++i) x.v[i] = sum(m + i / 2, i % 2, bias[i % 2]);
+    x = act(x);
+#pragma GCC unroll 2
+    for (int i = 0; i < kRows; ++i, ++m) {
+      const int64_t at = (row0 + m) * y_stride + n0;
+      const Vec low = with_residual(m, 0, x.v[2 * i], first), high = x.v[2 * i + 1];
+      if (second == kLanes) {
+        vstore_pair_as(kOut, y, at, low, with_residual(m, 1, high, kLanes));
+        continue;
+      }
+      vstore_as(kOut, y, at, low, first);
+      if (second > 0) vstore_as(kOut, y, at + kLanes, with_residual(m, 1, high, second), second);
+    }
+  };
+  while (m + Act::kChains / 2 <= rows) some(Constant<Act::kChains / 2>{});
+  while (m < rows) some(Constant<1>{});
 }
 
 template <class Sum>
@@ -109,7 +109,8 @@ inline void fetch_outputs(const Problem& p, int64_t panel, int64_t row0, int row
 
 // A product on tiles that is finished but for its epilogue. That is done a few rows at a time between the steps of the
 // next product: the core looks only some hundred instructions ahead, so the tiles would idle while it works on all
-// rows.
+// rows. Beside tile products a core does one vector instruction a cycle instead of two, lookups and shuffles apart,
+// which have a port of their own: what an epilogue costs is the number of its other instructions.
 struct WaitingRows {
   int64_t panel = 0, row = 0, left = 0;  // `row` is the next
   float* sums = nullptr;                 // of it, `planes` rows of them for each

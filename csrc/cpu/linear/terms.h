@@ -29,6 +29,7 @@ constexpr int64_t kTileSpan = 6;                     // panels that pass over a 
 constexpr int64_t kTileL2 = 900 << 10;               // bytes of row tiles that stay in L2
 constexpr int64_t kPreparedRows = 8;                 // of a chunk
 constexpr int64_t kLoneK = 4096;                     // of a row that goes to the FMA kernels
+constexpr int64_t kRowsAStep = 16;                   // of an epilogue: fewer load its constants more often
 static_assert(kTileHeight == kPanel && kTermBytes == 2 * kTileRows * kTileBytes);
 static_assert(kSumBytes + kTileWeights + kLoneK * 4 <= int64_t(kLocalBytes));
 
@@ -276,7 +277,7 @@ void run_tiles(const TileProblem& p, const Weights& weights, const TileSchedule&
     args.steps = steps;
     args.accumulate = step0 > 0;
     args.before = &epilogue;
-    args.rows_a_step = static_cast<int>(max64(2, ceil_div(kTileHeight, steps)));
+    args.rows_a_step = static_cast<int>(max64(kRowsAStep, ceil_div(kTileHeight, steps)));
     args.ahead_lines = ceil_div(wanted, 64 * steps * tiles);
     for (int64_t tile = c.tile0; tile < c.tile1; ++tile) {
       const int64_t row0 = tile * kTileHeight;

@@ -10,6 +10,7 @@ namespace {
 
 constexpr int64_t kLeastCodeRows = 64;               // fewer do not pay for tiles
 constexpr int64_t kCodeSums = kTileHeight * kPanel;  // of a tile
+constexpr int64_t kCodeRowsAStep = 4;                // of an epilogue
 
 // Local memory: two tiles of sums, used in turn, then a panel of 8-bit codes made from 4-bit ones.
 inline bool runs_on_codes(const CodeTiles& p) {
@@ -140,7 +141,7 @@ void run_codes(const CodeTiles& p, const CodeSchedule& s, int64_t chunk, int thr
   args.row_bytes = p.row_bytes(), args.row_stride = p.row_stride();
   args.ahead_lines = ceil_div(bytes, 64 * tiles * steps);
   args.before = &epilogue;
-  args.tokens_a_step = ceil_div(max64(2, ceil_div(kTileHeight, steps)), p.planes);
+  args.tokens_a_step = ceil_div(max64(kCodeRowsAStep, ceil_div(kTileHeight, steps)), p.planes);
   int64_t turn = 0;
   const TileScope scope;
   for (int64_t panel = c.panel0; panel < c.panel1; ++panel) {
