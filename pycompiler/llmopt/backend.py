@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from llmopt import autocast, settings
+from llmopt import autocast, inplace_views, settings
 from llmopt.auto import choose as auto
 from llmopt.compiled import CompiledGraph
 from llmopt.constants import fix_numbers
@@ -22,7 +22,7 @@ from llmopt.graph import fake, kind, tensors_in
 from llmopt.keywords import place_operands
 from llmopt.messages import say, warn_once
 from llmopt.options import Options, check_for_cpu, check_for_gpu, parse_options
-from llmopt.overlaps import overlaps_of
+from llmopt.overlaps import Overlaps, overlaps_of
 from llmopt.passes import attention_precision, mirror_caches, narrow, quantize
 from llmopt.passes.pipeline import passes
 from llmopt.passes.verify import check_form, check_values, run_again, run_copy
@@ -64,7 +64,9 @@ def llmopt(
     place_operands(gm.graph)
     tensors = [t for t in example_inputs if isinstance(t, torch.Tensor)]
     machine, reason = choose_target(chosen.target, tensors)
-    reason = reason or _why_not(gm, example_inputs, tensors) or enclose(gm) or pin(gm)
+    reason = reason or _why_not(gm, example_inputs, tensors) or enclose(gm)
+    reason = reason or inplace_views.write_out(gm.graph) or pin(gm)
+    overlaps = None if reason else overlaps_of(gm.graph, gm)
     if not reason and autocast.is_on():
         reason = autocast.write_casts(gm.graph) if machine.gpu is None else autocast.LEFT_TO_PYTORCH
     if reason:
@@ -76,7 +78,7 @@ def llmopt(
         check_for_cpu(chosen)
     else:
         check_for_gpu(chosen, str(machine))
-    return _compile(gm, example_inputs, chosen, machine)
+    return _compile(gm, example_inputs, chosen, machine, overlaps)
 
 
 def _raise_recompile_limit() -> None:
@@ -91,11 +93,14 @@ def _raise_recompile_limit() -> None:
 
 
 def _compile(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, machine: Target
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    options: Options,
+    machine: Target,
+    overlaps: Overlaps | None,
 ) -> Callable:
     clock = _Clock()
     fix_numbers(gm.graph)
-    overlaps = overlaps_of(gm.graph, gm)
     separate_windows(gm.graph)
     decision = _run_passes(gm, example_inputs, options, machine, clock)
     if machine.gpu is None:
@@ -104,7 +109,8 @@ def _compile(
         chooser = chooser_for(machine, options.mode, gpu_among(example_inputs))
         plan = make_plan(gm.graph, machine, lambda _: Choice(), chooser)
     if options.kv_cache == "int8":
-        plan.notes = tuple(mirror_caches.notes(gm.graph, machine, plan.mirrored()))
+        lowered = {record.node: record.note for record in plan.records()}
+        plan.notes = tuple(mirror_caches.notes(gm.graph, lowered))
         for note in plan.notes:
             warn_once(note)
     clock.lap("plan")
@@ -125,9 +131,9 @@ def _compile(
         say(1, f"precision='auto': {decision.summary()}")
         if decision.note:
             log.warning("precision='auto': %s", decision.note)
-    if overlaps is not None:
-        executable.forward = overlaps.guard(executable.forward)
-    return CompiledGraph(plan, executable, clock.seconds, options, decision=decision)
+    return CompiledGraph(
+        plan, executable, clock.seconds, options, decision=decision, overlaps=overlaps
+    )
 
 
 def _why_not(

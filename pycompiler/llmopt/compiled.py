@@ -14,6 +14,7 @@ from torch import fx
 from llmopt.executor import Segment, segments_of
 from llmopt.gpu.executor import GpuSegment
 from llmopt.options import Options
+from llmopt.overlaps import Overlaps
 from llmopt.plan import Plan
 from llmopt.quant.budget import Decision
 from llmopt.weights import PackedWeight
@@ -21,12 +22,15 @@ from llmopt.weights import PackedWeight
 
 @dataclass
 class Run:
-    """One profiled call of a compiled graph: nanoseconds per step of every segment, and the whole call."""
+    """One profiled call of a compiled graph: nanoseconds per step of every segment that ran, and the whole call."""
 
     graph: CompiledGraph
-    seconds: float
-    step_ns: dict[str, list[int]]
-    costs: dict[str, list[tuple[int, int]]]  # segment → (flops, bytes) per step
+    reason: str  # why the call ran as in PyTorch, if it did
+    seconds: float = 0.0
+    step_ns: dict[str, list[int]] = field(default_factory=dict)
+    costs: dict[str, list[tuple[int, int]]] = field(
+        default_factory=dict
+    )  # segment → (flops, bytes) per step
 
 
 @dataclass(eq=False)
@@ -39,11 +43,13 @@ class CompiledGraph:
     options: Options
     reason: str = ""  # why the whole graph runs as in PyTorch, if it does
     decision: Decision | None = None  # of precision="auto"
+    overlaps: Overlaps | None = None
     calls: int = 0
     _forward: Callable[..., Any] = field(init=False)
 
     def __post_init__(self) -> None:
-        self._forward = self.executable.forward
+        forward = self.executable.forward
+        self._forward = forward if self.overlaps is None else self.overlaps.guard(forward)
         _alive.append(weakref.ref(self))
 
     def __call__(self, *arguments: Any) -> Any:
@@ -71,7 +77,7 @@ class CompiledGraph:
         return [weight for segment in self.segments() for weight in segment.packed()]
 
     def _profiled(self, arguments: tuple) -> Any:
-        run = Run(self, 0.0, {}, {})
+        run = Run(self, self._why_not(arguments))
         segments = self.segments()
         seen: dict[str, tuple] = {}
         for segment in segments:
@@ -83,12 +89,16 @@ class CompiledGraph:
             for segment in segments:
                 del segment.forward
         run.seconds = time.perf_counter() - start
-        for segment in segments:
+        for segment in [s for s in segments if s.name in seen]:
             run.step_ns[segment.name] = list(segment.profile_ns or [])
             run.costs[segment.name] = segment.costs(seen[segment.name])
         assert _profile.runs is not None
         _profile.runs.append(run)
         return result
+
+    def _why_not(self, arguments: tuple) -> str:
+        """Why a call runs as in PyTorch, or ""."""
+        return self.reason or (self.overlaps.found(arguments) if self.overlaps is not None else "")
 
 
 def _profiling(segment: Segment, seen: dict[str, tuple]) -> Callable[..., Any]:

@@ -355,9 +355,9 @@ def refresh(nodes: list[fx.Node]) -> None:
 
 def _written_value(node: fx.Node) -> Any:
     """What an in-place operation gives back: the value it wrote into, wherever that lies now."""
-    before, target = fake(node), fake(node.args[0]) if node.args else None
-    returns_it = kind(node).endswith("_") and isinstance(target, torch.Tensor)
-    return target if returns_it or _same_shape(before, target) else before
+    target = node.args[0] if node.args else None
+    returns_it = kind(node).endswith("_") and is_tensor(node) and is_tensor(target)
+    return fake(target if returns_it or _same_shape(fake(node), fake(target)) else node)
 
 
 _COPYING = {"view": "reshape", "view_as": "reshape_as"}

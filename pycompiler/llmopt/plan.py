@@ -73,10 +73,6 @@ class Plan:
         for level in sorted(self.segments):
             yield from self.segments[level].records
 
-    def mirrored(self) -> set[fx.Node]:
-        """Attentions that keep codes beside their keys and values."""
-        return {record.node for record in self.records() if record.is_mirrored}
-
     def tiles(self) -> dict[str, int]:
         """Where the tiles of launches on a GPU come from → of how many launches; empty for a CPU."""
         found: list[Launch] = []

@@ -14,6 +14,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
+from llmopt import inplace_views
 from llmopt.graph import (
     compute_fake,
     fake,
@@ -34,6 +35,7 @@ def inline(gm: fx.GraphModule) -> None:
     calls = gm.graph.find_nodes(op="call_function", target=_INVOKE)
     for call in calls:
         body = gm.get_submodule(call.args[0].target)
+        inplace_views.write_out(body.graph)
         inline(body)
         _write_out(gm, call, body)
     if calls:

@@ -206,6 +206,7 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     after = measure(threads)
     probe = after.best(before)
     graphs = list(dict.fromkeys(r.graph for r in runs))
+    reasons = dict.fromkeys((r.graph, r.reason) for r in runs)
     here = target()
     return Report(
         target=str(here),
@@ -218,8 +219,8 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
         packed_bytes=_packed_bytes(graphs),
         graphs=len(graphs),
         steps=tuple(s for r in runs for s in _steps(r, probe)),
-        fallbacks=tuple(f for g in graphs for f in _fallbacks(g)),
-        reasons=tuple(g.reason for g in graphs if g.reason),
+        fallbacks=tuple(f for graph, reason in reasons if not reason for f in _fallbacks(graph)),
+        reasons=tuple(reason for _, reason in reasons if reason),
         notes=tuple(
             dict.fromkeys(n for g in graphs if g.plan for n in (*g.plan.notes, *g.cuda_graphs()))
         ),
@@ -261,7 +262,7 @@ def _packed_bytes(graphs: list[CompiledGraph]) -> int:
 
 def _steps(run: Run, probe: Probe) -> list[StepTime]:
     steps = []
-    for segment in run.graph.segments():
+    for segment in [s for s in run.graph.segments() if s.name in run.step_ns]:
         times, costs = run.step_ns[segment.name], run.costs[segment.name]
         for record, ns, (flops, num_bytes) in zip(segment.records, times, costs, strict=True):
             isa = segment.target_.tier  # of the program that ran, whatever is set now

@@ -93,7 +93,7 @@ def state_of(tensors: Sequence[Tensor]) -> tuple:
 
 def samples_of(tensors: Sequence[Tensor]) -> _C.Samples:
     """Some lines of each tensor's memory, as they are now; readable while the tensors stay where they are."""
-    return _C.Samples([t.data_ptr() for t in tensors], [_bytes_of(t) for t in tensors])
+    return _C.Samples([t.data_ptr() for t in tensors], [bytes_of(t) for t in tensors])
 
 
 def _content_of(tensors: Sequence[Tensor]) -> _C.Content:
@@ -103,7 +103,7 @@ def _content_of(tensors: Sequence[Tensor]) -> _C.Content:
     """
     ranges: dict[tuple[int, int], None] = {}
     for tensor in tensors:
-        address, length = tensor.data_ptr(), _bytes_of(tensor)
+        address, length = tensor.data_ptr(), bytes_of(tensor)
         if is_moved(tensor):
             line = min(_LINE, length)
             starts = [address + (length - line) * i // (_LINES - 1) for i in range(_LINES)]
@@ -113,7 +113,7 @@ def _content_of(tensors: Sequence[Tensor]) -> _C.Content:
     return _C.Content([address for address, _ in ranges], [length for _, length in ranges])
 
 
-def _bytes_of(tensor: Tensor) -> int:
+def bytes_of(tensor: Tensor) -> int:
     """From a tensor's first element to the end of its last."""
     if tensor.numel() == 0:
         return 0

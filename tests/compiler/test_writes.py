@@ -412,29 +412,6 @@ def test_functions_that_write_when_told() -> None:
     check(bounded, torch.tensor([1, 2]), randn(5, 8))
 
 
-@torch.no_grad()
-def test_inputs_that_share_memory_later() -> None:
-    """Compiled with inputs apart: parts of one tensor that overlap run as in PyTorch, others in kernels."""
-
-    def function(x: Tensor, y: Tensor) -> Tensor:
-        before = F.layer_norm(x, (8,))
-        y.copy_(before.flip(0) * 2)
-        return before + F.layer_norm(x, (8,))
-
-    torch._dynamo.reset()
-    compiled = torch.compile(function, backend="llmopt", dynamic=False)
-    compiled(randn(8, 8), randn(8, 8, seed=1))
-    for x, y in (
-        (slice(0, 8), slice(8, 16)),
-        (slice(0, 8), slice(0, 8)),
-        (slice(2, 10), slice(0, 8)),
-    ):
-        ours, theirs = randn(16, 8), randn(16, 8)
-        got = compiled(ours[x], ours[y].view(8, 8))
-        torch.testing.assert_close(got, function(theirs[x], theirs[y].view(8, 8)))
-        torch.testing.assert_close(ours, theirs)
-
-
 def test_a_chain_of_writes_compiles_in_time() -> None:
     """Whoever looks for readers through views and writes visits each of them once."""
 

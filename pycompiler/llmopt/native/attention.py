@@ -133,13 +133,20 @@ def codes(keys: Tensor) -> str:
     return "+int8_kv" if keys.dtype == torch.int8 else ""
 
 
-def _static_mirrors(s: SegmentBuilder, node: fx.Node) -> list[View | None]:
-    """Positions that this segment has written, codes and state of keys, and of values; nothing where no codes are kept."""
-    positions, caches = node.kwargs.get("mirror"), set(node.args[1:3])
+def _written_elsewhere(s: SegmentBuilder, node: fx.Node) -> str:
+    """Why codes are not kept beside caches though a pass allowed it, or "": their kernel has to know what was written."""
     written = {r.node.args[0] for r in s.records if r.op == "index_copy"}
-    if positions is None or not caches <= written:
-        return [None] * 5
-    mirrors: list[View | None] = [s.view(positions)]
+    is_allowed = node.kwargs.get("mirror") is not None
+    here = written.issuperset(node.args[1:3])
+    return "are written outside of the segment that reads them" if is_allowed and not here else ""
+
+
+def _static_mirrors(s: SegmentBuilder, node: fx.Node) -> list[View]:
+    """Positions that this segment has written, codes and state of keys, and of values; none where a pass allowed none."""
+    positions = node.kwargs.get("mirror")
+    if positions is None:
+        return []
+    mirrors = [s.view(positions)]
     for cache in node.args[1:3]:
         mirrors += s.mirror(MirrorSpec(argument=s.argument(cache)), fake(cache))
     return mirrors
@@ -158,6 +165,7 @@ def attention_record(
     outputs: tuple,
     impl: str = "cpu",
     is_mirrored: bool = False,
+    note: str = "",
 ) -> StepRecord:
     b, h, sq, d = fake(q).shape
     flops = 4 * b * h * sq * kv[0].shape[2] * d
@@ -177,7 +185,7 @@ def attention_record(
         flops,
         size,
         node,
-        is_mirrored=is_mirrored,
+        note=note,
     )
 
 
@@ -186,14 +194,23 @@ def _lower_attention(s: SegmentBuilder, node: fx.Node) -> None:
     a = attention_settings(node, 3)
     keys = fake(k).shape[2]
     mask, bounds = _mask_operands(s, node, a["mask"], (*fake(q).shape[:3], keys))
-    mirrors = _static_mirrors(s, node)
-    is_mirrored = any(mirrors)
-    operands = [s.view(q), s.view(k), s.view(v), s.view(node), mask, bounds, *[None] * 4, *mirrors]
+    note = _written_elsewhere(s, node)
+    mirrors = [] if note else _static_mirrors(s, node)
+    is_mirrored = bool(mirrors)
+    operands = [s.view(q), s.view(k), s.view(v), s.view(node), mask, bounds, *[None] * 4]
+    operands += mirrors or [None] * 5
     ints = [int(a["causal"]), a["causal_offset"], a["window"], 0, 0, _bf16_products(node)]
     detail = "causal" if a["causal"] else "mask" if mask is not None else "full"
     detail += codes(fake(k)) + _products(node) + ("+int8_mirror" if is_mirrored else "")
     record = attention_record(
-        node, q, (fake(k), fake(v)), detail, (q, k, v), (node,), is_mirrored=is_mirrored
+        node,
+        q,
+        (fake(k), fake(v)),
+        detail,
+        (q, k, v),
+        (node,),
+        is_mirrored=is_mirrored,
+        note=note,
     )
     s.step("attention", operands, ints, [a["scale"], a["softcap"]], record)
 

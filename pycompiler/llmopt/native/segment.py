@@ -108,7 +108,7 @@ class StepRecord:
         ""  # of a linear: dtype of its multiplications, as `Probe.linear_peak` takes it
     )
     products: int = 1  # of that dtype that one product is made of
-    is_mirrored: bool = False  # of an attention: it keeps codes beside its keys and values
+    note: str = ""  # what a pass allowed and the kernel does not do, and why
 
 
 @dataclass

@@ -6,8 +6,8 @@ cache that grows is ours until it is returned, and tensors count their edits (ll
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections import Counter
+from collections.abc import Mapping
 
 from torch import fx
 
@@ -17,82 +17,100 @@ from llmopt.passes.kv_cache import leaves
 from llmopt.types import Target
 from llmopt.writes import writers_by_storage
 
+_REASON = (
+    "llmopt_no_mirror"  # key of node.meta: why an attention over a cache of floats is not marked
+)
+_ON_GPU = "are on a GPU"
+
 
 def run(graph: fx.Graph, machine: Target) -> None:
-    for node, found in _attentions(graph, machine).items():
-        if not isinstance(found, str):
-            node.kwargs = {**node.kwargs, "mirror": found}
+    writers = writers_by_storage(graph)
+    given = {storage(node) for node in graph.nodes if node.op == "placeholder"}
+    for node in graph.nodes:
+        if kind(node) == "llmopt.attention_append" and not node.kwargs.get("as_codes"):
+            _mark(node, True, _why_not_growing(machine))
+        elif kind(node) == "llmopt.attention" and storage(node.args[1]) in writers.keys() & given:
+            reason = _ON_GPU if machine.gpu is not None else _why_not_static(node, writers)
+            _mark(node, None if reason else _positions(node.args[1], writers), reason)
 
 
-def notes(graph: fx.Graph, machine: Target, mirrored: Iterable[fx.Node]) -> list[str]:
-    """Why caches of floats have no int8 rows beside them, a sentence for each kind; mirrored: the attentions that do."""
-    have = set(mirrored)
-    counts: dict[str, int] = {}
-    for node, found in _attentions(graph, machine).items():
-        if node not in have:
-            reason = found if isinstance(found, str) else "are written by PyTorch"
-            counts[reason] = counts.get(reason, 0) + 1
-    said = [f"keys and values of {count} attention(s) {reason}" for reason, count in counts.items()]
-    if others := _read_by_others(graph, machine):
-        said.append(f"{others} tensor(s) of a cache are read by no attention kernel")
+def _mark(node: fx.Node, mirror: fx.Node | bool | None, reason: str) -> None:
+    if reason:
+        node.meta[_REASON] = reason
+    else:
+        node.kwargs = {**node.kwargs, "mirror": mirror}
+
+
+def _why_not_growing(machine: Target) -> str:
+    if machine.gpu is not None:
+        return _ON_GPU
+    return "" if EXCHANGE is not None else "are tensors that this PyTorch makes in a slower way"
+
+
+def _why_not_static(node: fx.Node, writers: dict[int, list[fx.Node]]) -> str:
+    caches = node.args[1:3]
+    if any(fake(t).dtype not in FLOATS for t in caches):
+        return "are no floats"
+    if any(t.op != "placeholder" for t in caches):
+        return "are not the very tensors that the caller passed"
+    for cache in caches:
+        writes = _writers_of(cache, writers)
+        if len(writes) != 1 or kind(writes[0]) != "index_copy_" or not writes[0] < node:
+            return "are written otherwise than by one index_copy_ in front of it"
+        written, dim = writes[0].args[:2]
+        if written is not cache or dim not in (2, -2):
+            return "are written through a view of them, or not by position"
+    keys, values = (_positions(cache, writers) for cache in caches)
+    return "" if keys is values else "are written at positions of their own"
+
+
+def _positions(cache: fx.Node, writers: dict[int, list[fx.Node]]) -> fx.Node:
+    """Those that the one index_copy_ into a cache writes."""
+    (write,) = _writers_of(cache, writers)
+    return write.args[2]
+
+
+def _writers_of(node: fx.Node, writers: dict[int, list[fx.Node]]) -> list[fx.Node]:
+    place = storage(node)
+    return [] if place is None else writers.get(place, [])
+
+
+def notes(graph: fx.Graph, lowered: Mapping[fx.Node, str]) -> list[str]:
+    """Why caches of floats have no int8 rows beside them, a sentence for each kind.
+
+    lowered: attentions that run in kernels, and why such a one reads floats though it is marked.
+    """
+    reasons: Counter[str] = Counter()
+    read: set[int | None] = set()
+    for node in graph.nodes:
+        if "mirror" in node.kwargs or _REASON in node.meta:
+            read |= {storage(n) for n in node.all_input_nodes}
+            reasons[node.meta.get(_REASON) or lowered.get(node, "are read by no kernel")] += 1
+    said = [f"keys and values of {n} attention(s) {why}" for why, n in reasons.items() if why]
+    if others := _caches(graph) - read:
+        said.append(f"{len(others)} tensor(s) like a cache's get to no attention kernel as such")
     return [
         f'kv_cache="int8": {what}, and are read as they are; pass past_key_values=llmopt.KVCache(model)'
         for what in said
     ]
 
 
-def _read_by_others(graph: fx.Graph, machine: Target) -> int:
-    """Caches that grow by cat, or are written by index_copy_, beside those that attention kernels read."""
-    static = {n for node in _attentions(graph, machine) for n in node.args[1:3]}
-    count = 0
+def _caches(graph: fx.Graph) -> set[int | None]:
+    """Memory of inputs that look like a cache's: floats of four dimensions that are written, or joined with what the graph returns."""
+    written = writers_by_storage(graph).keys()
+    found = set()
     for node in graph.nodes:
-        if kind(node) == "cat" and is_tensor(node) and fake(node).dim() == 4:
-            parts = argument(node, 0, "tensors")
-            joins = argument(node, 1, "dim", 0) in (-2, 2) and len(parts) == 2
-            count += joins and parts[0].op == "placeholder" and leaves(node)
-        elif kind(node) == "index_copy_" and node.args[0].op == "placeholder":
-            count += fake(node).dim() == 4 and node.args[0] not in static
-    return count
-
-
-def _attentions(graph: fx.Graph, machine: Target) -> dict[fx.Node, Any]:
-    """Attentions over caches of floats, and what `mirror` of ops.attention is for each, or why nothing can be kept beside its cache."""
-    writers = writers_by_storage(graph)
-    given = {storage(node) for node in graph.nodes if node.op == "placeholder"}
-    found: dict[fx.Node, Any] = {}
-    for node in graph.nodes:
-        if kind(node) == "llmopt.attention_append" and not node.kwargs.get("as_codes"):
-            found[node] = _growing(machine)
-        elif kind(node) == "llmopt.attention" and storage(node.args[1]) in writers.keys() & given:
-            found[node] = _static(node, machine, writers)
+        if node.op != "placeholder" or not is_tensor(node):
+            continue
+        if fake(node).dim() != 4 or fake(node).dtype not in FLOATS:
+            continue
+        if storage(node) in written or any(_joins(user, node) for user in node.users):
+            found.add(storage(node))
     return found
 
 
-_ON_GPU = "are on a GPU"
-
-
-def _growing(machine: Target) -> Any:
-    if machine.gpu is not None:
-        return _ON_GPU
-    return True if EXCHANGE is not None else "are tensors that this PyTorch makes in a slower way"
-
-
-def _static(node: fx.Node, machine: Target, writers: dict[int, list[fx.Node]]) -> Any:
-    """The positions that were written, or a reason."""
-    if machine.gpu is not None:
-        return _ON_GPU
-    if any(fake(t).dtype not in FLOATS for t in node.args[1:3]):
-        return "are no floats"
-    if any(t.op != "placeholder" for t in node.args[1:3]):
-        return "are parts of the tensors that the cache holds"
-    positions = []
-    for cache in node.args[1:3]:
-        place = storage(cache)
-        found = [] if place is None else writers.get(place, [])
-        if len(found) != 1 or kind(found[0]) != "index_copy_" or not found[0] < node:
-            return "are written otherwise than by one index_copy_"
-        written, dim, index = found[0].args[:3]
-        if written is not cache or dim not in (2, -2):
-            return "are written through a part of them"
-        positions.append(index)
-    return positions[0] if positions[0] is positions[1] else "are written at positions of their own"
+def _joins(node: fx.Node, cache: fx.Node) -> bool:
+    if kind(node) != "cat" or argument(node, 1, "dim", 0) not in (-2, 2):
+        return False
+    parts = argument(node, 0, "tensors")
+    return len(parts) == 2 and parts[0] is cache and leaves(node)

@@ -1,0 +1,183 @@
+"""Methods that change the shape of a tensor in place give what they give in eager, and what reads the tensor still runs in kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from llmopt.compiled import alive
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tests.compiler.test_rewrites import randn
+
+X = randn(6, 8)
+with torch.random.fork_rng():
+    torch.manual_seed(0)
+    LINEAR, SQUARE = nn.Linear(8, 8), nn.Linear(6, 6)
+
+
+def returned(x: Tensor) -> Any:
+    h = LINEAR(x)
+    h.unsqueeze_(0)
+    return h
+
+
+def result_of_the_method(x: Tensor) -> Any:
+    h = LINEAR(x)
+    return h.unsqueeze_(0).squeeze_(0).transpose_(0, 1).contiguous(), h
+
+
+def read_later(x: Tensor) -> Any:
+    h = LINEAR(x)
+    h.unsqueeze_(1)
+    return F.layer_norm(h, (8,)).shape[0] + h.mean(0)
+
+
+def summed(x: Tensor) -> Any:
+    h = LINEAR(x)
+    h.unsqueeze_(0)
+    return h.sum(0)
+
+
+def multiplied(x: Tensor) -> Any:
+    h = LINEAR(x)
+    h.t_()
+    return SQUARE(h)
+
+
+def copied(x: Tensor) -> Any:
+    h = LINEAR(x)
+    h.swapaxes_(0, 1)
+    return h.contiguous(), h.reshape(-1)
+
+
+def seen_before(x: Tensor) -> Any:
+    h = LINEAR(x)
+    v = h.view(-1)
+    v.mul_(2)
+    h.swapdims_(0, 1)
+    v[3:9] += 1
+    return h, v
+
+
+def written_before_and_after(x: Tensor) -> Any:
+    h = LINEAR(x)
+    h.add_(1)
+    h.unsqueeze_(0)
+    h.mul_(2)
+    h[:, 2:4] = 7
+    return h, F.gelu(h)
+
+
+def under_another_name(x: Tensor) -> Any:
+    h = LINEAR(x)
+    same, also = h.add_(1), F.relu(h, inplace=True)
+    h.unsqueeze_(0)
+    return same, also, F.layer_norm(same, (8,))
+
+
+def dropped(x: Tensor) -> Any:
+    h = LINEAR(x[:1])
+    h.squeeze_()
+    return F.layer_norm(h, (8,)), h
+
+
+def piece(x: Tensor) -> Any:
+    p, q = LINEAR(x).chunk(2, -1)
+    p.unsqueeze_(0)
+    return p + q, F.layer_norm(q, (4,))
+
+
+def one_of_two_results(x: Tensor) -> Any:
+    h = torch.max(LINEAR(x), 0)[0]
+    h.unsqueeze_(0)
+    return F.layer_norm(h, (8,)), h
+
+
+def of_a_clone(x: Tensor) -> Any:
+    y = x.clone()
+    y.t_()
+    y.add_(1)
+    return F.layer_norm(y, (6,))
+
+
+def strided(x: Tensor) -> Any:
+    h = LINEAR(x)
+    h.as_strided_((4, 4), (1, 2))
+    return F.layer_norm(h, (4,))
+
+
+def by_operator(x: Tensor) -> Any:
+    h = LINEAR(x)
+    torch.ops.aten.t_.default(h)
+    torch.ops.aten.unsqueeze_(h, 0)
+    return h
+
+
+def other_memory(x: Tensor) -> Any:
+    h, y = LINEAR(x), F.gelu(x)
+    h.set_(y.t())
+    y.mul_(2)
+    return F.layer_norm(h, (6,)), y
+
+
+def of_an_input(x: Tensor) -> Any:
+    x.unsqueeze_(0)
+    return F.layer_norm(x, (8,)), LINEAR(x)
+
+
+@torch.compiler.nested_compile_region
+def region(x: Tensor) -> Tensor:
+    h = LINEAR(x)
+    v = h.t()
+    h.unsqueeze_(0)
+    return F.layer_norm(h, (8,)) + v.t()
+
+
+def in_a_region(x: Tensor) -> Any:
+    return region(x), region(x * 2)
+
+
+FUNCTIONS = (
+    returned, result_of_the_method, read_later, summed, multiplied, copied, seen_before, written_before_and_after, under_another_name,
+    dropped, piece, one_of_two_results, of_a_clone, strided, by_operator, other_memory, of_an_input,
+)  # fmt: skip
+
+
+@torch.no_grad()
+def outcome(function: Callable, backend: str, dynamic: bool | None) -> list[Tensor]:
+    """The results, and the input afterwards."""
+    torch._dynamo.reset()
+    x = X.clone()
+    got = torch.compile(function, backend=backend, dynamic=dynamic)(x)
+    return [*(got if isinstance(got, tuple) else (got,)), x]
+
+
+def check(function: Callable, dynamic: bool | None = None) -> None:
+    got, want = (outcome(function, backend, dynamic) for backend in ("llmopt", "eager"))
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5, check_stride=True)
+    same = [[a.data_ptr() == b.data_ptr() for a in some for b in some] for some in (got, want)]
+    assert same[0] == same[1], "windows on the same memory"
+
+
+@pytest.mark.parametrize("dynamic", [None, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
+def test_as_in_eager(function: Callable, dynamic: bool | None) -> None:
+    check(function, dynamic)
+
+
+def test_in_a_region() -> None:
+    """Of which there is one graph for both calls."""
+    check(in_a_region)
+
+
+@torch.no_grad()
+def test_kernels_read_them() -> None:
+    torch._dynamo.reset()
+    known = {id(g) for g in alive()}
+    torch.compile(under_another_name, backend="llmopt")(X)
+    (plan,) = [g.plan for g in alive() if id(g) not in known]
+    assert {"linear", "norm"} <= {r.op for r in plan.records()}
