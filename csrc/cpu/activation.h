@@ -1,4 +1,4 @@
-// Activations of several vectors in step, known to the compiler by their number where they are common.
+// Activations of several vectors in step; common ones are known to the compiler.
 #pragma once
 #include "cpu/bumps.h"
 
@@ -10,12 +10,14 @@ struct Constant {
 };
 constexpr int64_t kActAny = -1;  // not known to the compiler
 
-// f(act as a constant).
+// f(Constant<act>), for those that models have in linears.
 template <class F>
 inline void with_activation(int64_t act, F f) {
   switch (act) {
     case kActNone:
       return f(Constant<kActNone>{});
+    case kActRelu:
+      return f(Constant<kActRelu>{});
     case kActSilu:
       return f(Constant<kActSilu>{});
     case kActGeluErf:
@@ -26,18 +28,15 @@ inline void with_activation(int64_t act, F f) {
       return f(Constant<kActAny>{});
   }
 }
-// An activation of several vectors in step, with what it keeps in registers. kChains: how many vectors those leave room
-// for, a multiple of two.
+
+// An activation of several vectors in step, with what it keeps in registers. kHalf: of results that are rounded to half
+// precision. kChains: how many vectors the registers have room for, a multiple of two.
 template <int64_t kAct, bool kHalf>
 class Activation {
  public:
-#ifdef LLMOPT_ISA_LOOKS_UP
-  static constexpr int kChains = 4;
-#else
-  static constexpr int kChains = 2;
-#endif
+  static constexpr int kChains = kVecRegisters == 32 ? 4 : 2;
 
-  explicit Activation(int64_t act) : act_(kAct == kActAny ? act : kAct) {}
+  explicit Activation(int64_t act) : act_(act) {}
 
   template <int N>
   inline __attribute__((always_inline)) Vecs<N> operator()(const Vecs<N>& x) const {
@@ -45,7 +44,7 @@ class Activation {
     if (kAct == kActSilu) return vsilu(x);
     if (kAct == kActGeluErf) return vgelu_erf(x);
     if (kAct == kActGeluTanh) return vgelu_tanh(x);
-    return in_step<N>([this](Vec v) { return vactivate(act_, v); }, x);
+    return in_step<N>([this](Vec v) { return vactivate(kAct == kActAny ? act_ : kAct, v); }, x);
   }
 
  private:

@@ -192,7 +192,7 @@ inline void vstore_as(DType d, char* p, int64_t index, Vec a, int n) {
   else
     vstore_bf16_n(h, a, n);
 }
-#ifndef LLMOPT_ISA_STORES_WORDS
+#ifndef LLMOPT_ISA_NARROWS_PAIRS
 inline void vstore_bf16_pair(uint16_t* p, Vec a, Vec b) {
   vstore_bf16(p, a);
   vstore_bf16(p + kLanes, b);

@@ -26,6 +26,7 @@ from llmopt.graph import (
     tensors_in,
     unreadable,
 )
+from llmopt.keywords import place_operands
 
 _INVOKE = torch.ops.higher_order.invoke_subgraph
 
@@ -35,7 +36,8 @@ def inline(gm: fx.GraphModule) -> None:
     calls = gm.graph.find_nodes(op="call_function", target=_INVOKE)
     for call in calls:
         body = gm.get_submodule(call.args[0].target)
-        inplace_views.write_out(body.graph)
+        place_operands(body.graph)
+        inplace_views.write_out(body.graph)  # what it refuses is refused once it stands in gm
         inline(body)
         _write_out(gm, call, body)
     if calls:

@@ -19,11 +19,11 @@ MAX_LINES = 500
 LAYERS = (
     ("_C", "types", "launch", "settings", "sizes", "files", "source_lines"),
     ("target", "graph", "memory", "exchange", "counters", "registry", "messages", "offload"),
-    ("gpus", "parameters", "inplace_views"),
+    ("gpus", "parameters", "keywords", "inplace_views"),
     ("ops", "writes"),
     ("mirrors",),
     ("autocast",),
-    ("quant", "contexts", "constants", "keywords", "regions", "windows"),
+    ("quant", "contexts", "constants", "regions", "windows"),
     ("passes", "native", "kernels"),
     ("kv", "weights", "options"),
     ("tune", "watch", "overlaps"),

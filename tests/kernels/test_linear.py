@@ -220,6 +220,11 @@ def test_activations_of_half_precision(tier, act, dtype):
     want, got = case.reference(), case.run(tier, 2).double()
     rounding = {torch.float16: 2**-11, torch.bfloat16: 2**-8}[dtype]
     assert ((got - want).abs() <= 1.5 * rounding * want.abs() + 1e-5).all()
+    case.x = torch.tensor([[float("nan")], [-float("inf")], [float("inf")]])
+    no_number, below, above = case.run(tier, 2)
+    assert no_number.isnan().all()
+    assert below.isnan().all(), "as in PyTorch, which multiplies infinity with zero"
+    assert (above == float("inf")).all()
     small = want.abs() < 0.05
     small &= x[:, None].abs() < 0.1  # not of the tails: these keep their digits
     assert ((got - want).abs() <= 1.5 * rounding * want.abs() + 6e-8)[small].all()

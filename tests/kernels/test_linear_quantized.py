@@ -319,6 +319,23 @@ def test_nan_and_inf_never_become_numbers(tier, planes):
         assert y[:, :34].isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("tier", TIERS)
+def test_nan_and_inf_in_rows_with_one_scale(tier, dtype):
+    """Rows that are rounded as they lie, 64 values at a time, and those next to them."""
+    for k, bad in product(
+        (64, 192, 200), (float("nan"), -float("nan"), float("inf"), -float("inf"))
+    ):
+        c = case(80, 35, k, 8)
+        c.x = c.x.to(dtype)
+        c.x[3, k - 1] = c.x[70, 1] = bad
+        y = c.run(tier, 2)
+        lost = torch.zeros(80, dtype=torch.bool)
+        lost[[3, 70]] = True
+        assert y[lost].isnan().all()
+        assert y[~lost].isfinite().all()
+
+
 @pytest.mark.parametrize("planes", [1, 2, 3])
 @pytest.mark.parametrize("tier", TIERS)
 def test_zero_and_tiny_groups(tier, planes):

@@ -34,7 +34,7 @@ inline void before_tile_loads() { asm volatile("" : : : "memory"); }
 
 // 32 floats rounded to bf16, the words of `low` first. Denormals become zero.
 inline __m512i tile_words(Vec low, Vec high) { return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high.v, low.v)); }
-#define LLMOPT_ISA_STORES_WORDS
+#define LLMOPT_ISA_NARROWS_PAIRS
 inline void vstore_bf16_pair(uint16_t* p, Vec a, Vec b) { _mm512_storeu_si512(p, tile_words(a, b)); }
 inline Vec low_words(__m512i words) { return widen_bf16(_mm512_castsi512_si256(words)); }
 inline Vec high_words(__m512i words) { return widen_bf16(_mm512_extracti64x4_epi64(words, 1)); }

@@ -107,7 +107,7 @@ inline void fetch_outputs(const Problem& p, int64_t panel, int64_t row0, int row
   }
 }
 
-// A product on tiles that is finished but for its epilogue. That is done a few rows at a time between the steps of the
+// A product on tiles that is finished but for its epilogue. That is done some rows at a time between the steps of the
 // next product: the core looks only some hundred instructions ahead, so the tiles would idle while it works on all
 // rows. Beside tile products a core does one vector instruction a cycle instead of two, lookups and shuffles apart,
 // which have a port of their own: what an epilogue costs is the number of its other instructions.

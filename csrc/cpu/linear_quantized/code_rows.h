@@ -1,5 +1,5 @@
-// Rows of x → the left operand of the GEMM over codes with one scale a column: rounded by vectors of 64 codes where a
-// row is one plane and lies as the codes will, by the general way (prepare.h) otherwise.
+// Rows of x → the left operand of the GEMM over codes with one scale a column: 64 values at a time where a row is one
+// plane of a multiple of them (after a norm, and from f16, by way of f32), by the general way (prepare.h) otherwise.
 #pragma once
 #include "cpu/linear/terms.h"
 #include "cpu/linear_quantized/gemm.h"
@@ -37,10 +37,8 @@ inline __m512i round_to_int(Vec a) { return _mm512_cvtps_epi32(a.v); }
 // A row of whole steps of 64 values, as it lies.
 //   largest(count)     the largest magnitude as bits, which order as integers: NaN above infinity above all numbers
 //   codes(k, inverse)  64 values from k on times `inverse`, as signed bytes
-//   kLines             cache lines of them
 struct FloatRow {
   const float* x;
-  static constexpr int kLines = 4;
 
   uint32_t largest(int64_t count) const {
     const __m512i magnitude = _mm512_set1_epi32(0x7FFFFFFF);
@@ -65,7 +63,6 @@ struct FloatRow {
 
 struct Bf16Row {
   const uint16_t* x;
-  static constexpr int kLines = 2;
 
   uint32_t largest(int64_t count) const {
     const __m512i magnitude = _mm512_set1_epi16(0x7FFF);
@@ -91,8 +88,8 @@ struct Bf16Row {
   }
 };
 
-// What quantize_groups does, for all of a row in one plane. While it is rounded the row at `next` is fetched, which a
-// core does not do by itself from one page to another.
+// What quantize_groups does, for all of a row in one plane. Meanwhile what lies behind the row is fetched, from `next`
+// on, which a core does not do by itself from one page to another.
 template <class Row>
 void round_row(const CodeTiles& p, Row x, const Prepared& tile, int64_t row, const char* next) {
   const uint32_t bits = x.largest(p.K);
@@ -103,12 +100,12 @@ void round_row(const CodeTiles& p, Row x, const Prepared& tile, int64_t row, con
   const float inverse = inverse_scale(scale);
   if (inverse == 0.0f) scale = 0.0f;
   char* to = tile.quad(0, 0, row);
+  const int64_t lines = itemsize(p.x.dtype);  // of 64 values
   __m512i sum = _mm512_setzero_si512();
   if (is_number) {
     for (int64_t k = 0; k < p.K; k += 64) {
       const __m512i codes = x.codes(k, vset(inverse));
-#pragma GCC unroll 4
-      for (int i = 0; i < Row::kLines; ++i, next += 64) __builtin_prefetch(next);
+      for (int64_t line = 0; line < lines; ++line, next += 64) __builtin_prefetch(next);
       sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(1), codes);
       _mm512_storeu_si512(to + k, codes);
     }
