@@ -28,9 +28,8 @@ class Run:
     reason: str  # why the call ran as in PyTorch, if it did
     seconds: float = 0.0
     step_ns: dict[str, list[int]] = field(default_factory=dict)
-    costs: dict[str, list[tuple[int, int]]] = field(
-        default_factory=dict
-    )  # segment → (flops, bytes) per step
+    # segment → (flops, bytes) per step
+    costs: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
 
 
 @dataclass(eq=False)

@@ -17,9 +17,8 @@ from llmopt.passes.kv_cache import leaves
 from llmopt.types import Target
 from llmopt.writes import writers_by_storage
 
-_REASON = (
-    "llmopt_no_mirror"  # key of node.meta: why an attention over a cache of floats is not marked
-)
+# Key of node.meta: why an attention over a cache of floats is not marked.
+_REASON = "llmopt_no_mirror"
 _ON_GPU = "are on a GPU"
 
 
