@@ -45,10 +45,6 @@ inline __m512i word_pairs(Vec even, Vec odd) {
                                          5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   return _mm512_permutexvar_epi16(order, tile_words(even, odd));
 }
-// Those of every other word.
-inline Vec even_words(__m512i words) { return {_mm512_castsi512_ps(_mm512_slli_epi32(words, 16))}; }
-inline Vec odd_words(__m512i words) { return {_mm512_castsi512_ps(_mm512_maskz_mov_epi16(0xAAAAAAAAu, words))}; }
-
 // The bf16 numbers that begin the elements of two vectors (cut off, not rounded), in turn, as B wants the pairs of a
 // column; the vectors keep their rests.
 inline __m512i split_pairs(Vec& even, Vec& odd) {

@@ -133,9 +133,9 @@ inline Vec vload_bf16_n(const uint16_t* p, int n) { return widen_bf16(_mm256_mas
 inline void vstore_bf16(uint16_t* p, Vec a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_bf16(a)); }
 inline void vstore_bf16_n(uint16_t* p, Vec a, int n) { _mm256_mask_storeu_epi16(p, tail_mask(n), narrow_bf16(a)); }
 // The even- and the odd-indexed of 32 bf16 values, widened: one register operation each, no shuffle.
-inline Vec vload_bf16_even(const uint16_t* p) {
-  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16))};
-}
+inline Vec even_words(__m512i words) { return {_mm512_castsi512_ps(_mm512_slli_epi32(words, 16))}; }
+inline Vec odd_words(__m512i words) { return {_mm512_castsi512_ps(_mm512_maskz_mov_epi16(0xAAAAAAAAu, words))}; }
+inline Vec vload_bf16_even(const uint16_t* p) { return even_words(_mm512_loadu_si512(p)); }
 inline Vec vload_bf16_odd(const uint16_t* p) { return {_mm512_castsi512_ps(_mm512_maskz_loadu_epi16(0xAAAAAAAAu, p))}; }
 
 // Transposes the kLanes x kLanes matrix whose rows are r[0..kLanes). Only moves bits, so any 32-bit type may be inside.

@@ -1,62 +1,18 @@
-// Rows of x → the left operand: normalised, rounded to planes of signed codes group by group, in the order the tiles
-// read.
-//   codes   [tiles][groups][steps][2 quads][rows] kQuadBytes each
-//   then per tile three tables [groups][rows]: scale f32, start i32 (what the sums begin at, for the zero point of the
-//   weights) and scaled sum f32 (scale * sum of codes, for their offsets).
-// A row is a token, or one plane of it.
+// The rows of x, normalised and rounded, where prepared.h has them.
 #pragma once
 #include "cpu/linear/rows.h"
-#include "cpu/linear_quantized/layout.h"
+#include "cpu/linear_quantized/planes.h"
+#ifdef __AVX512VNNI__
+#include "cpu/linear_quantized/lines.h"
+#endif
 
 namespace {
-
-struct Prepared {
-  char* codes;
-  float* scale;
-  int32_t* start;
-  float* sum;
-  int64_t rows;                                   // of a table
-  int64_t group_stride, quad_stride, row_stride;  // of codes, in bytes
-  float unit = 1;                                 // `scale` and `sum` are stored times this
-
-  char* quad(int64_t group, int64_t i, int64_t row) const {
-    return codes + group * group_stride + i * quad_stride + row * row_stride;
-  }
-};
-
-inline size_t prepared_bytes(const QuantizedProblem& p) {
-  const int64_t rows = p.M * p.planes;
-  return static_cast<size_t>(ceil_div(rows * p.row_bytes(), 64) * 64 + 3 * 4 * rows * p.form.groups());
-}
-
-// Streams multiply by f16 scales as they are packed, from kScaleTop on: in full, large activations would take their
-// sums beyond f32.
-inline float scale_unit(const QuantizedProblem& p) { return p.form.bits == 4 && p.streamed ? 1 / kScaleTop : 1.0f; }
-
-inline Prepared prepared_tile(const QuantizedProblem& p, char* shared, int64_t tile) {
-  const int64_t rows = p.M * p.planes, row0 = p.tile_row(tile) * p.planes, groups = p.form.groups();
-  const int64_t tile_rows = p.tile_row(tile + 1) * p.planes - row0, quad_bytes = tile_rows * p.form.quad_bytes();
-  float* tables = reinterpret_cast<float*>(shared + ceil_div(rows * p.row_bytes(), 64) * 64);
-  return {shared + row0 * p.row_bytes(),
-          tables + row0 * groups,
-          reinterpret_cast<int32_t*>(tables + rows * groups) + row0 * groups,
-          tables + 2 * rows * groups + row0 * groups,
-          tile_rows,
-          2 * p.form.steps() * quad_bytes,
-          quad_bytes,
-          p.form.quad_bytes(),
-          scale_unit(p)};
-}
 
 // Small M has one tile: its groups are shared out so that all threads prepare it.
 inline int64_t quantize_parts(const QuantizedProblem& p, int threads) {
   if (p.tiles() > 1) return 1;
   return max64(1, min64(min64(threads, p.form.groups()), p.M * p.K / 1024));
 }
-
-// Groups of a token that are rounded together: the chains of one group are long, those of several overlap.
-constexpr int64_t kBatch = 16, kBatchValues = 16 << 10;
-static_assert(kBatchValues * 4 < int64_t(kLocalBytes));
 
 // `count` values of a token from k0 on, whole vectors of them, normalised, to `values`.
 template <DType kIn, bool kNormed>
@@ -100,107 +56,26 @@ float* batch_values(const QuantizedProblem& p, const RowNorm& norm, int64_t toke
   return memory;
 }
 
-// Sums and maxima of a row are several chains: one would wait for itself.
-constexpr int kRowChains = 4;
-
-// The largest magnitude of `count` values. NaNs may hide behind it.
-inline float largest_magnitude(const float* values, int64_t count) {
-  Vec largest[kRowChains] = {vzero(), vzero(), vzero(), vzero()};
-  int64_t k = 0;
-  for (; k + kRowChains * kLanes <= count; k += kRowChains * kLanes)
-#pragma GCC unroll 4
-    for (int i = 0; i < kRowChains; ++i) largest[i] = vmax(vabs(vload(values + k + i * kLanes)), largest[i]);
-  for (; k < count; k += kLanes) largest[0] = vmax(vabs(vload(values + k)), largest[0]);
-  return vreduce_max(vmax(vmax(largest[0], largest[1]), vmax(largest[2], largest[3])));
-}
-
-template <int kBytes, class Code>
-inline void pack_quad(char* to, const Code* codes) {
-  if constexpr (kBytes == 4)
-    __builtin_memcpy(to, codes, 4);
+#ifdef __AVX512VNNI__
+// Whether the fast way took them.
+bool quantize_lines(const QuantizedProblem& p, const Prepared& tile, const RowNorm& norm, int64_t token, int64_t row,
+                    int64_t group0, int64_t count, float* memory) {
+  if (p.planes > 1 || p.form.group % 64 != 0) return false;
+  const int64_t itemsize = llmopt::itemsize(p.x.dtype), offset = group0 * p.form.group * itemsize;
+  const char *x = p.x.data + token * p.x.stride[0] * itemsize + offset, *next = x + p.x.stride[0] * itemsize;
+  if (p.norm == kNormNone && p.x.dtype == DType::bf16)
+    round_lines(p, tile, Bf16Row{reinterpret_cast<const uint16_t*>(x)}, row, group0, count, next);
   else
-    quad_pack(to, codes);
+    round_lines(p, tile, FloatRow{batch_values(p, norm, token, group0, count, memory)}, row, group0, count, next);
+  return true;
 }
-
-inline void store_codes(int8_t* to, Vec codes) { vstore_s8(to, codes); }
-#ifdef LLMOPT_ISA_PAIRS
-inline void store_codes(int16_t* to, Vec codes) { vstore_s16(to, codes); }
 #endif
-
-// One plane of a group: codes = round(values * inverse), a quad in kBytes, and what they leave over of these products
-// back to `values` if another plane follows. Returns the sum of the codes: NaN if a value is NaN or Inf, whatever the
-// scale.
-template <class Code, int kBytes, bool kLast>
-inline __attribute__((always_inline)) float round_plane(const Form& form, float inverse, float* values, char* to,
-                                                        int64_t quad_stride) {
-  Vec sum[kRowChains] = {vzero(), vzero(), vzero(), vzero()};
-  auto round = [&](int64_t k, int chain) __attribute__((always_inline)) {
-    const Vec x = vload(values + k), q = vround(vmul(x, vset(inverse)));
-    sum[chain] = vadd(sum[chain], q);
-    if (!kLast) vstore(values + k, vfma(x, vset(inverse), vneg(q)));
-    return q;
-  };
-  Code codes[kLanes];
-  const bool side_by_side = kBytes == 4 && quad_stride == kBytes;  // the codes of a row
-  auto whole_vector = [&](int64_t k, int chain) __attribute__((always_inline)) {
-    const Vec q = round(k, chain);
-    if (side_by_side) return vstore_s8(reinterpret_cast<int8_t*>(to + k), q);
-    char* at = to + k / 4 * quad_stride;
-#ifdef LLMOPT_STORES_QUADS
-    store_code_quads<kBytes>(at, quad_stride, q);
-#else
-    store_codes(codes, q);
-#pragma GCC unroll 4
-    for (int i = 0; i < kLanes / 4; ++i) pack_quad<kBytes>(at + i * quad_stride, codes + 4 * i);
-#endif
-  };
-  // Vectors that have all their quads.
-  const int64_t whole = min64(kStepK * form.steps(), ceil_div(form.group, kLanes) * kLanes) / kLanes * kLanes;
-  int64_t k = 0;
-  for (; k + kRowChains * kLanes <= whole; k += kRowChains * kLanes)
-#pragma GCC unroll 4
-    for (int i = 0; i < kRowChains; ++i) whole_vector(k + i * kLanes, i);
-  for (; k < whole; k += kLanes) whole_vector(k, 0);
-  if (k < form.group) {
-    store_codes(codes, round(k, 0));
-    for (int64_t i = 0; i < 2 * form.steps() - k / 4; ++i)
-      pack_quad<kBytes>(to + (k / 4 + i) * quad_stride, codes + 4 * i);
-  }
-  return vreduce_add(vadd(vadd(sum[0], sum[1]), vadd(sum[2], sum[3])));
-}
-
-void clear_quads(const Form& form, int64_t first, char* to, int64_t quad_stride) {
-  for (int64_t i = first; i < 2 * form.steps(); ++i) __builtin_memset(to + i * quad_stride, 0, form.quad_bytes());
-}
-
-// What rounding may leave over of a product, in codes: half a code and more, as products of some thousand codes were
-// rounded to f32 before.
-constexpr float kMostLeftOver = 0.5f + 1.0f / 512;
-
-// A plane of several groups, which lie `stride` values apart.
-template <class Code, int kBytes, bool kLast>
-void round_groups(const QuantizedProblem& p, const Prepared& tile, int64_t row, int64_t group0, int64_t count,
-                  const float* inverse, float* values, int64_t stride, float* sum) {
-  const Form& form = p.form;
-  const int64_t written = stride / 4;
-  for (int64_t i = 0; i < count; ++i) {
-    char* to = tile.quad(group0 + i, 0, row);
-    sum[i] = round_plane<Code, kBytes, kLast>(form, inverse[i], values + i * stride, to, tile.quad_stride);
-    clear_quads(form, sum[i] == sum[i] ? written : 0, to, tile.quad_stride);
-  }
-}
-
-template <bool kLast>
-auto groups_rounding(const QuantizedProblem& p) {
-  if (p.form.bits == 4) return round_groups<int8_t, kNibbleQuadBytes, kLast>;
-  if constexpr (kMostWideGroup > 0) {
-    if (p.wide_planes) return round_groups<int16_t, kQuadBytes, kLast>;
-  }
-  return round_groups<int8_t, kQuadBytes, kLast>;
-}
 
 void quantize_groups(const QuantizedProblem& p, const Prepared& tile, const RowNorm& norm, int64_t token, int64_t row,
                      int64_t group0, int64_t count, float* memory) {
+#ifdef __AVX512VNNI__
+  if (quantize_lines(p, tile, norm, token, row, group0, count, memory)) return;
+#endif
   const Form& form = p.form;
   const int64_t stride = ceil_div(form.group, kLanes) * kLanes;
   const float largest_code = p.wide_planes ? 32767.0f : 127.0f;
