@@ -215,8 +215,8 @@ const char* mirrors(const Tensor* t) {
 
 const char* attention(const Call& c) {
   const Step& s = c.step;
-  if (s.num_tensors < 4 || s.num_tensors > 15 || s.num_ints < 6 || s.num_floats < 2) return kWrongCount;
-  Tensor t[15] = {};  // those past the end of the list are not given
+  if (s.num_tensors < 4 || s.num_tensors > 16 || s.num_ints < 6 || s.num_floats < 2) return kWrongCount;
+  Tensor t[16] = {};  // those past the end of the list are not given
   for (int i = 0; i < s.num_tensors; ++i) t[i] = s.t[i];
   const Tensor &q = t[0], &k = t[1], &v = t[2], &out = t[3], &mask = t[4], &bounds = t[5];
   for (int i = 0; i < 4; ++i) {
@@ -253,6 +253,10 @@ const char* attention(const Call& c) {
     if (t[6].size[3] != t[7].size[3]) return "cos and sin differ in size";
   }
   if (const char* reason = mirrors(t)) return reason;
+  const Tensor& sinks = t[15];
+  if (!absent(sinks) && (sinks.ndim != 4 || !is_float(sinks.dtype) || !one_or(sinks.size[0], batch) ||
+                         !one_or(sinks.size[1], heads) || !one_or(sinks.size[2], queries) || sinks.size[3] != 1))
+    return "sinks are not float [B, H, Sq, 1]";
   return s.i[4] ? rows_to_write(c, t) : nullptr;
 }
 

@@ -66,6 +66,9 @@ class Segment(torch.nn.Module):
         builder.sort_externals()
         self.program = builder.builder.build(target.tier)
         self._symbols = symbols
+        self._symbol_numbers = (  # where all come in as numbers
+            picker([a for a, _ in symbols]) if all(d is None for _, d in symbols) else None
+        )
         self._packed = [spec for _, spec in sorted(builder.packed.values(), key=lambda p: p[0])]
         views = [v for p in self._packed for v in p.views()]
         self._weights = list(dict.fromkeys(v.argument for v in views))
@@ -146,7 +149,9 @@ class Segment(torch.nn.Module):
             zip(flops, self.program.sizes(list(symbols), [b for _, b in self._costs]), strict=True)
         )
 
-    def symbol_values(self, arguments: Sequence[Any]) -> list[int]:
+    def symbol_values(self, arguments: Sequence[Any]) -> Sequence[int]:
+        if self._symbol_numbers is not None:
+            return self._symbol_numbers(arguments)
         return [arguments[a] if d is None else arguments[a].size(d) for a, d in self._symbols]
 
     def packed(self) -> list[PackedWeight]:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from llmopt.compiled import alive
+from llmopt.graph import kind
 from torch import nn
 from torch.nn import functional as F
 
@@ -26,8 +27,12 @@ def check(
     takes: Collection[str] = (),
     leaves: Collection[str] = (),
     dynamic: bool | None = None,
+    in_pytorch: Collection[str] | None = None,
 ) -> None:
-    """The compiled function gives what eager gives, and leaves the same in its inputs."""
+    """The compiled function gives what eager gives, and leaves the same in its inputs.
+
+    in_pytorch: all kinds of operations that have no kernel.
+    """
     torch._dynamo.reset()
     known = {id(g) for g in alive()}
     ours, theirs = copied(inputs), copied(inputs)
@@ -38,6 +43,10 @@ def check(
     ops = {r.op for p in plans if p is not None for r in p.records()}
     assert ops >= set(takes), f"taken: {ops}"
     assert not ops & set(leaves), f"taken: {ops}"
+    if in_pytorch is not None:
+        assert {kind(f.node) for p in plans if p is not None for f in p.fallbacks} == set(
+            in_pytorch
+        )
 
 
 def copied(inputs: tuple) -> tuple:
@@ -117,6 +126,60 @@ def test_masks_and_biases_in_a_row() -> None:
         takes=["attention"],
     )
     check(softmax_attention(lambda s: (s.masked_fill(~MASK, -1e38) + bias) / 2), Q, K, V)
+
+
+def sunk(scores: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
+    """Scores [B,H,Sq,Skv] with one more a row."""
+    return torch.cat((scores, sinks.reshape(1, -1, 1, 1).expand(*scores.shape[:-1], 1)), -1)
+
+
+def less_largest(x: torch.Tensor) -> torch.Tensor:
+    return x - x.max(dim=-1, keepdim=True).values
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        lambda x, s: sunk(x, s).softmax(-1)[..., :-1],
+        lambda x, s: less_largest(sunk(x + MASK.log(), s)).softmax(-1)[..., :-1],
+        lambda x, s: sunk(x.masked_fill(~MASK, -INF), s).float().softmax(-1)[..., :-1].to(x.dtype),
+        lambda x, s: less_largest(x).softmax(-1),
+        lambda x, s: (x - x.amax(-1, keepdim=True)).softmax(-1),
+    ],
+    ids=["sinks", "sinks less the largest", "masked sinks", "less the largest", "less amax"],
+)
+def test_sinks_and_scores_less_their_largest(weights: Callable) -> None:
+    def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: Any) -> torch.Tensor:
+        return weights(q @ k.transpose(2, 3), sinks) @ v
+
+    check(attention, Q, K, V, randn(3) * 4, takes=["attention"])
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        lambda x, s: sunk(x, s).softmax(-1)[..., 1:],  # without the first key, with the sink
+        lambda x, s: sunk(x, s).softmax(-1)[..., :-2] @ torch.ones(4, 5),
+        lambda x, s: torch.cat((sunk(x, s)[..., 5:], x), -1).softmax(-1)[..., :-1],  # sink in front
+        lambda x, s: sunk(sunk(x, s), s).softmax(-1)[..., :-1][..., :-1],
+        lambda x, s: (x - x.max(dim=-2, keepdim=True).values).softmax(-1),
+        lambda x, s: (x - x.min(dim=-1, keepdim=True).values * 0.5).softmax(-1),
+        lambda x, s: (x - (x + s.sum()).amax(-1, keepdim=True) * 2).softmax(-1),
+    ],
+)
+def test_what_looks_like_sinks(weights: Callable) -> None:
+    def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: Any) -> torch.Tensor:
+        return weights(q @ k.transpose(2, 3), sinks) @ v
+
+    check(attention, Q, K, V, randn(3) * 4, leaves=["attention"])
+
+
+def test_weights_that_others_read_beside_the_sinks() -> None:
+    def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: Any) -> tuple:
+        weights = sunk(q @ k.transpose(2, 3), sinks).softmax(-1)
+        return weights[..., :-1] @ v, weights
+
+    check(attention, Q, K, V, randn(3) * 4, leaves=["attention"])
 
 
 def test_heads_split_otherwise_between_softmax_and_product() -> None:
@@ -345,3 +408,80 @@ def test_rotations_with_tables_of_fewer_dimensions_than_heads() -> None:
 def test_a_table_for_each_head_is_no_rotation_by_position() -> None:
     check(rotary, heads(), randn(3, 5, 8), randn(3, 5, 8, seed=1), leaves=["rope"])
     check(rotary, heads(), randn(5, 8), randn(3, 5, 8), leaves=["rope"])
+
+
+def by_halves(first: Callable, second: Callable) -> Callable:
+    def function(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        a, b = x.chunk(2, -1)
+        return torch.cat((first(a, b, cos, sin), second(a, b, cos, sin)), -1)
+
+    return function
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        by_halves(lambda a, b, c, s: a * c - b * s, lambda a, b, c, s: b * c + a * s),
+        by_halves(lambda a, b, c, s: c * a - s * b, lambda a, b, c, s: s * a + c * b),
+        by_halves(lambda a, b, c, s: a * c + b * s, lambda a, b, c, s: a * (-s) + b * c),
+        by_halves(lambda a, b, c, s: a * c + b * -s, lambda a, b, c, s: a * s + b * c),
+    ],
+)
+def test_rotations_written_for_halves(function: Callable) -> None:
+    x, tables = heads(), (randn(5, 4), randn(5, 4, seed=1))
+    check(function, x, *tables, takes=["rope"])
+    check(function, x.transpose(1, 2), *(t[:, None] for t in tables), takes=["rope"])
+
+    def halves_of_slices(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        a, b = x[..., :4], x[..., 4:]
+        turned = torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+        return turned + function(x, cos, sin)
+
+    check(halves_of_slices, x, *tables, takes=["rope"])
+
+    def partly(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        return torch.cat((function(x[..., :8], cos, sin), x[..., 8:]), -1)
+
+    check(partly, randn(2, 3, 5, 12), *tables, takes=["rope"])
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        by_halves(lambda a, b, c, s: a * c + b * s, lambda a, b, c, s: b * c + a * s),
+        by_halves(lambda a, b, c, s: a * c - b * s, lambda a, b, c, s: b * s + a * c),
+        by_halves(lambda a, b, c, s: b * c - a * s, lambda a, b, c, s: a * c + b * s),
+        by_halves(lambda a, b, c, s: a * c - b * s, lambda a, b, c, s: b * c + a * c),
+        by_halves(lambda a, b, c, s: s * s - b * c, lambda a, b, c, s: b * c + a * s),
+        by_halves(lambda a, b, c, s: -a * c - b * s, lambda a, b, c, s: -b * c + a * s),
+    ],
+)
+def test_halves_that_do_not_rotate(function: Callable) -> None:
+    check(function, heads(), randn(5, 4), randn(5, 4, seed=1), leaves=["rope"])
+
+
+@pytest.mark.parametrize(
+    "bend",
+    [
+        lambda x: x.clamp(-0.5, 0.7),
+        lambda x: torch.clamp(x, max=0.3),
+        lambda x: torch.clip(x, 0.1, None),
+        lambda x: x.clamp_min(0.2).clamp_max(0.4),
+        lambda x: x.clamp(1.0, -1.0),  # the largest wins
+        F.relu6,
+        F.hardtanh,
+        lambda x: F.hardtanh(x, -0.1, max_val=0.2),
+        F.leaky_relu,
+        lambda x: F.leaky_relu(x, negative_slope=0.3),
+    ],
+)
+def test_limits_and_slopes(bend: Callable) -> None:
+    x = randn(6, 16) * 3
+    x[0, :3] = torch.tensor([float("nan"), INF, -INF])
+    linear = nn.Linear(16, 16)
+    check(lambda x, y: bend(x + linear(y)) + 1, x, x[1], takes=["linear"], in_pytorch=[])
+
+
+def test_limits_that_are_tensors_stay_in_pytorch() -> None:
+    linear = nn.Linear(16, 16)
+    check(lambda x, low: linear(x).clamp(min=low), randn(6, 16), randn(16), in_pytorch=["clamp"])

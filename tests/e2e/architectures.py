@@ -329,7 +329,7 @@ CAUSAL = (
             "layer_types": ["sliding_attention", "full_attention"],
         },
         attn="eager",
-        segments=7,
+        segments=4,
     ),
     _causal(
         "deepseek-v3",

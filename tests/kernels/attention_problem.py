@@ -43,6 +43,7 @@ class Case:
     seq_first: bool = False  # memory is [B,S,H,D]
     threads: int = 2
     bf16_products: bool = False
+    sinks: str = ""  # "heads": one for each, "rows": one for each query of each head
 
     @property
     def causal_offset(self) -> int:
@@ -112,6 +113,7 @@ class Tensors:
     k_new: torch.Tensor | None = None
     v_new: torch.Tensor | None = None
     positions: torch.Tensor | None = None
+    sinks: torch.Tensor | None = None
 
 
 def rows(c: Case, heads: int, length: int, dim: int) -> torch.Tensor:
@@ -138,6 +140,9 @@ def make(c: Case, seed: int = 0) -> Tensors:
         t.v_new = rows(c, c.kv_heads, c.q_len, v_dim)
         if c.positions:
             t.positions = torch.randperm(c.kv_len)[: c.q_len]
+    if c.sinks:
+        size = (c.batch, c.heads, c.q_len, 1) if c.sinks == "rows" else (1, c.heads, 1, 1)
+        t.sinks = (torch.randn(size) * 4).to(c.dtype)
     return t
 
 
@@ -161,6 +166,7 @@ def prepared(
         shape = (c.batch, c.heads, c.q_len)
         mask, bounds = mask.expand(*shape, c.kv_len), bounds.expand(*shape, 4)
     operands = [t.q, t.k, t.v, out, mask, bounds, t.cos, t.sin, t.k_new, t.v_new, t.positions]
+    operands += [None] * 4 + [t.sinks]
     ints = [int(c.is_causal), c.causal_offset, c.window, c.rope, int(c.new), int(c.bf16_products)]
     floats = [c.dim**-0.5, c.softcap]
     return OneOp("attention", operands, ints, floats, tier=tier, threads=c.threads), out
@@ -212,7 +218,10 @@ def reference(c: Case, t: Tensors) -> tuple[torch.Tensor, torch.Tensor, torch.Te
         # fp32 on purpose: a row of finfo.min swallows its scores
         score = (score.float() + t.mask.float()).double()
     score = score.masked_fill(~allowed, -math.inf)
-    weight = torch.softmax(score, -1).masked_fill(~allowed.any(-1, keepdim=True), 0)
+    if t.sinks is not None:
+        score = torch.cat((score, t.sinks.double().expand(*score.shape[:3], 1)), -1)
+    weight = torch.softmax(score, -1)[..., : c.kv_len]
+    weight = weight.masked_fill(~allowed.any(-1, keepdim=True), 0)
     value = v.repeat_interleave(group, 1)
     if not torch.isfinite(value).all():
         seen = torch.where(allowed[..., None], value[:, :, None], 0)
@@ -281,6 +290,7 @@ def problems(**fields: st.SearchStrategy[Any]) -> st.SearchStrategy[Case]:
         new=st.booleans(),
         positions=st.booleans(),
         seq_first=st.booleans(),
+        sinks=st.sampled_from(["", "", "heads", "rows"]),
         threads=st.integers(1, 4),
         **fields,
     )

@@ -108,6 +108,34 @@ def test_softcap(tier: str, q_len: int) -> None:
     check(Case(2, 4, 2, q_len, 90, 64, softcap=20.0, mask="bias"), tier)
 
 
+@pytest.mark.parametrize("q_len", [1, 3, 40, 129])
+@pytest.mark.parametrize("sinks", ["heads", "rows"])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_sinks(tier: str, dtype: torch.dtype, sinks: str, q_len: int) -> None:
+    """Where a chunk has all keys of its rows, where keys are split, and where rows have none."""
+    c = Case(2, 6, 2, q_len, q_len + 30, 64, is_causal=True, dtype=dtype, sinks=sinks)
+    check(c, tier)
+    check(replace(c, batch=1, heads=2, kv_len=1300, softcap=3.0), tier)
+    for mask in ("no_keys", "all_finfo_min", "all_inf"):
+        check(replace(c, is_causal=False, mask=mask), tier)
+
+
+@pytest.mark.parametrize("q_len", [1, 40])
+@pytest.mark.parametrize("sink", [-math.inf, -300.0, 90.0, 1e30, math.nan])
+def test_sinks_beyond_every_score(tier: str, sink: float, q_len: int) -> None:
+    """One that weighs nothing leaves attention as it is, one that outweighs all keys leaves nothing of it; NaN stays."""
+    c = Case(1, 2, 2, q_len, 50, 16, sinks="heads", dtype=torch.bfloat16)
+    t, without = make(c), replace(make(c), sinks=None)
+    t.sinks.fill_(sink)
+    got = run(c, t, tier)
+    if math.isnan(sink):
+        assert got.isnan().all()
+    elif sink > 0:
+        assert got.abs().max() < 1e-30
+    else:
+        assert_close(got, reference(c, without)[0], c.dtype)
+
+
 @pytest.mark.parametrize("q_len", [1, 2, 34])
 @pytest.mark.parametrize("rope", [ROPE_HALF, ROPE_INTERLEAVED])
 @pytest.mark.parametrize(("dim", "rope_dim"), [(64, 64), (64, 16), (20, 12), (80, 80)])

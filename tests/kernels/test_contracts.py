@@ -16,6 +16,7 @@ ONES = torch.ones
 
 def attention(**change: Any) -> tuple[str, list, list, list]:
     names = ["q", "k", "v", "out", "mask", "bounds", "cos", "sin", "k_new", "v_new", "positions"]
+    names += ["k codes", "their state", "v codes", "theirs", "sinks"]
     operands = dict.fromkeys(names)
     operands |= {"q": ONES(2, 4, 3, 8), "k": ONES(2, 2, 5, 8), "v": ONES(2, 2, 5, 6)}
     operands |= {"out": ONES(2, 4, 3, 6)} | change
@@ -59,6 +60,10 @@ WORD_LOAD, WORD_STORE = 0, 1
 
 # name → (op, operands, ints, floats), words of the error
 WRONG = {
+    "sinks of other heads": (attention(sinks=heads(1, 3, 1, 1)), "sinks are not"),
+    "sinks of integers": (attention(sinks=heads(1, 4, 1, 1).int()), "sinks are not"),
+    "several sinks a row": (attention(sinks=heads(1, 4, 1, 2)), "sinks are not"),
+    "sinks without a batch": (attention(sinks=ONES(4, 3, 1)), "sinks are not"),
     "head size": (attention(**LONG), "longer than 512"),
     "v head size": (attention(v=heads(2, 2, 5, 513), out=heads(2, 4, 3, 513)), "longer than 512"),
     "codes of another head size": (attention(k=CODES[..., :11].contiguous()), "differ in batch or head size"),

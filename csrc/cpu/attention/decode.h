@@ -353,7 +353,8 @@ inline void finish_head(const Problem& p, const Plan& plan, DecodeHead& a, int64
       store_row(DType::f32, reinterpret_cast<char*>(to + 2), p.v_dim, o);
       continue;
     }
-    const Vec inverse = vset(a.row[r].sum == 0.0f ? 0.0f : 1.0f / a.row[r].sum);
+    const float sum = sum_with_sink(p, a.b, a.row[r].h, a.row[r].i, a.row[r].max, a.row[r].sum);
+    const Vec inverse = vset(sum == 0.0f ? 0.0f : 1.0f / sum);
     for (int64_t d = 0; d < p.v_dim; d += kLanes) vstore(o + d, vmul(vload(o + d), inverse));
     store_row(p.out->dtype, row_ptr(*p.out, a.b, a.row[r].h, a.row[r].i), p.v_dim, o);
   }

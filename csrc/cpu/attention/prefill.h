@@ -269,14 +269,28 @@ inline void attend_block(const Problem& p, Panel& a, int64_t j0, int64_t keys) {
   }
 }
 
+// 1 / the sums of kLanes rows that have seen all their keys, their sinks' weights in them; 0 for a row without keys.
+inline Vec inverse_sums(const Problem& p, const Panel& a, int v) {
+  Vec sum = a.sum[v];
+  if (p.sinks) {
+    alignas(64) float sink[kLanes];
+    for (int l = 0; l < kLanes; ++l) {
+      const int lane = v * kLanes + l;
+      sink[l] = lane < a.rows ? row_sink(p, a.b, a.head[lane], a.pos[lane]) : kNegInf;
+    }
+    sum = vadd(sum, sink_weight(vload(sink), a.max[v]));
+  }
+  const Vec none = vzero();
+  return vselect(veq(sum, none), none, vdiv(vset(1.0f), sum));
+}
+
 // O of kLanes rows at once: back to rows, divided by the sums.
 inline void store_panel(const Problem& p, const Plan& plan, Panel& a, int64_t split, int64_t splits, char* shared) {
   for (int v = 0; v < a.nv; ++v) {
     alignas(64) float max[kLanes], sum[kLanes];
     vstore(max, a.max[v]);
     vstore(sum, a.sum[v]);
-    const Vec none = vset(0.0f);
-    const Vec inverse = splits > 1 ? vset(1.0f) : vselect(veq(a.sum[v], none), none, vdiv(vset(1.0f), a.sum[v]));
+    const Vec inverse = splits > 1 ? vset(1.0f) : inverse_sums(p, a, v);
     const int lanes = static_cast<int>(min64(kLanes, a.rows - v * kLanes));
     char* row[kLanes];
     for (int l = 0; l < lanes; ++l) {

@@ -29,7 +29,7 @@ struct Mirror {
 };
 
 struct Problem {
-  const Tensor *q, *k, *v, *out, *mask, *bounds, *cos, *sin, *k_new, *v_new, *positions;  // nullptr: not given
+  const Tensor *q, *k, *v, *out, *mask, *bounds, *cos, *sin, *k_new, *v_new, *positions, *sinks;  // nullptr: not given
   const Tensor *k_cache, *v_cache;  // what new rows are written to: k and v, or the floats where those are a mirror's
   Mirror k_mirror, v_mirror;
   int64_t batch, heads, kv_heads, group, q_len, kv_len, head_dim, v_dim, new_len;
@@ -77,6 +77,19 @@ inline KeyRange key_range(const Problem& p, int64_t b, int64_t h, int64_t i) {
   if (p.window > 0) r.lo = max64(r.lo, i + p.causal_offset - p.window + 1);
   r.hi = max64(r.lo, r.hi);
   return r;
+}
+
+// What sinks add to sums of weights that are relative to `max`. Where a sink outweighs all keys beyond f32's range the
+// sum is infinite, which makes the output zero, as it is where there is no key.
+inline Vec sink_weight(Vec sink, Vec max) { return vexp2(vmul(vsub(sink, max), vset(kLog2e))); }
+inline float row_sink(const Problem& p, int64_t b, int64_t h, int64_t i) {
+  return load_scalar(p.sinks->dtype, p.sinks->data, row_index(*p.sinks, b, h, i));
+}
+inline float sum_with_sink(const Problem& p, int64_t b, int64_t h, int64_t i, float max, float sum) {
+  if (!p.sinks) return sum;
+  alignas(64) float weight[kLanes];
+  vstore(weight, sink_weight(vset(row_sink(p, b, h, i)), vset(max)));
+  return sum + weight[0];
 }
 
 // How the work is cut. Rows of one kv head are stacked as i * group + g, so that the heads of a group share every key.
@@ -129,6 +142,7 @@ inline Problem parse(const Step& s) {
   p.positions = given(10);
   p.k_cache = p.k, p.v_cache = p.v;
   p.k_mirror = {given(11), given(12)}, p.v_mirror = {given(13), given(14)};
+  p.sinks = given(15);
   p.batch = p.q->size[0], p.heads = p.q->size[1], p.q_len = p.q->size[2], p.head_dim = p.q->size[3];
   p.kv_heads = p.k->size[1], p.kv_len = p.k->size[2], p.v_dim = head_size(*p.v);
   p.group = p.kv_heads ? p.heads / p.kv_heads : 1;

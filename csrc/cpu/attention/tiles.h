@@ -160,8 +160,7 @@ void attend_tiles(const Problem& p, TileChunk& c, int64_t j0, int64_t keys) {
 // As store_panel, for whole outputs in bf16: pairs of dims are rounded before they are transposed.
 inline void store_tile_outputs(const Problem& p, const Panel& a) {
   for (int v = 0; v * kLanes < a.rows; ++v) {
-    const Vec none = vzero();
-    const Vec inverse = vselect(veq(a.sum[v], none), none, vdiv(vset(1.0f), a.sum[v]));
+    const Vec inverse = inverse_sums(p, a, v);
     const int lanes = static_cast<int>(min64(kLanes, a.rows - v * kLanes));
     for (int64_t d = 0; d < p.v_dim; d += kTileStep) {
       const float* o = a.ot + v * kColumn + d * kLanes;

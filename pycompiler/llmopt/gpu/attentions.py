@@ -166,9 +166,13 @@ class _Append:
         return [before, *self.attention.attend(call, q if turned is None else turned)]
 
 
+def _reject_sinks(node: fx.Node) -> str:
+    return "attention with sinks is for CPUs" if node.kwargs.get("sinks") is not None else ""
+
+
 def _reject(node: fx.Node) -> str:
     caches = [fake(t) for t in node.args[1:3]]
-    reason = cpu.reject_attention(node) or _reject_mixed(node.args[:3])
+    reason = _reject_sinks(node) or cpu.reject_attention(node) or _reject_mixed(node.args[:3])
     return reason or ("" if node.kwargs.get("k_scale") is not None else _reject_codes(caches))
 
 
@@ -180,7 +184,8 @@ def _reject_append(node: fx.Node) -> str:
     ):
         return "queries and new keys differ in length"
     return (
-        cpu.reject_attention_append(node)
+        _reject_sinks(node)
+        or cpu.reject_attention_append(node)
         or _reject_mixed((q, k_new, v_new))
         or _reject_codes(fake(node)[1:])
     )
@@ -190,7 +195,7 @@ def _reject_append_arrays(node: fx.Node) -> str:
     q, k_new, v_new, *_, cos, sin, rope_kind, mask = (argument(node, i, "") for i in range(11))
     if fake(q).shape[2] != fake(k_new).shape[2] and (rope_kind or "none") != "none":
         return "queries and new keys differ in length"
-    reason = "" if cos is None else reject_angles(q, cos, sin)
+    reason = _reject_sinks(node) or ("" if cos is None else reject_angles(q, cos, sin))
     return reason or cpu.reject_heads(q, (k_new, v_new), mask) or _reject_mixed((q, k_new, v_new))
 
 

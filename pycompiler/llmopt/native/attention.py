@@ -69,6 +69,10 @@ def reject_heads(
 _ARRAYS = "scales in tensors of their own are for GPUs: KVCache(model, layout='rows') is for CPUs"
 
 
+def _sinks(s: SegmentBuilder, node: fx.Node) -> View | None:
+    return s.view(node.kwargs.get("sinks"))
+
+
 def _bf16_products(node: fx.Node) -> int:
     return int(node.kwargs.get("products") == "bf16")
 
@@ -152,8 +156,15 @@ def _static_mirrors(s: SegmentBuilder, node: fx.Node) -> list[View]:
     return mirrors
 
 
-def _products(node: fx.Node) -> str:
-    return "+bf16_allowed" if _bf16_products(node) else ""
+def _details(node: fx.Node, keys: Tensor, is_mirrored: bool) -> str:
+    said = codes(keys)
+    for word, is_so in (
+        ("+sinks", node.kwargs.get("sinks") is not None),
+        ("+bf16_allowed", _bf16_products(node)),
+        ("+int8_mirror", is_mirrored),
+    ):
+        said += word if is_so else ""
+    return said
 
 
 def attention_record(
@@ -198,10 +209,10 @@ def _lower_attention(s: SegmentBuilder, node: fx.Node) -> None:
     mirrors = [] if note else _static_mirrors(s, node)
     is_mirrored = bool(mirrors)
     operands = [s.view(q), s.view(k), s.view(v), s.view(node), mask, bounds, *[None] * 4]
-    operands += mirrors or [None] * 5
+    operands += [*(mirrors or [None] * 5), _sinks(s, node)]
     ints = [int(a["causal"]), a["causal_offset"], a["window"], 0, 0, _bf16_products(node)]
     detail = "causal" if a["causal"] else "mask" if mask is not None else "full"
-    detail += codes(fake(k)) + _products(node) + ("+int8_mirror" if is_mirrored else "")
+    detail += _details(node, fake(k), is_mirrored)
     record = attention_record(
         node,
         q,
@@ -244,12 +255,12 @@ def _lower_attention_append(s: SegmentBuilder, node: fx.Node) -> None:
         batch_broadcast(s, cos, q),
         batch_broadcast(s, sin, q),
     ]
-    operands += [s.view(k_new), s.view(v_new), None, *mirrors]
+    operands += [s.view(k_new), s.view(v_new), None, *(mirrors or [None] * 4), _sinks(s, node)]
     ints = [int(a["causal"]), a["causal_offset"], a["window"], ROPE_KINDS.index(rope_name), 1]
     ints.append(_bf16_products(node))
     detail = "append" + (f"+rope_{rope_name}" if rope_name != "none" else "")
     detail += "+causal" if a["causal"] else "+mask" if mask is not None else ""
-    detail += codes(keys) + _products(node) + ("+int8_mirror" if is_mirrored else "")
+    detail += _details(node, keys, is_mirrored)
     record = attention_record(
         node, q, (keys, values), detail, (q, k_new, v_new), (), is_mirrored=is_mirrored
     )

@@ -144,21 +144,25 @@ def _match_softmax(graph: fx.Graph, mode: Any, node: fx.Node, writes: Writes) ->
     dim = argument(node, 1, "dim")
     if not is_tensor(node.args[0]) or dim not in (-1, fake(node).dim() - 1):
         return
-    last = node
+    scores = read_scores(node)
+    last = node if scores is None or scores.sinks is None else _without_last(node)
+    if scores is None or last is None:
+        return
     while (user := sole_user(last)) is not None and _passes_on(user):
         last = user
     product = sole_user(last)
     if product is None or kind(product) not in ("matmul", "bmm") or product.args[0] is not last:
         return
-    scores, v = read_scores(node.args[0]), argument(product, 1, "mat2")
+    v = argument(product, 1, "mat2")
     v = four_dims(v) if is_tensor(v) else None
-    if scores is None or v is None or fake(product).dtype != fake(scores.q).dtype:
+    if v is None or fake(product).dtype != fake(scores.q).dtype:
         return
     result = _whole_heads(product)
     if not _gives(scores.q, v, fake(product if result is None else result).shape):
         return
     k, v = scores.k if scores.k_is_transposed else _ungrouped(scores.k), _ungrouped(v)
-    if writes.moves_reads(product, (scores.q, k, v, *(c.tensor for c in scores.changes))):
+    read = (scores.q, k, v, scores.sinks, *(c.tensor for c in scores.changes))
+    if writes.moves_reads(product, read):
         return
     with graph.inserting_before(product):
         if scores.k_is_transposed:
@@ -168,10 +172,19 @@ def _match_softmax(graph: fx.Graph, mode: Any, node: fx.Node, writes: Writes) ->
         mask, scale = bias_of(graph, mode, scores, product)
         mask = _four_dims(graph, mode, mask)
         args = (scores.q, k, v, mask, scale, False, 0, 0, scores.softcap)
-        new = emit(graph, mode, ops.attention, args, like=product)
+        kwargs = {} if scores.sinks is None else {"sinks": scores.sinks}
+        new = emit(graph, mode, ops.attention, args, kwargs, like=product)
         if result is None and fake(product).dim() == 3:
             new = emit(graph, mode, "flatten", (new, 0, 1), like=product)
     replace(product if result is None else result, new)
+
+
+def _without_last(weights: fx.Node) -> fx.Node | None:
+    """What reads the weights of a row but for the last, that of its sink, where nothing else reads any."""
+    user = sole_user(weights)
+    if user is None or kind(user) != "getitem" or user.args[1] != (..., slice(None, -1, None)):
+        return None
+    return user
 
 
 def _passes_on(node: fx.Node) -> bool:

@@ -37,8 +37,11 @@ from llmopt.ops.pointwise import BINARY, UNARY
 from llmopt.passes.activations import activation_of
 from llmopt.writes import Writes, mutated_storages
 
-_LARGEST = 24  # instructions in one chain
+_LARGEST = 24  # operations in one chain
 _MAX_INPUTS = 8
+# Names of the least and the largest number that these give.
+_LIMITS = {"clamp": ("min", "max"), "clip": ("min", "max"), "hardtanh": ("min_val", "max_val")}
+_ONE_LIMIT = {"clamp_min": "min", "clamp_max": "max"}
 
 
 def run(graph: fx.Graph) -> None:
@@ -82,8 +85,34 @@ def _takes(node: fx.Node, written: set[int]) -> bool:
         return scalar(argument(node, 1, "exponent")) == 2.0
     if name in UNARY and len(node.args) == 1 and not node.kwargs:
         return True
+    if _limits(node) is not None or _slope(node) is not None:
+        return True
     pair = binary_operands(node) if name in BINARY else None
     return pair is not None and all(is_tensor(p) or scalar(p) is not None for p in pair)
+
+
+def _limits(node: fx.Node) -> tuple[float | None, float | None] | None:
+    """The least and the largest number that a clamp by constants gives; None for anything else."""
+    name = kind(node)
+    if name == "relu6":
+        return 0.0, 6.0
+    if name in _ONE_LIMIT:
+        number = scalar(argument(node, 1, _ONE_LIMIT[name]))
+        both = (number, None) if name == "clamp_min" else (None, number)
+        return None if number is None else both
+    if name not in _LIMITS:
+        return None
+    default = (-1.0, 1.0) if name == "hardtanh" else (None, None)
+    given = [argument(node, 1 + i, n, default[i]) for i, n in enumerate(_LIMITS[name])]
+    limits = [None if g is None else scalar(g) for g in given]
+    if any(g is not None and x is None for g, x in zip(given, limits, strict=True)):
+        return None
+    return limits[0], limits[1]
+
+
+def _slope(node: fx.Node) -> float | None:
+    """Of negative numbers, for leaky_relu."""
+    return scalar(argument(node, 1, "negative_slope", 0.01)) if kind(node) == "leaky_relu" else None
 
 
 def _is_row_mean(node: fx.Node) -> bool:
@@ -227,6 +256,11 @@ class _Encoder:
             return self.number[operand]
         return self._append("const", float(operand))
 
+    def _clamped(self, x: int, low: float | None, high: float | None) -> int:
+        if low is not None:
+            x = self._append("binary", "maximum", x, self._value(low))
+        return x if high is None else self._append("binary", "minimum", x, self._value(high))
+
     def add(self, node: fx.Node) -> None:
         name, act = kind(node), activation_of(node)
         if act is not None:
@@ -239,6 +273,12 @@ class _Encoder:
             self.number[node] = self._append("unary", "square", self._value(node.args[0]))
         elif name in UNARY:
             self.number[node] = self._append("unary", name, self._value(node.args[0]))
+        elif (limits := _limits(node)) is not None:
+            self.number[node] = self._clamped(self._value(node.args[0]), *limits)
+        elif (slope := _slope(node)) is not None:
+            x = self._value(node.args[0])
+            below = self._append("binary", "mul", self._clamped(x, None, 0.0), self._value(slope))
+            self.number[node] = self._append("binary", "add", self._clamped(x, 0.0, None), below)
         else:
             a, b = binary_operands(node)  # type: ignore[misc]
             self.number[node] = self._append("binary", name, self._value(a), self._value(b))

@@ -167,7 +167,9 @@ def _match(graph: fx.Graph, mode: Any, node: fx.Node, written: set[int], writes:
     ):
         q_raw, cos, sin, rope_kind = q.args
         k_raw = k_new.args[0]
-    inputs = [n for n in (q_raw, k_raw, v_new, *caches, cos, sin, mask) if n is not None]
+    sinks = node.kwargs.get("sinks")
+    given = (q_raw, k_raw, v_new, *caches, cos, sin, mask, sinks)
+    inputs = [n for n in given if n is not None]
     last = max(*wholes, *inputs)
     if any(u < last for w in wholes for u in w.users) or writes.moves_reads(node, inputs):
         return
@@ -176,7 +178,9 @@ def _match(graph: fx.Graph, mode: Any, node: fx.Node, written: set[int], writes:
         anchor = graph.call_function(getitem, (q_raw, 0))  # a place to insert before; removed below
     with graph.inserting_before(anchor):
         args = (q_raw, k_raw, v_new, *caches, cos, sin, rope_kind, mask, *settings)
-        kwargs = {"as_codes": True} if k_parts.form == "rows" else {}
+        kwargs: dict[str, Any] = {} if sinks is None else {"sinks": sinks}
+        if k_parts.form == "rows":
+            kwargs["as_codes"] = True
         append = ops.attention_append_arrays if k_parts.form == "arrays" else ops.attention_append
         joined = emit(graph, mode, append, args, kwargs, like=node)
         parts = [emit(graph, mode, getitem, (joined, i), like=node) for i in range(1 + len(wholes))]

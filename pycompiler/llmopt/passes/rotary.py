@@ -1,10 +1,14 @@
-"""rotary: x·cos + rotate(x)·sin, with rotate in either pairing, → ops.rope; a pass-through tail joins the rope."""
+"""rotary: x·cos + rotate(x)·sin, with rotate in either pairing, → ops.rope; a pass-through tail joins the rope.
+
+Or written for the halves of x, with tables of half the width: cat((a·cos − b·sin, b·cos + a·sin), -1).
+"""
 
 from __future__ import annotations
 
 import operator
 from typing import Any
 
+import torch
 from torch import fx
 
 from llmopt import ops
@@ -18,6 +22,7 @@ from llmopt.graph import (
     is_tensor,
     kind,
     replace,
+    same_shape,
     same_size,
     sole_user,
 )
@@ -28,8 +33,12 @@ def run(graph: fx.Graph) -> None:
     tables = _Tables(graph)
     writes = Writes(graph)
     for node in list(graph.nodes):
-        if node.op in ("call_function", "call_method") and kind(node) == "add":
+        if node.op not in ("call_function", "call_method"):
+            continue
+        if kind(node) == "add":
             _match(tables, node, writes)
+        elif kind(node) == "cat":
+            _match_halves(tables, node, writes)
 
 
 class _Tables:
@@ -43,6 +52,7 @@ class _Tables:
         self.mode: Any = fake_mode_of(graph)
         self._first = next(n for n in graph.nodes if n.op != "placeholder")
         self._views: dict[fx.Node, fx.Node] = {}
+        self._whole: dict[tuple[fx.Node, bool], fx.Node] = {}
 
     def of_four(self, table: fx.Node) -> fx.Node:
         missing = 4 - fake(table).dim()
@@ -55,6 +65,21 @@ class _Tables:
                 view = emit(self.graph, self.mode, operator.getitem, (table, index), like=table)
             self._views[table] = view
         return self._views[table]
+
+    def of_both_halves(self, table: fx.Node, is_negative: bool = False) -> fx.Node:
+        """The table [..., R/2] twice, for rows of R; or its negative."""
+        key = (table, is_negative)
+        if key not in self._whole:
+            before = self._first if table.op == "placeholder" else table.next
+            with self.graph.inserting_before(before):
+                half = (
+                    emit(self.graph, self.mode, "neg", (table,), like=table)
+                    if is_negative
+                    else table
+                )
+                both = emit(self.graph, self.mode, torch.cat, ((half, half), -1), like=table)
+            self._whole[key] = both
+        return self._whole[key]
 
 
 def _match(tables: _Tables, node: fx.Node, writes: Writes) -> None:
@@ -75,6 +100,73 @@ def _match(tables: _Tables, node: fx.Node, writes: Writes) -> None:
         if not writes.moves_reads(last, (whole, cos, sin)):
             _rewrite(tables, last, whole, cos, sin, kind_name)
         return
+
+
+def _match_halves(tables: _Tables, node: fx.Node, writes: Writes) -> None:
+    """The halves a and b of x become a·cos − b·sin and b·cos + a·sin; or turn the other way."""
+    parts = node.args[0]
+    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+    if len(parts) != 2 or fake(node).dim() != 4 or dim not in (-1, 3):
+        return
+    first, second = (_products_of_halves(part) for part in parts)
+    if first is None or second is None:
+        return
+    (x, (cos, cos_sign), (sin, sin_sign)), (other, *turned) = first, second
+    if x is not other or turned != [(sin, -sin_sign), (cos, cos_sign)] or cos_sign != 1:
+        return
+    half = expression(fake(parts[0]).shape[-1])
+    if fake(x).dtype != fake(node).dtype or not same_shape(fake(x).shape, fake(node).shape):
+        return
+    for table in (cos, sin):
+        if fake(table).dim() not in (2, 3, 4) or not same_size(fake(table).shape[-1], half):
+            return
+    if fake(cos).dim() != fake(sin).dim():
+        return
+    tail = _pass_through(node, x)
+    last, whole = (node, x) if tail is None else (tail, x.args[0])
+    if not writes.moves_reads(last, (whole, cos, sin)):
+        cos, sin = tables.of_both_halves(cos), tables.of_both_halves(sin, sin_sign == 1)
+        _rewrite(tables, last, whole, cos, sin, "half")
+
+
+def _products_of_halves(
+    node: Any,
+) -> tuple[fx.Node, tuple[fx.Node, int], tuple[fx.Node, int]] | None:
+    """x, and with which table and sign its first and its second half go into a sum or a difference."""
+    pair = binary_operands(node) if is_tensor(node) and kind(node) in ("add", "sub") else None
+    if pair is None:
+        return None
+    found: dict[int, tuple[fx.Node, int]] = {}
+    sources = set()
+    for product, sign in zip(pair, (1, -1 if kind(node) == "sub" else 1), strict=True):
+        factors = (
+            binary_operands(product) if is_tensor(product) and kind(product) == "mul" else None
+        )
+        if factors is None or not all(map(is_tensor, factors)):
+            return None
+        for half, table in (factors, factors[::-1]):
+            x, number = _half_of(half)
+            if x is None:
+                continue
+            is_negative = kind(table) == "neg"
+            found[number] = (table.args[0], -sign) if is_negative else (table, sign)
+            sources.add(x)
+            break
+    if len(found) != 2 or len(sources) != 1:
+        return None
+    return sources.pop(), found[0], found[1]
+
+
+def _half_of(node: fx.Node) -> tuple[fx.Node | None, int]:
+    """x and 0 or 1 where the node is the first or the second half of x's last dimension."""
+    width = expression(fake(node).shape[-1])
+    if not isinstance(width, int):
+        return None, 0
+    for number, ends in enumerate(((None, width), (width, None))):
+        x = _chunk_of(node, number) or _slice_of(node, *ends, None)
+        if x is not None and same_size(fake(x).shape[-1], 2 * width):
+            return x, number
+    return None, 0
 
 
 def _rotation(straight: fx.Node, turned: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node, str] | None:
@@ -112,11 +204,14 @@ def _slice_of(node: Any, start: int | None, stop: int | None, step: int | None) 
 
 
 def _chunk_of(node: Any, which: int) -> fx.Node | None:
-    """x when node is x.chunk(2, -1)[which]."""
+    """x when node is x.chunk(2, -1)[which], or split likewise."""
     if not is_tensor(node) or kind(node) != "getitem" or node.args[1] != which:
         return None
     chunk = node.args[0]
-    if kind(chunk) != "chunk" or chunk.args[1:2] != (2,):
+    if kind(chunk) not in ("chunk", "split") or len(fake(chunk)) != 2:
+        return None
+    halves = [fake(chunk)[n].shape[-1] for n in range(2)]
+    if not same_size(*halves):
         return None
     dim = chunk.args[2] if len(chunk.args) > 2 else chunk.kwargs.get("dim", 0)
     return chunk.args[0] if dim in (-1, fake(chunk.args[0]).dim() - 1) else None

@@ -1,12 +1,13 @@
 """Reading a spelled-out attention: from softmax's input back to the product q kᵀ, and all that happens to the scores on the way.
 
 Models write it with matmul, bmm or baddbmm, on [B,H,S,D] or with batch and heads flattened, and mask by adding, filling or choosing.
+Some take each row's largest score off first, which softmax does anyway, and some append a sink, one score more without a value.
 `read_scores` finds the parts without changing the graph; `bias_of` writes down the one additive mask they amount to.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isinf
 from typing import Any
 
@@ -59,13 +60,16 @@ class Scores:
     scale: float
     softcap: float
     changes: tuple[Change, ...]  # biases and masks, with the scales between them
+    sinks: fx.Node | None = None  # [B,H,Sq,1]
 
 
-def read_scores(node: Any) -> Scores | None:
+def read_scores(softmax: fx.Node) -> Scores | None:
     """The parts of the scores that softmax reads, or None when something is not understood."""
+    node, readers = _unshifted(softmax)
+    node, readers, sinks = _without_sinks(node, readers)
     changes: list[Change] = []
     chain: list[fx.Node] = []  # everything between softmax and the product, which is the last
-    current = _alone(node, chain)
+    current = _alone(node, chain, readers)
     while current is not None and kind(current) not in _PRODUCTS:
         found = _changed(current)
         if found is None:
@@ -78,7 +82,38 @@ def read_scores(node: Any) -> Scores | None:
     scores = _parts(current, changes[::-1])
     if scores is None or not all(_framed(fake(n).shape, scores) for n in chain):
         return None
-    return scores if _fills_stay(scores.changes) else None
+    return replace(scores, sinks=sinks) if _fills_stay(scores.changes) else None
+
+
+def _unshifted(softmax: fx.Node) -> tuple[Any, int]:
+    """softmax's input, or what it is before each row's largest value is taken off, and how many readers that has."""
+    node = softmax.args[0]
+    if not is_tensor(node) or kind(node) != "sub" or sole_user(node) is None:
+        return node, 1
+    x, largest = node.args
+    if not is_tensor(x) or not is_tensor(largest) or sole_user(largest) is None:
+        return node, 1
+    if kind(largest) == "getitem" and largest.args[1] == 0:
+        largest = largest.args[0]
+    dim, keepdim = argument(largest, 1, "dim"), argument(largest, 2, "keepdim", False)
+    of_rows = kind(largest) in ("max", "amax") and dim in (-1, fake(x).dim() - 1) and keepdim
+    if not of_rows or argument(largest, 0, "input") is not x or sole_user(largest) is None:
+        return node, 1
+    return x, 2
+
+
+def _without_sinks(node: Any, readers: int) -> tuple[Any, int, fx.Node | None]:
+    """The scores in front of a sink appended to each row, how many readers these have, and the sinks."""
+    whole = node
+    while kind(whole) in FLOAT_CASTS and len(whole.users) == readers:
+        whole, readers = whole.args[0], 1
+    if not is_tensor(whole) or kind(whole) != "cat" or len(whole.users) != readers:
+        return node, readers, None
+    parts, dims = argument(whole, 0, "tensors"), fake(whole).dim()
+    if len(parts) != 2 or dims != 4 or argument(whole, 1, "dim", 0) not in (-1, 3):
+        return node, readers, None
+    scores, sinks = parts
+    return (scores, 1, sinks) if is_one(fake(sinks).shape[3]) else (node, readers, None)
 
 
 def _framed(shape: Any, scores: Scores) -> bool:
@@ -135,10 +170,14 @@ def _parts(product: fx.Node, changes: list[Change]) -> Scores | None:
     return Scores(q_heads, k_heads, is_transposed, scale, softcap, tuple(rest))
 
 
-def _alone(node: Any, chain: list[fx.Node]) -> fx.Node | None:
-    """The node under casts and reshapes of the leading dimensions, when each link has no other reader; links join the chain."""
-    while is_tensor(node) and sole_user(node) is not None:
+def _alone(node: Any, chain: list[fx.Node], readers: int = 1) -> fx.Node | None:
+    """The node under casts and reshapes of the leading dimensions, when each link has no other reader; links join the chain.
+
+    readers: of the first.
+    """
+    while is_tensor(node) and len(node.users) == readers:
         chain.append(node)
+        readers = 1
         if kind(node) not in FLOAT_CASTS and not (kind(node) in RESHAPES and keeps_last_two(node)):
             return node
         node = node.args[0]

@@ -55,6 +55,8 @@ PURE = frozenset(
         "sqrt",
         "mean",
         "sum",
+        "max",
+        "amax",
         "view",
         "reshape",
         "transpose",
