@@ -16,6 +16,7 @@ from torch import fx
 from llmopt.gpu import kernels as gpu_kernels
 from llmopt.gpu import plan as gpu_plan
 from llmopt.gpu.segment import GpuSegmentBuilder
+from llmopt.effects import has_place
 from llmopt.graph import (
     fake,
     is_dense,
@@ -310,7 +311,8 @@ def _after(level: int, for_native: bool) -> int:
 
 
 class _Levels:
-    """Gives nodes levels, in graph order: as early as what they read, and what is written in place, allow."""
+    """Gives nodes levels, in graph order: as early as what they read, what is written in place, and the order of what draws random
+    numbers allow."""
 
     def __init__(self, graph: fx.Graph, roles: _Roles) -> None:
         self.level: dict[fx.Node, int] = {}
@@ -318,6 +320,7 @@ class _Levels:
         self._ready: dict[fx.Node, int] = {}  # first even level at which Python can read a value
         self._writer: dict[int, fx.Node] = {}  # the last one that wrote a storage
         self._readers: dict[int, list[fx.Node]] = {}  # who read it since
+        self._in_order = 0  # the level of the last node that has to stay behind those before it
 
     def place(self, node: fx.Node) -> None:
         if node.op in ("placeholder", "get_attr"):
@@ -329,7 +332,12 @@ class _Levels:
         elif node in self._roles.native:
             self._place_work(node, self._native_inputs_ready(node), native=True)
         elif self._roles.is_eager(node):
-            self._place_work(node, self._inputs_ready(node), native=False)
+            at = self._inputs_ready(node)
+            if has_place(node):
+                at = max(at, self._in_order)
+            self._place_work(node, at, native=False)
+            if has_place(node):
+                self._in_order = self.level[node]
         # What remains is the output.
 
     def _inputs_ready(self, node: fx.Node) -> int:

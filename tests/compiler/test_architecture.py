@@ -20,7 +20,7 @@ LAYERS = (
     ("_C", "types", "launch", "settings", "sizes", "files", "source_lines"),
     ("target", "graph", "memory", "exchange", "counters", "registry", "messages", "offload"),
     ("gpus", "parameters", "keywords", "inplace_views"),
-    ("ops", "writes"),
+    ("ops", "writes", "effects"),
     ("mirrors",),
     ("autocast",),
     ("quant", "contexts", "constants", "regions", "windows"),

@@ -99,6 +99,43 @@ def test_dropout_in_train_mode(backend: str) -> None:
         assert (compiled(x) - compiled(x)).abs().max() > 0.1
 
 
+@torch.library.custom_op("llmopt_tests::noise", mutates_args=())
+def noise_of_its_own(like: torch.Tensor) -> torch.Tensor:
+    """An operator of somebody else's, of which PyTorch does not know that it draws."""
+    return torch.randn(like.shape)
+
+
+@noise_of_its_own.register_fake
+def _(like: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(like)
+
+
+@pytest.mark.parametrize(
+    "draws",
+    [
+        lambda h, x: (F.dropout(h, 0.3, True), torch.rand(4)),
+        lambda h, x: (torch.normal(h, h.abs()), F.dropout(x, 0.3)),
+        lambda h, x: (torch.bernoulli(h.sigmoid()), torch.randn_like(x)),
+        lambda h, x: (F.dropout1d(h, 0.3, True), x.clone().uniform_()),
+        lambda h, x: (noise_of_its_own(h), torch.randn(3)),
+        lambda h, x: (F.scaled_dot_product_attention(h, h, h, dropout_p=0.3), torch.randperm(9)),
+    ],
+)
+@torch.no_grad()
+def test_random_numbers_are_drawn_in_the_models_order(draws: Callable, backend: str) -> None:
+    """Where what reads a native result comes first, which the second need not wait for."""
+    linear, x = torch.nn.Linear(16, 16), torch.randn(2, 3, 16)
+
+    def function(x: torch.Tensor) -> tuple:
+        return *draws(linear(x), x), linear(x)
+
+    results = []
+    for call in (function, torch.compile(function, backend=backend)):
+        torch.manual_seed(5)
+        results.append(call(x))
+    assert_same_output(results[1], results[0])
+
+
 @pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode])
 def test_no_grad_and_inference_mode(guard: Callable, backend: str) -> None:
     eager, compiled = twins(Block, backend)

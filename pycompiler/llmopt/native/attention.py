@@ -69,8 +69,11 @@ def reject_heads(
 _ARRAYS = "scales in tensors of their own are for GPUs: KVCache(model, layout='rows') is for CPUs"
 
 
-def _sinks(s: SegmentBuilder, node: fx.Node) -> View | None:
-    return s.view(node.kwargs.get("sinks"))
+def _behind(
+    s: SegmentBuilder, node: fx.Node, mirrors: Sequence[View | None], count: int
+) -> list[View | None]:
+    """The last operands: `count` for mirrors, and sinks."""
+    return [*(mirrors or [None] * count), s.view(node.kwargs.get("sinks"))]
 
 
 def _bf16_products(node: fx.Node) -> int:
@@ -209,7 +212,7 @@ def _lower_attention(s: SegmentBuilder, node: fx.Node) -> None:
     mirrors = [] if note else _static_mirrors(s, node)
     is_mirrored = bool(mirrors)
     operands = [s.view(q), s.view(k), s.view(v), s.view(node), mask, bounds, *[None] * 4]
-    operands += [*(mirrors or [None] * 5), _sinks(s, node)]
+    operands += _behind(s, node, mirrors, 5)
     ints = [int(a["causal"]), a["causal_offset"], a["window"], 0, 0, _bf16_products(node)]
     detail = "causal" if a["causal"] else "mask" if mask is not None else "full"
     detail += _details(node, fake(k), is_mirrored)
@@ -255,7 +258,7 @@ def _lower_attention_append(s: SegmentBuilder, node: fx.Node) -> None:
         batch_broadcast(s, cos, q),
         batch_broadcast(s, sin, q),
     ]
-    operands += [s.view(k_new), s.view(v_new), None, *(mirrors or [None] * 4), _sinks(s, node)]
+    operands += [s.view(k_new), s.view(v_new), None, *_behind(s, node, mirrors, 4)]
     ints = [int(a["causal"]), a["causal_offset"], a["window"], ROPE_KINDS.index(rope_name), 1]
     ints.append(_bf16_products(node))
     detail = "append" + (f"+rope_{rope_name}" if rope_name != "none" else "")
