@@ -32,7 +32,7 @@ def ours(shape: Attention, q, k, v, mask, out) -> OneOp:
         mask = mask.expand(*q.shape[:3], shape.slots)
         bounds = bounds.expand(*q.shape[:3], 4)
     operands = [q, k, v, out, mask, bounds, None, None, None, None, None]
-    ints = [int(shape.causal), shape.keys - shape.queries if shape.causal else 0, 0, 0, 0, 0]
+    ints = [int(shape.causal), shape.keys - shape.queries if shape.causal else 0, 0, 0, 0, 0, 0]
     return OneOp("attention", operands, ints, [shape.dim**-0.5, 0.0])
 
 
@@ -121,7 +121,7 @@ def test_decode_over_codes_beside_floats(timed, shape):
                 rows = rows.view(1, shape.keys, shape.kv_heads, width).transpose(1, 2)
             mirrors += [rows, state.view(1, shape.kv_heads, 2)]
         operands = [q, *keys_and_values, out, *[None] * 4, *new, None, *mirrors]
-        return OneOp("attention", operands, [0, 0, 0, 0, 1, 0], [shape.dim**-0.5, 0.0])
+        return OneOp("attention", operands, [0, 0, 0, 0, 1, 0, 0], [shape.dim**-0.5, 0.0])
 
     calls = [call() for _ in range(copies_beyond_cache(num_bytes))]
     for c in calls:

@@ -191,7 +191,7 @@ def attention_kernel(
     stride_ksb, stride_ksh, stride_ksn, stride_vsb, stride_vsh, stride_vsn,
     stride_ob, stride_oh, stride_om, stride_mb, stride_mh, stride_mm, stride_mn, offset, window, softcap, scale,
     QK: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, PLAIN: tl.constexpr,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    NO_KEYS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, APART: tl.constexpr,
 ):  # fmt: skip
     # 1 which queries of which head am I
@@ -260,7 +260,7 @@ def attention_kernel(
             MASK, CAUSAL, WINDOWED, CAPPED, PLAIN, False, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
     # 4 divide and 5 store
-    o = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    o = acc / tl.where(total == 0.0, NO_KEYS, total)[:, None]
     tl.store(o_ptr + b * stride_ob + h * stride_oh + far[:, None] * stride_om + dv[None, :],
              o.to(o_ptr.dtype.element_ty), mask=row_mask[:, None] & (dv < DV)[None, :])  # fmt: skip
 
@@ -283,6 +283,7 @@ class Scores:
     k_scale: Any = None
     v_scale: Any = None
     mean: Any = None
+    nan_rows: bool = False  # what a row without keys gives; else zeros
 
     def arguments(self) -> dict[str, Any]:
         mask = self.mask
@@ -301,6 +302,7 @@ class Scores:
         return {
             "MASK": kind, "CAUSAL": self.causal, "WINDOWED": self.window > 0, "CAPPED": self.softcap > 0,
             "PLAIN": self.softcap <= 0 and self.slopes is None and kind != "float",
+            "NO_KEYS": 0.0 if self.nan_rows else 1.0,  # the sum of none
             "D": p.head_dim, "DV": p.value_dim,
             "BLOCK_D": head_block(p.head_dim), "BLOCK_DV": head_block(p.value_dim),
         }  # fmt: skip

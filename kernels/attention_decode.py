@@ -78,7 +78,8 @@ def rows_of(p: AttentionProblem) -> int:
 
 @triton.jit
 def _merge(
-    slots, size, PLAIN: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr, BLOCK_DV: tl.constexpr, AT_ONCE: tl.constexpr
+    slots, size, PLAIN: tl.constexpr, NO_KEYS: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr, BLOCK_DV: tl.constexpr,
+    AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """What all splits found, [ROWS, BLOCK_DV], read AT_ONCE splits at a time: one after the other each would wait for memory."""
     row, dv = tl.arange(0, ROWS), tl.arange(0, BLOCK_DV)
@@ -96,7 +97,7 @@ def _merge(
         weight = tl.exp2((theirs - base[None, :]) * base_of(PLAIN))
         part = slot[:, None, None] + row[None, :, None] * BLOCK_DV + dv[None, None, :]
         merged += tl.sum(tl.load(part, cache_modifier=".cg") * weight[:, :, None], 0)
-    return merged / tl.where(whole == 0.0, 1.0, whole)[:, None]
+    return merged / tl.where(whole == 0.0, NO_KEYS, whole)[:, None]
 
 
 @triton.jit
@@ -106,7 +107,7 @@ def attention_decode_kernel(
     stride_ksb, stride_ksh, stride_ksn, stride_vsb, stride_vsh, stride_vsn,
     stride_ob, stride_oh, stride_om, stride_mb, stride_mh, stride_mm, stride_mn, offset, window, softcap, scale,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, PLAIN: tl.constexpr,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    NO_KEYS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     # 1 which keys of which kv head am I; row r is query r % Sq of the head's r // Sq
@@ -155,7 +156,7 @@ def attention_decode_kernel(
     o_rows = o_ptr + b * stride_ob + h * stride_oh + i * stride_om
     o_mask = row_mask[:, None] & (dv < DV)[None, :]
     if SPLITS == 1:
-        o = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+        o = acc / tl.where(total == 0.0, NO_KEYS, total)[:, None]
         tl.store(o_rows[:, None] + dv[None, :], o.to(o_ptr.dtype.element_ty), mask=o_mask)
     else:
         # A slot holds Σ exp · v [ROWS, BLOCK_DV], then the largest scores [ROWS], then Σ exp [ROWS]: of the rows there are.
@@ -166,7 +167,7 @@ def attention_decode_kernel(
         tl.store(mine + ROWS * BLOCK_DV + r, best, mask=r < ROWS)
         tl.store(mine + ROWS * BLOCK_DV + ROWS + r, total, mask=r < ROWS)
         if arrive(counter_ptr, head) == SPLITS - 1:
-            merged = _merge(slots, size, PLAIN, SPLITS, ROWS, BLOCK_DV, AT_ONCE)
+            merged = _merge(slots, size, PLAIN, NO_KEYS, SPLITS, ROWS, BLOCK_DV, AT_ONCE)
             m = tl.arange(0, ROWS)
             o_far = o_ptr + b * stride_ob + (hk * group + m // Sq) * stride_oh + m % Sq * stride_om
             tl.store(o_far[:, None] + dv[None, :], merged.to(o_ptr.dtype.element_ty),

@@ -9,10 +9,11 @@
 //   k and v (attention/mirror.h); with them and without new rows, positions are slots that a step in front wrote -
 //   15 sinks [B,H,Sq,1], floats -
 // ints: is_causal, causal_offset, window (0: none), rope_kind (0 none, 1 half, 2 interleaved), write_kv, bf16_products
-//   (1: products of several queries may round what they multiply to bf16)
+//   (1: products of several queries may round what they multiply to bf16), nan_rows
 // floats: scale, softcap (0: none)
 //   H is a multiple of Hkv; D and Dv are at most 512. Key j is allowed for row i when j <= i + causal_offset (causal),
-//   j > i + causal_offset - window (window) and the mask lets it. A row with no allowed key gives zeros; what lies in
+//   j > i + causal_offset - window (window) and the mask lets it. A row with no allowed key gives zeros, with nan_rows
+//   NaN, as a softmax of nothing but -inf does, unless there are no keys at all or it has a sink; what lies in
 //   a key or value that a row may not see, NaN included, never reaches that row. A row's sink is one more score of its
 //   softmax, which nothing scales, caps or masks and which has no value.
 //   rope_kind rotates the first R dims of q and k_new. With write_kv, rotated k_new and v_new go to the slots
@@ -88,7 +89,7 @@ inline void merge_row(const Problem& p, const Plan& plan, int64_t b, int64_t kv_
   }
   const int64_t head = kv_head * p.group + row % p.group, pos = row / p.group;
   sum = sum_with_sink(p, b, head, pos, max, sum);
-  const Vec inverse = vset(sum == 0.0f ? 0.0f : 1.0f / sum);
+  const Vec inverse = vset(inverse_sum(p, sum));
   for (int64_t d = 0; d < p.v_dim; d += kLanes) vstore(o + d, vmul(vload(o + d), inverse));
   store_row(p.out->dtype, row_ptr(*p.out, b, head, pos), p.v_dim, o);
 }

@@ -215,7 +215,7 @@ const char* mirrors(const Tensor* t) {
 
 const char* attention(const Call& c) {
   const Step& s = c.step;
-  if (s.num_tensors < 4 || s.num_tensors > 16 || s.num_ints < 6 || s.num_floats < 2) return kWrongCount;
+  if (s.num_tensors < 4 || s.num_tensors > 16 || s.num_ints < 7 || s.num_floats < 2) return kWrongCount;
   Tensor t[16] = {};  // those past the end of the list are not given
   for (int i = 0; i < s.num_tensors; ++i) t[i] = s.t[i];
   const Tensor &q = t[0], &k = t[1], &v = t[2], &out = t[3], &mask = t[4], &bounds = t[5];

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from llmopt.effects import has_place
 from llmopt.gpu import kernels as gpu_kernels
 from llmopt.gpu import plan as gpu_plan
 from llmopt.gpu.segment import GpuSegmentBuilder
-from llmopt.effects import has_place
 from llmopt.graph import (
     fake,
     is_dense,

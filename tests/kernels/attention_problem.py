@@ -43,6 +43,7 @@ class Case:
     seq_first: bool = False  # memory is [B,S,H,D]
     threads: int = 2
     bf16_products: bool = False
+    nan_rows: bool = False
     sinks: str = ""  # "heads": one for each, "rows": one for each query of each head
 
     @property
@@ -93,6 +94,9 @@ MASKS = {
         random_bool(c, c.batch, 1, c.q_len) & (torch.rand(c.q_len, 1) < 0.5),
         torch.finfo(torch.float32).min,
     ),
+    "all_f16_min": lambda c: float_mask(
+        random_bool(c, c.batch, 1, c.q_len) & (torch.rand(c.q_len, 1) < 0.5), -65504.0
+    ).half(),
     "all_inf": lambda c: float_mask(torch.zeros(1, 1, c.q_len, c.kv_len).bool(), -math.inf),
     "bias": lambda c: torch.randn(1, c.heads, c.q_len, c.kv_len) * 2,
     "bias_f16": lambda c: torch.randn(1, c.heads, c.q_len, c.kv_len).half(),
@@ -167,7 +171,8 @@ def prepared(
         mask, bounds = mask.expand(*shape, c.kv_len), bounds.expand(*shape, 4)
     operands = [t.q, t.k, t.v, out, mask, bounds, t.cos, t.sin, t.k_new, t.v_new, t.positions]
     operands += [None] * 4 + [t.sinks]
-    ints = [int(c.is_causal), c.causal_offset, c.window, c.rope, int(c.new), int(c.bf16_products)]
+    ints = [int(c.is_causal), c.causal_offset, c.window, c.rope, int(c.new)]
+    ints += [int(c.bf16_products), int(c.nan_rows)]
     floats = [c.dim**-0.5, c.softcap]
     return OneOp("attention", operands, ints, floats, tier=tier, threads=c.threads), out
 
@@ -198,7 +203,7 @@ def allowed_keys(c: Case, mask: torch.Tensor | None) -> torch.Tensor:
         return ok
     if mask.dtype == torch.bool:
         return ok & mask
-    live = mask > -1e30
+    live = mask > (-65504.0 if mask.dtype == torch.float16 else -1e30)
     return ok & (live | (~live.any(-1, keepdim=True) & (mask > -math.inf)))
 
 
@@ -216,12 +221,16 @@ def reference(c: Case, t: Tensors) -> tuple[torch.Tensor, torch.Tensor, torch.Te
     allowed = allowed_keys(c, t.mask)
     if t.mask is not None and t.mask.dtype != torch.bool:
         # fp32 on purpose: a row of finfo.min swallows its scores
-        score = (score.float() + t.mask.float()).double()
+        bias = t.mask.float()
+        if t.mask.dtype == torch.float16:  # which in f16 does the same
+            bias = bias.masked_fill(bias == -65504.0, -1e30)
+        score = (score.float() + bias).double()
     score = score.masked_fill(~allowed, -math.inf)
     if t.sinks is not None:
         score = torch.cat((score, t.sinks.double().expand(*score.shape[:3], 1)), -1)
     weight = torch.softmax(score, -1)[..., : c.kv_len]
-    weight = weight.masked_fill(~allowed.any(-1, keepdim=True), 0)
+    if not c.nan_rows or t.sinks is not None:
+        weight = weight.masked_fill(~allowed.any(-1, keepdim=True), 0)
     value = v.repeat_interleave(group, 1)
     if not torch.isfinite(value).all():
         seen = torch.where(allowed[..., None], value[:, :, None], 0)
@@ -285,11 +294,14 @@ def problems(**fields: st.SearchStrategy[Any]) -> st.SearchStrategy[Case]:
         is_causal=st.booleans(),
         window=st.sampled_from([0, 0, 5, 100]),
         softcap=st.sampled_from([0.0, 0.0, 5.0]),
-        mask=st.sampled_from(["", *(m for m in MASKS if m != "all_finfo_min")]),
+        mask=st.sampled_from(
+            ["", *(m for m in MASKS if m not in ("all_finfo_min", "all_f16_min"))]
+        ),
         rope=st.sampled_from([ROPE_NONE, ROPE_HALF, ROPE_INTERLEAVED]),
         new=st.booleans(),
         positions=st.booleans(),
         seq_first=st.booleans(),
+        nan_rows=st.booleans(),
         sinks=st.sampled_from(["", "", "heads", "rows"]),
         threads=st.integers(1, 4),
         **fields,

@@ -120,6 +120,16 @@ def test_sinks(tier: str, dtype: torch.dtype, sinks: str, q_len: int) -> None:
         check(replace(c, is_causal=False, mask=mask), tier)
 
 
+@pytest.mark.parametrize("q_len", [1, 3, 40])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_rows_without_keys_as_softmax_gives_them(tier: str, dtype: torch.dtype, q_len: int) -> None:
+    c = Case(2, 6, 2, q_len, q_len + 30, 64, dtype=dtype, nan_rows=True)
+    for mask in ("no_keys", "all_inf", "all_finfo_min", "causal_float"):
+        check(replace(c, mask=mask), tier)
+        check(replace(c, mask=mask, batch=1, heads=2, kv_len=1300), tier)
+    check(replace(c, kv_len=0), tier)
+
+
 @pytest.mark.parametrize("q_len", [1, 40])
 @pytest.mark.parametrize("sink", [-math.inf, -300.0, 90.0, 1e30, math.nan])
 def test_sinks_beyond_every_score(tier: str, sink: float, q_len: int) -> None:
@@ -256,7 +266,7 @@ def test_bf16_scale_of_any_sign(tier: str, factor: float) -> None:
     want, _, _ = reference(c, replace(t, q=t.q * factor))
     out = torch.empty_like(t.q)
     operands = [t.q, t.k, t.v, out] + [None] * 7
-    run_op("attention", operands, [0, 40, 0, 0, 0, 0], [factor * c.dim**-0.5, 0.0], tier, 2)
+    run_op("attention", operands, [0, 40, 0, 0, 0, 0, 0], [factor * c.dim**-0.5, 0.0], tier, 2)
     assert_close(out, want)
 
 
@@ -379,7 +389,7 @@ for tier, rows, (k, v) in product(_C.tiers(), (1, 3, 40), caches):
     bounds = torch.zeros(1, 1, rows, 4, dtype=torch.int32)
     run_op("mask_bounds", [mask, bounds], tier=tier)
     operands = [q, k, v, out, mask.expand(1, HEADS, -1, -1), bounds.expand(1, HEADS, -1, -1)]
-    run_op("attention", operands + [None] * 5, [0, 0, 0, 0, 0, 0], [0.125, 0.0], tier, 2)
+    run_op("attention", operands + [None] * 5, [0, 0, 0, 0, 0, 0, 0], [0.125, 0.0], tier, 2)
     weight = torch.softmax(q.float() @ k[:, :, :LIVE].float().mT * 0.125, -1)
     error = (out.float() - weight @ v[:, :, :LIVE].float()).abs().max()
     assert error < (1e-5 if k.dtype == torch.float32 else 1e-2), (tier, rows, k.dtype, error)

@@ -75,7 +75,7 @@ class Cache:
             wide, bounds = mask.expand(*shape, c.kv_len), bounds.expand(*shape, 4)
         operands = [q, k, v, out, wide, bounds, None, None, *(new or [None, None]), written]
         operands += [k_codes, self.states[0], v_codes, self.states[1]]
-        ints = [int(c.is_causal), c.causal_offset, c.window, 0, int(new is not None), 0]
+        ints = [int(c.is_causal), c.causal_offset, c.window, 0, int(new is not None), 0, 0]
         OneOp("attention", operands, ints, [c.dim**-0.5, 0.0], tier=tier, threads=c.threads)()
         return out, Tensors(q, k.clone(), v.clone(), mask)
 

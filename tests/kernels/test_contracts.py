@@ -21,7 +21,7 @@ def attention(**change: Any) -> tuple[str, list, list, list]:
     operands |= {"q": ONES(2, 4, 3, 8), "k": ONES(2, 2, 5, 8), "v": ONES(2, 2, 5, 6)}
     operands |= {"out": ONES(2, 4, 3, 6)} | change
     ints = [0, 0, 0, 1 if operands["cos"] is not None else 0]
-    ints += [int(operands["k_new"] is not None), 0]
+    ints += [int(operands["k_new"] is not None), 0, 0]
     return "attention", list(operands.values()), ints, [1.0, 0.0]
 
 

@@ -354,7 +354,7 @@ inline void finish_head(const Problem& p, const Plan& plan, DecodeHead& a, int64
       continue;
     }
     const float sum = sum_with_sink(p, a.b, a.row[r].h, a.row[r].i, a.row[r].max, a.row[r].sum);
-    const Vec inverse = vset(sum == 0.0f ? 0.0f : 1.0f / sum);
+    const Vec inverse = vset(inverse_sum(p, sum));
     for (int64_t d = 0; d < p.v_dim; d += kLanes) vstore(o + d, vmul(vload(o + d), inverse));
     store_row(p.out->dtype, row_ptr(*p.out, a.b, a.row[r].h, a.row[r].i), p.v_dim, o);
   }

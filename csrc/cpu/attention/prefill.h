@@ -269,7 +269,7 @@ inline void attend_block(const Problem& p, Panel& a, int64_t j0, int64_t keys) {
   }
 }
 
-// 1 / the sums of kLanes rows that have seen all their keys, their sinks' weights in them; 0 for a row without keys.
+// As inverse_sum, of kLanes rows that have seen all their keys, the weights of their sinks in their sums.
 inline Vec inverse_sums(const Problem& p, const Panel& a, int v) {
   Vec sum = a.sum[v];
   if (p.sinks) {
@@ -280,8 +280,7 @@ inline Vec inverse_sums(const Problem& p, const Panel& a, int v) {
     }
     sum = vadd(sum, sink_weight(vload(sink), a.max[v]));
   }
-  const Vec none = vzero();
-  return vselect(veq(sum, none), none, vdiv(vset(1.0f), sum));
+  return vselect(veq(sum, vzero()), vset(p.no_keys), vdiv(vset(1.0f), sum));
 }
 
 // O of kLanes rows at once: back to rows, divided by the sums.

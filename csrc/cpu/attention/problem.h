@@ -37,6 +37,7 @@ struct Problem {
   bool bf16_products;             // products of several queries may round what they multiply to bf16
   int64_t causal_offset, window, rope_kind;
   float scale, softcap;
+  float no_keys;  // the output of a row without keys
 };
 
 // Byte address of row (b, h, i) of a 4-d operand; dimensions of size 1 broadcast.
@@ -59,6 +60,7 @@ struct KeyRange {
 
 // A bias at or below this is how models write "not allowed" in a float mask of this dtype.
 inline float dead_bias(DType d) { return d == DType::f16 ? -65504.0f : -1e30f; }
+constexpr float kSwallows = -1e30f;  // plus any score gives itself
 inline bool is_bool(DType d) { return d == DType::b8 || d == DType::u8; }
 
 inline KeyRange key_range(const Problem& p, int64_t b, int64_t h, int64_t i) {
@@ -91,6 +93,9 @@ inline float sum_with_sink(const Problem& p, int64_t b, int64_t h, int64_t i, fl
   vstore(weight, sink_weight(vset(row_sink(p, b, h, i)), vset(max)));
   return sum + weight[0];
 }
+
+// What the weighted sums of a row's values are multiplied with.
+inline float inverse_sum(const Problem& p, float sum) { return sum == 0.0f ? p.no_keys : 1.0f / sum; }
 
 // How the work is cut. Rows of one kv head are stacked as i * group + g, so that the heads of a group share every key.
 struct Plan {
@@ -150,6 +155,7 @@ inline Problem parse(const Step& s) {
   p.is_causal = s.i[0] != 0, p.causal_offset = s.i[1], p.window = s.i[2], p.bf16_products = s.i[5] != 0;
   p.rope_kind = p.cos && p.sin ? s.i[3] : kRopeNone;
   p.scale = s.f[0], p.softcap = s.f[1];
+  p.no_keys = s.i[6] && p.kv_len > 0 ? __builtin_nanf("") : 0.0f;
   if (p.k_mirror.codes && few_rows(p)) p.k = p.k_mirror.codes, p.v = p.v_mirror.codes;
   p.codes_by_byte = kMultipliesBytes && p.k->dtype == DType::s8;
   return p;

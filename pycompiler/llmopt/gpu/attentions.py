@@ -36,6 +36,7 @@ class _Attention:
     qk: str  # "int8": queries and keys are rounded before they are multiplied
     k_scale: Operand | None = None  # [B,Hkv,Skv,1] of codes whose scales are not behind them
     v_scale: Operand | None = None
+    nan_rows: bool = False
 
     def keys_and_values(self, call: Call) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
         """(keys [B,Hkv,Skv,D], their scales [B,Hkv,Skv] or None, values, theirs)."""
@@ -74,6 +75,7 @@ class _Attention:
         scores = Scores(
             scale=self.scale, causal=self.causal, offset=call.values[self.offset.id], window=window,
             softcap=self.softcap, mask=mask, k_scale=k_scale, v_scale=v_scale, mean=mean,
+            nan_rows=self.nan_rows and k.shape[2] > 0,
         )  # fmt: skip
         return [*before, call.launch("attention", p, q, k, v, o, scores)]
 
@@ -232,7 +234,7 @@ def _describe(
     return _Attention(
         q_, k_, v_, o_, s.operand(mask), a["scale"], bool(a["causal"]),  # type: ignore[arg-type]
         s.number(a["causal_offset"]), s.number(a["window"]), a["softcap"], node.kwargs.get("qk", "same"),
-        *(s.operand(t) for t in scales),
+        *(s.operand(t) for t in scales), nan_rows=node.kwargs.get("nan_rows", False),
     )  # fmt: skip
 
 

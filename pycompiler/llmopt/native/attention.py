@@ -69,6 +69,10 @@ def reject_heads(
 _ARRAYS = "scales in tensors of their own are for GPUs: KVCache(model, layout='rows') is for CPUs"
 
 
+def _nan_rows(node: fx.Node) -> int:
+    return int(node.kwargs.get("nan_rows", False))
+
+
 def _behind(
     s: SegmentBuilder, node: fx.Node, mirrors: Sequence[View | None], count: int
 ) -> list[View | None]:
@@ -213,7 +217,8 @@ def _lower_attention(s: SegmentBuilder, node: fx.Node) -> None:
     is_mirrored = bool(mirrors)
     operands = [s.view(q), s.view(k), s.view(v), s.view(node), mask, bounds, *[None] * 4]
     operands += _behind(s, node, mirrors, 5)
-    ints = [int(a["causal"]), a["causal_offset"], a["window"], 0, 0, _bf16_products(node)]
+    ints = [int(a["causal"]), a["causal_offset"], a["window"], 0, 0]
+    ints += [_bf16_products(node), _nan_rows(node)]
     detail = "causal" if a["causal"] else "mask" if mask is not None else "full"
     detail += _details(node, fake(k), is_mirrored)
     record = attention_record(
@@ -260,7 +265,7 @@ def _lower_attention_append(s: SegmentBuilder, node: fx.Node) -> None:
     ]
     operands += [s.view(k_new), s.view(v_new), None, *_behind(s, node, mirrors, 4)]
     ints = [int(a["causal"]), a["causal_offset"], a["window"], ROPE_KINDS.index(rope_name), 1]
-    ints.append(_bf16_products(node))
+    ints += [_bf16_products(node), _nan_rows(node)]
     detail = "append" + (f"+rope_{rope_name}" if rope_name != "none" else "")
     detail += "+causal" if a["causal"] else "+mask" if mask is not None else ""
     detail += _details(node, keys, is_mirrored)

@@ -53,6 +53,7 @@ def attention(
     v_scale: Tensor | None = None,
     mirror: Tensor | None = None,
     sinks: Tensor | None = None,
+    nan_rows: bool = False,
 ) -> Tensor:
     """q [B,H,Sq,D], k [B,Hkv,Skv,D], v [B,Hkv,Skv,Dv] → [B,H,Sq,Dv] in q's dtype; H a multiple of Hkv.
 
@@ -63,6 +64,7 @@ def attention(
     products: "bf16" allows a kernel to round what it multiplies to bf16; sums and softmax stay float32. Here nothing is rounded.
     mirror: k and v are a cache beside which a kernel may keep int8 rows, and read these for few queries; of these slots [Sn] int64
     were just written, others not since the last call. Here k and v are read.
+    nan_rows: a row with no key gives NaN, as a softmax of nothing but -inf does.
     sinks: [B,H,Sq,1] floats, one more score a row in the softmax, which nothing scales, caps or masks and which has no value.
     """
     group = q.shape[1] // k.shape[1]
@@ -84,6 +86,8 @@ def attention(
             else scores + mask.float()
         )
     dead = (scores == float("-inf")).all(-1, keepdim=True)
+    if nan_rows:
+        dead = torch.zeros_like(dead)
     if sinks is not None:
         scores = torch.cat((scores, sinks.float().expand(*scores.shape[:3], 1)), -1)
     weights = torch.softmax(scores, -1)[..., : kf.shape[2]].masked_fill(dead, 0.0)
@@ -135,19 +139,21 @@ def attention_append(
     products: str = "same",
     mirror: bool = False,
     sinks: Tensor | None = None,
+    nan_rows: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rotates q and k_new, appends k_new and v_new [B,Hkv,Sn,·] to the caches [B,Hkv,S,·], attends.
 
     Returns (out, keys, values); keys and values hold S + Sn positions. A cache of None is empty.
-    settings: mask, scale, causal, causal_offset, window and softcap of `attention`, and its sinks; mirror: True where a kernel may
-    keep int8 rows.
+    settings: mask, scale, causal, causal_offset, window and softcap of `attention`, and its sinks and nan_rows; mirror: True where a
+    kernel may keep int8 rows.
     as_codes: the caches are int8 rows of ops.kv_codes; what is appended is rounded first.
     """
     q, k_new = _rotated(q, k_new, cos, sin, rope_kind)
     if as_codes:
         k_new, v_new = quantize_rows(k_new), quantize_rows(v_new)
     keys, values = _joined(k_cache, k_new), _joined(v_cache, v_new)
-    out = attention(q, keys, values, *settings, qk=qk, products=products, sinks=sinks)
+    how: dict[str, Any] = {"qk": qk, "products": products, "sinks": sinks, "nan_rows": nan_rows}
+    out = attention(q, keys, values, *settings, **how)
     return out, keys, values
 
 
@@ -211,6 +217,7 @@ def attention_append_arrays(
     qk: str = "same",
     products: str = "same",
     sinks: Tensor | None = None,
+    nan_rows: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """attention_append over caches of codes [B,Hkv,S,·] int8 whose scales [B,Hkv,S,1] float32 are tensors of their own.
 
@@ -220,7 +227,7 @@ def attention_append_arrays(
     (k_codes, k_more), (v_codes, v_more) = quantize_arrays(k_new), quantize_arrays(v_new)
     keys, values = _joined(k_cache, k_codes), _joined(v_cache, v_codes)
     k_scale, v_scale = _joined(k_scales, k_more), _joined(v_scales, v_more)
-    how: dict[str, Any] = {"qk": qk, "products": products, "sinks": sinks}
+    how: dict[str, Any] = {"qk": qk, "products": products, "sinks": sinks, "nan_rows": nan_rows}
     out = attention(q, keys, values, *settings, **how, k_scale=k_scale, v_scale=v_scale)
     return out, keys, values, k_scale, v_scale
 

@@ -172,7 +172,7 @@ def _match_softmax(graph: fx.Graph, mode: Any, node: fx.Node, writes: Writes) ->
         mask, scale = bias_of(graph, mode, scores, product)
         mask = _four_dims(graph, mode, mask)
         args = (scores.q, k, v, mask, scale, False, 0, 0, scores.softcap)
-        kwargs = {} if scores.sinks is None else {"sinks": scores.sinks}
+        kwargs = {"nan_rows": True} if scores.sinks is None else {"sinks": scores.sinks}
         new = emit(graph, mode, ops.attention, args, kwargs, like=product)
         if result is None and fake(product).dim() == 3:
             new = emit(graph, mode, "flatten", (new, 0, 1), like=product)

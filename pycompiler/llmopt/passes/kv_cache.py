@@ -178,7 +178,7 @@ def _match(graph: fx.Graph, mode: Any, node: fx.Node, written: set[int], writes:
         anchor = graph.call_function(getitem, (q_raw, 0))  # a place to insert before; removed below
     with graph.inserting_before(anchor):
         args = (q_raw, k_raw, v_new, *caches, cos, sin, rope_kind, mask, *settings)
-        kwargs: dict[str, Any] = {} if sinks is None else {"sinks": sinks}
+        kwargs = {n: node.kwargs[n] for n in ("sinks", "nan_rows") if n in node.kwargs}
         if k_parts.form == "rows":
             kwargs["as_codes"] = True
         append = ops.attention_append_arrays if k_parts.form == "arrays" else ops.attention_append
