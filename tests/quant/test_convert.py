@@ -291,3 +291,38 @@ def test_samples_in_every_form() -> None:
     ]
     assert len(samples_of(x)) == 1
     assert all(torch.equal(t[0].codes, twins[0][0].codes) for t in twins)
+
+
+class WithoutAName(torch.nn.Module):
+    """A language model that says nothing about its head, which comes first among its parts."""
+
+    def __init__(self, tied: bool, width: int = 64, hidden: int = 96, rows: int = 160) -> None:
+        super().__init__()
+        self.table, self.positions = (
+            torch.nn.Embedding(rows, width),
+            torch.nn.Embedding(width, width),
+        )
+        self.head = torch.nn.Linear(width, rows, bias=False)
+        self.layers = torch.nn.Sequential(
+            torch.nn.Linear(width, width),
+            torch.nn.Linear(width, hidden),
+            torch.nn.Linear(hidden, width),
+        )
+        if tied:
+            self.head.weight = self.table.weight
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_head_is_found_by_its_weight(tied: bool) -> None:
+    twin = llmopt.quantize(WithoutAName(tied), "w4a16")
+    assert twin.head.scheme.name == "w8a16"
+    assert [layer.scheme.name for layer in twin.layers] == ["w4a16"] * 3
+
+
+def test_no_head_is_taken_for_another_linear() -> None:
+    """An encoder; and one whose hidden layer has as many outputs as its table has rows, which is not the last linear."""
+    for model in (WithoutAName(False, rows=128, hidden=128), WithoutAName(False)):
+        del model.head
+        twin = llmopt.quantize(model, "w4a16")
+        assert twin.layers[2].scheme.name == "w4a16"
+    assert {layer.scheme.name for layer in twin.layers} == {"w4a16"}

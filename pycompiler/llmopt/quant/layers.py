@@ -62,10 +62,25 @@ def replace_modules(model: nn.Module, replacements: dict[nn.Module, nn.Module]) 
 
 
 def output_head(model: nn.Module) -> nn.Module | None:
-    """The layer that gives a language model's logits, when the model says which one that is."""
+    """The layer that gives a language model's logits: the one that the model says is, or else looks like one.
+
+    That shares its weight with an embedding, or has an output for each row of one and an input for each column, and is the only such
+    linear or the model's last.
+    """
     find = getattr(model, "get_output_embeddings", None)
     head = find() if find is not None else None
-    return head if isinstance(head, nn.Module) else None
+    if isinstance(head, nn.Module):
+        return head
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+    linears = [*linears_of(model).values()]
+    shared = [x for x in linears if any(x.weight is t.weight for t in tables)]
+    if shared or not linears:
+        return shared[-1] if shared else None
+    sizes = [(t.num_embeddings, t.embedding_dim) for t in tables]
+    sizes = [(rows, width) for rows, width in sizes if rows > width]  # positions may be as many
+    fitting = [x for x in linears if tuple(weight_of(x).shape) in sizes]
+    is_clear = len(fitting) == 1 or linears[-1] in fitting
+    return fitting[-1] if fitting and is_clear else None
 
 
 def twin_of(model: Model) -> Model:
