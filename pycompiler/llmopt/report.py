@@ -200,8 +200,9 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
             model(*args, **kwargs)
     if not runs:
         raise ValueError(
-            'explain: no graph compiled by llmopt ran in this call; compile the model with backend="llmopt" first. If it is: Dynamo '
-            "gives up on a forward after torch._dynamo.config.recompile_limit kinds of calls, and says so in a warning"
+            'explain: no graph compiled by llmopt ran in this call; compile the model with backend="llmopt" first. If it is, Dynamo '
+            "left the forward to Python: without a word where its graph breaks inside a loop (TORCH_LOGS=graph_breaks says where), and "
+            "with a warning after torch._dynamo.config.recompile_limit kinds of calls"
         )
     after = measure(threads)
     probe = after.best(before)

@@ -231,10 +231,11 @@ def _describe(
         shape: tuple[Size, ...] = (*q.size[:3], k.size[2])
         mask = broadcast(mask, mask.size, shape)
     q_, k_, v_, o_ = (s.operand(t) for t in (q, k, v, o))
+    k_scale, v_scale = (s.operand(t) for t in scales or (None, None))
     return _Attention(
         q_, k_, v_, o_, s.operand(mask), a["scale"], bool(a["causal"]),  # type: ignore[arg-type]
         s.number(a["causal_offset"]), s.number(a["window"]), a["softcap"], node.kwargs.get("qk", "same"),
-        *(s.operand(t) for t in scales), nan_rows=node.kwargs.get("nan_rows", False),
+        k_scale, v_scale, node.kwargs.get("nan_rows", False),
     )  # fmt: skip
 
 

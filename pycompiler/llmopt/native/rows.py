@@ -153,14 +153,16 @@ COPIES = frozenset({"contiguous", "clone", "reshape", "flatten"})
 def reject_copy(node: fx.Node) -> str:
     x = node.args[0]
     if not is_tensor(x) or fake(x).dtype not in DTYPE_CODES or fake(x).dtype != fake(node).dtype:
-        return "runs as in PyTorch"
+        return f"copies to {fake(node).dtype} are left to PyTorch"
     if fake(x).dtype in (
         torch.int64,
         torch.int32,
     ):  # so that ids always come from outside a segment
         return "integers are copied by PyTorch"
-    if fake(x).dim() > MAX_DIMS or not is_dense(fake(node)) or "memory_format" in node.kwargs:
-        return "runs as in PyTorch"
+    if not is_dense(fake(node)) or "memory_format" in node.kwargs:
+        return "its layout in memory is PyTorch's to choose"
+    if fake(x).dim() > MAX_DIMS:
+        return f"{fake(x).dim()} dimensions: up to {MAX_DIMS} are possible"
     return ""
 
 
@@ -190,10 +192,10 @@ def reject_cat(node: fx.Node) -> str:
         or not all(is_tensor(p) for p in pieces)
         or fake(node).dim() > MAX_DIMS
     ):
-        return "runs as in PyTorch"
+        return f"joins more than tensors of up to {MAX_DIMS} dimensions along one that is known"
     if any(fake(p).dtype != fake(node).dtype or fake(p).dim() != fake(node).dim() for p in pieces):
-        return "runs as in PyTorch"
-    return "" if fake(node).dtype in FLOATS else "runs as in PyTorch"
+        return "its pieces differ in dtype or in dimensions"
+    return "" if fake(node).dtype in FLOATS else f"{fake(node).dtype} is joined by PyTorch"
 
 
 def cat_pieces(s: SegmentBuilder, node: fx.Node) -> Iterator[tuple[fx.Node, View]]:
@@ -225,15 +227,15 @@ def _lower_cat(s: SegmentBuilder, node: fx.Node) -> None:
 
 def reject_index_copy(node: fx.Node) -> str:
     if len(node.args) != 4 or node.kwargs:
-        return "runs as in PyTorch"
+        return "arguments by name"
     cache, dim, index, new = node.args
     values = [fake(t) for t in (cache, new)]
     if dim not in (2, -2) or any(v.dim() != 4 or v.dtype not in FLOATS for v in values):
-        return "runs as in PyTorch"
+        return "floats [B,H,S,D] are written at positions S by a kernel, nothing else"
     if fake(index).dtype != torch.int64 or fake(index).dim() != 1:
         return "positions are not a vector of int64"
     if values[0].dtype != values[1].dtype:
-        return "runs as in PyTorch"  # which refuses it
+        return f"writes {values[1].dtype} into {values[0].dtype}, which PyTorch refuses"
     return "" if all(same_size(v.stride(-1), 1) for v in values) else "last dimension is not dense"
 
 
@@ -255,11 +257,11 @@ def _lower_index_copy(s: SegmentBuilder, node: fx.Node) -> None:
 def _reject_slide(node: fx.Node) -> str:
     values = [fake(t) for t in node.args]
     if any(v.dtype not in FLOATS for v in values):
-        return "runs as in PyTorch"
+        return f"windows of {values[0].dtype} are moved by PyTorch"
     if not all(same_size(v.stride(-1), 1) for v in values):
         return "last dimension is not dense"
     if is_empty(values[0]):
-        return "runs as in PyTorch"
+        return "its window is empty"
     return _reject_shared(values[0])
 
 
@@ -288,10 +290,10 @@ def _lower_slide(s: SegmentBuilder, node: fx.Node) -> None:
 def _reject_copy_into(node: fx.Node) -> str:
     """copy_: memory of the caller, or of an operation, becomes a copy of a value."""
     if len(node.args) != 2 or not all(is_tensor(n) for n in node.args):
-        return "runs as in PyTorch"
+        return "copies a number, or as it is told by more arguments"
     y, x = map(fake, node.args)
     if x.dtype not in FLOATS or y.dtype not in FLOATS or not x.dim() <= y.dim() <= MAX_DIMS:
-        return "runs as in PyTorch"
+        return f"copies floats of up to {MAX_DIMS} dimensions into floats, nothing else"
     if storage(node.args[0]) == storage(node.args[1]):
         return "copies within the same memory"
     return _reject_shared(y)
@@ -322,7 +324,7 @@ def arange_bounds(node: fx.Node) -> tuple[Size, Size] | None:
 
 def _reject_arange(node: fx.Node) -> str:
     if arange_bounds(node) is None:
-        return "runs as in PyTorch"
+        return "counts by numbers that are no integers, or not on the CPU"
     if any(kind(u) in ("llmopt.embedding", "index_copy_") for u in readers(node)):
         return "indices are checked before a segment runs"
     return ""

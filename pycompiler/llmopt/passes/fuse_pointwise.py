@@ -15,6 +15,7 @@ from llmopt import ops
 from llmopt.graph import (
     FLOAT_CASTS,
     FLOATS,
+    NOTE,
     argument,
     binary_operands,
     emit,
@@ -53,11 +54,9 @@ def run(graph: fx.Graph) -> None:
             continue
         members = _grow(node, written)
         inputs = _inputs(members)
-        if (
-            _worthwhile(members)
-            and _spans(inputs, fake(node).shape)
-            and not writes.moves_reads(node, inputs)
-        ):
+        if not _worthwhile(members):
+            node.meta[NOTE] = "alone between operations that run in PyTorch"
+        elif _spans(inputs, fake(node).shape) and not writes.moves_reads(node, inputs):
             taken |= members
             _rewrite(graph, mode, node, members, inputs)
 
