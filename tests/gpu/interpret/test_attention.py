@@ -103,6 +103,18 @@ def test_scores(form, case):
 
 
 @pytest.mark.parametrize("form", FORMS)
+def test_rows_that_see_nothing_as_softmax_gives_them(form):
+    module, tile, sq = FORMS[form]
+    q, k, v, o = operands(sq, torch.float16)
+    scores = Scores(scale=0.2, mask=bool_mask(sq), nan_rows=True)
+    run(module.launch(problem(q, k, v), tile, HOPPER, q, k, v, o, scores))
+    sees = scores.mask.any(-1)
+    assert not sees.all()
+    assert o[~sees].isnan().all()
+    assert_close(o[sees], wide(q, k, v, scores)[sees])
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_dtypes(form, dtype):
     check(form, dtype, CASES["causal"])
