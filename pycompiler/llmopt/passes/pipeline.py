@@ -10,6 +10,7 @@ from llmopt.passes import (
     activations,
     attentions,
     embeddings,
+    functionalize,
     fuse_linear,
     fuse_pointwise,
     kv_cache,
@@ -27,6 +28,7 @@ from llmopt.passes import (
 Pass = Callable[[fx.Graph], None]
 
 PIPELINE: tuple[tuple[str, Pass], ...] = (
+    ("functionalize", functionalize.run),
     ("torch_layers", torch_layers.run),
     ("simplify", simplify.run),
     ("sliding_caches", sliding_caches.run),

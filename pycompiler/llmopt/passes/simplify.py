@@ -1,5 +1,5 @@
-"""simplify: removes what computes nothing — no-op casts and copies, dropout outside training, factors of one — and turns in-place
-arithmetic on fresh intermediates into plain arithmetic, and a shifted arange into one arange, so that later passes see one form."""
+"""simplify: removes what computes nothing — no-op casts and copies, dropout outside training, factors of one — and turns a shifted arange
+into one arange, so that later passes see one form."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ from llmopt.graph import (
     is_tensor,
     is_view,
     kind,
-    refresh,
     replace,
     same_shape,
     scalar,
@@ -33,14 +32,6 @@ _CASTS = FLOAT_CASTS | {"double"}
 _SAME_LAYOUT_VIEWS = frozenset(
     {"view", "reshape", "expand", "flatten", "squeeze", "detach", "getitem", "expand_as", "alias"}
 )
-_FUNCTIONAL = {
-    "add_": torch.add,
-    "mul_": torch.mul,
-    "sub_": torch.sub,
-    "div_": torch.div,
-    "relu_": torch.relu,
-}
-
 # Unused nodes of these kinds may go: they neither write nor check anything.
 PURE = frozenset(
     [
@@ -142,13 +133,10 @@ PURE = frozenset(
 
 
 def run(graph: fx.Graph) -> None:
-    sharers = _nodes_by_storage(graph)
     written = mutated_storages(graph)
     for node in list(graph.nodes):
         if node.op not in ("call_function", "call_method"):
             continue
-        if kind(node) in _FUNCTIONAL:
-            _functionalize(node, sharers)
         if _slice_for_list(graph, node, written) or _shift_arange(graph, node, written):
             continue
         target = _identity_of(node, written)
@@ -196,32 +184,6 @@ def _identity_of(node: fx.Node, written: set[int]) -> fx.Node | None:
         plain = scalar(other) == 1.0 and "rounding_mode" not in node.kwargs
         return source if plain and not _copy_matters(node, source, written) else None
     return None
-
-
-def _functionalize(node: fx.Node, sharers: dict[int, list[fx.Node]]) -> None:
-    """x += y on a fresh intermediate that nobody else reads afterwards becomes x + y, if that has the dtype of x."""
-    target = node.args[0]
-    if not is_tensor(target) or target.op in ("placeholder", "get_attr") or is_view(target):
-        return
-    others = [n for n in sharers.get(storage(target) or 0, ()) if n is not target and n is not node]
-    if any(n < node or is_in_place(n) for n in others) or any(u > node for u in target.users):
-        return
-    result = fake(node)
-    if not same_shape(result.shape, fake(target).shape) or result.dtype != fake(target).dtype:
-        return
-    other = argument(node, 1, "other")
-    if other is not None:
-        other = fake(other) if isinstance(other, fx.Node) else other
-        if torch.result_type(fake(target), other) != result.dtype:
-            return
-    node.op, node.target = "call_function", _FUNCTIONAL[kind(node)]
-    node.kwargs = {k: v for k, v in node.kwargs.items() if k != "inplace"}
-    node.meta.pop("llmopt_kind", None)
-    with result.fake_mode:
-        node.meta["example_value"] = torch.empty_strided(
-            result.shape, result.stride(), dtype=result.dtype, device=result.device
-        )
-    refresh(list(node.users))
 
 
 def _slice_for_list(graph: fx.Graph, node: fx.Node, written: set[int]) -> bool:
@@ -279,12 +241,3 @@ def is_returned(node: fx.Node) -> bool:
         or ((is_view(user) or is_in_place(user) or not is_tensor(user)) and is_returned(user))
         for user in node.users
     )
-
-
-def _nodes_by_storage(graph: fx.Graph) -> dict[int, list[fx.Node]]:
-    found: dict[int, list[fx.Node]] = {}
-    for node in graph.nodes:
-        mine = storage(node)
-        if mine is not None:
-            found.setdefault(mine, []).append(node)
-    return found
