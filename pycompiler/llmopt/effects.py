@@ -34,25 +34,24 @@ _DRAWS = frozenset(
         "random",
         "rnn_relu",
         "rnn_tanh",
+        "rrelu_with_noise",
         "uniform",
         "_sample_dirichlet",
         "_standard_gamma",
     ]
 )
-# Where `training` says so.
-_DRAWS_IN_TRAINING = frozenset(
-    [
-        "alpha_dropout",
-        "dropout",
-        "dropout1d",
-        "dropout2d",
-        "dropout3d",
-        "feature_alpha_dropout",
-        "feature_dropout",
-        "multi_head_attention_forward",
-        "rrelu",
-    ]
-)
+# Where `training` says so: its place among the arguments.
+_DRAWS_IN_TRAINING = {
+    "alpha_dropout": 2,
+    "dropout": 2,
+    "dropout1d": 2,
+    "dropout2d": 2,
+    "dropout3d": 2,
+    "feature_alpha_dropout": 2,
+    "feature_dropout": 2,
+    "multi_head_attention_forward": 11,
+    "rrelu": 3,
+}
 
 
 def has_place(node: fx.Node) -> bool:
@@ -69,5 +68,5 @@ def has_place(node: fx.Node) -> bool:
     if name == "scaled_dot_product_attention":
         return argument(node, 4, "dropout_p", 0.0) != 0.0
     if name in _DRAWS_IN_TRAINING:
-        return node.kwargs.get("training") is not False and False not in node.args[2:3]
+        return argument(node, _DRAWS_IN_TRAINING[name], "training", True) is not False
     return name in _DRAWS or "." in name

@@ -143,16 +143,55 @@ def less_largest(x: torch.Tensor) -> torch.Tensor:
         lambda x, s: sunk(x, s).softmax(-1)[..., :-1],
         lambda x, s: less_largest(sunk(x + MASK.log(), s)).softmax(-1)[..., :-1],
         lambda x, s: sunk(x.masked_fill(~MASK, -INF), s).float().softmax(-1)[..., :-1].to(x.dtype),
+        lambda x, s: sunk(x, s).softmax(-1)[:, :, :, :-1],
         lambda x, s: less_largest(x).softmax(-1),
         lambda x, s: (x - x.amax(-1, keepdim=True)).softmax(-1),
     ],
-    ids=["sinks", "sinks less the largest", "masked sinks", "less the largest", "less amax"],
+    ids=[
+        "sinks",
+        "sinks less the largest",
+        "masked sinks",
+        "all dimensions",
+        "less the largest",
+        "less amax",
+    ],
 )
 def test_sinks_and_scores_less_their_largest(weights: Callable) -> None:
     def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: Any) -> torch.Tensor:
         return weights(q @ k.transpose(2, 3), sinks) @ v
 
     check(attention, Q, K, V, randn(3) * 4, takes=["attention"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.bool])
+def test_sinks_of_other_dtypes(dtype: torch.dtype) -> None:
+    def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: Any) -> torch.Tensor:
+        weights = sunk(q @ k.transpose(2, 3), sinks).softmax(-1)[..., :-1]
+        return weights.to(v.dtype) @ v
+
+    check(attention, Q, K, V, (randn(3) * 4).to(dtype), leaves=["attention"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("wide", [False, True])
+def test_rows_whose_keys_all_have_the_least_bias(wide: bool, dtype: torch.dtype) -> None:
+    """In half precision it swallows every score, in a float32 sum that of float16 does not; here alone, and over a fill."""
+    least = torch.finfo(dtype).min
+    bias = torch.zeros(5, 5, dtype=dtype).masked_fill(torch.arange(5)[:, None] < 3, least)
+
+    def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: Any) -> torch.Tensor:
+        scores = q @ k.transpose(2, 3)
+        scores = scores.float() if wide else scores
+        return ((scores + bias).softmax(-1).to(v.dtype)) @ v
+
+    def after_a_fill(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: Any) -> torch.Tensor:
+        scores = (q @ k.transpose(2, 3)).masked_fill(~MASK, least / 2)
+        return (scores + bias / 2).softmax(-1) @ v
+
+    inputs = [t.to(dtype) for t in (Q, K, V)]
+    check(attention, *inputs, bias, takes=["attention"])
+    if not wide:
+        check(after_a_fill, *inputs, bias)
 
 
 @pytest.mark.parametrize(
@@ -445,6 +484,28 @@ def test_rotations_written_for_halves(function: Callable) -> None:
     check(partly, randn(2, 3, 5, 12), *tables, takes=["rope"])
 
 
+def test_halves_with_tables_that_are_written() -> None:
+    turn = by_halves(lambda a, b, c, s: a * c - b * s, lambda a, b, c, s: b * c + a * s)
+
+    def between(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        first = turn(x, cos, sin)
+        cos.mul_(2)
+        sin[0].zero_()
+        return first + turn(x, cos, sin)
+
+    def before(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        table = torch.empty(5, 4)
+        table.copy_(cos)
+        return turn(x, table, sin)
+
+    for function in (between, before):
+        check(function, heads(), randn(5, 4), randn(5, 4, seed=1), takes=["rope"])
+
+
+def test_tables_of_one_column_broadcast() -> None:
+    check(rotary, heads(), randn(5, 1), randn(5, 1, seed=1), leaves=["rope"])
+
+
 @pytest.mark.parametrize(
     "function",
     [
@@ -480,6 +541,11 @@ def test_limits_and_slopes(bend: Callable) -> None:
     x[0, :3] = torch.tensor([float("nan"), INF, -INF])
     linear = nn.Linear(16, 16)
     check(lambda x, y: bend(x + linear(y)) + 1, x, x[1], takes=["linear"], in_pytorch=[])
+
+
+def test_slopes_without_end_stay_in_pytorch() -> None:
+    linear = nn.Linear(16, 16)
+    check(lambda x: F.leaky_relu(linear(x), INF), randn(6, 16), in_pytorch=["leaky_relu"])
 
 
 def test_limits_that_are_tensors_stay_in_pytorch() -> None:

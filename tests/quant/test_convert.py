@@ -294,35 +294,25 @@ def test_samples_in_every_form() -> None:
 
 
 class WithoutAName(torch.nn.Module):
-    """A language model that says nothing about its head, which comes first among its parts."""
+    """A language model that says nothing about its heads, which come first among its parts; it has as many positions as hidden values."""
 
-    def __init__(self, tied: bool, width: int = 64, hidden: int = 96, rows: int = 160) -> None:
+    def __init__(self, tied: bool = False, heads: int = 2, width: int = 64) -> None:
         super().__init__()
-        self.table, self.positions = (
-            torch.nn.Embedding(rows, width),
-            torch.nn.Embedding(width, width),
+        self.table, self.positions = torch.nn.Embedding(160, width), torch.nn.Embedding(96, width)
+        self.heads = torch.nn.ModuleList(
+            torch.nn.Linear(width, 160, bias=False) for _ in range(heads)
         )
-        self.head = torch.nn.Linear(width, rows, bias=False)
         self.layers = torch.nn.Sequential(
-            torch.nn.Linear(width, width),
-            torch.nn.Linear(width, hidden),
-            torch.nn.Linear(hidden, width),
+            torch.nn.Linear(width, width), torch.nn.Linear(width, 96), torch.nn.Linear(96, width)
         )
-        if tied:
-            self.head.weight = self.table.weight
+        self.value = torch.nn.Linear(width, 1)
+        for head in self.heads if tied else ():
+            head.weight = self.table.weight
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_head_is_found_by_its_weight(tied: bool) -> None:
-    twin = llmopt.quantize(WithoutAName(tied), "w4a16")
-    assert twin.head.scheme.name == "w8a16"
-    assert [layer.scheme.name for layer in twin.layers] == ["w4a16"] * 3
-
-
-def test_no_head_is_taken_for_another_linear() -> None:
-    """An encoder; and one whose hidden layer has as many outputs as its table has rows, which is not the last linear."""
-    for model in (WithoutAName(False, rows=128, hidden=128), WithoutAName(False)):
-        del model.head
-        twin = llmopt.quantize(model, "w4a16")
-        assert twin.layers[2].scheme.name == "w4a16"
-    assert {layer.scheme.name for layer in twin.layers} == {"w4a16"}
+@pytest.mark.parametrize("heads", [0, 1, 2])
+def test_heads_are_found_by_their_weights(heads: int, tied: bool) -> None:
+    twin = llmopt.quantize(torch.nn.Sequential(WithoutAName(tied, heads)), "w4a16")[0]
+    assert [head.scheme.name for head in twin.heads] == ["w8a16"] * heads
+    assert {layer.scheme.name for layer in (*twin.layers, twin.value)} == {"w4a16"}

@@ -21,16 +21,12 @@ inline void load_bias(const Problem& p, MaskUse use, int64_t b, int64_t h, int64
       for (int64_t k = 0; k < n; ++k) bias[k] = *m ? 0.0f : kNegInf;
     return;
   }
-  // Where no key is live, the least number of f16 swallows every score of a model in f16; here scores are f32.
-  const bool has_least = use == MaskUse::holes || t.dtype == DType::f16;
-  const Vec least = vset(has_least ? dead_bias(t.dtype) : kNegInf), none = vset(kNegInf);
-  const Vec instead = vset(use == MaskUse::holes ? kNegInf : kSwallows);
+  const Vec dead = vset(use == MaskUse::holes ? dead_bias(t.dtype) : kNegInf);
   const Vec same = vset(load_scalar(t.dtype, t.data, first));
   for (int64_t k = 0; k < n; k += kLanes) {
     const int lanes = static_cast<int>(min64(kLanes, n - k));
     const Vec x = t.stride[3] == 0 ? same : vload_as(t.dtype, t.data, first + k, lanes);
-    const Vec kept = vselect(veq(x, none), none, vselect(vle(x, least), instead, x));
-    vstore_n(bias + k, kept, lanes);
+    vstore_n(bias + k, vselect(vle(x, dead), vset(kNegInf), x), lanes);
   }
 }
 

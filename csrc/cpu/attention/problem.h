@@ -60,7 +60,6 @@ struct KeyRange {
 
 // A bias at or below this is how models write "not allowed" in a float mask of this dtype.
 inline float dead_bias(DType d) { return d == DType::f16 ? -65504.0f : -1e30f; }
-constexpr float kSwallows = -1e30f;  // plus any score gives itself
 inline bool is_bool(DType d) { return d == DType::b8 || d == DType::u8; }
 
 inline KeyRange key_range(const Problem& p, int64_t b, int64_t h, int64_t i) {

@@ -5,6 +5,8 @@
 
 namespace {
 
+static_assert(kQuadBytes == 4 && kNibbleQuadBytes == 4 && kMostWideGroup == 0, "a quad is four bytes of a code each");
+
 inline __m512i round_to_int(Vec a) { return _mm512_cvtps_epi32(a.v); }
 
 // Values as they lie, 64 at a time.

@@ -182,9 +182,11 @@ def _match_softmax(graph: fx.Graph, mode: Any, node: fx.Node, writes: Writes) ->
 def _without_last(weights: fx.Node) -> fx.Node | None:
     """What reads the weights of a row but for the last, that of its sink, where nothing else reads any."""
     user = sole_user(weights)
-    if user is None or kind(user) != "getitem" or user.args[1] != (..., slice(None, -1, None)):
+    if user is None or kind(user) != "getitem" or not isinstance(user.args[1], tuple):
         return None
-    return user
+    *front, last = user.args[1]
+    is_whole = front == [...] or front == [slice(None)] * (fake(weights).dim() - 1)
+    return user if is_whole and last == slice(None, -1, None) else None
 
 
 def _passes_on(node: fx.Node) -> bool:

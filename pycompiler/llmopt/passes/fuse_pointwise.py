@@ -6,6 +6,7 @@ and no reader outside. Values that others read as well are results of the chain.
 
 from __future__ import annotations
 
+from math import isfinite
 from typing import Any
 
 import torch
@@ -42,6 +43,7 @@ _LARGEST = 24  # operations in one chain
 _MAX_INPUTS = 8
 # Names of the least and the largest number that these give.
 _LIMITS = {"clamp": ("min", "max"), "clip": ("min", "max"), "hardtanh": ("min_val", "max_val")}
+_MOST = torch.finfo(torch.float32).max
 _ONE_LIMIT = {"clamp_min": "min", "clamp_max": "max"}
 
 
@@ -104,6 +106,8 @@ def _limits(node: fx.Node) -> tuple[float | None, float | None] | None:
     default = (-1.0, 1.0) if name == "hardtanh" else (None, None)
     given = [argument(node, 1 + i, n, default[i]) for i, n in enumerate(_LIMITS[name])]
     limits = [None if g is None else scalar(g) for g in given]
+    if any(x is not None and isfinite(x) and abs(x) > _MOST for x in limits):
+        return None  # PyTorch refuses it
     if any(g is not None and x is None for g, x in zip(given, limits, strict=True)):
         return None
     return limits[0], limits[1]
@@ -111,7 +115,10 @@ def _limits(node: fx.Node) -> tuple[float | None, float | None] | None:
 
 def _slope(node: fx.Node) -> float | None:
     """Of negative numbers, for leaky_relu."""
-    return scalar(argument(node, 1, "negative_slope", 0.01)) if kind(node) == "leaky_relu" else None
+    slope = (
+        scalar(argument(node, 1, "negative_slope", 0.01)) if kind(node) == "leaky_relu" else None
+    )
+    return slope if slope is not None and isfinite(slope) else None
 
 
 def _is_row_mean(node: fx.Node) -> bool:

@@ -66,20 +66,22 @@ class _Tables:
             self._views[table] = view
         return self._views[table]
 
-    def of_both_halves(self, table: fx.Node, is_negative: bool = False) -> fx.Node:
-        """The table [..., R/2] twice, for rows of R; or its negative."""
+    def of_both_halves(
+        self, table: fx.Node, is_negative: bool, last: fx.Node, writes: Writes
+    ) -> fx.Node:
+        """The table [..., R/2] twice, for rows of R, or its negative, as it is where `last` reads it."""
         key = (table, is_negative)
-        if key not in self._whole:
-            before = self._first if table.op == "placeholder" else table.next
-            with self.graph.inserting_before(before):
+        made = self._whole.get(key)
+        if made is None or writes.between((table,), made, last):
+            with self.graph.inserting_before(last):
                 half = (
                     emit(self.graph, self.mode, "neg", (table,), like=table)
                     if is_negative
                     else table
                 )
-                both = emit(self.graph, self.mode, torch.cat, ((half, half), -1), like=table)
-            self._whole[key] = both
-        return self._whole[key]
+                made = emit(self.graph, self.mode, torch.cat, ((half, half), -1), like=table)
+            self._whole[key] = made
+        return made
 
 
 def _match(tables: _Tables, node: fx.Node, writes: Writes) -> None:
@@ -94,6 +96,8 @@ def _match(tables: _Tables, node: fx.Node, writes: Writes) -> None:
         if fake(x).dim() != 4 or fake(x).dtype != fake(node).dtype:
             return
         if fake(cos).dim() not in (2, 3, 4) or fake(sin).dim() != fake(cos).dim():
+            return
+        if not all(same_size(fake(t).shape[-1], fake(x).shape[-1]) for t in (cos, sin)):
             return
         tail = _pass_through(node, x)
         last, whole = (node, x) if tail is None else (tail, x.args[0])
@@ -125,7 +129,10 @@ def _match_halves(tables: _Tables, node: fx.Node, writes: Writes) -> None:
     tail = _pass_through(node, x)
     last, whole = (node, x) if tail is None else (tail, x.args[0])
     if not writes.moves_reads(last, (whole, cos, sin)):
-        cos, sin = tables.of_both_halves(cos), tables.of_both_halves(sin, sin_sign == 1)
+        cos, sin = (
+            tables.of_both_halves(table, is_negative, last, writes)
+            for table, is_negative in ((cos, False), (sin, sin_sign == 1))
+        )
         _rewrite(tables, last, whole, cos, sin, "half")
 
 

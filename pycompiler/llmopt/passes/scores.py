@@ -43,11 +43,13 @@ class Change:
     """One thing that happens to scores: they are multiplied, capped, given a bias, or replaced where they do not count.
 
     what: "scale", "softcap", "bias", "fill" (number where condition) or "keep" (number where not condition).
+    in_f16: what is added to, whose least number swallows every score; attention computes in float32.
     """
 
     what: str
     number: float = 1.0  # of scale and softcap; factor of a bias; what replaces a score
     tensor: Any = None  # the bias, or the condition
+    in_f16: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,10 @@ def _unshifted(softmax: fx.Node) -> tuple[Any, int]:
     node = softmax.args[0]
     if not is_tensor(node) or kind(node) != "sub" or sole_user(node) is None:
         return node, 1
-    x, largest = node.args
+    pair = binary_operands(node)
+    if pair is None:
+        return node, 1
+    x, largest = pair
     if not is_tensor(x) or not is_tensor(largest) or sole_user(largest) is None:
         return node, 1
     if kind(largest) == "getitem" and largest.args[1] == 0:
@@ -113,7 +118,8 @@ def _without_sinks(node: Any, readers: int) -> tuple[Any, int, fx.Node | None]:
     if len(parts) != 2 or dims != 4 or argument(whole, 1, "dim", 0) not in (-1, 3):
         return node, readers, None
     scores, sinks = parts
-    return (scores, 1, sinks) if is_one(fake(sinks).shape[3]) else (node, readers, None)
+    is_sink = is_one(fake(sinks).shape[3]) and fake(sinks).dtype in FLOATS
+    return (scores, 1, sinks) if is_sink else (node, readers, None)
 
 
 def _framed(shape: Any, scores: Scores) -> bool:
@@ -217,7 +223,7 @@ def _added(node: fx.Node) -> tuple[Any, Change] | None:
     scores, bias = pair if _leads_to_product(pair[0]) else pair[::-1]
     if fake(bias).dtype not in FLOATS:
         return None
-    return scores, Change("bias", tensor=bias)
+    return scores, Change("bias", tensor=bias, in_f16=fake(node).dtype == torch.float16)
 
 
 def _scaled(node: fx.Node) -> tuple[Any, Change] | None:
@@ -341,6 +347,8 @@ def bias_of(graph: fx.Graph, mode: Any, scores: Scores, like: fx.Node) -> tuple[
         ):
             operand = emit(graph, mode, "unflatten", (operand, 0, (-1, heads)), like=like)
         if change.what == "bias":
+            if change.in_f16:
+                operand = _as_swallowing(graph, mode, operand, like)
             if change.number != 1.0:
                 operand = emit(graph, mode, torch.mul, (operand, change.number), like=like)
             bias = (
@@ -350,10 +358,20 @@ def bias_of(graph: fx.Graph, mode: Any, scores: Scores, like: fx.Node) -> tuple[
             )
             continue
         kept = 0.0 if bias is None else _in_float32(graph, mode, bias, like)
-        fill = change.number if isinf(change.number) else _LEAST
+        # The number itself where it swallows as well: a bias of the same dtype may hold it too.
+        fill = change.number if isinf(change.number) or change.number <= _ANY_BIAS else _LEAST
         pair = (fill, kept) if change.what == "fill" else (kept, fill)
         bias = emit(graph, mode, torch.where, (operand, *pair), like=like)
     return bias, scale
+
+
+def _as_swallowing(graph: fx.Graph, mode: Any, bias: fx.Node, like: fx.Node) -> fx.Node:
+    """A bias in which float32's least number stands for that of float16."""
+    least = torch.finfo(torch.float16).min
+    lost = emit(graph, mode, torch.eq, (bias, least), like=like)
+    return emit(
+        graph, mode, torch.where, (lost, _LEAST, _in_float32(graph, mode, bias, like)), like=like
+    )
 
 
 def _in_float32(graph: fx.Graph, mode: Any, bias: fx.Node, like: fx.Node) -> fx.Node:

@@ -17,7 +17,7 @@ from llmopt.quant.layers import (
     bias_of,
     is_linear,
     linears_of,
-    output_head,
+    output_heads,
     replace_modules,
     twin_of,
     untie,
@@ -132,7 +132,7 @@ def _schemes(
 ) -> dict[str, Scheme]:
     """The scheme of each linear that is to be quantised; `head_scheme` is that of the output head."""
     unused = set(layers)
-    head = output_head(model)
+    heads = output_heads(model)
     schemes = {}
     for name, linear in linears.items():
         patterns = [p for p in layers if fnmatch.fnmatchcase(name, p)]
@@ -141,7 +141,7 @@ def _schemes(
             own = layers[patterns[0]]
             if own is not None:
                 schemes[name] = scheme_of(own)
-        elif linear is head:
+        elif linear in heads:
             schemes[name] = head_scheme
         else:
             schemes[name] = wanted

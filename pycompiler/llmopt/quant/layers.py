@@ -62,25 +62,29 @@ def replace_modules(model: nn.Module, replacements: dict[nn.Module, nn.Module]) 
 
 
 def output_head(model: nn.Module) -> nn.Module | None:
-    """The layer that gives a language model's logits: the one that the model says is, or else looks like one.
-
-    That shares its weight with an embedding, or has an output for each row of one and an input for each column, and is the only such
-    linear or the model's last.
-    """
+    """The layer that gives a language model's logits, when the model says which one that is."""
     find = getattr(model, "get_output_embeddings", None)
     head = find() if find is not None else None
-    if isinstance(head, nn.Module):
-        return head
+    return head if isinstance(head, nn.Module) else None
+
+
+def output_heads(model: nn.Module) -> list[nn.Module]:
+    """The linears that give a language model's logits: the one that the model says does, else those that look like it.
+
+    These share their weight with an embedding; or else have an output for each row and an input for each column of the embedding with the
+    most rows, which has more of them than columns.
+    """
+    named = output_head(model)
+    if named is not None and is_linear(named):
+        return [named]
     tables = [m for m in model.modules() if isinstance(m, nn.Embedding)]
     linears = [*linears_of(model).values()]
     shared = [x for x in linears if any(x.weight is t.weight for t in tables)]
-    if shared or not linears:
-        return shared[-1] if shared else None
-    sizes = [(t.num_embeddings, t.embedding_dim) for t in tables]
-    sizes = [(rows, width) for rows, width in sizes if rows > width]  # positions may be as many
-    fitting = [x for x in linears if tuple(weight_of(x).shape) in sizes]
-    is_clear = len(fitting) == 1 or linears[-1] in fitting
-    return fitting[-1] if fitting and is_clear else None
+    if shared or not tables:
+        return shared
+    rows, width = max((t.num_embeddings, t.embedding_dim) for t in tables)
+    fitting = [x for x in linears if tuple(weight_of(x).shape) == (rows, width)]
+    return fitting if rows > width else []
 
 
 def twin_of(model: Model) -> Model:
