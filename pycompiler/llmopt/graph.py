@@ -17,7 +17,6 @@ from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._ops import OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import guard_or_false
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from llmopt.sizes import Size, expression, same_size, same_stride
@@ -188,11 +187,6 @@ def is_empty(tensor: torch.Tensor) -> bool:
     return any(isinstance(expression(s), int) and expression(s) == 0 for s in tensor.shape)
 
 
-def known_true(condition: Any) -> bool:
-    """A symbolic condition that certainly holds, without adding a guard."""
-    return bool(condition) if isinstance(condition, bool) else guard_or_false(condition)
-
-
 def fake_mode_of(graph: fx.Graph) -> FakeTensorMode | None:
     for node in graph.nodes:
         value = fake(node)
@@ -340,8 +334,8 @@ def refresh(nodes: list[fx.Node]) -> None:
         first = next((v for n in node.all_input_nodes for v in _fakes_in(fake(n))), None)
         if node.op not in ("call_function", "call_method") or first is None:
             continue
-        if is_in_place(node):
-            new = _written_value(node)
+        if is_in_place(node) and (returned := _returned(node)) is not None:
+            new = fake(returned) if is_tensor(node) else fake(node)
         else:
             allow_a_copy(node)
             new = compute_fake(first.fake_mode, node.target, node.args, node.kwargs)
@@ -353,11 +347,18 @@ def refresh(nodes: list[fx.Node]) -> None:
                 heappush(queue, user)
 
 
-def _written_value(node: fx.Node) -> Any:
-    """What an in-place operation gives back: the value it wrote into, wherever that lies now."""
-    target = node.args[0] if node.args else None
-    returns_it = kind(node).endswith("_") and is_tensor(node) and is_tensor(target)
-    return fake(target if returns_it or _same_shape(fake(node), fake(target)) else node)
+def _returned(node: fx.Node) -> fx.Node | None:
+    """The argument that an in-place operation gives back, None for one whose result has memory of its own."""
+    if kind(node).endswith(".out") or not schemas(node.target):
+        given = [node.kwargs.get("out"), *(node.args[:1] if kind(node).endswith("_") else ())]
+        return next(filter(is_tensor, given), None)
+    for schema in schemas(node.target):
+        alias = schema.returns[0].alias_info if len(schema.returns) == 1 else None
+        for i, a in enumerate(schema.arguments if alias is not None else ()):
+            is_it = a.alias_info and alias and a.alias_info.before_set == alias.before_set
+            if is_it and is_tensor(found := argument(node, i, a.name)):
+                return found
+    return None
 
 
 _COPYING = {"view": "reshape", "view_as": "reshape_as"}
@@ -418,7 +419,8 @@ def is_in_place(node: fx.Node) -> bool:
         return True
     if name.endswith(".out") or (name in _WHEN_TOLD and written_when_told(node)):
         return True
-    return any(schema.is_mutable for schema in schemas(node.target))
+    written = [a for s in schemas(node.target) for a in s.arguments if a.is_write]
+    return any(not a.kwarg_only or a.name in node.kwargs for a in written)
 
 
 # Functions that write into some of their arguments where another one says so: name → (its place, its names, theirs).
@@ -473,10 +475,6 @@ def strip(node: Any, kinds: Collection[str]) -> Any:
     while isinstance(node, fx.Node) and kind(node) in kinds:
         node = node.args[0]
     return node
-
-
-def tensor_inputs(node: fx.Node) -> Iterator[fx.Node]:
-    return (n for n in node.all_input_nodes if is_tensor(n))
 
 
 def scalar(value: Any) -> float | None:

@@ -1,65 +1,21 @@
-"""Passes leave alone what only looks like their pattern, and still take what is one.
+"""Passes leave alone what only looks like their pattern, and still take what is one: attention, norms, copies, windows.
 
 Each function runs compiled and in eager; `takes` names ops that its plan must hold, `leaves` those it must not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from llmopt.compiled import alive
-from llmopt.graph import kind
 from torch import nn
 from torch.nn import functional as F
 
+from tests.compiler.rewriting import INF, check, heads, randn
 from tests.e2e.compare import assert_same_output
-
-INF = float("inf")
-
-
-@torch.no_grad()
-def check(
-    function: Callable[..., Any],
-    *inputs: Any,
-    takes: Collection[str] = (),
-    leaves: Collection[str] = (),
-    dynamic: bool | None = None,
-    in_pytorch: Collection[str] | None = None,
-) -> None:
-    """The compiled function gives what eager gives, and leaves the same in its inputs.
-
-    in_pytorch: all kinds of operations that have no kernel.
-    """
-    torch._dynamo.reset()
-    known = {id(g) for g in alive()}
-    ours, theirs = copied(inputs), copied(inputs)
-    got = torch.compile(function, backend="llmopt", dynamic=dynamic)(*ours)
-    assert_same_output(got, function(*theirs))
-    assert_same_output(ours, theirs, "inputs afterwards")
-    plans = [g.plan for g in alive() if id(g) not in known]
-    ops = {r.op for p in plans if p is not None for r in p.records()}
-    assert ops >= set(takes), f"taken: {ops}"
-    assert not ops & set(leaves), f"taken: {ops}"
-    if in_pytorch is not None:
-        assert {kind(f.node) for p in plans if p is not None for f in p.fallbacks} == set(
-            in_pytorch
-        )
-
-
-def copied(inputs: tuple) -> tuple:
-    return tuple(i.clone() if isinstance(i, torch.Tensor) else i for i in inputs)
-
-
-def randn(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape) + seed))
-
-
-def heads(seed: int = 0, batch: int = 2, number: int = 3) -> torch.Tensor:
-    return randn(batch, number, 5, 8, seed=seed)
-
 
 MASK = torch.arange(5)[:, None] >= torch.arange(5)
 Q, K, V = heads(0), heads(1), heads(2)
@@ -424,130 +380,3 @@ def written_afterwards(x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("function", [beside_its_tensor, written_afterwards])
 def test_windows_that_cannot_be_followed_stay_in_pytorch(function: Callable) -> None:
     check(function, randn(6, 12), leaves=["linear"])
-
-
-def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    a, b = x.chunk(2, -1)
-    return x * cos + torch.cat((-b, a), -1) * sin
-
-
-def test_rotations_with_tables_of_fewer_dimensions_than_heads() -> None:
-    x, tables = heads(), (randn(5, 8), randn(5, 8, seed=1))
-    check(rotary, x, *tables, takes=["rope"])
-    check(rotary, x, *(t[None] for t in tables), takes=["rope"])
-    check(rotary, x.transpose(1, 2), *(t[:, None] for t in tables), takes=["rope"])
-    check(
-        lambda x, a: rotary(x, a.cos(), a.sin()) + rotary(-x, a.cos(), a.sin()),
-        x,
-        tables[0],
-        takes=["rope"],
-    )
-
-
-def test_a_table_for_each_head_is_no_rotation_by_position() -> None:
-    check(rotary, heads(), randn(3, 5, 8), randn(3, 5, 8, seed=1), leaves=["rope"])
-    check(rotary, heads(), randn(5, 8), randn(3, 5, 8), leaves=["rope"])
-
-
-def by_halves(first: Callable, second: Callable) -> Callable:
-    def function(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        a, b = x.chunk(2, -1)
-        return torch.cat((first(a, b, cos, sin), second(a, b, cos, sin)), -1)
-
-    return function
-
-
-@pytest.mark.parametrize(
-    "function",
-    [
-        by_halves(lambda a, b, c, s: a * c - b * s, lambda a, b, c, s: b * c + a * s),
-        by_halves(lambda a, b, c, s: c * a - s * b, lambda a, b, c, s: s * a + c * b),
-        by_halves(lambda a, b, c, s: a * c + b * s, lambda a, b, c, s: a * (-s) + b * c),
-        by_halves(lambda a, b, c, s: a * c + b * -s, lambda a, b, c, s: a * s + b * c),
-    ],
-)
-def test_rotations_written_for_halves(function: Callable) -> None:
-    x, tables = heads(), (randn(5, 4), randn(5, 4, seed=1))
-    check(function, x, *tables, takes=["rope"])
-    check(function, x.transpose(1, 2), *(t[:, None] for t in tables), takes=["rope"])
-
-    def halves_of_slices(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        a, b = x[..., :4], x[..., 4:]
-        turned = torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
-        return turned + function(x, cos, sin)
-
-    check(halves_of_slices, x, *tables, takes=["rope"])
-
-    def partly(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        return torch.cat((function(x[..., :8], cos, sin), x[..., 8:]), -1)
-
-    check(partly, randn(2, 3, 5, 12), *tables, takes=["rope"])
-
-
-def test_halves_with_tables_that_are_written() -> None:
-    turn = by_halves(lambda a, b, c, s: a * c - b * s, lambda a, b, c, s: b * c + a * s)
-
-    def between(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        first = turn(x, cos, sin)
-        cos.mul_(2)
-        sin[0].zero_()
-        return first + turn(x, cos, sin)
-
-    def before(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        table = torch.empty(5, 4)
-        table.copy_(cos)
-        return turn(x, table, sin)
-
-    for function in (between, before):
-        check(function, heads(), randn(5, 4), randn(5, 4, seed=1), takes=["rope"])
-
-
-def test_tables_of_one_column_broadcast() -> None:
-    check(rotary, heads(), randn(5, 1), randn(5, 1, seed=1), leaves=["rope"])
-
-
-@pytest.mark.parametrize(
-    "function",
-    [
-        by_halves(lambda a, b, c, s: a * c + b * s, lambda a, b, c, s: b * c + a * s),
-        by_halves(lambda a, b, c, s: a * c - b * s, lambda a, b, c, s: b * s + a * c),
-        by_halves(lambda a, b, c, s: b * c - a * s, lambda a, b, c, s: a * c + b * s),
-        by_halves(lambda a, b, c, s: a * c - b * s, lambda a, b, c, s: b * c + a * c),
-        by_halves(lambda a, b, c, s: s * s - b * c, lambda a, b, c, s: b * c + a * s),
-        by_halves(lambda a, b, c, s: -a * c - b * s, lambda a, b, c, s: -b * c + a * s),
-    ],
-)
-def test_halves_that_do_not_rotate(function: Callable) -> None:
-    check(function, heads(), randn(5, 4), randn(5, 4, seed=1), leaves=["rope"])
-
-
-@pytest.mark.parametrize(
-    "bend",
-    [
-        lambda x: x.clamp(-0.5, 0.7),
-        lambda x: torch.clamp(x, max=0.3),
-        lambda x: torch.clip(x, 0.1, None),
-        lambda x: x.clamp_min(0.2).clamp_max(0.4),
-        lambda x: x.clamp(1.0, -1.0),  # the largest wins
-        F.relu6,
-        F.hardtanh,
-        lambda x: F.hardtanh(x, -0.1, max_val=0.2),
-        F.leaky_relu,
-        lambda x: F.leaky_relu(x, negative_slope=0.3),
-    ],
-)
-def test_limits_and_slopes(bend: Callable) -> None:
-    x = randn(6, 16) * 3
-    x[0, :3] = torch.tensor([float("nan"), INF, -INF])
-    linear = nn.Linear(16, 16)
-    check(lambda x, y: bend(x + linear(y)) + 1, x, x[1], takes=["linear"], in_pytorch=[])
-
-
-def test_slopes_without_end_stay_in_pytorch() -> None:
-    linear = nn.Linear(16, 16)
-    check(lambda x: F.leaky_relu(linear(x), INF), randn(6, 16), in_pytorch=["leaky_relu"])
-
-
-def test_limits_that_are_tensors_stay_in_pytorch() -> None:
-    linear = nn.Linear(16, 16)
-    check(lambda x, low: linear(x).clamp(min=low), randn(6, 16), randn(16), in_pytorch=["clamp"])
