@@ -73,7 +73,7 @@ def _is_own(names: list[fx.Node], writes: list[fx.Node]) -> bool:
         return False
     return all(
         kind(w).removesuffix("_") in _ARITHMETIC
-        and written_by(w) == [w.args[0]]
+        and tuple(written_by(w)) == w.args[:1]
         and w.args[0] in names
         for w in writes
     )
