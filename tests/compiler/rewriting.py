@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from llmopt.compiled import alive
 from llmopt.graph import kind
+from torch import Tensor
 
 from tests.e2e.compare import assert_same_output
 
@@ -43,6 +44,25 @@ def check(
         )
 
 
+@torch.no_grad()
+def outcome(
+    function: Callable[[Tensor], Any], x: Tensor, backend: str, dynamic: bool | None = None
+) -> list[Tensor]:
+    """The results for a copy of x, and that copy afterwards."""
+    torch._dynamo.reset()
+    x = x.clone()
+    got = torch.compile(function, backend=backend, dynamic=dynamic)(x)
+    return [*(got if isinstance(got, tuple) else (got,)), x]
+
+
+def check_memory(function: Callable[[Tensor], Any], x: Tensor, dynamic: bool | None = None) -> None:
+    """As in eager: values, their layout, and which of them are the same memory."""
+    got, want = (outcome(function, x, backend, dynamic) for backend in ("llmopt", "eager"))
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5, check_stride=True)
+    same = [[a.data_ptr() == b.data_ptr() for a in some for b in some] for some in (got, want)]
+    assert same[0] == same[1], "windows on the same memory"
+
+
 def copied(inputs: tuple) -> tuple:
     return tuple(i.clone() if isinstance(i, torch.Tensor) else i for i in inputs)
 
@@ -53,3 +73,7 @@ def randn(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def heads(seed: int = 0, batch: int = 2, number: int = 3) -> torch.Tensor:
     return randn(batch, number, 5, 8, seed=seed)
+
+
+MASK = torch.arange(5)[:, None] >= torch.arange(5)
+Q, K, V = heads(0), heads(1), heads(2)

@@ -12,6 +12,8 @@ from llmopt.graph import is_in_place
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tests.compiler.rewriting import check_memory, outcome
+
 torch.manual_seed(0)
 A, B = nn.Linear(8, 8), nn.Linear(8, 8)
 X = torch.randn(4, 8)
@@ -168,28 +170,16 @@ def named(function: Callable) -> str:
     return function.__name__
 
 
-@torch.no_grad()
-def outcome(function: Callable, backend: str, dynamic: bool | None) -> list[Tensor]:
-    """The results, and the input afterwards."""
-    torch._dynamo.reset()
-    x = X.clone()
-    got = torch.compile(function, backend=backend, dynamic=dynamic)(x)
-    return [*(got if isinstance(got, tuple) else (got,)), x]
-
-
 @pytest.mark.parametrize("dynamic", [None, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("function", [*PLAIN, *KEPT], ids=named)
 def test_as_in_eager(function: Callable, dynamic: bool | None) -> None:
-    got, want = (outcome(function, backend, dynamic) for backend in ("llmopt", "eager"))
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5, check_stride=True)
-    same = [[a.data_ptr() == b.data_ptr() for a in some for b in some] for some in (got, want)]
-    assert same[0] == same[1], "names of the same memory"
+    check_memory(function, X, dynamic)
 
 
 @pytest.mark.parametrize("function", PLAIN, ids=named)
 def test_nothing_is_left_in_place(function: Callable) -> None:
     known = {id(g) for g in alive()}
-    outcome(function, "llmopt", None)
+    outcome(function, X, "llmopt")
     (graph,) = [g for g in alive() if id(g) not in known]
     assert graph.plan is not None
     nodes = [n for level in graph.plan.levels.values() for n in level]
@@ -199,7 +189,7 @@ def test_nothing_is_left_in_place(function: Callable) -> None:
 
 def test_residuals_join_their_linears() -> None:
     known = {id(g) for g in alive()}
-    outcome(residuals, "llmopt", None)
+    outcome(residuals, X, "llmopt")
     (graph,) = [g for g in alive() if id(g) not in known]
     assert graph.plan is not None
     assert len(graph.plan.segments) == 1

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.compiler.test_rewrites import MASK, K, Q, V, check, randn
+from tests.compiler.rewriting import MASK, K, Q, V, check, randn
 
 torch.library.define("llmopt_tests::double_second", "(Tensor x, Tensor(a!) y) -> ()")
 torch.library.impl("llmopt_tests::double_second", "CPU", lambda x, y: y.mul_(2) is None or None)

@@ -12,7 +12,7 @@ from llmopt.graph import kind
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.compiler.test_rewrites import randn
+from tests.compiler.rewriting import check_memory, outcome, randn
 
 X = randn(6, 8)
 with torch.random.fork_rng():
@@ -160,33 +160,17 @@ FUNCTIONS = (
 )  # fmt: skip
 
 
-@torch.no_grad()
-def outcome(function: Callable, backend: str, dynamic: bool | None) -> list[Tensor]:
-    """The results, and the input afterwards."""
-    torch._dynamo.reset()
-    x = X.clone()
-    got = torch.compile(function, backend=backend, dynamic=dynamic)(x)
-    return [*(got if isinstance(got, tuple) else (got,)), x]
-
-
-def check(function: Callable, dynamic: bool | None = None) -> None:
-    got, want = (outcome(function, backend, dynamic) for backend in ("llmopt", "eager"))
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5, check_stride=True)
-    same = [[a.data_ptr() == b.data_ptr() for a in some for b in some] for some in (got, want)]
-    assert same[0] == same[1], "windows on the same memory"
-
-
 @pytest.mark.parametrize("dynamic", [None, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
 def test_as_in_eager(function: Callable, dynamic: bool | None) -> None:
-    check(function, dynamic)
+    check_memory(function, X, dynamic)
 
 
 @pytest.mark.parametrize(
     "function", [in_a_region, in_a_region_by_keyword], ids=lambda f: f.__name__
 )
 def test_in_a_region(function: Callable) -> None:
-    check(function)
+    check_memory(function, X)
 
 
 @torch.no_grad()
@@ -194,7 +178,7 @@ def test_in_a_region(function: Callable) -> None:
 def test_kernels_read_them(function: Callable) -> None:
     """But for `set_` no change of a shape is left to PyTorch, nor a linear or a norm that reads one."""
     known = {id(g) for g in alive()}
-    outcome(function, "llmopt", None)
+    outcome(function, X, "llmopt")
     graphs = [g for g in alive() if id(g) not in known]
     assert graphs
     for graph in graphs:

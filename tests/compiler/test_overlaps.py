@@ -13,7 +13,7 @@ from llmopt.compiled import Run, profiling
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.compiler.test_rewrites import randn
+from tests.compiler.rewriting import randn
 
 Parts = Callable[[Tensor], tuple[Tensor, Tensor]]  # of one tensor: what is read, what is written
 

@@ -14,11 +14,8 @@ from llmopt.compiled import alive
 from torch import nn
 from torch.nn import functional as F
 
-from tests.compiler.rewriting import INF, check, heads, randn
+from tests.compiler.rewriting import INF, MASK, K, Q, V, check, heads, randn
 from tests.e2e.compare import assert_same_output
-
-MASK = torch.arange(5)[:, None] >= torch.arange(5)
-Q, K, V = heads(0), heads(1), heads(2)
 
 
 def softmax_attention(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.compiler.test_rewrites import K, Q, check, randn
+from tests.compiler.rewriting import K, Q, check, randn
 
 CACHE, NEW = randn(2, 3, 5, 8), randn(2, 3, 1, 8)
 

@@ -45,6 +45,7 @@ inline __m512i word_pairs(Vec even, Vec odd) {
                                          5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   return _mm512_permutexvar_epi16(order, tile_words(even, odd));
 }
+
 // The bf16 numbers that begin the elements of two vectors (cut off, not rounded), in turn, as B wants the pairs of a
 // column; the vectors keep their rests.
 inline __m512i split_pairs(Vec& even, Vec& odd) {
