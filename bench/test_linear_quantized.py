@@ -11,10 +11,10 @@ import torch
 from llmopt import _C
 from llmopt.native.linear_quantized import PLANES
 from llmopt.native.program import DTYPE_CODES, OneOp
+from llmopt.packing import code_bytes, memory_bytes, pack_codes
 from llmopt.quant.rounding import round_weight
 from llmopt.quant.schemes import SCHEMES, CodeForm, Scheme, scheme_of
 from llmopt.target import target
-from llmopt.weights import pack_codes, packed_code_bytes
 
 from bench.conftest import copies_beyond_cache
 from bench.shapes import DECODE_LINEARS, PREFILL_LINEARS, SMALL_BATCH_LINEARS, Linear
@@ -34,7 +34,8 @@ def ours(shape: Linear, w: torch.Tensor, x: torch.Tensor, scheme: Scheme, copies
     form = CodeForm(scheme.bits, scheme.group_of(shape.k), scheme.symmetric)
     halves = list(w.chunk(2)) if shape.gated else [w]
     codes = [round_weight(half, scheme) for half in halves]
-    size = packed_code_bytes(shape.n, shape.k // form.group, form, target().panel_width)
+    groups = shape.k // form.group
+    size = memory_bytes(code_bytes(shape.n, groups, form, target().panel_width))
     memories = [_C.Memory(size) for _ in range(copies)]
     first = tensor_over(memories[0], size)
     pack_codes(codes, form, memories[0], shape.gated, target().tier)

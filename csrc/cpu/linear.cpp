@@ -9,8 +9,15 @@
 //               i: N, K, weight dtype, activation, gated, norm kind (0 none, 1 RMS, 2 layer), tuning (linear/tuning.h).
 //               f: eps, alpha, norm weight offset.
 //               gated: N counts gate and up, Nout = N / 2, y = act(gate) * up + residual. y may be the residual.
+// grouped_linear  one after the other: rows [end of the expert before, own end) of x and y are a linear with the
+// expert's
+//               weight and bias. Rows from the last end on are not written.
+//               t: as of linear, without residual and norm; packed w: E of them one behind the other, bias [E, N] |
+//               none; then ends i32 [E] and a table of the step's own i64 [E + 2, kExpertRowInts]. i, f: as of linear,
+//               without tuning.
 #include "cpu/family.h"
 #include "cpu/linear/gemm.h"
+#include "cpu/linear/grouped.h"
 #include "cpu/linear/pack.h"
 #ifdef __AMX_TILE__
 #include "cpu/linear/tiles.h"
@@ -22,9 +29,15 @@ constexpr Kernel kLinear{"linear", tier_phases, tier_chunks, tier_workspace, tie
 #else
 constexpr Kernel kLinear{"linear", linear_phases, linear_chunks, linear_workspace, linear_run, linear_first_read};
 #endif
+inline int64_t weight_bytes(const Step& s) {
+  const Problem p(s);
+  return p.panels() * panel_bytes(p.K, p.weight);
+}
+using Experts = Grouped<kLinear, weight_bytes>;
 const Kernel kKernels[] = {
     {"pack_linear", one_phase, pack_chunks, nullptr, pack_run},
     kLinear,
+    {"grouped_linear", Experts::phases, Experts::chunks, Experts::workspace, Experts::run},
 };
 }  // namespace
 

@@ -9,12 +9,16 @@
 //   t: as in linear.  i: N, K, u8, activation, gated, norm kind, bits, group, has offsets, planes,
 //   tuning (linear/tuning.h).
 //   f: as in linear.
+// grouped_linear_quantized
+//   What grouped_linear is to linear.
+//
 //   planes: activations are a sum of that many signed bytes, each 1/254 of the one before: 1 rounds them to 8 bits, 2
 //   keep 15 bits of the largest in a group, 3 keep 23.  Integer sums are exact for groups of at most 65536.  Beside
 //   8-bit codes in groups of at most 512, tiers that multiply 16-bit pairs make 2 planes one of 16 bits, and 3 two of
 //   them. On AMX many rows are multiplied in bf16 instead where scales are per group (linear_quantized/terms.h). Tiers
 //   that do not multiply bytes multiply several rows that keep more than 8 bits in f32 (linear_quantized/floats.h).
 #include "cpu/family.h"
+#include "cpu/linear/grouped.h"
 #include "cpu/linear_quantized/gemm.h"
 #include "cpu/linear_quantized/pack.h"
 #ifdef __AMX_TILE__
@@ -24,10 +28,17 @@
 #endif
 
 namespace {
+constexpr Kernel kLinear{"linear_quantized", tier_phases, tier_chunks, tier_workspace, tier_run, tier_first_read};
+inline int64_t weight_bytes(const Step& s) {
+  const QuantizedProblem p(s);
+  return p.panels() * p.form.panel_bytes();
+}
+using Experts = Grouped<kLinear, weight_bytes>;
 const Kernel kKernels[] = {
     {"pack_linear_quantized", one_phase, pack_chunks, nullptr, pack_run},
-    {"linear_quantized", tier_phases, tier_chunks, tier_workspace, tier_run, tier_first_read},
+    kLinear,
+    {"grouped_linear_quantized", Experts::phases, Experts::chunks, Experts::workspace, Experts::run},
 };
 }  // namespace
 
-LLMOPT_EXPORT_FAMILY(linear_quantized, kKernels, 2, kPanel, kQuantizedRows)
+LLMOPT_EXPORT_FAMILY(linear_quantized, kKernels, sizeof(kKernels) / sizeof(kKernels[0]), kPanel, kQuantizedRows)

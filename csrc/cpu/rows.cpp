@@ -1,14 +1,17 @@
-// Row kernels: norm, softmax, embedding, index_copy, copy, rope, slide, rotary_table, arange. Each op's contract heads
+// Row kernels: norm, softmax, embedding, index_copy, copy, rope, slide, rotary_table, arange, topk, and
+// those of rows/experts.h. Each op's contract heads
 // its file in rows/.
 #include "cpu/family.h"
 #include "cpu/rows/arange.h"
 #include "cpu/rows/copy.h"
+#include "cpu/rows/experts.h"
 #include "cpu/rows/gather.h"
 #include "cpu/rows/norm.h"
 #include "cpu/rows/rope.h"
 #include "cpu/rows/rotary_table.h"
 #include "cpu/rows/slide.h"
 #include "cpu/rows/softmax.h"
+#include "cpu/rows/topk.h"
 
 namespace {
 
@@ -22,6 +25,10 @@ const Kernel kKernels[] = {
     {"slide", one_phase, slide_chunks, nullptr, slide_run},
     {"rotary_table", one_phase, rotary_table_chunks, nullptr, rotary_table_run},
     {"arange", one_phase, arange_chunks, nullptr, arange_run},
+    {"topk", one_phase, topk_chunks, nullptr, topk_run},
+    {"sort_by_expert", one_phase, one_chunk, sort_by_expert_workspace, sort_by_expert_run},
+    {"gather_tokens", one_phase, gather_tokens_chunks, nullptr, gather_tokens_run},
+    {"combine_experts", one_phase, combine_experts_chunks, nullptr, combine_experts_run},
 };
 
 }  // namespace

@@ -1,169 +1,13 @@
 #include "runtime/contracts.h"
 
-#include <cstring>
 #include <utility>
 
 #include "cpu/iteration_space.h"
 #include "cpu/vm/bytecode.h"
-#include "runtime/tuning_contract.h"
+#include "runtime/operand_checks.h"
 
 namespace llmopt {
 namespace {
-
-bool is_float(DType d) { return d == DType::f32 || d == DType::f16 || d == DType::bf16; }
-
-// Whether an operand of so many dimensions is there; one without elements needs no memory.
-bool given(const Tensor& t, int ndim) {
-  if (t.ndim != ndim) return false;
-  for (int d = 0; d < ndim; ++d)
-    if (t.size[d] == 0) return true;
-  return t.data != nullptr;
-}
-bool absent(const Tensor& t) { return t.data == nullptr; }
-
-bool float_rows(const Tensor& t, int ndim) {
-  return given(t, ndim) && is_float(t.dtype) && (t.size[ndim - 1] <= 1 || t.stride[ndim - 1] == 1);
-}
-bool float_vector(const Tensor& t, int64_t n) { return absent(t) || (float_rows(t, 1) && t.size[0] == n); }
-bool same_sizes(const Tensor& a, const Tensor& b) {
-  if (a.ndim != b.ndim) return false;
-  for (int d = 0; d < a.ndim; ++d)
-    if (a.size[d] != b.size[d]) return false;
-  return true;
-}
-bool one_or(int64_t size, int64_t n) { return size == 1 || size == n; }
-bool has(const Step& s, int tensors, int ints, int floats) {
-  return s.num_tensors == tensors && s.num_ints >= ints && s.num_floats >= floats;
-}
-
-// Elements of the first n dimensions, whose order is that of the rows behind them.
-int64_t positions(const Tensor& t, int n) {
-  int64_t count = 1;
-  for (int d = 0; d < n; ++d) count *= t.size[d];
-  return count;
-}
-
-// Rows of floats with any dimensions in front: [..., K].
-bool float_row_groups(const Tensor& t, int64_t rows, int64_t width) {
-  return t.ndim >= 1 && float_rows(t, t.ndim) && t.size[t.ndim - 1] == width && positions(t, t.ndim - 1) == rows;
-}
-
-// nullptr when every index [...] i64 or i32 is below `limit`. Content can be looked at only where it exists already.
-const char* indices_below(const Call& c, int operand, int64_t limit) {
-  const Tensor& t = c.step.t[operand];
-  if (!given(t, t.ndim) || (t.dtype != DType::i64 && t.dtype != DType::i32)) return "indices are not integers";
-  if (!c.is_external[operand]) return "indices are made by the program itself, where they cannot be checked";
-  const int64_t count = positions(t, t.ndim);
-  for (int64_t m = 0; m < count; ++m) {
-    const int64_t i = position_offset(t, t.ndim, m);
-    const int64_t index = t.dtype == DType::i32 ? reinterpret_cast<const int32_t*>(t.data)[i]
-                                                : reinterpret_cast<const int64_t*>(t.data)[i];
-    if (index < 0 || index >= limit) {
-      *c.fault = {index, limit};
-      return kIndexRange;
-    }
-  }
-  return nullptr;
-}
-
-constexpr const char* kWrongCount = "takes another number of operands or attributes";
-
-const char* pack_linear(const Call& c) {
-  const Step& s = c.step;
-  if (s.num_tensors < 2 || s.num_ints < 1) return kWrongCount;
-  const int weights = s.num_tensors - 1;
-  const Tensor &first = s.t[0], &packed = s.t[weights];
-  int64_t columns = 0;
-  for (int i = 0; i < weights; ++i) {
-    const Tensor& w = s.t[i];
-    if (!given(w, 2) || !is_float(w.dtype)) return "a weight is not a float matrix";
-    if (w.dtype != first.dtype || w.size[1] != first.size[1]) return "the weights differ in K or dtype";
-    columns += w.size[0];
-  }
-  if (s.i[0] && (weights != 2 || s.t[1].size[0] != first.size[0])) return "only two weights of equal N interleave";
-  const int64_t panels = (columns + c.panel_width - 1) / c.panel_width, k = first.size[1] + first.size[1] % 2;
-  const int64_t padded = first.dtype == DType::bf16 ? k : first.size[1];
-  if (!given(packed, 1) || packed.size[0] < panels * c.panel_width * padded * itemsize(first.dtype))
-    return "the packed form does not fit its memory";
-  return nullptr;
-}
-
-// What linear and linear_quantized share: everything but the packed weight.
-const char* around_weight(const Step& s) {
-  const Tensor &x = s.t[0], &residual = s.t[3], &y = s.t[4];
-  const int64_t n = s.i[0], k = s.i[1], outputs = s.i[4] ? n / 2 : n;
-  if (n < 0 || k < 0 || (s.i[4] && n % 2)) return "N and K are not sizes of a weight";
-  if (s.i[3] < 0 || s.i[3] > kActRelu2) return "there is no such activation";
-  if (s.i[5] < kNormNone || s.i[5] > kNormLayer) return "there is no such norm";
-  if (!float_rows(x, 2) || x.size[1] != k) return "x is not float [M, K]";
-  if (!float_rows(y, 2) || y.size[0] != x.size[0] || y.size[1] != outputs) return "y is not float [M, N]";
-  if (absent(s.t[1])) return "there is no packed weight";
-  if (!float_vector(s.t[2], n)) return "bias is not float [N]";
-  if (!absent(residual) && (!float_rows(residual, 2) || !same_sizes(residual, y)))
-    return "residual is not float [M, N]";
-  if (!float_vector(s.t[5], k) || !float_vector(s.t[6], k)) return "norm weight or bias is not float [K]";
-  return nullptr;
-}
-
-const char* linear(const Call& c) {
-  const Step& s = c.step;
-  if (!has(s, 7, kLinearInts, 3)) return kWrongCount;
-  if (!is_float(static_cast<DType>(s.i[2])) || absent(s.t[1])) return "there is no packed float weight";
-  if (const char* reason = around_weight(s)) return reason;
-  return refuse_tuning("linear", c);
-}
-
-// Bytes of quantised weights [N, K] in the layout of csrc/cpu/linear_quantized/layout.h.
-int64_t quantized_bytes(int64_t n, int64_t k, int64_t bits, int64_t group, bool offsets, int64_t panel) {
-  const int64_t scales = panel * (bits == 8 ? 4 : 2) * (offsets ? 2 : 1);
-  const int64_t each = (group + 7) / 8 * panel * bits + scales;
-  return (n + panel - 1) / panel * (k / group * each + (bits == 8 ? 0 : 4 * panel));
-}
-
-constexpr int64_t kMaxGroup = 1 << 16;  // products of signed and unsigned bytes that an int32 sum holds
-
-const char* quantized_form(int64_t k, int64_t bits, int64_t group) {
-  if (bits != 8 && bits != 4) return "codes have 8 or 4 bits";
-  if (group < 1 || group > kMaxGroup || k % group) return "the groups do not divide K, or are longer than 65536";
-  return bits == 4 && group % 2 ? "a group of 4-bit codes is odd" : nullptr;
-}
-
-const char* pack_linear_quantized(const Call& c) {
-  const Step& s = c.step;
-  if (s.num_tensors < 4 || s.num_tensors % 3 != 1 || s.num_ints < 3) return kWrongCount;
-  const int weights = s.num_tensors / 3;
-  const int64_t bits = s.i[0], group = s.i[1];
-  if (s.t[0].ndim != 2) return "codes are not a matrix";
-  const int64_t k = s.t[0].size[1] * (bits == 4 ? 2 : 1);
-  if (const char* reason = quantized_form(k, bits, group)) return reason;
-  int64_t columns = 0;
-  for (int i = 0; i < weights; ++i) {
-    const Tensor &codes = s.t[3 * i], &scales = s.t[3 * i + 1], &offsets = s.t[3 * i + 2];
-    if (!given(codes, 2) || codes.dtype != (bits == 8 ? DType::s8 : DType::u8)) return "codes are not bytes [N, K]";
-    if (codes.size[1] != s.t[0].size[1]) return "the weights differ in K";
-    if (absent(offsets) != absent(s.t[2])) return "all weights have offsets or none has";
-    for (const Tensor* t : {&scales, &offsets}) {
-      if (t == &offsets && absent(offsets)) continue;
-      if (!given(*t, 2) || t->dtype != DType::f32 || t->size[0] != codes.size[0] || t->size[1] != k / group)
-        return "scales or offsets are not float32 [N, K / group]";
-    }
-    columns += codes.size[0];
-  }
-  if (s.i[2] && (weights != 2 || s.t[3].size[0] != s.t[0].size[0])) return "only two weights of equal N interleave";
-  const Tensor& packed = s.t[s.num_tensors - 1];
-  const int64_t wanted = quantized_bytes(columns, k, bits, group, !absent(s.t[2]), c.panel_width);
-  return given(packed, 1) && packed.size[0] >= wanted ? nullptr : "the packed form does not fit its memory";
-}
-
-const char* linear_quantized(const Call& c) {
-  const Step& s = c.step;
-  if (!has(s, 7, kLinearQuantizedInts, 3)) return kWrongCount;
-  if (static_cast<DType>(s.i[2]) != DType::u8) return "packed codes are u8";
-  if (s.i[9] < 1 || s.i[9] > 3) return "there are 1 to 3 planes";
-  if (const char* reason = quantized_form(s.i[1], s.i[6], s.i[7])) return reason;
-  if (const char* reason = around_weight(s)) return reason;
-  return refuse_tuning("linear_quantized", c);
-}
 
 // cos or sin [B|1, 1, S|1, R] with even R <= D.
 bool angles(const Tensor& t, int64_t batch, int64_t positions, int64_t width) {
@@ -352,6 +196,64 @@ const char* arange(const Call& c) {
   return given(y, 1) && y.dtype == DType::i64 && (y.size[0] < 2 || y.stride[0] == 1) ? nullptr : "y is not int64 [N]";
 }
 
+// Integers one behind the other.
+bool dense_ints(const Tensor& t, int64_t n, DType dtype) {
+  return given(t, 1) && t.dtype == dtype && t.size[0] == n && (n < 2 || t.stride[0] == 1);
+}
+
+const char* sort_by_expert(const Call& c) {
+  const Step& s = c.step;
+  if (!has(s, 5, 0, 0)) return kWrongCount;
+  const Tensor &ids = s.t[0], &ends = s.t[2];
+  if (!given(ids, 1) || (ids.dtype != DType::i64 && ids.dtype != DType::i32)) return "ids are not integers [S]";
+  if (ids.size[0] > INT32_MAX) return "there are more than 2^31 places";
+  const int64_t places = ids.size[0];
+  if (!dense_ints(s.t[1], places, DType::i64) || (!absent(s.t[4]) && !dense_ints(s.t[4], places, DType::i64)))
+    return "order and inverse are not int64 [S]";
+  if (ends.ndim != 1 || !dense_ints(ends, ends.size[0], DType::i32)) return "ends are not int32 [E]";
+  if (!absent(s.t[3]) && !dense_ints(s.t[3], places, ids.dtype)) return "sorted ids are not like ids";
+  return nullptr;
+}
+
+const char* topk(const Call& c) {
+  const Step& s = c.step;
+  if (!has(s, 3, 0, 0)) return kWrongCount;
+  const Tensor &x = s.t[0], &values = s.t[1], &indices = s.t[2];
+  if (!float_rows(x, 2) || !float_rows(values, 2) || values.dtype != x.dtype || values.size[0] != x.size[0])
+    return "x and values are not float [M, N] and [M, k]";
+  if (values.size[1] > x.size[1] || values.size[1] < 1 || values.size[1] > kMostPlaces)
+    return "k is not 1 to 64, or more than there are";
+  if (!given(indices, 2) || indices.dtype != DType::i64 || !same_sizes(indices, values) ||
+      (indices.size[1] > 1 && indices.stride[1] != 1))
+    return "indices are not int64 [M, k]";
+  return nullptr;
+}
+
+const char* gather_tokens(const Call& c) {
+  const Step& s = c.step;
+  if (!has(s, 3, 1, 0)) return kWrongCount;
+  const Tensor &x = s.t[0], &order = s.t[1], &y = s.t[2];
+  if (s.i[0] < 1) return "a token has no place";
+  if (!float_rows(x, 2) || !float_rows(y, 2) || x.size[1] != y.size[1])
+    return "x and y are not float [T, H] and [S, H]";
+  if (!given(order, 1) || order.dtype != DType::i64 || order.size[0] != y.size[0]) return "order is not int64 [S]";
+  return x.size[0] == 0 && y.size[0] != 0 ? "there are no tokens" : nullptr;
+}
+
+const char* combine_experts(const Call& c) {
+  const Step& s = c.step;
+  if (!has(s, 4, 0, 0)) return kWrongCount;
+  const Tensor &x = s.t[0], &inverse = s.t[1], &weights = s.t[2], &y = s.t[3];
+  if (!float_rows(x, 2) || !float_rows(y, 2) || x.size[1] != y.size[1])
+    return "x and y are not float [S, H] and [T, H]";
+  if (!given(weights, 2) || !is_float(weights.dtype) || weights.size[0] != y.size[0])
+    return "weights are not float [T, k]";
+  if (weights.size[1] > kMostPlaces) return "a token has more than 64 experts";
+  const int64_t places = weights.size[0] * weights.size[1];
+  if (!given(inverse, 1) || inverse.dtype != DType::i64 || inverse.size[0] != places) return "inverse is not int64 [S]";
+  return x.size[0] == 0 && places != 0 ? "there are no rows" : nullptr;
+}
+
 const char* rope(const Call& c) {
   const Step& s = c.step;
   if (!has(s, 4, 1, 0)) return kWrongCount;
@@ -409,14 +311,11 @@ const char* vm(const Call& c) {
   return nullptr;
 }
 
-const struct {
-  const char* op;
-  Contract contract;
-} kContracts[] = {
-    {"pack_linear", {pack_linear, false}},
-    {"linear", {linear, false}},
-    {"pack_linear_quantized", {pack_linear_quantized, false}},
-    {"linear_quantized", {linear_quantized, false}},
+constexpr ContractOf kContracts[] = {
+    {"sort_by_expert", {sort_by_expert, false}},
+    {"topk", {topk, false}},
+    {"gather_tokens", {gather_tokens, false}},
+    {"combine_experts", {combine_experts, false}},
     {"attention", {attention, true}},
     {"mask_bounds", {mask_bounds, false}},
     {"norm", {norm, false}},
@@ -435,23 +334,9 @@ const struct {
 
 const char* const kIndexRange = "an index is out of range";
 
-const char* refuse_tuning(const char* op, const Call& c) {
-  const Step& s = c.step;
-  if (std::strcmp(op, "linear") == 0)
-    return s.num_ints < kLinearInts
-               ? kWrongCount
-               : each_tuning(c, kLinearInts, [&](const LinearTuning& t) { return float_tuning(c, t); });
-  if (std::strcmp(op, "linear_quantized") != 0) return "has nothing to tune";
-  if (s.num_ints < kLinearQuantizedInts) return kWrongCount;
-  if (const char* reason = quantized_form(s.i[1], s.i[6], s.i[7])) return reason;
-  const int64_t wide = quantized_bytes(c.panel_width, s.i[1], 8, s.i[7], s.i[8] != 0, c.panel_width);
-  return each_tuning(c, kLinearQuantizedInts, [&](const LinearTuning& t) { return quantized_tuning(c, t, wide); });
-}
-
 Contract contract_of(const char* op) {
-  for (const auto& row : kContracts)
-    if (std::strcmp(row.op, op) == 0) return row.contract;
-  return {};
+  const Contract own = find_contract(kContracts, op);
+  return own.reason ? own : linear_contract_of(op);
 }
 
 }  // namespace llmopt

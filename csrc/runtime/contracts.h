@@ -1,6 +1,8 @@
 // What the kernels take for granted about their operands, checked once for every step of a run.
 #pragma once
+#include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 #include "runtime/tensor.h"
 
@@ -37,7 +39,21 @@ extern const char* const kIndexRange;  // the reason that is an IndexError in Py
 // nullptr, or why an op cannot run with the tuning in its ints, the only part of the step that counts here.
 const char* refuse_tuning(const char* op, const Call& call);
 
-// The contract of an op; an empty one for ops that have none.
+// The contract of an op; an empty one for ops that have none. linear_contract_of: of the linear families only.
 Contract contract_of(const char* op);
+Contract linear_contract_of(const char* op);
+
+// A row of a table of contracts.
+struct ContractOf {
+  const char* op;
+  Contract contract;
+};
+
+template <size_t kRows>
+Contract find_contract(const ContractOf (&table)[kRows], const char* op) {
+  for (const ContractOf& row : table)
+    if (std::strcmp(row.op, op) == 0) return row.contract;
+  return {};
+}
 
 }  // namespace llmopt

@@ -82,6 +82,7 @@ constexpr size_t kLocalBytes = 1 << 20;
 constexpr size_t kMostLocalBytes =
     2 * kLocalBytes;  // reserved; attention over its longest heads needs more than half of an L2
 constexpr int64_t kCounters = 1024;
+constexpr int64_t kMostPlaces = 64;  // experts of one token, or what topk gives for a row
 
 struct Span {
   const char* data;

@@ -262,9 +262,12 @@ class _Roles:
         return ""
 
 
+_LINEARS = ("llmopt.linear", "llmopt.linear_quantized", "llmopt.grouped_linear")
+
+
 def _packed_storages(graph: fx.Graph) -> set[int | None]:
     """Memory that linears take for weights and biases: a segment packs those before its first step."""
-    linears = [n for n in graph.nodes if kind(n) in ("llmopt.linear", "llmopt.linear_quantized")]
+    linears = [n for n in graph.nodes if kind(n) in _LINEARS]
     found: list[fx.Node] = []
     for linear in linears:
         given = {name: v for name, v in linear.kwargs.items() if name != "residual"}

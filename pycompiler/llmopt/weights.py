@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from llmopt import _C
-from llmopt.native.program import ProgramBuilder, View, view_of
+from llmopt import _C, packing
 from llmopt.native.segment import PackedSpec, WeightView
 from llmopt.offload import is_moved
 from llmopt.ops.reference import outside_autocast
@@ -24,15 +23,8 @@ from llmopt.quant.rounding import Codes, round_weight
 from llmopt.quant.schemes import CodeForm
 from llmopt.types import Target
 
-_SLACK = 8192  # bytes behind the last panel that a prefetch may touch
 _LINE = 64  # bytes
 _LINES = 16  # of a moved tensor that are compared
-
-
-def packed_bytes(n: int, k: int, itemsize: int, panel_width: int) -> int:
-    """Size of the packed form: whole panels of columns, k rounded up to a pair."""
-    panels = -(-n // panel_width)
-    return panels * panel_width * (k + k % 2) * itemsize + _SLACK
 
 
 class Reader(Protocol):
@@ -233,13 +225,24 @@ def _identity(
 def _packed_floats(
     spec: PackedSpec, arguments: Sequence[Tensor], target: Target, memory: _C.Memory | None
 ) -> _C.Memory:
-    weights = [_cut(arguments[v.argument], v).to(spec.dtype) for v in spec.sources]
-    n, k = sum(w.shape[0] for w in weights), weights[0].shape[1]
-    needed = packed_bytes(n, k, weights[0].element_size(), target.panel_width)
+    n, k = sum(v.size[-2] for v in spec.sources), spec.sources[0].size[-1]
+    each = packing.float_bytes(n, k, spec.dtype, target.panel_width)
+    needed = packing.memory_bytes(each, spec.experts or 1)
     if memory is None or memory.bytes < needed:  # of another dtype
         memory = _C.Memory(needed)
-    pack(weights, memory, spec.interleave, target.tier)
+    for expert, sources in enumerate(_matrices(spec.sources, arguments)):
+        weights = [w.to(spec.dtype) for w in sources]
+        packing.pack(weights, memory, spec.interleave, target.tier, expert * each)
     return memory
+
+
+def _matrices(views: Sequence[WeightView], arguments: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """What is packed together, of one expert after the other where there are some."""
+    tensors = [_cut(arguments[v.argument], v) for v in views]
+    if tensors and tensors[0].dim() == 2:
+        yield tensors
+    else:
+        yield from map(list, zip(*tensors, strict=True))
 
 
 def _packed_codes(
@@ -250,67 +253,33 @@ def _packed_codes(
     memory: _C.Memory | None,
 ) -> _C.Memory:
     """The quantised form; float sources are rounded first. Raises ValueError when they hold NaN or Inf."""
-    sources, scales, offsets = (
-        [_cut(arguments[v.argument], v) for v in views]
-        for views in (spec.sources, spec.scales, spec.offsets)
-    )
-    if scales:
-        codes = [
-            Codes(c, s, offsets[i] if offsets else None)
-            for i, (c, s) in enumerate(zip(sources, scales, strict=True))
-        ]
-    else:
-        try:
-            codes = [round_weight(w, form) for w in sources]
-        except ValueError as error:
-            raise ValueError(f"llmopt: cannot round {spec.what}: {error}") from error
-    n, groups = sum(c.codes.shape[0] for c in codes), codes[0].scales.shape[1]
-    if memory is None:
-        memory = _C.Memory(packed_code_bytes(n, groups, form, target.panel_width))
-    pack_codes(codes, form, memory, spec.interleave, target.tier)
+    scales, offsets = (list(_matrices(views, arguments)) for views in (spec.scales, spec.offsets))
+    for expert, weights in enumerate(_matrices(spec.sources, arguments)):
+        if scales:
+            starts = offsets[expert] if offsets else [None] * len(weights)
+            codes = [Codes(*parts) for parts in zip(weights, scales[expert], starts, strict=True)]
+        else:
+            try:
+                codes = [round_weight(w, form) for w in weights]
+            except ValueError as error:
+                raise ValueError(f"llmopt: cannot round {spec.what}: {error}") from error
+        n, groups = sum(c.codes.shape[0] for c in codes), codes[0].scales.shape[1]
+        each = packing.code_bytes(n, groups, form, target.panel_width)
+        if memory is None:
+            memory = _C.Memory(packing.memory_bytes(each, spec.experts or 1))
+        packing.pack_codes(codes, form, memory, spec.interleave, target.tier, expert * each)
+    assert memory is not None
     return memory
-
-
-def packed_code_bytes(n: int, groups: int, form: CodeForm, panel_width: int) -> int:
-    """Size of the quantised form, as csrc/cpu/linear_quantized/layout.h lays it out."""
-    scales = panel_width * (4 if form.bits == 8 else 2) * (1 if form.symmetric else 2)
-    group = -(-form.group // 8) * panel_width * form.bits + scales
-    panel = groups * group + (0 if form.bits == 8 else 4 * panel_width)
-    return -(-n // panel_width) * panel + _SLACK
-
-
-def pack_codes(
-    weights: Sequence[Codes], form: CodeForm, memory: _C.Memory, interleave: bool, tier: str
-) -> None:
-    """Writes the packed form of quantised weights into memory of at least `packed_code_bytes`."""
-    builder = ProgramBuilder()
-    tensors = [t for w in weights for t in (w.codes, w.scales, w.offsets)]
-    views = [None if t is None else view_of(builder.external(), t) for t in tensors]
-    views.append(View(builder.external(), torch.uint8, (memory.bytes,), (1,)))
-    ints = [form.bits, form.group, int(interleave)]
-    builder.step("pack_linear_quantized", views, ints)
-    addresses = [*(t.data_ptr() for t in tensors if t is not None), memory.address]
-    builder.build(tier).run(addresses, [], torch.get_num_threads())
-
-
-def pack(weights: Sequence[Tensor], memory: _C.Memory, interleave: bool, tier: str) -> None:
-    """Writes the packed form of weights [N_i,K] into memory of at least `packed_bytes`."""
-    builder = ProgramBuilder()
-    views = [view_of(builder.external(), w) for w in weights]
-    views.append(View(builder.external(), torch.uint8, (memory.bytes,), (1,)))
-    builder.step("pack_linear", views, [int(interleave)])
-    addresses = [*(w.data_ptr() for w in weights), memory.address]
-    builder.build(tier).run(addresses, [], torch.get_num_threads())
 
 
 def _bias_vector(spec: PackedSpec, arguments: Sequence[Tensor]) -> Tensor | None:
     if all(b is None for b in spec.biases):
         return None
     pieces = [
-        torch.zeros(w.size[0]) if b is None else _cut(arguments[b.argument], b)
+        torch.zeros(w.size[:-1]) if b is None else _cut(arguments[b.argument], b)
         for w, b in zip(spec.sources, spec.biases, strict=True)
     ]
-    return torch.cat(pieces).to(spec.dtype)
+    return torch.cat(pieces, -1).to(spec.dtype)
 
 
 STORE = PackedStore()

@@ -25,6 +25,7 @@ LAYERS = (
     ("autocast",),
     ("quant", "contexts", "constants", "regions", "windows"),
     ("passes", "native", "kernels"),
+    ("packing",),
     ("kv", "weights", "options"),
     ("tune", "watch", "overlaps"),
     ("gpu",),

@@ -26,8 +26,8 @@ from llmopt.benchmark.worker import Job, WorkerError
 from llmopt.models import LoadedModel, ModelError
 from llmopt.models.text import documentation
 from llmopt.native.probe import Probe
+from llmopt.packing import code_bytes
 from llmopt.quant.schemes import SCHEMES, CodeForm
-from llmopt.weights import packed_code_bytes
 from transformers import BertConfig, BertModel
 
 from tests.compiler.toy import HIDDEN, LAYERS, VOCAB, llama
@@ -141,7 +141,7 @@ def test_bytes_of_a_scheme_are_those_of_packed_weights():
     for scheme in SCHEMES.values():
         form = CodeForm(scheme.bits, scheme.group, scheme.symmetric)
         n, k = 1 << 14, 1 << 12
-        packed = packed_code_bytes(n, k // scheme.group, form, 32) / (n * k)
+        packed = code_bytes(n, k // scheme.group, form, 32) / (n * k)
         assert form_of(scheme).weight_bytes == pytest.approx(packed, rel=0.01)
         assert form_of(scheme).head_bytes == 1 + 4 / scheme.group
 

@@ -14,6 +14,7 @@ from llmopt.passes import pipeline
 from llmopt.passes.verify import BrokenGraph
 from torch import fx, nn
 from torch.nn import functional as F
+from transformers.integrations import moe
 
 from tests.e2e.compare import assert_same_output
 
@@ -29,7 +30,8 @@ EFFECTS = {
     "kv_cache": "attention.cpu append",
     "activations": "gelu_tanh",
     "sliding_caches": "slide.cpu",
-    "linears": "linear.cpu",
+    "linears": "  linear.cpu",
+    "experts": "grouped_linear.cpu",
     "embeddings": "embedding.cpu",
     "simplify_again": "gated",
     "share": "vm.cpu add+exp+mul",
@@ -50,6 +52,8 @@ class Step(nn.Module):
         self.pool = nn.MultiheadAttention(32, 2, batch_first=True)
         self.q, self.k, self.v, self.out = (nn.Linear(32, 32) for _ in range(4))
         self.gate, self.up, self.down = nn.Linear(32, 64), nn.Linear(32, 64), nn.Linear(64, 32)
+        self.experts = nn.Parameter(torch.randn(2, 32, 32) / 60)
+        self.register_buffer("ends", torch.tensor([0, 1], dtype=torch.int32))
 
     def forward(
         self,
@@ -77,6 +81,7 @@ class Step(nn.Module):
         x = x + self.out(y.transpose(1, 2).flatten(2))
         h = F.layer_norm(cache[0][:, 0].mT, (5,)).sum() + self.norm(x)
         x = x + self.down(gelu(self.gate(h)) * self.up(h))
+        x = x + moe._grouped_mm(x[0], self.experts.mT, self.ends)
         mean = F.dropout(x.pow(2), 0.1, training=False).mean(-1, keepdim=True)
         mean += 1e-5
         x = x * torch.rsqrt(mean) * self.scale

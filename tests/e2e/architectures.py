@@ -315,9 +315,8 @@ CAUSAL = (
         "mixtral",
         "Mixtral",
         LLAMA | {"num_local_experts": 5, "num_experts_per_tok": 2},
-        segments=3,
     ),
-    _causal("qwen3-moe", "Qwen3Moe", WIDE | ONE | MOE, segments=2),
+    _causal("qwen3-moe", "Qwen3Moe", WIDE | ONE | MOE),
     _causal(
         "gpt-oss-sinks",
         "GptOss",
@@ -329,7 +328,7 @@ CAUSAL = (
             "layer_types": ["sliding_attention", "full_attention"],
         },
         attn="eager",
-        segments=4,
+        segments=2,
     ),
     _causal(
         "deepseek-v3",

@@ -10,7 +10,7 @@ inline int64_t prepare_parts(const Problem& p, int threads) {
 }
 
 inline bool prepares_alone(const Problem& p) {
-  return p.prepared() && p.tiles() == 1 && p.streams() && p.M * p.K <= kAloneValues;
+  return p.is_alone && p.prepared() && p.tiles() == 1 && p.streams() && p.M * p.K <= kAloneValues;
 }
 
 int64_t prepare_chunks(const Problem& p, int threads) { return p.tiles() * prepare_parts(p, threads); }

@@ -13,6 +13,7 @@ struct Problem {
   const bool gated;
   const int64_t norm;
   const float eps, alpha, norm_offset;
+  const bool is_alone;  // in its step, as the linear of one of several experts is not
   const LinearTuning tuning;
 
   explicit Problem(const Step& s, int own_ints = kLinearInts)
@@ -33,6 +34,7 @@ struct Problem {
         eps(s.f[0]),
         alpha(s.f[1]),
         norm_offset(s.f[2]),
+        is_alone(s.num_tensors == kLinearOperands),
         tuning(tuning_of(s, own_ints, M)) {}
 
   int64_t outputs() const { return gated ? N / 2 : N; }
@@ -91,7 +93,8 @@ struct Schedule : Cut {
 };
 
 // So few values of x that every thread prepares them for itself: that takes less than waiting for each other. A thread
-// begins a phase with the chunk of its own number, so chunks below the number of threads are the first of theirs.
+// begins a phase with the chunk of its own number, so chunks below the number of threads are the first of theirs, where
+// the phase has no chunks of other linears.
 constexpr int64_t kAloneValues = 6144;
 constexpr int64_t kL2Weights = 384 << 10;    // bytes of f32 weights that stay in L2 beside the passing rows
 constexpr int64_t kChunksPerThread = 8;      // enough that a core at half speed does not hold up the others for long

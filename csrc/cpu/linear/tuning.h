@@ -1,6 +1,6 @@
 // How a linear is cut where a measurement said so. 0 in a field leaves it to the kernel's own rules (Schedule).
 // In a step, behind the op's own ints: the number of rows, then per row the largest M it is for and the fields of
-// LinearTuning in order; M ascends. runtime/contracts.cpp refuses what does not fit.
+// LinearTuning in order; M ascends. runtime/contracts_linear.cpp refuses what does not fit.
 #pragma once
 #include "runtime/tensor.h"
 
@@ -23,6 +23,8 @@ struct LinearTuning {
 };
 constexpr int kTuningRowInts = 7;
 constexpr int kLinearInts = 6, kLinearQuantizedInts = 10;  // of the ops themselves
+constexpr int kLinearOperands = 7;
+constexpr int kExpertRowInts = 6;  // of a grouped linear's table (linear/grouped.h)
 
 static inline LinearTuning tuning_row(const int64_t* row) {
   return {static_cast<LinearFamily>(row[1]), row[2], row[3], row[4], row[5], row[6]};

@@ -139,7 +139,9 @@ void block_panels(const QuantizedProblem& p, const Chunk& c, int64_t next_panel,
 }
 
 // As in `linear` (kAloneValues).
-bool rounds_alone(const QuantizedProblem& p) { return p.tiles() == 1 && p.streamed && p.M * p.K <= kAloneValues; }
+bool rounds_alone(const QuantizedProblem& p) {
+  return p.is_alone && p.tiles() == 1 && p.streamed && p.M * p.K <= kAloneValues;
+}
 
 // Where a thread that rounds alone has its rows, and behind them memory to round them in.
 Scratch own_rows(const QuantizedProblem& p, char* local) {

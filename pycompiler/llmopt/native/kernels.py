@@ -6,24 +6,25 @@ import torch
 from torch import fx
 
 from llmopt.graph import NOTE, fake, kind
-from llmopt.native import attention, linear, linear_quantized, pointwise, rows
+from llmopt.native import attention, experts, linear, linear_quantized, pointwise, rows
 from llmopt.native.operands import NativeKernel
 
 KERNELS: dict[str, NativeKernel] = {
     **linear.KERNELS,
     **linear_quantized.KERNELS,
+    **experts.KERNELS,
     **attention.KERNELS,
     **rows.KERNELS,
     **pointwise.KERNELS,
 }
 
 _COMPUTED = (torch.float32, torch.float16, torch.bfloat16)  # floats that kernels compute in
-_BY_ROUTING = "how many tokens each expert gets is known only while the graph runs"
-_NO_KERNEL = {
-    "grouped_mm": _BY_ROUTING,
-    "_grouped_mm": _BY_ROUTING,
-    "grouped_mm_fallback": _BY_ROUTING,
-}
+_NOT_OF_EXPERTS = (
+    "multiplies other than rows [S,K] by a module's float weights [E,K,N] of their dtype"
+)
+_NO_KERNEL = dict.fromkeys(
+    ("grouped_mm", "_grouped_mm", "transformers.grouped_mm_fallback"), _NOT_OF_EXPERTS
+)
 
 
 def kernel_for(node: fx.Node) -> tuple[NativeKernel | None, str]:

@@ -35,16 +35,23 @@ def reject(node: fx.Node) -> str:
     if not all(are_static(*fake(t).shape) for t in tensors):
         return "weight sizes change from call to call"
     form, k = form_of(p), inputs_of(p)
-    if form.group < 1 or k % form.group:
-        return f"groups of {form.group} do not divide its {k} inputs"
-    if form.group > MAX_GROUP or (form.bits == 4 and form.group % 2):
-        return f"groups of {form.group}: even ones up to {MAX_GROUP} are possible"
+    if reason := reject_form(form, k):
+        return reason
     if p["scales"][0] is None:
         if any(fake(w).dtype not in FLOATS for w in p["codes"]):
             return f"weights of {fake(p['codes'][0]).dtype}: f32, f16 and bf16 are possible"
     elif reason := _reject_codes(p, form, k):
         return reason
     return reject_around(node, p)
+
+
+def reject_form(form: CodeForm, k: int) -> str:
+    """Why kernels do not take weights of k inputs in a form, whose groups say how many inputs they have."""
+    if form.group < 1 or k % form.group:
+        return f"groups of {form.group} do not divide its {k} inputs"
+    if form.group > MAX_GROUP or (form.bits == 4 and form.group % 2):
+        return f"groups of {form.group}: even ones up to {MAX_GROUP} are possible"
+    return ""
 
 
 def _reject_codes(p: dict[str, Any], form: CodeForm, k: int) -> str:
@@ -93,6 +100,12 @@ def spec_of(
     )
 
 
+def weight_bytes(form: CodeForm, n: int, k: int) -> int:
+    """Of a weight [N,K] as codes with their scales and offsets."""
+    factors = n * (k // form.group) * (4 if form.bits == 8 else 2) * (1 if form.symmetric else 2)
+    return n * k * form.bits // 8 + factors
+
+
 def lower(s: SegmentBuilder, node: fx.Node) -> None:
     p = parts(node)
     form, k = form_of(p), inputs_of(p)
@@ -103,8 +116,7 @@ def lower(s: SegmentBuilder, node: fx.Node) -> None:
     planes = PLANES[p["activations"]]
     ints += [form.bits, form.group, int(not form.symmetric), planes]
     what = f"{n}x{k} {scheme.name} groups of {form.group}"
-    factors = n * (k // form.group) * (4 if form.bits == 8 else 2) * (1 if form.symmetric else 2)
-    size = n * k * form.bits // 8 + factors + num_bytes(p["x"], node, p["residual"])
+    size = weight_bytes(form, n, k) + num_bytes(p["x"], node, p["residual"])
     flops = 2 * rows_of(p) * n * k
     choice = s.tuner(
         problem(

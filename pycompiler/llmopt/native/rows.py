@@ -1,4 +1,4 @@
-"""Row and copy kernels: norm.cpu, rope.cpu, embedding.cpu, copy.cpu, index_copy.cpu, slide.cpu, arange.cpu."""
+"""Row and copy kernels: norm.cpu, softmax.cpu, rope.cpu, embedding.cpu, copy.cpu, index_copy.cpu, slide.cpu, arange.cpu."""
 
 from __future__ import annotations
 
@@ -67,6 +67,31 @@ def _lower_norm(s: SegmentBuilder, node: fx.Node) -> None:
         node,
     )
     s.step("norm", operands, [NORM_KINDS.index(name)], [eps, offset], record)
+
+
+def _reject_softmax(node: fx.Node) -> str:
+    x = argument(node, 0, "input")
+    if not is_tensor(x) or not reads_as_row_groups(x) or fake(x).device.type != "cpu":
+        return "its rows are not dense floats"
+    last = fake(x).dim() - 1
+    if len(node.args) > 2 or argument(node, 1, "dim") not in (-1, last):
+        return "is not over the last dimension, or has more arguments by position"
+    return "" if reads_as_row_groups(node) else "its result's rows are not dense floats"
+
+
+def _lower_softmax(s: SegmentBuilder, node: fx.Node) -> None:
+    x = argument(node, 0, "input")
+    record = StepRecord(
+        "softmax",
+        "softmax.cpu",
+        "",
+        (describe(x),),
+        (describe(node),),
+        5 * numel(fake(x)),
+        num_bytes(x, node),
+        node,
+    )
+    s.step("softmax", [s.view(x), s.view(node)], [], [], record)
 
 
 def reject_rope(node: fx.Node) -> str:
@@ -343,6 +368,7 @@ KERNELS = {
     "llmopt.embedding": NativeKernel(
         "embedding.cpu", reject_embedding, _lower_embedding, is_glue=True
     ),
+    "softmax": NativeKernel("softmax.cpu", _reject_softmax, _lower_softmax, is_glue=True),
     "llmopt.rope": NativeKernel("rope.cpu", reject_rope, _lower_rope),
     "llmopt.rotary_table": NativeKernel(
         "rotary_table.cpu", reject_rotary_table, _lower_rotary_table

@@ -46,7 +46,8 @@ class WeightView:
 
 @dataclass(frozen=True)
 class PackedSpec:
-    """A packed linear weight: its sources side by side (or gate/up interleaved), and their biases as one vector, both in `dtype`.
+    """A packed linear weight: its sources [N_i,K] side by side (or gate/up interleaved), and their biases as one vector, both in `dtype`.
+    Sources [E,N_i,K] are a weight for each of E experts, packed one behind the other; their biases are a matrix.
 
     With a form it is quantised: sources are codes, with their scales and offsets, or float weights without, which are rounded when
     they are packed.
@@ -60,6 +61,12 @@ class PackedSpec:
     scales: tuple[WeightView, ...] = ()
     offsets: tuple[WeightView, ...] = ()
     what: str = field(default="", compare=False)  # layer and scheme in words, for errors
+
+    @property
+    def experts(self) -> int | None:
+        """How many weights there are, where there is one for each expert."""
+        size = self.sources[0].size
+        return size[0] if len(size) == 3 else None
 
     def views(self) -> list[WeightView]:
         """Everything the packed form is made from."""
@@ -244,12 +251,12 @@ class SegmentBuilder:
     def packed_operands(self, spec: PackedSpec) -> tuple[View, View | None]:
         """The same for any spec; equal specs share one packed weight."""
         number, _ = self.packed.setdefault(spec, (len(self.packed), spec))
-        n = sum(w.size[0] for w in spec.sources)
+        n = sum(w.size[-2] for w in spec.sources)
         packed = View(self.external("packed", number), torch.uint8, (1,), (1,))
         if all(b is None for b in spec.biases):
             return packed, None
-        bias = View(self.external("bias", number), spec.dtype, (n,), (1,))
-        return packed, bias
+        size, stride = ((n,), (1,)) if spec.experts is None else ((spec.experts, n), (n, 1))
+        return packed, View(self.external("bias", number), spec.dtype, size, stride)
 
     def step(
         self,

@@ -6,6 +6,8 @@ problem); its attribute `fake` gives shape, dtype and layout of the result from 
 
 from llmopt.ops.attention import attention, attention_append, attention_append_arrays
 from llmopt.ops.embedding import embedding
+from llmopt.ops.experts import combine_experts, gather_tokens, sort_by_expert
+from llmopt.ops.grouped_linear import grouped_linear
 from llmopt.ops.linear import linear
 from llmopt.ops.linear_quantized import dequantize, linear_quantized
 from llmopt.ops.norm import norm
@@ -18,8 +20,11 @@ ALL = (
     attention,
     attention_append,
     attention_append_arrays,
+    combine_experts,
     dequantize,
     embedding,
+    gather_tokens,
+    grouped_linear,
     linear,
     linear_quantized,
     norm,
@@ -27,6 +32,7 @@ ALL = (
     rope,
     rotary_table,
     slide_,
+    sort_by_expert,
 )
 
 __all__ = [
@@ -34,8 +40,11 @@ __all__ = [
     "attention",
     "attention_append",
     "attention_append_arrays",
+    "combine_experts",
     "dequantize",
     "embedding",
+    "gather_tokens",
+    "grouped_linear",
     "linear",
     "linear_quantized",
     "norm",
@@ -43,4 +52,5 @@ __all__ = [
     "rope",
     "rotary_table",
     "slide_",
+    "sort_by_expert",
 ]

@@ -61,7 +61,9 @@ def _nodes_by_storage(graph: fx.Graph) -> dict[int, list[fx.Node]]:
 
 
 def _is_window(node: fx.Node) -> bool:
-    return not is_tensor(node) or is_view(node) or kind(node) == "getitem"
+    """True but for memory of its own: what an operation made, alone or as one of several results (topk's values)."""
+    picks = kind(node) == "getitem" and is_tensor(node.args[0])
+    return not is_tensor(node) or is_view(node) or picks
 
 
 def _is_own(names: list[fx.Node], writes: list[fx.Node]) -> bool:
@@ -92,7 +94,8 @@ def _windows_close(sharers: list[fx.Node], place: int, writes: list[fx.Node]) ->
             for user in waiting.pop().users:
                 if user > following:
                     return False
-                if any(t.untyped_storage()._cdata == place for t in tensors_in(fake(user))):
+                shares = any(t.untyped_storage()._cdata == place for t in tensors_in(fake(user)))
+                if shares and _is_window(user):
                     waiting.append(user)
     return True
 

@@ -154,7 +154,7 @@ def _gate_two_linears(edit: _Edit, node: fx.Node, gate: fx.Node, up: fx.Node, ac
 
 def _gate_one_linear(edit: _Edit, node: fx.Node, gate: Any, up: Any, act: str) -> bool:
     """Phi-3's form: one projection gives gate and up, cut in two halves."""
-    halves = [half for n in (gate, up) if (half := _half_of(n)) is not None]
+    halves = [half for n in (gate, up) if (half := half_of(n)) is not None]
     if len(halves) != 2 or halves[0][0] is not halves[1][0] or {h[1] for h in halves} != {0, 1}:
         return False
     linear = halves[0][0]
@@ -181,7 +181,7 @@ def _gate_one_linear(edit: _Edit, node: fx.Node, gate: Any, up: Any, act: str) -
     return edit.linear(node, linear, {**both, "act": act, "gated": True})
 
 
-def _half_of(node: Any) -> tuple[fx.Node, int] | None:
+def half_of(node: Any) -> tuple[fx.Node, int] | None:
     """(linear, 0 or 1) when node is linear.chunk(2, -1)[i] and both halves have one reader."""
     if (
         not is_tensor(node)

@@ -45,6 +45,7 @@ _MAX_INPUTS = 8
 _LIMITS = {"clamp": ("min", "max"), "clip": ("min", "max"), "hardtanh": ("min_val", "max_val")}
 _MOST = torch.finfo(torch.float32).max
 _ONE_LIMIT = {"clamp_min": "min", "clamp_max": "max"}
+_REDUCTIONS = ("mean", "sum")
 
 
 def run(graph: fx.Graph) -> None:
@@ -80,8 +81,8 @@ def _takes(node: fx.Node, written: set[int]) -> bool:
         return True
     if name in FLOAT_CASTS:
         return value.dtype != fake(node.args[0]).dtype and "memory_format" not in node.kwargs
-    if name == "mean":
-        return _is_row_mean(node)
+    if name in _REDUCTIONS:
+        return _is_of_rows(node)
     if name == "pow":
         return scalar(argument(node, 1, "exponent")) == 2.0
     if name in UNARY and len(node.args) == 1 and not node.kwargs:
@@ -121,14 +122,14 @@ def _slope(node: fx.Node) -> float | None:
     return slope if slope is not None and isfinite(slope) else None
 
 
-def _is_row_mean(node: fx.Node) -> bool:
+def _is_of_rows(node: fx.Node) -> bool:
     dim = argument(node, 1, "dim")
     dim = dim[0] if isinstance(dim, (tuple, list)) and len(dim) == 1 else dim
     last = fake(node.args[0]).dim() - 1
     return (
         dim in (-1, last)
         and bool(argument(node, 2, "keepdim", False))
-        and "dtype" not in node.kwargs
+        and argument(node, 3, "dtype") is None
     )
 
 
@@ -166,7 +167,7 @@ def _grow(root: fx.Node, written: set[int]) -> set[fx.Node]:
 
 def _reduces_inside(node: fx.Node, shape: Any) -> bool:
     """A reduced value joins only when it comes from rows of the chain's own shape."""
-    while kind(node) != "mean":
+    while kind(node) not in _REDUCTIONS:
         inner = [n for n in node.all_input_nodes if is_tensor(n) and fake(n).dim() == len(shape)]
         if len(inner) != 1 or not is_one(fake(inner[0]).shape[-1]):
             return False
@@ -273,8 +274,8 @@ class _Encoder:
             self.number[node] = self._append("unary", act, self._value(node.args[0]))
         elif name in FLOAT_CASTS:
             self.number[node] = self._value(node.args[0])
-        elif name == "mean":
-            self.number[node] = self._append("reduce", "mean", self._value(node.args[0]))
+        elif name in _REDUCTIONS:
+            self.number[node] = self._append("reduce", name, self._value(node.args[0]))
         elif name == "pow":
             self.number[node] = self._append("unary", "square", self._value(node.args[0]))
         elif name in UNARY:

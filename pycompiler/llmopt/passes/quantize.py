@@ -21,6 +21,7 @@ from llmopt.graph import (
     is_tensor,
     is_view,
     kind,
+    own_value,
     replace,
     unreadable,
 )
@@ -46,6 +47,8 @@ def run(
     for node in list(graph.nodes):
         if scheme is not None and kind(node) in ("linear", "addmm"):
             exact += [f"{weight_name(w)}: {_why_plain(w)}" for w in _matrices(node)]
+        if kind(node) == "llmopt.grouped_linear" and scheme is not None:
+            exact += _experts_with_scheme(graph, mode, node, scheme)
         if kind(node) != "llmopt.linear":
             continue
         weights = parts(node)["weights"]
@@ -91,6 +94,22 @@ def _with_scheme(graph: fx.Graph, mode: Any, node: fx.Node, scheme: Scheme) -> s
     more = {"group": scheme.group_of(k), "symmetric": scheme.symmetric}
     _replace(graph, mode, node, form, more)
     return ""
+
+
+def _experts_with_scheme(graph: fx.Graph, mode: Any, node: fx.Node, scheme: Scheme) -> list[str]:
+    """Returns why the node cannot have the scheme, nothing when it has it now."""
+    weights = node.args[1]
+    k = fake(weights[0]).shape[2]
+    if reason := scheme.reject(k):
+        node.meta[NOTE] = f"exact: {reason}"
+        return [f"{weight_name(weights[0])}: {reason}"]
+    form = {"bits": scheme.bits, "activations": scheme.activations}
+    form |= {"group": scheme.group_of(k), "symmetric": scheme.symmetric}
+    with graph.inserting_before(node):
+        kwargs = {**node.kwargs, **form}
+        new = emit(graph, mode, ops.grouped_linear, node.args, kwargs, node, own_value(node))
+    replace(node, new)
+    return []
 
 
 def _matrices(node: fx.Node) -> list[fx.Node]:

@@ -84,6 +84,10 @@ PURE = frozenset(
         "stack",
         "chunk",
         "split",
+        "sort",
+        "argsort",
+        "histc",
+        "cumsum",
         "unbind",
         "repeat_interleave",
         "matmul",
@@ -148,10 +152,24 @@ def run(graph: fx.Graph) -> None:
 def erase_unused(graph: fx.Graph) -> None:
     """Removes nodes nobody reads, from the back, when they are known to have no effect."""
     for node in reversed(list(graph.nodes)):
-        if node.users or node.op not in ("call_function", "call_method") or is_in_place(node):
-            continue
-        if kind(node) in PURE or kind(node).startswith("llmopt.") or is_view(node):
+        if _is_unused(node):
             graph.erase_node(node)
+
+
+def erase_unread(*nodes: fx.Node) -> None:
+    """The same for these nodes, and for what only they read."""
+    waiting = list(nodes)
+    while waiting:
+        node = waiting.pop()
+        if not node._erased and _is_unused(node):
+            waiting += node.all_input_nodes
+            node.graph.erase_node(node)
+
+
+def _is_unused(node: fx.Node) -> bool:
+    if node.users or node.op not in ("call_function", "call_method") or is_in_place(node):
+        return False
+    return kind(node) in PURE or kind(node).startswith("llmopt.") or is_view(node)
 
 
 def _identity_of(node: fx.Node, written: set[int]) -> fx.Node | None:

@@ -12,7 +12,7 @@ import statistics
 
 import torch
 
-from llmopt import _C
+from llmopt import _C, packing
 from llmopt.native.probe import READ_BYTES
 from llmopt.native.program import ProgramBuilder, View, view_of
 from llmopt.native.segment import SHORT_DTYPES, CodeForm
@@ -20,7 +20,6 @@ from llmopt.ops import activation
 from llmopt.ops.norm import KINDS as NORM_KINDS
 from llmopt.tune.candidates import Machine, op_ints
 from llmopt.types import Choice, LinearConfig, LinearProblem
-from llmopt.weights import packed_bytes, packed_code_bytes
 
 _DTYPES = {short: dtype for dtype, short in SHORT_DTYPES.items()}
 _CALL_SECONDS = 300e-6  # of short calls as many are timed together as this takes ...
@@ -114,6 +113,8 @@ class LinearBench:
 
 def weight_bytes(problem: LinearProblem, panel_width: int) -> int:
     if problem.op == "linear":
-        return packed_bytes(problem.n, problem.k, _DTYPES[problem.w].itemsize, panel_width)
+        each = packing.float_bytes(problem.n, problem.k, _DTYPES[problem.w], panel_width)
+        return packing.memory_bytes(each)
     form = CodeForm(8 if problem.w == "q8" else 4, problem.group, not problem.offsets)
-    return packed_code_bytes(problem.n, problem.k // problem.group, form, panel_width)
+    groups = problem.k // problem.group
+    return packing.memory_bytes(packing.code_bytes(problem.n, groups, form, panel_width))

@@ -1,0 +1,247 @@
+"""Mixtures of experts: topk.cpu, sort_by_expert.cpu, gather_tokens.cpu, grouped_linear.cpu (or grouped_linear_quantized.cpu) and
+combine_experts.cpu."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from llmopt.graph import argument, fake, is_tensor, kind, numel
+from llmopt.native.linear import problem_floats, problem_ints, step_record
+from llmopt.native.linear_quantized import PLANES, reject_form, weight_bytes
+from llmopt.native.operands import (
+    FLOATS,
+    NativeKernel,
+    are_static,
+    as_rows,
+    num_bytes,
+    reads_as_rows,
+)
+from llmopt.native.program import DTYPE_CODES, View
+from llmopt.native.segment import (
+    SHORT_DTYPES,
+    PackedSpec,
+    SegmentBuilder,
+    StepRecord,
+    describe,
+)
+from llmopt.ops import activation
+from llmopt.ops.grouped_linear import parts
+from llmopt.parameters import weight_name
+from llmopt.quant.schemes import CodeForm, Scheme
+from llmopt.sizes import expression
+from llmopt.types import Choice
+
+MOST_PLACES = 64  # experts of one token: kMostPlaces in csrc/runtime/tensor.h
+_TABLE_INTS = 6  # kExpertRowInts in csrc/cpu/linear/tuning.h
+_INTEGERS = (torch.int64, torch.int32)
+
+
+def _part_or_none(node: fx.Node, index: int) -> fx.Node | None:
+    return next((u for u in node.users if kind(u) == "getitem" and u.args[1] == index), None)
+
+
+def _reject_sort(node: fx.Node) -> str:
+    ids = fake(node.args[0])
+    if ids.dtype not in _INTEGERS or ids.dim() != 1:
+        return f"expert ids of {ids.dtype} with {ids.dim()} dimensions: a vector of integers is possible"
+    used = all(_part_or_none(node, i) is not None for i in (0, 1))
+    return "" if used else "the order or where experts end in it is not used"
+
+
+def _lower_sort(s: SegmentBuilder, node: fx.Node) -> None:
+    ids = node.args[0]
+    made = [_part_or_none(node, i) for i in range(4)]
+    operands = [s.view(ids), *map(s.view, made)]
+    given = [n for n in made if n is not None]
+    record = StepRecord(
+        "sort_by_expert",
+        "sort_by_expert.cpu",
+        f"{node.args[1]} experts",
+        (describe(ids),),
+        tuple(map(describe, given)),
+        0,
+        num_bytes(ids, *given),
+        node,
+    )
+    s.step("sort_by_expert", operands, [], [], record)
+
+
+def _reject_topk(node: fx.Node) -> str:
+    x, k = node.args[0], argument(node, 1, "k")
+    if not is_tensor(x) or not reads_as_rows(x) or fake(x).device.type != "cpu":
+        return "x is not evenly spaced rows of floats"
+    if argument(node, 2, "dim", -1) not in (-1, fake(x).dim() - 1):
+        return "looks along another dimension than the last"
+    if not argument(node, 3, "largest", True) or node.kwargs.get("out") is not None:
+        return "asks for the smallest"
+    if not isinstance(k, int) or not 1 <= k <= MOST_PLACES:
+        return f"k = {k}: 1 to {MOST_PLACES} are possible"
+    return "" if all(_part_or_none(node, i) for i in range(2)) else "a result is not used"
+
+
+def _lower_topk(s: SegmentBuilder, node: fx.Node) -> None:
+    x = node.args[0]
+    made = [s.part(node, i) for i in range(2)]
+    operands = [as_rows(s.view(n), fake(n)) for n in (x, *made)]
+    record = StepRecord(
+        "topk",
+        "topk.cpu",
+        f"{fake(made[0]).shape[-1]} of {fake(x).shape[-1]}",
+        (describe(x),),
+        tuple(map(describe, made)),
+        numel(fake(x)),
+        num_bytes(x, *made),
+        node,
+    )
+    s.step("topk", operands, [], [], record)
+
+
+def _reject_gather(node: fx.Node) -> str:
+    x, order, _ = node.args
+    if not reads_as_rows(x) or fake(x).dim() != 2:
+        return "tokens are not evenly spaced rows of floats"
+    return _reject_places(order)
+
+
+def _reject_places(places: fx.Node) -> str:
+    value = fake(places)
+    return "" if value.dtype == torch.int64 and value.dim() == 1 else "places are not int64 [S]"
+
+
+def _lower_gather(s: SegmentBuilder, node: fx.Node) -> None:
+    x, order, k = node.args
+    operands = [s.view(x), s.view(order), s.view(node)]
+    record = StepRecord(
+        "gather_tokens",
+        "gather_tokens.cpu",
+        "",
+        (describe(x), describe(order)),
+        (describe(node),),
+        0,
+        2 * num_bytes(node),
+        node,
+    )
+    s.step("gather_tokens", operands, [k], [], record)
+
+
+def _reject_combine(node: fx.Node) -> str:
+    x, inverse, weights, dtype = node.args
+    if not reads_as_rows(x) or fake(x).dim() != 2:
+        return "the experts' results are not evenly spaced rows of floats"
+    value = fake(weights)
+    if value.dtype not in FLOATS or value.dim() != 2 or dtype not in FLOATS:
+        return "weights or results are not floats"
+    k = expression(value.shape[1])
+    if not isinstance(k, int) or k > MOST_PLACES:
+        return f"{k} experts for each token: up to {MOST_PLACES} are possible"
+    return _reject_places(inverse)
+
+
+def _lower_combine(s: SegmentBuilder, node: fx.Node) -> None:
+    x, inverse, weights, _ = node.args
+    operands = [s.view(n) for n in (x, inverse, weights, node)]
+    record = StepRecord(
+        "combine_experts",
+        "combine_experts.cpu",
+        "",
+        (describe(x), describe(weights)),
+        (describe(node),),
+        2 * numel(fake(x)),
+        num_bytes(x, node),
+        node,
+    )
+    s.step("combine_experts", operands, [], [], record)
+
+
+def _reject_linear(node: fx.Node) -> str:
+    p = parts(node)
+    if not all(are_static(*fake(w).shape) for w in p["weights"]):
+        return "weight sizes change from call to call"
+    if any(fake(w).dtype not in FLOATS for w in p["weights"]):
+        return f"weights of {fake(p['weights'][0]).dtype}: f32, f16 and bf16 are possible"
+    if not reads_as_rows(p["x"]) or fake(p["x"]).dim() != 2:
+        return "input rows are not evenly spaced in memory"
+    if p["act"] not in activation.CODES:
+        return f"activation {p['act']} is not in the kernel"
+    ends = fake(p["ends"])
+    if ends.dtype != torch.int32 or ends.dim() != 1:
+        return f"ends of {ends.dtype} with {ends.dim()} dimensions: a vector of int32 is possible"
+    form = _form_of(p)
+    return "" if form is None else reject_form(form, int(fake(p["weights"][0]).shape[2]))
+
+
+def _form_of(p: dict[str, Any]) -> CodeForm | None:
+    k = int(fake(p["weights"][0]).shape[2])
+    return CodeForm(p["bits"], p["group"] or k, p["symmetric"]) if p["bits"] else None
+
+
+def _lower_linear(s: SegmentBuilder, node: fx.Node) -> None:
+    p = parts(node)
+    x, weights, form = p["x"], p["weights"], _form_of(p)
+    experts, _, k = fake(weights[0]).shape
+    n = sum(fake(w).shape[1] for w in weights)
+    packed, bias = s.packed_operands(_spec_of(s, p, form))
+    what, op = f"{experts} x {n}x{k}", "grouped_linear"
+    if form is None:
+        dtype = fake(x).dtype
+        ints = problem_ints(p, n, k, DTYPE_CODES[dtype])
+        each, multiplies, products = n * k * dtype.itemsize, SHORT_DTYPES[dtype], 1
+    else:
+        products = PLANES[p["activations"]]
+        ints = problem_ints(p, n, k, DTYPE_CODES[torch.uint8])
+        ints += [form.bits, form.group, int(not form.symmetric), products]
+        each, multiplies = weight_bytes(form, n, k), f"s{form.bits}"
+        what += f" {_scheme_of(p, form).name} groups of {form.group}"
+        op += "_quantized"
+    places = fake(x).shape[0]
+    known = expression(places)
+    read = min(experts, known) if isinstance(known, int) else experts  # at most
+    size = read * each + num_bytes(x, node)
+    flops = 2 * places * n * k
+    has_bias = bias is not None
+    facts = (node, p, op, what, has_bias, flops, size, Choice())
+    record = step_record(*facts, multiplies=multiplies, products=products)
+    rows = [as_rows(s.view(x), fake(x)), packed, bias, None, s.view(node), None, None]
+    operands = [*rows, s.view(p["ends"]), _table(s, experts)]
+    s.step(op, operands, ints, problem_floats(p), record)
+
+
+def _scheme_of(p: dict[str, Any], form: CodeForm) -> Scheme:
+    return Scheme(form.bits, form.group, form.symmetric, p["activations"])
+
+
+def _spec_of(s: SegmentBuilder, p: dict[str, Any], form: CodeForm | None) -> PackedSpec:
+    weights = p["weights"]
+    biases = p["biases"] or (None,) * len(weights)
+    names = ", ".join(map(weight_name, weights))
+    return PackedSpec(
+        tuple(s.weight_view(w) for w in weights),
+        tuple(None if b is None else s.weight_view(b) for b in biases),
+        p["gated"],
+        fake(p["x"]).dtype,
+        form,
+        what="" if form is None else f"{names} to {_scheme_of(p, form)}",
+    )
+
+
+def _table(s: SegmentBuilder, experts: int) -> View:
+    """What a step notes down about its experts; the next one may have the memory."""
+    rows = experts + 2
+    buffer, _ = s.shared_buffer(("experts", experts), rows * _TABLE_INTS * 8)
+    return View(buffer, torch.int64, (rows, _TABLE_INTS), (_TABLE_INTS, 1))
+
+
+KERNELS = {
+    "topk": NativeKernel("topk.cpu", _reject_topk, _lower_topk, is_glue=True),
+    "llmopt.sort_by_expert": NativeKernel(
+        "sort_by_expert.cpu", _reject_sort, _lower_sort, is_glue=True
+    ),
+    "llmopt.gather_tokens": NativeKernel(
+        "gather_tokens.cpu", _reject_gather, _lower_gather, is_glue=True
+    ),
+    "llmopt.combine_experts": NativeKernel("combine_experts.cpu", _reject_combine, _lower_combine),
+    "llmopt.grouped_linear": NativeKernel("grouped_linear.cpu", _reject_linear, _lower_linear),
+}
