@@ -23,6 +23,7 @@ _DRAWS = frozenset(
         "multinomial",
         "native_dropout",
         "normal",
+        "pca_lowrank",
         "poisson",
         "rand",
         "rand_like",
@@ -35,23 +36,42 @@ _DRAWS = frozenset(
         "rnn_relu",
         "rnn_tanh",
         "rrelu_with_noise",
+        "svd_lowrank",
         "uniform",
         "_sample_dirichlet",
         "_standard_gamma",
     ]
 )
-# Where `training` says so: its place among the arguments.
-_DRAWS_IN_TRAINING = {
-    "alpha_dropout": 2,
-    "dropout": 2,
-    "dropout1d": 2,
-    "dropout2d": 2,
-    "dropout3d": 2,
-    "feature_alpha_dropout": 2,
-    "feature_dropout": 2,
-    "multi_head_attention_forward": 11,
+DROPOUTS = (
+    "alpha_dropout",
+    "dropout",
+    "dropout1d",
+    "dropout2d",
+    "dropout3d",
+    "feature_alpha_dropout",
+    "feature_dropout",
+)
+# Where `training`, or `train`, says so: its place among the arguments.
+DRAWS_IN_TRAINING = {
+    **dict.fromkeys(DROPOUTS, 2),
+    "multi_head_attention_forward": 13,
     "rrelu": 3,
 }
+_ATTENTION = ("scaled_dot_product_attention", "_scaled_dot_product_attention_math")
+
+
+def is_idle_dropout(node: fx.Node) -> bool:
+    """Whether it is a dropout that gives its argument back: not a copy, the same tensor."""
+    if node.op not in ("call_function", "call_method") or kind(node).rstrip("_") not in DROPOUTS:
+        return False
+    return not _trains(node) or argument(node, 1, "p", 0.5) == 0.0
+
+
+def _trains(node: fx.Node) -> bool:
+    """What a function that draws in training is told; where nothing is, that it trains."""
+    default = node.kwargs.get("train", True)
+    place = DRAWS_IN_TRAINING[kind(node).removesuffix(".out").rstrip("_")]
+    return argument(node, place, "training", default) is not False
 
 
 def has_place(node: fx.Node) -> bool:
@@ -65,8 +85,8 @@ def has_place(node: fx.Node) -> bool:
     if name.startswith("llmopt."):
         return False
     name = name.removesuffix(".out").rstrip("_")
-    if name == "scaled_dot_product_attention":
+    if name in _ATTENTION:
         return argument(node, 4, "dropout_p", 0.0) != 0.0
-    if name in _DRAWS_IN_TRAINING:
-        return argument(node, _DRAWS_IN_TRAINING[name], "training", True) is not False
+    if name in DRAWS_IN_TRAINING:
+        return _trains(node)
     return name in _DRAWS or "." in name

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
-from torch._ops import OpOverload, OpOverloadPacket
+from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -291,16 +291,16 @@ def _takes_over(old: fx.Node, new: fx.Node) -> bool:
 def _stale_users(node: fx.Node, now: Any) -> list[fx.Node]:
     """Users whose example value is wrong once `node`'s becomes `now`.
 
-    Views follow the memory, other operations the layout; an op's `fake` looks at shapes and dtypes only.
+    Views and what writes in place follow the memory, other operations the layout; an op's `fake` looks at shapes and dtypes only.
     """
     before = fake(node)
     if now is before:
         return []
     if _same_layout(before, now):
-        return [u for u in node.users if is_view(u)]
+        return [u for u in node.users if is_view(u) or is_in_place(u)]
     if not _same_shape(before, now):
         return list(node.users)
-    return [u for u in node.users if is_view(u) or not hasattr(u.target, "fake")]
+    return [u for u in node.users if is_view(u) or not hasattr(u.target, "fake") or is_in_place(u)]
 
 
 def _same_shape(a: Any, b: Any) -> bool:
@@ -332,8 +332,9 @@ def refresh(nodes: list[fx.Node]) -> None:
         )  # the earliest first: each is computed once, from inputs that are final
         waiting.remove(node)
         first = next((v for n in node.all_input_nodes for v in _fakes_in(fake(n))), None)
-        if node.op not in ("call_function", "call_method") or first is None:
-            continue
+        is_call = node.op in ("call_function", "call_method")
+        if not is_call or first is None or isinstance(node.target, HigherOrderOperator):
+            continue  # what runs a graph gives the same whatever its inputs are laid out like
         if is_in_place(node) and (returned := _returned(node)) is not None:
             new = fake(returned) if is_tensor(node) else fake(node)
         else:
@@ -426,6 +427,7 @@ def is_in_place(node: fx.Node) -> bool:
 # Functions that write into some of their arguments where another one says so: name → (its place, its names, theirs).
 _WHEN_TOLD = {
     "batch_norm": (5, ("training",), slice(1, 5)),
+    "native_batch_norm": (5, ("training",), slice(1, 5)),
     "instance_norm": (5, ("use_input_stats",), slice(1, 5)),
     "embedding": (3, ("max_norm",), slice(1, 2)),
     "embedding_bag": (3, ("max_norm",), slice(1, 2)),

@@ -12,6 +12,7 @@ import torch
 from torch import fx
 from torch.fx.operator_schemas import get_signature_for_torch_op
 
+from llmopt.effects import DROPOUTS
 from llmopt.graph import schemas
 
 # What PyTorch's builtin functions and methods take besides, as NumPy calls it.
@@ -49,7 +50,7 @@ def place_operands(graph: fx.Graph) -> None:
 
 
 def _name_inplace(node: fx.Node) -> None:
-    """`inplace` by position gets its name, by which all see what the function does; without training, dropout does nothing in place."""
+    """`inplace` by position gets its name, by which all see what the function does; dropout without training does nothing in place."""
     if getattr(node.target, "__module__", "") != torch.nn.functional.__name__:
         return
     names = _names_of(node.target)
@@ -58,7 +59,7 @@ def _name_inplace(node: fx.Node) -> None:
         place = names.index("inplace")
         node.kwargs = {**node.kwargs, **dict(zip(names[place:], node.args[place:], strict=False))}
         node.args = node.args[:place]
-    if "training" in names and node.kwargs.get("inplace") is True:
+    if node.target.__name__ in DROPOUTS and node.kwargs.get("inplace") is True:
         place = names.index("training")
         training = node.args[place] if len(node.args) > place else node.kwargs.get("training")
         if training is False:

@@ -19,8 +19,9 @@ MAX_LINES = 500
 LAYERS = (
     ("_C", "types", "launch", "settings", "sizes", "files", "source_lines"),
     ("target", "graph", "memory", "exchange", "counters", "registry", "messages", "offload"),
-    ("gpus", "parameters", "keywords", "inplace_views"),
-    ("ops", "writes", "effects"),
+    ("gpus", "parameters", "effects"),
+    ("keywords", "inplace_views"),
+    ("ops", "writes"),
     ("mirrors",),
     ("autocast",),
     ("quant", "contexts", "constants", "regions", "windows"),

@@ -134,6 +134,24 @@ def test_slopes_without_end_stay_in_pytorch() -> None:
     check(lambda x: F.leaky_relu(linear(x), INF), randn(6, 16), in_pytorch=["leaky_relu"])
 
 
+@pytest.mark.parametrize(
+    "bend",
+    [
+        lambda x: x.clamp(max=1e39),
+        lambda x: x.clamp_min(1e39),
+        lambda x: F.leaky_relu(x, 1e39),
+        lambda x: x.half().clamp(max=7e4),
+    ],
+)
+@torch.no_grad()
+def test_numbers_that_the_dtype_cannot_hold_are_refused_as_in_eager(bend: Callable) -> None:
+    linear, x = nn.Linear(16, 16), randn(6, 16)
+    torch._dynamo.reset()
+    for call in (bend, torch.compile(lambda x: bend(linear(x)), backend="llmopt")):
+        with pytest.raises(RuntimeError, match="without overflow"):
+            call(x)
+
+
 def test_limits_that_are_tensors_stay_in_pytorch() -> None:
     linear = nn.Linear(16, 16)
     check(lambda x, low: linear(x).clamp(min=low), randn(6, 16), randn(16), in_pytorch=["clamp"])

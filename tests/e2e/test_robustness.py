@@ -119,6 +119,7 @@ def _(like: torch.Tensor) -> torch.Tensor:
         lambda h, x: (F.dropout1d(h, 0.3, True), x.clone().uniform_()),
         lambda h, x: (noise_of_its_own(h), torch.randn(3)),
         lambda h, x: (F.rrelu(h, -0.5, 0.0, True), torch.rand(3)),
+        lambda h, x: (torch.svd_lowrank(h, 2)[1], torch.rand(2)),
         lambda h, x: (F.scaled_dot_product_attention(h, h, h, dropout_p=0.3), torch.randperm(9)),
     ],
 )

@@ -316,3 +316,13 @@ def test_heads_are_found_by_their_weights(heads: int, tied: bool) -> None:
     twin = llmopt.quantize(torch.nn.Sequential(WithoutAName(tied, heads)), "w4a16")[0]
     assert [head.scheme.name for head in twin.heads] == ["w8a16"] * heads
     assert {layer.scheme.name for layer in (*twin.layers, twin.value)} == {"w4a16"}
+
+
+def test_a_hidden_layer_as_wide_as_the_table_is_no_head() -> None:
+    """The last one is; where the embedding has no more rows than columns, nothing says which is."""
+    model = torch.nn.Sequential(torch.nn.Embedding(160, 64), torch.nn.Linear(64, 160))
+    model.extend([torch.nn.ReLU(), torch.nn.Linear(160, 64), torch.nn.Linear(64, 160)])
+    names = {n: m.scheme.name for n, m in quantized(llmopt.quantize(model, "w4a16")).items()}
+    assert names == {"1": "w4a16", "3": "w4a16", "4": "w8a16"}
+    square = torch.nn.Sequential(torch.nn.Embedding(64, 64), torch.nn.Linear(64, 64))
+    assert quantized(llmopt.quantize(square, "w4a16"))["1"].scheme.name == "w4a16"

@@ -6,17 +6,20 @@ which something else writes, stays as it is.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx
+from torch._ops import OpOverload, OpOverloadPacket
 
 from llmopt.graph import (
     compute_fake,
     fake,
     fake_mode_of,
+    is_dense,
     is_tensor,
     is_view,
     kind,
@@ -24,6 +27,7 @@ from llmopt.graph import (
     same_shape,
     tensors_in,
 )
+from llmopt.passes.simplify import drop_idle_dropouts, is_returned
 from llmopt.writes import writers_by_storage, written_by
 
 # Without the underscore.
@@ -37,6 +41,7 @@ _ARITHMETIC = frozenset(
 
 
 def run(graph: fx.Graph) -> None:
+    drop_idle_dropouts(graph)  # their results are other names of what is written
     mode = fake_mode_of(graph)
     sharers = _nodes_by_storage(graph)
     found = []  # rewriting one gives nodes other example values, by which the others are known
@@ -44,6 +49,8 @@ def run(graph: fx.Graph) -> None:
         names = [n for n in sharers.get(place, ()) if n in writes or not _is_window(n)]
         if not _is_own(names, writes) or not _windows_close(sharers[place], place, writes):
             continue
+        if not is_dense(fake(names[0])) and any(map(is_returned, names)):
+            continue  # what computes it elsewhere may lay it out in another way
         plain = [_plain(mode, names[0], w) for w in writes]
         if all(p is not None for p in plain):
             found.append((names[0], list(zip(writes, plain, strict=True))))
@@ -102,19 +109,30 @@ def _windows_close(sharers: list[fx.Node], place: int, writes: list[fx.Node]) ->
 
 def _plain(mode: Any, made: fx.Node, write: fx.Node) -> Callable | str | None:
     """What computes the written value elsewhere, if that has the dtype and the layout of the memory."""
-    name = kind(write).removesuffix("_")
-    if write.kwargs.get("inplace") is True:
-        target: Any = write.target
-    elif write.op == "call_method":
-        target = name
-    else:
-        target = getattr(torch, name, getattr(F, name, None))
+    target = _without_writing(write)
     if target is None:
         return None
     before, value = fake(made), compute_fake(mode, target, write.args, _told(write))
     fits = value.dtype == before.dtype and value.device == before.device
     fits = fits and same_shape(value.shape, before.shape)
     return target if fits and same_shape(value.stride(), before.stride()) else None
+
+
+def _without_writing(write: fx.Node) -> Callable | str | None:
+    """The operation that gives what this one writes, and takes the same arguments but for `inplace`; None where none is known."""
+    name = kind(write).removesuffix("_")
+    if write.kwargs.get("inplace") is True:
+        return write.target
+    if write.op == "call_method":
+        return name
+    if isinstance(write.target, (OpOverload, OpOverloadPacket)):
+        return getattr(torch.ops.aten, name, None)
+    if write.target is getattr(operator, f"i{name}", getattr(operator, f"itrue{name}", None)):
+        return getattr(torch, name, None)
+    for owner in (torch, torch._C._nn, F):
+        if getattr(owner, f"{name}_", None) is write.target:
+            return getattr(owner, name, None)
+    return None
 
 
 def _told(write: fx.Node) -> dict[str, Any]:

@@ -43,7 +43,6 @@ _LARGEST = 24  # operations in one chain
 _MAX_INPUTS = 8
 # Names of the least and the largest number that these give.
 _LIMITS = {"clamp": ("min", "max"), "clip": ("min", "max"), "hardtanh": ("min_val", "max_val")}
-_MOST = torch.finfo(torch.float32).max
 _ONE_LIMIT = {"clamp_min": "min", "clamp_max": "max"}
 _REDUCTIONS = ("mean", "sum")
 
@@ -100,26 +99,32 @@ def _limits(node: fx.Node) -> tuple[float | None, float | None] | None:
         return 0.0, 6.0
     if name in _ONE_LIMIT:
         number = scalar(argument(node, 1, _ONE_LIMIT[name]))
-        both = (number, None) if name == "clamp_min" else (None, number)
-        return None if number is None else both
+        if number is None or _is_refused(node, number):
+            return None
+        return (number, None) if name == "clamp_min" else (None, number)
     if name not in _LIMITS:
         return None
     default = (-1.0, 1.0) if name == "hardtanh" else (None, None)
     given = [argument(node, 1 + i, n, default[i]) for i, n in enumerate(_LIMITS[name])]
     limits = [None if g is None else scalar(g) for g in given]
-    if any(x is not None and isfinite(x) and abs(x) > _MOST for x in limits):
-        return None  # PyTorch refuses it
+    if any(x is not None and _is_refused(node, x) for x in limits):
+        return None
     if any(g is not None and x is None for g, x in zip(given, limits, strict=True)):
         return None
     return limits[0], limits[1]
 
 
+def _is_refused(node: fx.Node, number: float) -> bool:
+    """PyTorch takes no number that the dtype cannot hold."""
+    return isfinite(number) and abs(number) > torch.finfo(fake(node).dtype).max
+
+
 def _slope(node: fx.Node) -> float | None:
     """Of negative numbers, for leaky_relu."""
-    slope = (
-        scalar(argument(node, 1, "negative_slope", 0.01)) if kind(node) == "leaky_relu" else None
-    )
-    return slope if slope is not None and isfinite(slope) else None
+    if kind(node) != "leaky_relu":
+        return None
+    slope = scalar(argument(node, 1, "negative_slope", 0.01))
+    return None if slope is None or not isfinite(slope) or _is_refused(node, slope) else slope
 
 
 def _is_of_rows(node: fx.Node) -> bool:

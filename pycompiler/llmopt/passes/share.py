@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import fx
 
-from llmopt.graph import is_in_place, kind, replace, storage
+from llmopt.graph import fake, is_in_place, kind, replace, tensors_in
 from llmopt.passes.simplify import PURE, is_returned
 from llmopt.writes import mutated_storages
 
@@ -32,7 +32,8 @@ def _may_share(node: fx.Node, written: set[int]) -> bool:
         return False
     if is_in_place(node) or kind(node) in ("linear", "dropout"):
         return False
-    return not any(storage(n) in written for n in (node, *node.all_input_nodes))
+    values = tensors_in([fake(n) for n in (node, *node.all_input_nodes)])
+    return not any(v.untyped_storage()._cdata in written for v in values)
 
 
 def _frozen(value: Any) -> Any:

@@ -8,6 +8,7 @@ import operator
 import torch
 from torch import fx
 
+from llmopt.effects import is_idle_dropout
 from llmopt.graph import (
     FLOAT_CASTS,
     PLAIN_ARANGE,
@@ -137,6 +138,7 @@ PURE = frozenset(
 
 
 def run(graph: fx.Graph) -> None:
+    drop_idle_dropouts(graph)
     written = mutated_storages(graph)
     for node in list(graph.nodes):
         if node.op not in ("call_function", "call_method"):
@@ -147,6 +149,14 @@ def run(graph: fx.Graph) -> None:
         if target is not None:
             replace(node, target)
     erase_unused(graph)
+
+
+def drop_idle_dropouts(graph: fx.Graph) -> None:
+    """What these give is what they were given, which their example values do not say."""
+    for node in [n for n in graph.nodes if is_idle_dropout(n)]:
+        source = argument(node, 0, "input")
+        if is_tensor(source):
+            replace(node, source)
 
 
 def erase_unused(graph: fx.Graph) -> None:
@@ -178,9 +188,6 @@ def _identity_of(node: fx.Node, written: set[int]) -> fx.Node | None:
     if not (is_tensor(source) and is_tensor(node)) or is_in_place(node):
         return None
     name, before, after = kind(node), fake(source), fake(node)
-    if name in ("dropout", "dropout1d", "dropout2d"):
-        training = argument(node, 2, "training", True)
-        return source if training is False or argument(node, 1, "p", 0.5) == 0.0 else None
     if before.dtype != after.dtype or before.device != after.device:
         return None
     if not same_shape(before.shape, after.shape):
@@ -252,10 +259,14 @@ def _copy_matters(copy: fx.Node, source: fx.Node, written: set[int]) -> bool:
     return storage(source) in written or storage(copy) in written or is_returned(copy)
 
 
+def _passes_on(user: fx.Node, node: fx.Node) -> bool:
+    """Whether a user gives on memory of the node: as a window on it, or as one of the node's several results."""
+    picks = kind(user) == "getitem" and not is_tensor(node)
+    return picks or is_view(user) or is_in_place(user) or not is_tensor(user)
+
+
 def is_returned(node: fx.Node) -> bool:
     """True when the graph gives the value, or a window on it, to its caller."""
     return any(
-        user.op == "output"
-        or ((is_view(user) or is_in_place(user) or not is_tensor(user)) and is_returned(user))
-        for user in node.users
+        user.op == "output" or (_passes_on(user, node) and is_returned(user)) for user in node.users
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import groupby
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -71,8 +72,8 @@ def output_head(model: nn.Module) -> nn.Module | None:
 def output_heads(model: nn.Module) -> list[nn.Module]:
     """The linears that give a language model's logits: the one that the model says does, else those that look like it.
 
-    These share their weight with an embedding; or else have an output for each row and an input for each column of the embedding with the
-    most rows, which has more of them than columns.
+    These share their weight with an embedding; or else they are the last, alone or one behind the other, that have an output for each row
+    and an input for each column of the embedding with the most rows, which has more of them than columns.
     """
     named = output_head(model)
     if named is not None and is_linear(named):
@@ -83,8 +84,9 @@ def output_heads(model: nn.Module) -> list[nn.Module]:
     if shared or not tables:
         return shared
     rows, width = max((t.num_embeddings, t.embedding_dim) for t in tables)
-    fitting = [x for x in linears if tuple(weight_of(x).shape) == (rows, width)]
-    return fitting if rows > width else []
+    runs = groupby(linears, lambda x: tuple(weight_of(x).shape) == (rows, width))
+    fitting = [list(run) for fits, run in runs if fits]
+    return fitting[-1] if fitting and rows > width else []
 
 
 def twin_of(model: Model) -> Model:
