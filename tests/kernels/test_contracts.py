@@ -49,6 +49,34 @@ def pack_quantized(
     return "pack_linear_quantized", list(operands.values()), [bits, group, 0], []
 
 
+def grouped(op: str = "grouped_linear", **change: Any) -> tuple[str, list, list, list]:
+    _, [x, w, bias, residual, y, *norms], ints, floats = linear()
+    operands = {"x": x, "w": w, "bias": bias, "residual": residual, "y": y}
+    operands |= dict(zip(("norm_weight", "norm_bias"), norms, strict=True))
+    operands |= {"ends": ENDS, "table": torch.zeros(4, 6, dtype=torch.int64)} | change
+    form = [8, 4, 0, 1] if "quantized" in op else []
+    ints[2] = U8 if form else F32
+    return op, list(operands.values()), [*ints, *form], floats
+
+
+ENDS = torch.tensor([1, 3], dtype=torch.int32)
+IDS, PLACES = torch.zeros(6, dtype=torch.int64), torch.arange(6)
+
+
+def sort_by_expert(**change: Any) -> tuple[str, list, list, list]:
+    operands = {"ids": IDS, "order": PLACES, "ends": ENDS, "sorted": None, "inverse": None} | change
+    return "sort_by_expert", list(operands.values()), [], []
+
+
+def combine(**change: Any) -> tuple[str, list, list, list]:
+    operands = {"x": ONES(6, 4), "inverse": PLACES, "weights": ONES(3, 2), "y": ONES(3, 4)} | change
+    return "combine_experts", list(operands.values()), [], []
+
+
+def topk(*operands: torch.Tensor) -> tuple[str, list, list, list]:
+    return "topk", list(operands), [], []
+
+
 def heads(batch: int, number: int, positions: int, width: int) -> torch.Tensor:
     return ONES(batch, number, positions, width)
 
@@ -105,6 +133,37 @@ WRONG = {
     "norm weight too short": (linear(norm_weight=ONES(3)), "norm weight"),
     "no weight": (linear(w=None), "no packed float weight"),
     "weight of integers": (linear(weight=DTYPE_CODES[torch.int64]), "no packed float weight"),
+    "experts without ends": (grouped(ends=None), "ends are not"),
+    "ends as int64": (grouped(ends=ENDS.long()), "ends are not"),
+    "a short table": (grouped(table=torch.zeros(3, 6, dtype=torch.int64)), "table is not"),
+    "a table of others": (grouped(table=torch.zeros(4, 5, dtype=torch.int64)), "table is not"),
+    "experts with a residual": (grouped(residual=ONES(3, 6)), "no residual"),
+    "experts behind a norm": (grouped(norm_weight=ONES(4)), "no residual"),
+    "one bias for all experts": (grouped(bias=ONES(6)), "bias is not float .E, N"),
+    "biases of other experts": (grouped(bias=ONES(3, 6)), "bias is not float .E, N"),
+    "biases of other outputs": (grouped(bias=ONES(2, 5)), "bias is not float .N"),
+    "rows of other experts": (grouped(x=ONES(3, 5)), "x is not float"),
+    "experts as a linear": (("grouped_linear", *linear()[1:]), "another number"),
+    "codes of experts in floats": (
+        ("grouped_linear_quantized", grouped()[1], [6, 4, F32, 0, 0, 0, 8, 4, 0, 1], [0, 1, 0]), "packed codes are u8"
+    ),
+    "groups that do not divide K of experts": (
+        ("grouped_linear_quantized", grouped()[1], [6, 4, U8, 0, 0, 0, 8, 3, 0, 1], [0, 1, 0]), "do not divide K"
+    ),
+    "ids in floats": (sort_by_expert(ids=ONES(6)), "ids are not"),
+    "an order that is too short": (sort_by_expert(order=PLACES[:5]), "order and inverse"),
+    "an inverse with gaps": (sort_by_expert(inverse=torch.zeros(12, dtype=torch.int64)[::2]), "order and inverse"),
+    "sorted ids of another dtype": (sort_by_expert(sorted=IDS.int()), "sorted ids"),
+    "tokens without a place": (("gather_tokens", [ONES(3, 4), PLACES, ONES(6, 4)], [0], []), "no place"),
+    "places of other rows": (("gather_tokens", [ONES(3, 4), PLACES, ONES(5, 4)], [2], []), "order is not"),
+    "no tokens": (("gather_tokens", [ONES(0, 4), PLACES, ONES(6, 4)], [2], []), "no tokens"),
+    "weights of other tokens": (combine(weights=ONES(2, 2)), "weights are not"),
+    "places of other tokens": (combine(weights=ONES(3, 1)), "inverse is not"),
+    "too many experts for a token": (combine(weights=ONES(3, 65)), "more than 64"),
+    "no rows": (combine(x=ONES(0, 4)), "no rows"),
+    "more of the largest than there are": (topk(ONES(2, 3), ONES(2, 4), torch.zeros(2, 4).long()), "k is not"),
+    "indices of the largest as floats": (topk(ONES(2, 3), ONES(2, 2), ONES(2, 2)), "indices are not"),
+    "the largest in another dtype": (topk(ONES(2, 3), ONES(2, 2).half(), torch.zeros(2, 2).long()), "x and values"),
     "groups that do not divide K": (quantized(group=3), "do not divide K"),
     "codes as bf16": (quantized(weight=BF16), "packed codes are u8"),
     "codes of three bits": (quantized(bits=3), "8 or 4 bits"),
