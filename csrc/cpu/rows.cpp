@@ -1,4 +1,4 @@
-// Row kernels: norm, softmax, embedding, index_copy, copy, rope, slide, rotary_table, arange, topk, and
+// Row kernels: norm, softmax, embedding, index_copy, copy, rope, slide, rotary_table, arange, topk, pick, and
 // those of rows/experts.h. Each op's contract heads
 // its file in rows/.
 #include "cpu/family.h"
@@ -26,6 +26,7 @@ const Kernel kKernels[] = {
     {"rotary_table", one_phase, rotary_table_chunks, nullptr, rotary_table_run},
     {"arange", one_phase, arange_chunks, nullptr, arange_run},
     {"topk", one_phase, topk_chunks, nullptr, topk_run},
+    {"pick", one_phase, pick_chunks, nullptr, pick_run},
     {"sort_by_expert", one_phase, one_chunk, sort_by_expert_workspace, sort_by_expert_run},
     {"gather_tokens", one_phase, gather_tokens_chunks, nullptr, gather_tokens_run},
     {"combine_experts", one_phase, combine_experts_chunks, nullptr, combine_experts_run},

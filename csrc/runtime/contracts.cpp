@@ -215,18 +215,33 @@ const char* sort_by_expert(const Call& c) {
   return nullptr;
 }
 
+// Rows [M, k], each dense.
+bool is_picked(const Tensor& t, int64_t rows, int64_t k) {
+  return given(t, 2) && t.size[0] == rows && t.size[1] == k && (k < 2 || t.stride[1] == 1);
+}
+
 const char* topk(const Call& c) {
   const Step& s = c.step;
-  if (!has(s, 3, 0, 0)) return kWrongCount;
+  if (!has(s, 3, 1, 0)) return kWrongCount;
   const Tensor &x = s.t[0], &values = s.t[1], &indices = s.t[2];
-  if (!float_rows(x, 2) || !float_rows(values, 2) || values.dtype != x.dtype || values.size[0] != x.size[0])
-    return "x and values are not float [M, N] and [M, k]";
-  if (values.size[1] > x.size[1] || values.size[1] < 1 || values.size[1] > kMostPlaces)
-    return "k is not 1 to 64, or more than there are";
-  if (!given(indices, 2) || indices.dtype != DType::i64 || !same_sizes(indices, values) ||
-      (indices.size[1] > 1 && indices.stride[1] != 1))
+  const int64_t k = s.i[0];
+  if (!float_rows(x, 2)) return "x is not float [M, N]";
+  if (k < 1 || k > x.size[1] || k > kMostPlaces) return "k is not 1 to 64, or more than there are";
+  if (!absent(values) && (!is_picked(values, x.size[0], k) || values.dtype != x.dtype))
+    return "values are not [M, k] of x's dtype";
+  if (!absent(indices) && (!is_picked(indices, x.size[0], k) || indices.dtype != DType::i64))
     return "indices are not int64 [M, k]";
   return nullptr;
+}
+
+const char* pick(const Call& c) {
+  const Step& s = c.step;
+  if (!has(s, 3, 0, 0)) return kWrongCount;
+  const Tensor &x = s.t[0], &indices = s.t[1], &y = s.t[2];
+  if (!float_rows(x, 2) || y.dtype != x.dtype || y.ndim != 2) return "x and y are not float [M, N] and [M, k]";
+  if (!is_picked(y, x.size[0], y.size[1])) return "x and y are not float [M, N] and [M, k]";
+  if (!is_picked(indices, y.size[0], y.size[1]) || indices.dtype != DType::i64) return "indices are not int64 [M, k]";
+  return x.size[1] == 0 && y.size[1] != 0 ? "there are no columns" : nullptr;
 }
 
 const char* gather_tokens(const Call& c) {
@@ -314,6 +329,7 @@ const char* vm(const Call& c) {
 constexpr ContractOf kContracts[] = {
     {"sort_by_expert", {sort_by_expert, false}},
     {"topk", {topk, false}},
+    {"pick", {pick, false}},
     {"gather_tokens", {gather_tokens, false}},
     {"combine_experts", {combine_experts, false}},
     {"attention", {attention, true}},

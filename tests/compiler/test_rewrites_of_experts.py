@@ -78,6 +78,40 @@ class ScoresOfTop(Experts):
         return ids, F.softmax(scores, dim=-1)
 
 
+class Corrected(Experts):
+    """DeepSeek's: who is chosen depends on a bias that does not weigh."""
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        scores = F.linear(x, self.router).float().sigmoid()
+        ids = torch.topk(scores + self.correction, TOP, dim=-1, sorted=False)[1]
+        weights = scores.gather(1, ids)
+        weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+        return ids, (weights * 2.5).to(x.dtype)
+
+    correction = torch.linspace(-0.3, 0.3, EXPERTS)
+
+
+class CorrectedInPlace(Corrected):
+    """What is picked is divided where it lies."""
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        scores = F.linear(x, self.router).float().sigmoid()
+        ids = torch.topk(scores + self.correction, TOP, dim=-1, sorted=False)[1]
+        weights = scores.gather(1, ids)
+        weights /= weights.sum(dim=-1, keepdim=True)
+        return ids, weights.to(x.dtype)
+
+
+class PickedFromOthers(Corrected):
+    """From rows that are shorter than those the indices are of: PyTorch checks them."""
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        ids = torch.topk(F.linear(x, self.router)[:, :-1], TOP, dim=-1)[1]
+        scores = F.linear(x, self.router[:-1]).sigmoid()
+        longer = torch.cat((scores, scores), -1)
+        return ids, scores.gather(1, ids) + longer.gather(1, ids)
+
+
 class Nobody(Experts):
     """Half of the places name an expert that lives elsewhere."""
 
@@ -106,6 +140,9 @@ MODELS = {
     "a norm behind": Experts(post_norm=True),
     "scores of the chosen": ScoresOfTop(),
     "one expert for all": OneExpert(),
+    "corrected": Corrected(),
+    "corrected in place": CorrectedInPlace(),
+    "picked from others": PickedFromOthers(),
     "bf16": Experts(dtype=torch.bfloat16),
     "fp16": Experts(dtype=torch.float16, biased=True),
 }
@@ -117,6 +154,7 @@ def test_experts_run_on_our_kernels(name: str) -> None:
     x = randn(TOKENS, WIDTH).to(model.router.dtype)
     left = {"softplus"} if "activation" in name else set()
     left |= {"full_like"} if "one expert" in name else set()
+    left |= {"gather", "add"} if "others" in name else set()
     check(model, x, takes=ROUTED, in_pytorch=left)
 
 

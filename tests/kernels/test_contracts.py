@@ -73,8 +73,8 @@ def combine(**change: Any) -> tuple[str, list, list, list]:
     return "combine_experts", list(operands.values()), [], []
 
 
-def topk(*operands: torch.Tensor) -> tuple[str, list, list, list]:
-    return "topk", list(operands), [], []
+def topk(*operands: torch.Tensor | None, k: int = 2) -> tuple[str, list, list, list]:
+    return "topk", list(operands), [k], []
 
 
 def heads(batch: int, number: int, positions: int, width: int) -> torch.Tensor:
@@ -161,9 +161,14 @@ WRONG = {
     "places of other tokens": (combine(weights=ONES(3, 1)), "inverse is not"),
     "too many experts for a token": (combine(weights=ONES(3, 65)), "more than 64"),
     "no rows": (combine(x=ONES(0, 4)), "no rows"),
-    "more of the largest than there are": (topk(ONES(2, 3), ONES(2, 4), torch.zeros(2, 4).long()), "k is not"),
+    "more of the largest than there are": (topk(ONES(2, 3), ONES(2, 4), None, k=4), "k is not"),
+    "none of the largest": (topk(ONES(2, 3), ONES(2, 0), None, k=0), "k is not"),
     "indices of the largest as floats": (topk(ONES(2, 3), ONES(2, 2), ONES(2, 2)), "indices are not"),
-    "the largest in another dtype": (topk(ONES(2, 3), ONES(2, 2).half(), torch.zeros(2, 2).long()), "x and values"),
+    "the largest in another dtype": (topk(ONES(2, 3), ONES(2, 2).half(), None), "values are not"),
+    "the largest of other rows": (topk(ONES(2, 3), ONES(3, 2), None), "values are not"),
+    "picks from no column": (("pick", [ONES(2, 0), torch.zeros(2, 2).long(), ONES(2, 2)], [], []), "no columns"),
+    "picks in other rows": (("pick", [ONES(2, 3), torch.zeros(3, 2).long(), ONES(2, 2)], [], []), "indices are not"),
+    "picks into another dtype": (("pick", [ONES(2, 3), torch.zeros(2, 2).long(), ONES(2, 2).half()], [], []), "x and y"),
     "groups that do not divide K": (quantized(group=3), "do not divide K"),
     "codes as bf16": (quantized(weight=BF16), "packed codes are u8"),
     "codes of three bits": (quantized(bits=3), "8 or 4 bits"),

@@ -212,6 +212,9 @@ def test_places_out_of_range_are_read_as_the_nearest(tier):
     y = torch.empty(2, 8)
     run_op("combine_experts", [rows, far, torch.ones(2, 2), y], tier=tier)
     assert_close(y, torch.stack([rows[0] + rows[3], 2 * rows[3]]))
+    picked = torch.empty(3, 2)
+    run_op("pick", [x, torch.tensor([[-9, 7], [8, 1 << 40], [0, 5]]), picked], tier=tier)
+    assert torch.equal(picked, torch.stack([x[0, [0, 7]], x[1, [7, 7]], x[2, [0, 5]]]))
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -222,10 +225,18 @@ def test_topk(tier, dtype):
         for k in {1, min(n, 8), min(n, 64)}:
             values = torch.empty(m, k, dtype=dtype)
             indices = torch.full((m, k), -1)
-            run_op("topk", [x, values, indices], tier=tier)
+            run_op("topk", [x, values, indices], [k], tier=tier)
             assert torch.equal(values, x.topk(k).values)
             assert torch.equal(x.gather(1, indices), values)
             assert (indices.sort(1).values.diff(dim=1) > 0).all()  # none twice
+            alone = [torch.zeros_like(values), torch.zeros_like(indices)]
+            run_op("topk", [x, alone[0], None], [k], tier=tier)
+            run_op("topk", [x, None, alone[1]], [k], tier=tier)
+            assert torch.equal(alone[0], values)
+            assert torch.equal(alone[1], indices)
+            picked = torch.zeros_like(values)
+            run_op("pick", [x, indices, picked], tier=tier)
+            assert torch.equal(picked, values)
 
 
 @pytest.mark.parametrize("tier", TIERS)
@@ -233,6 +244,6 @@ def test_topk_of_equal_numbers_and_of_none(tier):
     nan, inf = float("nan"), float("inf")
     x = torch.tensor([[2.0, 3.0, 3.0, -inf, 2.0], [nan, 1.0, inf, nan, -1.0], [-inf] * 5])
     values, indices = torch.empty(3, 3), torch.full((3, 3), -1)
-    run_op("topk", [x, values, indices], tier=tier)
+    run_op("topk", [x, values, indices], [3], tier=tier)
     assert torch.equal(indices, torch.tensor([[1, 2, 0], [0, 3, 2], [0, 1, 2]]))
     assert_close(values.nan_to_num(nan=99.0), x.gather(1, indices).nan_to_num(nan=99.0))

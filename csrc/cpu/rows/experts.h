@@ -51,8 +51,6 @@ inline void sort_by_expert_run(const Step& s, int, int64_t, int, const Scratch& 
   }
 }
 
-inline int64_t nearest(int64_t i, int64_t count) { return max64(0, min64(i, count - 1)); }
-
 inline int64_t gather_tokens_chunks(const Step& s, int, int threads) {
   return chunk_count(s.t[2].size[0], s.t[2].size[1], threads);
 }

@@ -41,6 +41,9 @@ inline int64_t load_id(const Tensor& ids, int64_t m) {
                                  : reinterpret_cast<const int64_t*>(ids.data)[i];
 }
 
+// The index of so many that is nearest to one.
+inline int64_t nearest(int64_t i, int64_t count) { return max64(0, min64(i, count - 1)); }
+
 inline int64_t embedding_chunks(const Step& s, int, int threads) {
   return chunk_count(s.t[2].size[0], s.t[2].size[1], threads);
 }
@@ -49,7 +52,7 @@ inline void embedding_run(const Step& s, int, int64_t chunk, int threads, const 
   const Tensor &ids = s.t[0], &table = s.t[1], &y = s.t[2];
   const RowRange rows = chunk_range(y.size[0], y.size[1], threads, chunk);
   for (int64_t m = rows.begin; m < rows.end; ++m) {
-    const int64_t id = max64(0, min64(load_id(ids, m), table.size[0] - 1));
+    const int64_t id = nearest(load_id(ids, m), table.size[0]);
     const char* from = at(table, id * table.stride[0]);
     char* to = at(y, m * y.stride[0]);
     if (s.f[0] == 1.0f)

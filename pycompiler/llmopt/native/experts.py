@@ -1,4 +1,4 @@
-"""Mixtures of experts: topk.cpu, sort_by_expert.cpu, gather_tokens.cpu, grouped_linear.cpu (or grouped_linear_quantized.cpu) and
+"""Mixtures of experts: topk.cpu, pick.cpu, sort_by_expert.cpu, gather_tokens.cpu, grouped_linear.cpu (or grouped_linear_quantized.cpu) and
 combine_experts.cpu."""
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from llmopt.graph import argument, fake, is_tensor, kind, numel
+from llmopt.graph import argument, fake, is_tensor, kind, numel, same_size
 from llmopt.native.linear import problem_floats, problem_ints, step_record
 from llmopt.native.linear_quantized import PLANES, reject_form, weight_bytes
 from llmopt.native.operands import (
@@ -69,7 +69,7 @@ def _lower_sort(s: SegmentBuilder, node: fx.Node) -> None:
     s.step("sort_by_expert", operands, [], [], record)
 
 
-def _reject_topk(node: fx.Node) -> str:
+def reject_topk(node: fx.Node) -> str:
     x, k = node.args[0], argument(node, 1, "k")
     if not is_tensor(x) or not reads_as_rows(x) or fake(x).device.type != "cpu":
         return "x is not evenly spaced rows of floats"
@@ -79,24 +79,53 @@ def _reject_topk(node: fx.Node) -> str:
         return "asks for the smallest"
     if not isinstance(k, int) or not 1 <= k <= MOST_PLACES:
         return f"k = {k}: 1 to {MOST_PLACES} are possible"
-    return "" if all(_part_or_none(node, i) for i in range(2)) else "a result is not used"
+    return ""
 
 
 def _lower_topk(s: SegmentBuilder, node: fx.Node) -> None:
-    x = node.args[0]
-    made = [s.part(node, i) for i in range(2)]
-    operands = [as_rows(s.view(n), fake(n)) for n in (x, *made)]
+    x, k = node.args[0], argument(node, 1, "k")
+    made = [_part_or_none(node, i) for i in range(2)]
+    given = [n for n in made if n is not None]
+    operands = [None if n is None else as_rows(s.view(n), fake(n)) for n in (x, *made)]
     record = StepRecord(
         "topk",
         "topk.cpu",
-        f"{fake(made[0]).shape[-1]} of {fake(x).shape[-1]}",
+        f"{k} of {fake(x).shape[-1]}",
         (describe(x),),
-        tuple(map(describe, made)),
+        tuple(map(describe, given)),
         numel(fake(x)),
-        num_bytes(x, *made),
+        num_bytes(x, *given),
         node,
     )
-    s.step("topk", operands, [], [], record)
+    s.step("topk", operands, [k], [], record)
+
+
+def _reject_pick(node: fx.Node) -> str:
+    x, dim, index = (argument(node, i, n) for i, n in enumerate(("input", "dim", "index")))
+    if not (is_tensor(x) and is_tensor(index)) or not reads_as_rows(x) or fake(x).dim() != 2:
+        return "is not of evenly spaced rows of floats"
+    if dim not in (-1, 1) or not same_size(fake(x).shape[0], fake(index).shape[0]):
+        return "picks along another dimension than the last, or not in all rows"
+    found = index.args[0] if kind(index) == "getitem" and index.args[1] == 1 else None
+    if not isinstance(found, fx.Node) or kind(found) != "topk":
+        return "its indices are not those of a topk, and would have to be checked"
+    same = same_size(fake(found.args[0]).shape[-1], fake(x).shape[1])
+    return "" if same and not reject_topk(found) else "its indices are of wider rows"
+
+
+def _lower_pick(s: SegmentBuilder, node: fx.Node) -> None:
+    x, _, index = (argument(node, i, n) for i, n in enumerate(("input", "dim", "index")))
+    record = StepRecord(
+        "pick",
+        "pick.cpu",
+        "",
+        (describe(x), describe(index)),
+        (describe(node),),
+        0,
+        2 * num_bytes(node),
+        node,
+    )
+    s.step("pick", [s.view(x), s.view(index), s.view(node)], [], [], record)
 
 
 def _reject_gather(node: fx.Node) -> str:
@@ -235,7 +264,8 @@ def _table(s: SegmentBuilder, experts: int) -> View:
 
 
 KERNELS = {
-    "topk": NativeKernel("topk.cpu", _reject_topk, _lower_topk, is_glue=True),
+    "gather": NativeKernel("pick.cpu", _reject_pick, _lower_pick, is_glue=True),
+    "topk": NativeKernel("topk.cpu", reject_topk, _lower_topk, is_glue=True),
     "llmopt.sort_by_expert": NativeKernel(
         "sort_by_expert.cpu", _reject_sort, _lower_sort, is_glue=True
     ),

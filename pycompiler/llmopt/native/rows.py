@@ -172,6 +172,7 @@ def _lower_rotary_table(s: SegmentBuilder, node: fx.Node) -> None:
     s.step("rotary_table", operands, [], [scale], record)
 
 
+_DENSE_FORMATS = (None, torch.contiguous_format, torch.preserve_format)
 COPIES = frozenset({"contiguous", "clone", "reshape", "flatten"})
 
 
@@ -184,7 +185,7 @@ def reject_copy(node: fx.Node) -> str:
         torch.int32,
     ):  # so that ids always come from outside a segment
         return "integers are copied by PyTorch"
-    if not is_dense(fake(node)) or "memory_format" in node.kwargs:
+    if not is_dense(fake(node)) or node.kwargs.get("memory_format") not in _DENSE_FORMATS:
         return "its layout in memory is PyTorch's to choose"
     if fake(x).dim() > MAX_DIMS:
         return f"{fake(x).dim()} dimensions: up to {MAX_DIMS} are possible"
