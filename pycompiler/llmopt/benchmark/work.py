@@ -16,8 +16,9 @@ from llmopt.benchmark.phases import Phase, inputs_of, last_logits_only
 from llmopt.models import LoadedModel
 from llmopt.native.linear_quantized import PLANES
 from llmopt.native.probe import Probe
+from llmopt.quant.experts import projections_of
 from llmopt.quant.layers import linears_of, output_head
-from llmopt.quant.module import QuantizedLinear
+from llmopt.quant.module import Quantized
 from llmopt.quant.schemes import Scheme, of_head
 
 DTYPE_NAMES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
@@ -87,11 +88,10 @@ class Work:
 def work_of(loaded: LoadedModel, phase: Phase) -> Work | None:
     """Counts on one eager call of the phase; None where it would be wrong: part of the weights stays unread (MoE), a model
     that is quantised already, a dtype that no probe multiplies."""
-    config = getattr(loaded.model, "config", None)
-    if any(getattr(config, name, None) for name in ("num_experts", "num_local_experts")):
+    if projections_of(loaded.model):
         return None
     dtype = DTYPE_NAMES.get(next((p.dtype for p in loaded.model.parameters()), torch.float64))
-    if dtype is None or any(isinstance(m, QuantizedLinear) for m in loaded.model.modules()):
+    if dtype is None or any(isinstance(m, Quantized) for m in loaded.model.modules()):
         return None
     body, head, others = _parameters(loaded.model)
     with torch.inference_mode():

@@ -189,7 +189,7 @@ def _reject_linear(node: fx.Node) -> str:
     p = parts(node)
     if not all(are_static(*fake(w).shape) for w in p["weights"]):
         return "weight sizes change from call to call"
-    if any(fake(w).dtype not in FLOATS for w in p["weights"]):
+    if p["scales"] is None and any(fake(w).dtype not in FLOATS for w in p["weights"]):
         return f"weights of {fake(p['weights'][0]).dtype}: f32, f16 and bf16 are possible"
     if not reads_as_rows(p["x"]) or fake(p["x"]).dim() != 2:
         return "input rows are not evenly spaced in memory"
@@ -199,18 +199,27 @@ def _reject_linear(node: fx.Node) -> str:
     if ends.dtype != torch.int32 or ends.dim() != 1:
         return f"ends of {ends.dtype} with {ends.dim()} dimensions: a vector of int32 is possible"
     form = _form_of(p)
-    return "" if form is None else reject_form(form, int(fake(p["weights"][0]).shape[2]))
+    return "" if form is None else reject_form(form, _inputs_of(p))
+
+
+def _inputs_of(p: dict[str, Any]) -> int:
+    width = int(fake(p["weights"][0]).shape[2])
+    return width if p["scales"] is None else width * 8 // p["bits"]
 
 
 def _form_of(p: dict[str, Any]) -> CodeForm | None:
-    k = int(fake(p["weights"][0]).shape[2])
-    return CodeForm(p["bits"], p["group"] or k, p["symmetric"]) if p["bits"] else None
+    if not p["bits"]:
+        return None
+    k = _inputs_of(p)
+    if p["scales"] is None:
+        return CodeForm(p["bits"], p["group"] or k, p["symmetric"])
+    return CodeForm(p["bits"], k // int(fake(p["scales"][0]).shape[2]), p["offsets"] is None)
 
 
 def _lower_linear(s: SegmentBuilder, node: fx.Node) -> None:
     p = parts(node)
     x, weights, form = p["x"], p["weights"], _form_of(p)
-    experts, _, k = fake(weights[0]).shape
+    experts, k = int(fake(weights[0]).shape[0]), _inputs_of(p)
     n = sum(fake(w).shape[1] for w in weights)
     packed, bias = s.packed_operands(_spec_of(s, p, form))
     what, op = f"{experts} x {n}x{k}", "grouped_linear"
@@ -252,7 +261,9 @@ def _spec_of(s: SegmentBuilder, p: dict[str, Any], form: CodeForm | None) -> Pac
         p["gated"],
         fake(p["x"]).dtype,
         form,
-        what="" if form is None else f"{names} to {_scheme_of(p, form)}",
+        tuple(s.weight_view(t) for t in p["scales"] or ()),
+        tuple(s.weight_view(t) for t in p["offsets"] or ()),
+        "" if form is None else f"{names} to {_scheme_of(p, form)}",
     )
 
 

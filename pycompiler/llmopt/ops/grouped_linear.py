@@ -26,23 +26,28 @@ def grouped_linear(
     activations: str = "same",
     group: int = 0,
     symmetric: bool = True,
+    scales: Sequence[Tensor] | None = None,
+    offsets: Sequence[Tensor] | None = None,
 ) -> Tensor:
     """x [S,K], weights [E,N_i,K], ends [E] int32, biases [E,N_i] or None → [S,ΣN_i] (gated: [S,N]) in x's dtype.
 
     Rows [ends[e - 1], ends[e]) go through ops.linear with weights, biases, act and gated of expert e; rows from the last end on are
-    undefined. With bits 8 or 4 a kernel rounds weights when it packs them, and inputs with activations="int8", as in
-    ops.linear_quantized; here weights stay as they are.
+    undefined. bits 8 or 4: ops.linear_quantized instead, whose codes are weights, with scales and offsets [E,N_i,K/group]; without
+    scales they are float weights, which a kernel rounds when it packs them and which here stay as they are.
     """
     parts, begin = [], 0
+    none = (None,) * len(weights)
     for expert, end in enumerate(ends.tolist()):
         own = [w[expert] for w in weights]
-        own_biases = [None if b is None else b[expert] for b in biases or (None,) * len(own)]
+        own_biases, own_scales, own_offsets = (
+            [None if t is None else t[expert] for t in tensors or none]
+            for tensors in (biases, scales, offsets)
+        )
         around: dict[str, Any] = {"biases": own_biases, "act": act, "gated": gated}
         rows = x[begin:end]
         if bits:
-            none = (None,) * len(own)
             form = (bits, activations, group, symmetric)
-            parts.append(linear_quantized(rows, own, none, none, *form, **around))
+            parts.append(linear_quantized(rows, own, own_scales, own_offsets, *form, **around))
         else:
             parts.append(linear(rows, own, **around))
         begin = max(begin, end)
@@ -72,6 +77,8 @@ DEFAULTS: dict[str, Any] = {
     "activations": "same",
     "group": 0,
     "symmetric": True,
+    "scales": None,
+    "offsets": None,
 }
 
 

@@ -32,6 +32,7 @@ from llmopt.graph import (
     same_size,
     sole_user,
     unreadable,
+    view_base,
 )
 from llmopt.ops.grouped_linear import DEFAULTS, parts
 from llmopt.parameters import is_weight
@@ -213,15 +214,39 @@ def _product(edit: _Edit, node: fx.Node) -> None:
     if fake(x).dim() != 2 or fake(weight).dim() != 3 or fake(ends).dtype != torch.int32:
         return
     dtypes = {fake(n).dtype for n in (x, weight, node)}
-    if len(dtypes) > 1 or not dtypes <= set(FLOATS) or not is_weight(weight):
+    if len(dtypes) > 1 or not dtypes <= set(FLOATS) or any(map(unreadable, (x, weight))):
         return
-    if any(map(unreadable, (x, weight))) or edit.writes.moves_reads(node, (x, weight, ends)):
+    if is_weight(weight):
+        tensors, form = (weight,), None
+    elif (form := _codes_of(weight)) is not None:
+        tensors = view_base(weight).all_input_nodes
+    if not (is_weight(weight) or form) or edit.writes.moves_reads(node, (x, *tensors, ends)):
         return
     with edit.graph.inserting_before(node):
-        turned = edit.emit("transpose", (weight, -2, -1), node)
-        new = edit.emit(ops.grouped_linear, (x, (turned,), ends), node)
+        if form is None:
+            turned = edit.emit("transpose", (weight, -2, -1), node)
+            new = edit.emit(ops.grouped_linear, (x, (turned,), ends), node)
+        else:
+            codes = form.pop("codes")
+            new = edit.emit(ops.grouped_linear, (x, (codes,), ends), node, form)
     replace(node, new)
     erase_unread(weight)
+
+
+def _codes_of(weight: fx.Node) -> dict[str, Any] | None:
+    """Codes, and what an ops.grouped_linear says about them, of a weight [E,K,N] that a llmopt.QuantizedExperts gives."""
+    base = view_base(weight)
+    if kind(base) != "llmopt.expert_weights":
+        return None
+    value, before = fake(weight), fake(base)
+    if not same_shape(value.mT.shape, before.shape) or value.mT.stride() != before.stride():
+        return None
+    codes, scales, offsets, bits, activations = base.args[:5]
+    tensors = [t for t in (codes, scales, offsets) if t is not None]
+    if not all(map(is_weight, tensors)):
+        return None
+    form = {"codes": codes, "bits": bits, "activations": activations, "scales": (scales,)}
+    return form if offsets is None else {**form, "offsets": (offsets,)}
 
 
 # What PyTorch and transformers call the operands of a product.
@@ -245,10 +270,12 @@ def _rebuild(edit: _Edit, old: fx.Node, linear: fx.Node, *others: fx.Node, **cha
     """Replaces `old`, which reads `linear` and `others`, by the linear with some arguments changed, unless that moves a read across a
     write."""
     p = {**parts(linear), **changes}
-    operands = (p["x"], p["ends"], *p["weights"], *(p["biases"] or ()), *others)
+    optional = (t for name in ("biases", "scales", "offsets") for t in p[name] or ())
+    operands = (p["x"], p["ends"], *p["weights"], *optional, *others)
     if edit.writes.moves_reads(old, operands):
         return
-    kwargs = {name: p[name] for name in ("biases", "act", "gated") if p[name] != DEFAULTS[name]}
+    first = ("x", "weights", "ends")
+    kwargs = {n: p[n] for n, usual in DEFAULTS.items() if n not in first and p[n] != usual}
     read = old.all_input_nodes
     with edit.graph.inserting_before(old):
         args = (p["x"], p["weights"], p["ends"])
@@ -292,11 +319,11 @@ def _gate_times_up(edit: _Edit, node: fx.Node) -> None:
         p, n = parts(linear), fake(linear).shape[1] // 2
         cuts = [(slice(None), slice(n * half, n * half + n)) for _, half in halves]
         with edit.graph.inserting_before(linear):
-            weights, biases = (
-                tuple(edit.emit(getitem, (whole, cut), linear) for whole in given for cut in cuts)
-                for given in (p["weights"], p["biases"] or ())
-            )
-        both = {"weights": weights, "biases": biases or None}
+            both = {
+                name: tuple(edit.emit(getitem, (t, cut), linear) for t in p[name] for cut in cuts)
+                for name in ("weights", "biases", "scales", "offsets")
+                if p[name]
+            }
         _rebuild(edit, node, linear, **both, act=act, gated=True)
         return
 

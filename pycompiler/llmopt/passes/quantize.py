@@ -47,7 +47,11 @@ def run(
     for node in list(graph.nodes):
         if scheme is not None and kind(node) in ("linear", "addmm"):
             exact += [f"{weight_name(w)}: {_why_plain(w)}" for w in _matrices(node)]
-        if kind(node) == "llmopt.grouped_linear" and scheme is not None:
+        if (
+            kind(node) == "llmopt.grouped_linear"
+            and scheme is not None
+            and not node.kwargs.get("bits")
+        ):
             exact += _experts_with_scheme(graph, mode, node, scheme)
         if kind(node) != "llmopt.linear":
             continue
@@ -57,7 +61,11 @@ def run(
         elif chosen is not None and node in chosen:
             _with_scheme(graph, mode, node, chosen[node])
         elif scheme is not None and not any(kind(w) == "llmopt.dequantize" for w in weights):
-            own = of_head(scheme) if _is_head(graph, node) else scheme
+            is_head = _is_head(graph, node)
+            if not is_head and _chooses(node):
+                node.meta[NOTE] = "exact: its largest results choose experts"
+                continue
+            own = of_head(scheme) if is_head else scheme
             reason = _with_scheme(graph, mode, node, own)
             exact += [f"{weight_name(weights[0])}: {reason}"] if reason else []
     erase_unused(graph)
@@ -150,6 +158,23 @@ def _is_head(graph: fx.Graph, node: fx.Node) -> bool:
         return _HEAD_NAME.search(weight_name(weights[0])) is not None
     rows = [fake(t).shape[0] for t in tables if fake(t).dtype.is_floating_point]
     return fake(weights[0]).shape[0] in rows
+
+
+# What a router's results go through on their way to topk.
+_ON_THE_WAY = frozenset({"llmopt.pointwise", "getitem", "softmax", "masked_fill"})
+
+
+def _chooses(node: fx.Node) -> bool:
+    """Whether topk is told by a linear's results: rounding could change what it gives altogether."""
+    waiting, seen = [node], {node}
+    while waiting:
+        for user in waiting.pop().users:
+            if kind(user) == "topk":
+                return True
+            if user not in seen and (kind(user) in _ON_THE_WAY or is_view(user)):
+                seen.add(user)
+                waiting.append(user)
+    return False
 
 
 def _only_returned(node: fx.Node) -> bool:

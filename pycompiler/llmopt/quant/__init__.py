@@ -2,7 +2,8 @@
 
 schemes.py     what can be asked for: bits, groups, activations
 rounding.py    a weight → codes, scales, offsets
-module.py      QuantizedLinear and the op it calls
+module.py      QuantizedLinear, QuantizedExperts and the ops they call
+experts.py     the parameters that hold the weights of a mixture's experts
 convert.py     quantize(): model → model
 calibration.py what is learnt from sample inputs; flow.py which layer feeds which
 scaling.py     SmoothQuant and AWQ: magnitudes moved from activations into weights

@@ -1,4 +1,4 @@
-"""quantize(): a model → the same model with QuantizedLinear in place of its linears."""
+"""quantize(): a model → the same model with QuantizedLinear for its linears, and QuantizedExperts for the weights of its experts."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import nn
 
 from llmopt.quant import flow, scaling
 from llmopt.quant.calibration import Inputs, Sample, observe, random_tokens, samples_of
+from llmopt.quant.experts import Projection, projections_of, put, rounded
 from llmopt.quant.gptq import gptq
 from llmopt.quant.layers import (
     bias_of,
@@ -62,11 +63,12 @@ def quantize(model: Model, recipe: Recipe, samples: list[Sample] | None = None) 
     scaler, rounder = _algorithm(recipe.algorithm, samples, wanted)
     alpha = _alpha(recipe.alpha, scaler)
     twin = twin_of(model)
-    linears = linears_of(twin)
+    linears, experts = linears_of(twin), projections_of(twin)
     head = of_head(wanted, recipe.symmetric)
-    schemes = _schemes(twin, linears, wanted, head, recipe.layers or {})
+    schemes = _schemes(twin, {**linears, **experts}, wanted, head, recipe.layers or {})
     linears = {name: linear for name, linear in linears.items() if name in schemes}
-    _check(linears, schemes)
+    experts = {name: projection for name, projection in experts.items() if name in schemes}
+    _check(linears, experts, schemes)
     if samples is not None and scaler != "none":
         _scale(twin, linears, schemes, samples, scaler, alpha)
     if samples is not None and rounder == "gptq":
@@ -74,6 +76,10 @@ def quantize(model: Model, recipe: Recipe, samples: list[Sample] | None = None) 
     else:
         for name, linear in linears.items():
             _put(twin, linear, round_weight(weight_of(linear), schemes[name]), schemes[name])
+    if experts and (scaler, rounder) != ("none", "round"):
+        log.info("the weights of %d projections of experts are rounded plainly", len(experts))
+    for name, projection in experts.items():
+        put(projection.module, projection.name, rounded(projection, schemes[name]))
     untie(twin)
     return twin
 
@@ -125,12 +131,12 @@ def _alpha(given: float | None, scaler: str) -> float:
 
 def _schemes(
     model: nn.Module,
-    linears: Mapping[str, nn.Module],
+    linears: Mapping[str, nn.Module | Projection],
     wanted: Scheme,
     head_scheme: Scheme,
     layers: Mapping[str, str | Scheme | None],
 ) -> dict[str, Scheme]:
-    """The scheme of each linear that is to be quantised; `head_scheme` is that of the output head."""
+    """The scheme of each linear, or projection of experts, that is to be quantised; `head_scheme` is that of the output head."""
     unused = set(layers)
     heads = output_heads(model)
     schemes = {}
@@ -167,10 +173,15 @@ def _no_linear(model: nn.Module) -> str:
     return f"llmopt: {name} holds no linear layer to quantise"
 
 
-def _check(linears: Mapping[str, nn.Module], schemes: Mapping[str, Scheme]) -> None:
+def _check(
+    linears: Mapping[str, nn.Module],
+    experts: Mapping[str, Projection],
+    schemes: Mapping[str, Scheme],
+) -> None:
     """Before minutes of work: every layer can have its scheme."""
-    for name, linear in linears.items():
-        if reason := why_not(weight_of(linear), schemes[name]):
+    for name in (*linears, *experts):
+        weight = weight_of(linears[name]) if name in linears else experts[name].rows
+        if reason := why_not(weight, schemes[name]):
             raise ValueError(f"llmopt: {name} cannot be quantised to {schemes[name]}: {reason}")
 
 

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from llmopt.files import publish
+from llmopt.quant.experts import projections_of, put
 from llmopt.quant.layers import replace_modules, twin_of, uncompiled, untie
-from llmopt.quant.module import QuantizedLinear
+from llmopt.quant.module import Quantized, QuantizedExperts, QuantizedLinear
 from llmopt.quant.schemes import GROUPS, Scheme
 
 MANIFEST = "llmopt_quant.json"
@@ -42,7 +43,7 @@ def save_quantized(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     from safetensors.torch import save_file
 
     model = uncompiled(model)
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, Quantized)}
     if not layers:
         raise ValueError(
             f"llmopt: {type(model).__name__} has no quantised layer: call llmopt.quantize first"
@@ -104,15 +105,18 @@ def _class_name(model: nn.Module) -> str:
     return type(model).__name__
 
 
-def _layer_facts(layer: QuantizedLinear) -> dict[str, Any]:
-    bias = None if layer.bias is None else str(layer.bias.dtype).removeprefix("torch.")
-    return {
-        "n": layer.out_features,
-        "k": layer.in_features,
-        "bias": bias,
+def _layer_facts(layer: Quantized) -> dict[str, Any]:
+    *experts, n, _ = layer.codes.shape
+    facts = {
+        "n": n,
+        "k": layer.codes.shape[-1] * 8 // layer.scheme.bits,
         "dtype": str(layer.dtype).removeprefix("torch."),
         "scheme": dataclasses.asdict(layer.scheme),
     }
+    if isinstance(layer, QuantizedExperts):
+        return {**facts, "experts": experts[0], "transposed": layer.transposed}
+    bias = layer.bias if isinstance(layer, QuantizedLinear) else None
+    return {**facts, "bias": None if bias is None else str(bias.dtype).removeprefix("torch.")}
 
 
 def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -294,9 +298,9 @@ def _read(path: Path, manifest: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def _insert(path: Path, model: nn.Module, layers: dict[str, Any]) -> None:
-    modules = dict(model.named_modules())
+    modules, experts = dict(model.named_modules()), projections_of(model)
     for name, facts in layers.items():
-        if name not in modules:
+        if name not in (experts if "experts" in facts else modules):
             raise StorageError(f"{path} is of another model: this one has no layer {name}")
         try:
             layer = _empty_layer(facts)
@@ -304,10 +308,13 @@ def _insert(path: Path, model: nn.Module, layers: dict[str, Any]) -> None:
             raise StorageError(
                 f"{path / MANIFEST}: {name} is described wrongly ({error})"
             ) from error
-        replace_modules(model, {modules[name]: layer})
+        if isinstance(layer, QuantizedExperts):
+            put(experts[name].module, experts[name].name, layer)
+        else:
+            replace_modules(model, {modules[name]: layer})
 
 
-def _empty_layer(facts: dict[str, Any]) -> QuantizedLinear:
+def _empty_layer(facts: dict[str, Any]) -> Quantized:
     """A layer without values. Raises what wrong facts raise."""
     scheme = Scheme(**facts["scheme"])
     if scheme.bits not in (4, 8) or scheme.group not in GROUPS:
@@ -317,6 +324,10 @@ def _empty_layer(facts: dict[str, Any]) -> QuantizedLinear:
     if reason := scheme.reject(facts["k"]):
         raise ValueError(reason)
     dtype = getattr(torch, facts["dtype"])
+    if "experts" in facts:
+        sizes = (facts["experts"], facts["n"], facts["k"], bool(facts["transposed"]))
+        with torch.device("meta"):
+            return QuantizedExperts.empty(*sizes, scheme, dtype)
     bias = None if facts["bias"] is None else getattr(torch, facts["bias"])
     with torch.device("meta"):
         return QuantizedLinear.empty(facts["n"], facts["k"], scheme, bias, dtype)
@@ -340,10 +351,11 @@ def _assign(path: Path, model: nn.Module, tensors: dict[str, Tensor]) -> None:
             f"{path} is of another model: {name} is {tuple(tensors[name].shape)} there and "
             f"{tuple(expected[name].shape)} here"
         )
+    modules = dict(model.named_modules())  # get_submodule would ask experts for their weights
     shared: dict[int, nn.Parameter] = {}
     for name, tensor in tensors.items():
         parent, _, leaf = name.rpartition(".")
-        module = model.get_submodule(parent)
+        module = modules[parent]
         if name in buffers:
             module._buffers[leaf] = tensor
         else:

@@ -1,0 +1,83 @@
+"""The experts of a mixture, as transformers keeps them: one module whose parameters hold the weights of all experts of a layer."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from llmopt.quant.module import QuantizedExperts
+from llmopt.quant.rounding import Codes, round_weight
+from llmopt.quant.schemes import Scheme
+
+_PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One parameter of such a module: the weights of one projection, [E, N, K] or [E, K, N]."""
+
+    module: nn.Module
+    name: str
+
+    @property
+    def transposed(self) -> bool:
+        return bool(self.module.is_transposed)
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        return self.module._parameters[self.name]  # type: ignore[return-value]
+
+    @property
+    def rows(self) -> Tensor:
+        """All of it as one matrix [E · N, K]: what is rounded row by row needs not know of experts."""
+        weight = self.parameter.detach()
+        return (weight.transpose(1, 2) if self.transposed else weight).flatten(0, 1)
+
+
+def projections_of(model: nn.Module) -> dict[str, Projection]:
+    """Every such parameter inside a model by its name, in the model's order.
+
+    Only of modules that say how they lie, as transformers' do (`is_transposed`), and whose forward reads them as attributes.
+    """
+    found = {}
+    for prefix, module in model.named_modules():
+        if not isinstance(getattr(module, "is_transposed", None), bool) or not prefix:
+            continue
+        for name in _PROJECTIONS:
+            parameter = module._parameters.get(name)
+            if parameter is not None and parameter.dim() == 3:
+                found[f"{prefix}.{name}"] = Projection(module, name)
+    return found
+
+
+def rounded(projection: Projection, scheme: Scheme) -> QuantizedExperts:
+    """The weights as codes. Raises ValueError when one is NaN or infinite, or the group does not divide K."""
+    experts = projection.parameter.shape[0]
+    flat = round_weight(projection.rows, scheme)
+    codes, scales = (t.unflatten(0, (experts, -1)) for t in (flat.codes, flat.scales))
+    offsets = None if flat.offsets is None else flat.offsets.unflatten(0, (experts, -1))
+    return QuantizedExperts(
+        Codes(codes, scales, offsets), projection.transposed, scheme, projection.parameter.dtype
+    )
+
+
+def put(module: nn.Module, name: str, weights: QuantizedExperts) -> None:
+    """Gives a module codes in the place of a parameter; who reads the attribute gets the weights they stand for."""
+    del module._parameters[name]
+    module._modules[name] = weights
+    cls: Any = type(module)
+    module.__class__ = _reading_codes(cls, name)
+
+
+@functools.cache
+def _reading_codes(cls: Any, name: str) -> type[nn.Module]:
+    """The class with an attribute that is computed from the codes in its place."""
+
+    def weights(self: Any) -> Tensor:
+        return self._modules[name]()
+
+    namespace = {name: property(weights), "__module__": cls.__module__, "__doc__": cls.__doc__}
+    return type(cls.__name__, (cls,), namespace)
