@@ -192,7 +192,7 @@ def test_saved_and_loaded(row: str, tmp_path: Path) -> None:
     a, b = (torch.compile(m, backend="llmopt")(**inputs).logits for m in (twin, loaded))
     assert torch.equal(a, b)
     with pytest.raises(StorageError, match="of another model"):
-        llmopt.load_quantized(tmp_path, zoo.make("llama"))
+        llmopt.load_quantized(tmp_path, zoo.make(row, **DIVIDES, num_local_experts=3))
 
 
 @torch.no_grad()

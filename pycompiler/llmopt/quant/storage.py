@@ -300,7 +300,8 @@ def _read(path: Path, manifest: dict[str, Any]) -> dict[str, Tensor]:
 def _insert(path: Path, model: nn.Module, layers: dict[str, Any]) -> None:
     modules, experts = dict(model.named_modules()), projections_of(model)
     for name, facts in layers.items():
-        if name not in (experts if "experts" in facts else modules):
+        is_experts = isinstance(facts, dict) and "experts" in facts
+        if name not in (experts if is_experts else modules):
             raise StorageError(f"{path} is of another model: this one has no layer {name}")
         try:
             layer = _empty_layer(facts)
