@@ -1,7 +1,8 @@
 """The shapes that matter, by the model they come from: the only place benchmark sizes are written.
 
 SmolLM2-135M (hidden 576, 9 heads, 3 KV heads, FFN 1536), all-MiniLM-L6-v2 (384, 12 heads, 1536),
-bert-base (768, 12 heads, 3072), Llama-3.2-1B (2048, 32 heads, 8 KV heads, 8192).
+bert-base (768, 12 heads, 3072), Llama-3.2-1B (2048, 32 heads, 8 KV heads, 8192), Granite-3.0-1B-A400M (1024, 8 of 32 experts of 512),
+OLMoE-1B-7B (2048, 8 of 64 experts of 1024).
 """
 
 from __future__ import annotations
@@ -29,6 +30,30 @@ class Linear:
 
     def __str__(self) -> str:
         return f"{self.name}-{self.m}x{self.n}x{self.k}"
+
+
+@dataclass(frozen=True)
+class Experts:
+    """tokens go to `top` of `experts` each, in their places; an expert's rows times its own weight [n, k], as in Linear."""
+
+    name: str
+    tokens: int
+    top: int
+    experts: int
+    n: int
+    k: int
+    gated: bool = False
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.tokens * self.top * self.n * self.k
+
+    def num_bytes(self, itemsize: int, chosen: int) -> int:
+        """Weights of the experts that have rows, read once."""
+        return chosen * self.n * self.k * itemsize
+
+    def __str__(self) -> str:
+        return f"{self.name}-{self.tokens}x{self.top}of{self.experts}-{self.n}x{self.k}"
 
 
 @dataclass(frozen=True)
@@ -145,3 +170,13 @@ ROWS = (
     Rows("llama1b", 2048, 8192),  # 64 MiB in fp32: from memory
 )
 GATHERS = (Gather("smollm2", 1, 49152, 576), Gather("smollm2", 512, 49152, 576))
+
+EXPERTS = [
+    experts
+    for tokens in (1, 8, 512)
+    for experts in (
+        Experts("granite-gate-up", tokens, 8, 32, 1024, 1024, gated=True),
+        Experts("granite-down", tokens, 8, 32, 1024, 512),
+        Experts("olmoe-gate-up", tokens, 8, 64, 2048, 2048, gated=True),
+    )
+]
