@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from llmopt.mirrors import MirrorLayout
-from llmopt.native.program import OneOp, run_op
 from llmopt.ops.kv_codes import SCALE_BYTES, quantize_rows
+from llmopt.program import OneOp, run_op
 
 from bench.conftest import copies_beyond_cache
 from bench.shapes import DECODE_ATTENTION, INT8_KV_ATTENTION, PREFILL_ATTENTION, Attention

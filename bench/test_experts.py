@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from llmopt import _C, ops, packing
 from llmopt.native.linear_quantized import PLANES
-from llmopt.native.program import DTYPE_CODES, OneOp
+from llmopt.program import DTYPE_CODES, OneOp
 from llmopt.quant.rounding import round_weight
 from llmopt.quant.schemes import SCHEMES, CodeForm
 from llmopt.target import target

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from llmopt import _C
-from llmopt.native.program import DTYPE_CODES, OneOp, run_op
+from llmopt.program import DTYPE_CODES, OneOp, run_op
 from llmopt.target import target
 
 from bench.conftest import copies_beyond_cache

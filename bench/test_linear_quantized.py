@@ -10,9 +10,9 @@ import pytest
 import torch
 from llmopt import _C
 from llmopt.native.linear_quantized import PLANES
-from llmopt.native.program import DTYPE_CODES, OneOp
 from llmopt.packing import code_bytes, memory_bytes, pack_codes
-from llmopt.quant.rounding import round_weight
+from llmopt.program import DTYPE_CODES, OneOp
+from llmopt.quant.rounding import by_reference, round_weight
 from llmopt.quant.schemes import SCHEMES, CodeForm, Scheme, scheme_of
 from llmopt.target import target
 
@@ -100,3 +100,15 @@ def int_mm(shape: Linear):
     x = torch.randint(-127, 128, (shape.m, shape.k), dtype=torch.int8)
     w = torch.randint(-127, 128, (shape.n, shape.k), dtype=torch.int8)
     return lambda: torch._int_mm(x, w.T)
+
+
+@pytest.mark.parametrize("system", ["llmopt", "torch"])
+@pytest.mark.parametrize("name", ["w8a8", "w4a16"])
+def test_round_weight(timed, name, system):
+    """Weights to codes, as quantize does; its roof is reading the weights and writing the codes."""
+    shape, scheme = DECODE_LINEARS[5], SCHEMES[name]
+    w = torch.randn(shape.n, shape.k) / shape.k**0.5
+    rounding = round_weight if system == "llmopt" else by_reference
+    num_bytes = shape.num_bytes(4) + shape.n * shape.k * scheme.bits // 8
+    what = f"round_weight {shape.n}x{shape.k} {name} g{scheme.group}"
+    timed(system, what, w.dtype, [lambda: rounding(w, scheme)], 0.0, num_bytes)

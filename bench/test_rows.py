@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from llmopt.native.program import OneOp
+from llmopt.program import OneOp
 
 from bench.conftest import copies_beyond_cache
 from bench.shapes import GATHERS, ROWS

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from llmopt.native.program import OneOp
 from llmopt.native.vm import VmProgram
+from llmopt.program import OneOp
 
 from bench.conftest import copies_beyond_cache
 from bench.shapes import ROWS

@@ -5,6 +5,10 @@
 //   t: per weight codes [N_i, K] s8 or [N_i, K / 2] u8 (two codes a byte, the even input in the low half), scales
 //      [N_i, groups] f32, offsets [N_i, groups] f32 | none (all or no weights have them); packed u8 [bytes].
 //   i: bits, group, interleave (as in pack_linear).  layout.h has the layout and its size.
+// round_weight
+//   t: w [N, K] of floats, codes as pack_linear_quantized takes them, scales [N, groups] f32, offsets [N, groups] f32 |
+//      none (the grid is symmetric); last strides 1, results dense.
+//   i: bits, group.  w is finite.
 // linear_quantized
 //   t: as in linear.  i: N, K, u8, activation, gated, norm kind, bits, group, has offsets, planes,
 //   tuning (linear/tuning.h).
@@ -21,6 +25,7 @@
 #include "cpu/linear/grouped.h"
 #include "cpu/linear_quantized/gemm.h"
 #include "cpu/linear_quantized/pack.h"
+#include "cpu/linear_quantized/round.h"
 #ifdef __AMX_TILE__
 #include "cpu/linear_quantized/tiles.h"
 #else
@@ -35,6 +40,7 @@ inline int64_t weight_bytes(const Step& s) {
 }
 using Experts = Grouped<kLinear, weight_bytes>;
 const Kernel kKernels[] = {
+    {"round_weight", one_phase, round_chunks, nullptr, round_run},
     {"pack_linear_quantized", one_phase, pack_chunks, nullptr, pack_run},
     kLinear,
     {"grouped_linear_quantized", Experts::phases, Experts::chunks, Experts::workspace, Experts::run},

@@ -82,9 +82,12 @@ int64_t quantized_bytes(int64_t n, int64_t k, int64_t bits, int64_t group, bool 
 
 constexpr int64_t kMaxGroup = 1 << 16;  // products of signed and unsigned bytes that an int32 sum holds
 
-const char* quantized_form(int64_t k, int64_t bits, int64_t group) {
+// As many groups as a vector has lanes are floats in the scratch memory of a thread while they are rounded.
+constexpr int64_t kMaxRoundedGroup = int64_t(kLocalBytes) / (4 * 16);
+
+const char* quantized_form(int64_t k, int64_t bits, int64_t group, int64_t longest = kMaxGroup) {
   if (bits != 8 && bits != 4) return "codes have 8 or 4 bits";
-  if (group < 1 || group > kMaxGroup || k % group) return "the groups do not divide K, or are longer than 65536";
+  if (group < 1 || group > longest || k % group) return "the groups do not divide K, or are longer than is possible";
   return bits == 4 && group % 2 ? "a group of 4-bit codes is odd" : nullptr;
 }
 
@@ -115,6 +118,26 @@ const char* pack_linear_quantized(const Call& c) {
   return given(packed, 1) && packed.size[0] >= wanted ? nullptr : "the packed form does not fit its memory";
 }
 
+// Rows one behind the other, and their elements.
+bool dense_rows(const Tensor& t, int64_t rows, int64_t width, DType dtype) {
+  const bool dense = (rows < 2 || t.stride[0] == width) && (width < 2 || t.stride[1] == 1);
+  return given(t, 2) && t.dtype == dtype && t.size[0] == rows && t.size[1] == width && dense;
+}
+
+const char* round_weight(const Call& c) {
+  const Step& s = c.step;
+  if (!has(s, 4, 2, 0)) return kWrongCount;
+  const Tensor &w = s.t[0], &offsets = s.t[3];
+  if (!float_rows(w, 2)) return "w is not float [N, K]";
+  const int64_t rows = w.size[0], k = w.size[1], bits = s.i[0], group = s.i[1];
+  if (const char* reason = quantized_form(k, bits, group, kMaxRoundedGroup)) return reason;
+  if (!dense_rows(s.t[1], rows, k * bits / 8, bits == 8 ? DType::s8 : DType::u8)) return "codes are not bytes [N, K]";
+  if (!dense_rows(s.t[2], rows, k / group, DType::f32) ||
+      (!absent(offsets) && !dense_rows(offsets, rows, k / group, DType::f32)))
+    return "scales or offsets are not float32 [N, K / group]";
+  return nullptr;
+}
+
 const char* quantized_ints(const Step& s) {
   if (static_cast<DType>(s.i[2]) != DType::u8) return "packed codes are u8";
   if (s.i[9] < 1 || s.i[9] > 3) return "there are 1 to 3 planes";
@@ -135,9 +158,13 @@ const char* grouped_linear_quantized(const Call& c) {
 }
 
 constexpr ContractOf kContracts[] = {
-    {"pack_linear", {pack_linear, false}},           {"linear", {linear, false}},
-    {"grouped_linear", {grouped_linear, false}},     {"pack_linear_quantized", {pack_linear_quantized, false}},
-    {"linear_quantized", {linear_quantized, false}}, {"grouped_linear_quantized", {grouped_linear_quantized, false}},
+    {"pack_linear", {pack_linear, false}},
+    {"linear", {linear, false}},
+    {"grouped_linear", {grouped_linear, false}},
+    {"round_weight", {round_weight, false}},
+    {"pack_linear_quantized", {pack_linear_quantized, false}},
+    {"linear_quantized", {linear_quantized, false}},
+    {"grouped_linear_quantized", {grouped_linear_quantized, false}},
 };
 
 }  // namespace

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from llmopt import _C
-from llmopt.native.program import ProgramBuilder, View, view_of
+from llmopt.program import ProgramBuilder, View, view_of
 from llmopt.quant.rounding import Codes
 from llmopt.quant.schemes import CodeForm
 

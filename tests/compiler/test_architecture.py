@@ -19,7 +19,7 @@ MAX_LINES = 500
 LAYERS = (
     ("_C", "types", "launch", "settings", "sizes", "files", "source_lines"),
     ("target", "graph", "memory", "exchange", "counters", "registry", "messages", "offload"),
-    ("gpus", "parameters", "effects"),
+    ("gpus", "parameters", "effects", "program"),
     ("keywords", "inplace_views"),
     ("ops", "writes"),
     ("mirrors",),

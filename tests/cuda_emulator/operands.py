@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from cuda_emulator.emulator import Emulator, guarded
 from llmopt.native.cuda import AttentionDecode, LinearW4A16, LinearW8A8
-from llmopt.native.program import DTYPE_CODES
 from llmopt.ops import activation
 from llmopt.ops.linear_quantized import dequantized
+from llmopt.program import DTYPE_CODES
 
 
 def rows(values: torch.Tensor, alignment: int, extra: int = 0) -> torch.Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 from llmopt import _C
-from llmopt.native.program import OneOp, run_op
+from llmopt.program import OneOp, run_op
 
 from tests.tolerance import BF16_PRODUCTS, assert_close
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from llmopt.native.program import run_op
+from llmopt.program import run_op
 
 from tests.kernels.attention_problem import (
     ALL,
@@ -362,7 +362,7 @@ DEAD_TAIL = """
 import ctypes, mmap, torch
 from itertools import product
 from llmopt import _C
-from llmopt.native.program import run_op
+from llmopt.program import run_op
 
 LIVE, SLOTS, HEADS, DIM, PAGE = 300, 8192, 8, 64, mmap.PAGESIZE
 libc = ctypes.CDLL(None, use_errno=True)

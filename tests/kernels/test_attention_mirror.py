@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llmopt.mirrors import MirrorLayout
-from llmopt.native.program import OneOp, run_op
 from llmopt.ops.kv_codes import SCALE_BYTES, dequantize_rows, quantize_rows
+from llmopt.program import OneOp, run_op
 
 from tests.kernels.attention_problem import TIERS, Case, Tensors, reference, rows
 from tests.tolerance import assert_close

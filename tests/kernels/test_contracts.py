@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from llmopt import _C
-from llmopt.native.program import DTYPE_CODES, ProgramBuilder, View, run_op
+from llmopt.program import DTYPE_CODES, ProgramBuilder, View, run_op
 
 TIER = _C.tiers()[0]
 F32, BF16, U8 = (DTYPE_CODES[d] for d in (torch.float32, torch.bfloat16, torch.uint8))
@@ -47,6 +47,12 @@ def pack_quantized(
     operands: dict[str, Any] = {"codes": ONES(6, 8, dtype=torch.int8), "scales": ONES(6, 2)}
     operands |= {"offsets": None, "packed": ONES(room, dtype=torch.uint8)} | change
     return "pack_linear_quantized", list(operands.values()), [bits, group, 0], []
+
+
+def round_weight(bits: int = 8, group: int = 4, **change: Any) -> tuple[str, list, list, list]:
+    operands: dict[str, Any] = {"w": ONES(6, 8), "codes": ONES(6, 8, dtype=torch.int8)}
+    operands |= {"scales": ONES(6, 2), "offsets": None} | change
+    return "round_weight", list(operands.values()), [bits, group], []
 
 
 def grouped(op: str = "grouped_linear", **change: Any) -> tuple[str, list, list, list]:
@@ -133,6 +139,13 @@ WRONG = {
     "norm weight too short": (linear(norm_weight=ONES(3)), "norm weight"),
     "no weight": (linear(w=None), "no packed float weight"),
     "weight of integers": (linear(weight=DTYPE_CODES[torch.int64]), "no packed float weight"),
+    "a weight of integers to round": (round_weight(w=torch.ones(6, 8).int()), "w is not"),
+    "codes that are too short": (round_weight(codes=torch.zeros(6, 7, dtype=torch.int8)), "codes are not"),
+    "codes with gaps": (round_weight(codes=torch.zeros(6, 9, dtype=torch.int8)[:, :8]), "codes are not"),
+    "scales of other rows": (round_weight(scales=ONES(5, 2)), "scales or offsets"),
+    "offsets in halves": (round_weight(offsets=ONES(6, 2).half()), "scales or offsets"),
+    "groups that do not divide a weight": (round_weight(group=3), "do not divide K"),
+    "a weight of three bits": (round_weight(bits=3), "8 or 4 bits"),
     "experts without ends": (grouped(ends=None), "ends are not"),
     "ends as int64": (grouped(ends=ENDS.long()), "ends are not"),
     "a short table": (grouped(table=torch.zeros(3, 6, dtype=torch.int64)), "table is not"),

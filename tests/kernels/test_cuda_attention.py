@@ -6,7 +6,7 @@ import pytest
 import torch
 from cuda_emulator.operands import Decode
 from llmopt.native.cuda import AttentionDecode, CudaError
-from llmopt.native.program import DTYPE_CODES
+from llmopt.program import DTYPE_CODES
 from tolerance import assert_close
 
 # A split of nothing, of one key, of a part of a step; lengths that differ within a batch.

@@ -6,8 +6,8 @@ import pytest
 import torch
 from cuda_emulator.operands import W4A16, W8A8
 from llmopt.native.cuda import CudaError, LinearW4A16, LinearW8A8
-from llmopt.native.program import DTYPE_CODES
 from llmopt.ops import activation
+from llmopt.program import DTYPE_CODES
 from tolerance import assert_close
 
 SEEDS = (0, 1, 2)

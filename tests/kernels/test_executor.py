@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from llmopt import _C
-from llmopt.native.program import OneOp, ProgramBuilder, View
 from llmopt.native.vm import VmProgram
+from llmopt.program import OneOp, ProgramBuilder, View
 from llmopt.sizes import Size
 from torch._dynamo.source import ConstantSource
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv

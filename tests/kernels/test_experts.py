@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llmopt import _C, ops
-from llmopt.native.program import DTYPE_CODES, run_op
+from llmopt.program import DTYPE_CODES, run_op
 
 from tests.kernels.test_linear import pack, randn
 from tests.kernels.test_linear_quantized import pack as pack_codes

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llmopt import _C
-from llmopt.native.program import DTYPE_CODES, run_op
 from llmopt.ops.activation import CODES
+from llmopt.program import DTYPE_CODES, run_op
 
 from tests.kernels.activations import ACTIVATIONS
 from tests.tolerance import assert_close

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llmopt import _C
-from llmopt.native.program import run_op
 from llmopt.ops.linear_quantized import dequantized, quantized_activations
+from llmopt.program import run_op
 
 from tests.kernels.activations import ACTIVATIONS
 from tests.kernels.test_linear import EPS, FLOATS, Case, randn

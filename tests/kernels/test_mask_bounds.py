@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llmopt import _C
-from llmopt.native.program import run_op
+from llmopt.program import run_op
 
 TIERS = _C.tiers()
 DTYPES = (torch.bool, torch.float32, torch.float16, torch.bfloat16)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from llmopt import _C
 from llmopt.native.probe import CHAINS, LANE_OPS, TILE_FLOPS, TILE_OPS, Probe, measure
-from llmopt.native.program import OneOp, run_op
+from llmopt.program import OneOp, run_op
 
 TIERS = _C.tiers()
 BYTE_TIERS = [t for t in TIERS if t != "scalar"]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from llmopt import _C
-from llmopt.native.program import run_op
+from llmopt.program import run_op
 
 
 @pytest.mark.parametrize("tier", _C.tiers())

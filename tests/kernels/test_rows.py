@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llmopt import _C
-from llmopt.native.program import run_op
+from llmopt.program import run_op
 
 from tests.tolerance import assert_close
 

@@ -8,8 +8,8 @@ from functools import cache
 import pytest
 import torch
 from llmopt import _C
-from llmopt.native.program import run_op
 from llmopt.native.vm import VmProgram
+from llmopt.program import run_op
 
 from tests.kernels.activations import EXACT
 

@@ -9,13 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llmopt import _C
-from llmopt.native.program import run_op
 from llmopt.native.vm import (
     REDUCTIONS,
     SUPPORTED_BINARY,
     SUPPORTED_UNARY,
     VmProgram,
 )
+from llmopt.program import run_op
 
 from tests.kernels.activations import EXACT
 from tests.tolerance import assert_close

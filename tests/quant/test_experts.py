@@ -201,7 +201,9 @@ def test_routers_stay_exact() -> None:
     model, inputs = zoo.make("mixtral", **DIVIDES), zoo.inputs("mixtral", 9)
     torch._dynamo.reset()
     known = {id(g) for g in alive()}
-    torch.compile(model, backend="llmopt", options={"precision": "w8a8", "group": "channel"})(**inputs)
+    torch.compile(model, backend="llmopt", options={"precision": "w8a8", "group": "channel"})(
+        **inputs
+    )
     (graph,) = [g for g in alive() if id(g) not in known]
     exact = [r.detail for r in graph.plan.records() if r.op == "linear"]
     assert len(exact) == model.config.num_hidden_layers

@@ -13,9 +13,9 @@ from llmopt.graph import FLOATS, argument, fake
 from llmopt.launch import LARGEST_GPU_HEAD, AttentionProblem, Launch, RowProblem
 from llmopt.native import attention as cpu
 from llmopt.native.operands import NativeKernel, batch_broadcast, broadcast, reject_angles
-from llmopt.native.program import View
 from llmopt.native.segment import KvSpec
 from llmopt.ops.kv_codes import SCALE_BYTES
+from llmopt.program import View
 from llmopt.sizes import Size
 
 

@@ -12,8 +12,8 @@ from llmopt.launch import ChainProblem, Launch
 from llmopt.native import pointwise as cpu
 from llmopt.native import rows as cpu_rows
 from llmopt.native.operands import NativeKernel, broadcast, num_bytes
-from llmopt.native.program import View
 from llmopt.native.segment import StepRecord, describe
+from llmopt.program import View
 from llmopt.registry import choose
 
 

@@ -18,8 +18,8 @@ from llmopt.native.operands import (
     num_bytes,
     rows,
 )
-from llmopt.native.program import View
 from llmopt.native.segment import StepRecord, describe
+from llmopt.program import View
 from llmopt.registry import choose
 from llmopt.sizes import Size
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from llmopt.gpu.weights import Prepared
 from llmopt.graph import fake
 from llmopt.launch import Launch, Problem
-from llmopt.native.program import View
 from llmopt.native.segment import PackedSpec, SegmentBuilder, StepRecord
+from llmopt.program import View
 from llmopt.registry import Chooser, by_default
 from llmopt.sizes import ADD, CONST, FLOOR_DIV, MAX, MIN, MOD, MUL, SYMBOL, Size
 from llmopt.types import Target

@@ -18,10 +18,10 @@ from llmopt.native.operands import (
     num_bytes,
     reject_angles,
 )
-from llmopt.native.program import View
 from llmopt.native.segment import KvSpec, MirrorSpec, SegmentBuilder, StepRecord, describe
 from llmopt.ops.kv_codes import SCALE_BYTES
 from llmopt.ops.rope import KINDS as ROPE_KINDS
+from llmopt.program import View
 from llmopt.sizes import Size
 
 LARGEST_HEAD = 512

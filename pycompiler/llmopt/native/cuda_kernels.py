@@ -17,8 +17,8 @@ from torch import Tensor
 from llmopt.counters import MOST_TILES, counters
 from llmopt.launch import AttentionProblem, Launch, LinearProblem, RowTile
 from llmopt.native import cuda
-from llmopt.native.program import DTYPE_CODES
 from llmopt.ops import activation
+from llmopt.program import DTYPE_CODES
 from llmopt.registry import Kernel, register
 from llmopt.types import Target
 

@@ -19,7 +19,6 @@ from llmopt.native.operands import (
     num_bytes,
     reads_as_rows,
 )
-from llmopt.native.program import DTYPE_CODES, View
 from llmopt.native.segment import (
     SHORT_DTYPES,
     PackedSpec,
@@ -30,6 +29,7 @@ from llmopt.native.segment import (
 from llmopt.ops import activation
 from llmopt.ops.grouped_linear import parts
 from llmopt.parameters import weight_name
+from llmopt.program import DTYPE_CODES, View
 from llmopt.quant.schemes import CodeForm, Scheme
 from llmopt.sizes import expression
 from llmopt.types import Choice

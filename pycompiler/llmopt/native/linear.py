@@ -16,11 +16,11 @@ from llmopt.native.operands import (
     reads_as_rows,
     rows,
 )
-from llmopt.native.program import DTYPE_CODES, View
 from llmopt.native.segment import SHORT_DTYPES, SegmentBuilder, StepRecord, describe
 from llmopt.ops import activation
 from llmopt.ops.linear import parts
 from llmopt.ops.norm import KINDS as NORM_KINDS
+from llmopt.program import DTYPE_CODES, View
 from llmopt.sizes import Size, expression, size_hint
 from llmopt.types import Choice, LinearProblem
 

@@ -18,10 +18,10 @@ from llmopt.native.linear import (
     step_record,
 )
 from llmopt.native.operands import FLOATS, NativeKernel, are_static, num_bytes
-from llmopt.native.program import DTYPE_CODES
 from llmopt.native.segment import PackedSpec, SegmentBuilder
 from llmopt.ops.linear_quantized import parts
 from llmopt.parameters import weight_name
+from llmopt.program import DTYPE_CODES
 from llmopt.quant.schemes import CodeForm, Scheme
 
 # Signed bytes an activation is as exact as the sum of: one is 8 bits, three keep 23 bits of the largest in a group, as many as float32 has.

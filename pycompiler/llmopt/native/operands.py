@@ -10,8 +10,8 @@ import torch
 from torch import fx
 
 from llmopt.graph import FLOATS, expression, fake, is_one, numel, same_size
-from llmopt.native.program import MAX_DIMS, View
 from llmopt.native.segment import SegmentBuilder
+from llmopt.program import MAX_DIMS, View
 from llmopt.sizes import Size, same_stride
 
 

@@ -16,7 +16,7 @@ from time import perf_counter
 import torch
 
 from llmopt import _C
-from llmopt.native.program import OneOp
+from llmopt.program import OneOp
 from llmopt.target import target
 
 READ_BYTES = 128 << 20  # four times the L3 of common machines

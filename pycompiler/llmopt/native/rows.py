@@ -33,10 +33,10 @@ from llmopt.native.operands import (
     reads_as_rows,
     reject_angles,
 )
-from llmopt.native.program import DTYPE_CODES, MAX_DIMS, View
 from llmopt.native.segment import SegmentBuilder, StepRecord, describe
 from llmopt.ops.norm import KINDS as NORM_KINDS
 from llmopt.ops.rope import KINDS as ROPE_KINDS
+from llmopt.program import DTYPE_CODES, MAX_DIMS, View
 from llmopt.sizes import Size
 
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, fx
 
 from llmopt.graph import fake, kind, numel, view_base
-from llmopt.native.program import ProgramBuilder, View
 from llmopt.ops.kv_codes import SCALE_BYTES
+from llmopt.program import ProgramBuilder, View
 from llmopt.quant.schemes import CodeForm
 from llmopt.sizes import Size
 from llmopt.types import Choice, LinearProblem

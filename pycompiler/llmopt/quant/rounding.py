@@ -2,7 +2,8 @@
 
 The layout is that of ops.linear_quantized. The range of a group is that of its weights; for 4 bits a few narrower ranges are
 tried too, the one with the least squared error wins, and least squares then fit scale and offset to the codes, as long as that
-makes the error smaller.
+makes the error smaller. Weights on a CPU are rounded by the kernel round_weight; what is here in PyTorch is its reference, and rounds the
+others.
 """
 
 from __future__ import annotations
@@ -12,12 +13,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from llmopt.graph import FLOATS
 from llmopt.ops.linear_quantized import ZERO_POINT_4BIT, dequantized
+from llmopt.program import run_op
 from llmopt.quant.schemes import CodeForm
 
 # For 4 bits: the shares of a group's range that are tried, and the rounds of fitting.
 SHARES = (0.95, 0.9, 0.85, 0.8)
 FITS = 3
+MOST_ROUNDED = 1 << 14  # weights of a group: kMaxRoundedGroup in csrc/runtime/contracts_linear.cpp
 WEIGHTS_AT_ONCE = 2**18  # so that the many passes of the search find them in L2
 
 
@@ -60,8 +64,30 @@ def round_weight(weight: Tensor, form: CodeForm) -> Codes:
     Raises ValueError when a weight is NaN or infinite, or the group does not divide K.
     """
     check(weight, form)
+    weight = weight.detach()
+    on_cpu = weight.device.type == "cpu" and weight.dtype in FLOATS
+    if on_cpu and form.group_of(weight.shape[1]) <= MOST_ROUNDED:
+        return _by_kernel(weight, form)
+    return by_reference(weight, form)
+
+
+def _by_kernel(weight: Tensor, form: CodeForm) -> Codes:
+    if weight.stride(1) != 1:
+        weight = weight.contiguous()
+    n, k = weight.shape
+    group = form.group_of(k)
+    code_type = torch.int8 if form.bits == 8 else torch.uint8
+    codes = torch.empty((n, k * form.bits // 8), dtype=code_type)
+    scales = torch.empty((n, k // group))
+    offsets = None if form.symmetric else torch.empty((n, k // group))
+    run_op("round_weight", [weight, codes, scales, offsets], [form.bits, group])
+    return Codes(codes, scales, offsets)
+
+
+def by_reference(weight: Tensor, form: CodeForm) -> Codes:
+    """The same in PyTorch, for a weight that can have this form."""
     rows = max(1, WEIGHTS_AT_ONCE // max(1, weight.shape[1]))
-    parts = [_round_rows(w.detach().float(), form) for w in weight.split(rows)]
+    parts = [_round_rows(w.float(), form) for w in weight.split(rows)]
     offsets = None if form.symmetric else torch.cat([p.offsets for p in parts])  # type: ignore[misc]
     return Codes(torch.cat([p.codes for p in parts]), torch.cat([p.scales for p in parts]), offsets)
 
@@ -72,7 +98,10 @@ def why_not(weight: Tensor, form: CodeForm) -> str:
         return reason
     if weight.layout is not torch.strided:
         return f"its weight is {str(weight.layout).removeprefix('torch.')}, and only strided ones are rounded"
-    bad = weight.numel() - int(weight.detach().isfinite().sum())
+    weight = weight.detach()
+    if weight.sum(dtype=torch.float32).isfinite():
+        return ""
+    bad = weight.numel() - int(weight.isfinite().sum())
     return f"{bad} of its {weight.numel()} weights are NaN or infinite" if bad else ""
 
 

@@ -15,8 +15,8 @@ import torch
 
 from llmopt import _C
 from llmopt.native.probe import Probe
-from llmopt.native.program import DTYPE_CODES
 from llmopt.native.segment import SHORT_DTYPES
+from llmopt.program import DTYPE_CODES
 from llmopt.types import EVERY_M, Choice, LinearConfig, LinearProblem, Target
 
 COUNT = 12  # likeliest configs that are measured, the default among them

@@ -14,10 +14,10 @@ import torch
 
 from llmopt import _C, packing
 from llmopt.native.probe import READ_BYTES
-from llmopt.native.program import ProgramBuilder, View, view_of
 from llmopt.native.segment import SHORT_DTYPES, CodeForm
 from llmopt.ops import activation
 from llmopt.ops.norm import KINDS as NORM_KINDS
+from llmopt.program import ProgramBuilder, View, view_of
 from llmopt.tune.candidates import Machine, op_ints
 from llmopt.types import Choice, LinearConfig, LinearProblem
 
