@@ -12,13 +12,15 @@ from llmopt.auto import module, timing
 from llmopt.auto.comparison import STATES, WORST, half_squared_error
 from llmopt.auto.plans import DECODE, PREFILL, LayerShape, timed_plans, worth_trying
 from llmopt.compiled import alive
+from llmopt.passes import pipeline
 from llmopt.quant.evaluate import divergence
-from llmopt.quant.module import QuantizedLinear
+from llmopt.quant.module import QuantizedExperts, QuantizedLinear
 from llmopt.quant.schemes import SCHEMES, W4A8, W8A8
 from llmopt.tune.measure import LinearBench
 from llmopt.types import LinearConfig, LinearProblem
 from torch import nn
 
+from tests.e2e import zoo
 from tests.quant.models import bert, llama, mlp, tokens
 
 COST = {"exact": 4.0, "w8a16": 3.0, "w8a8": 2.0, "w4a16": 1.5, "w4a8": 1.0}
@@ -384,3 +386,62 @@ def test_a_module_whose_budget_nothing_meets(made_up_module_times, caplog) -> No
 def test_bad_module_requests(arguments: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         llmopt.quantize(llama(), **{"scheme": "auto", **arguments})
+
+
+DIVIDES = {"hidden_size": 192, "intermediate_size": 128, "vocab_size": 131}
+
+
+@pytest.mark.parametrize("budget", [1e-3, 10.0])
+@torch.no_grad()
+def test_experts_are_layers_and_routers_are_not(budget: float) -> None:
+    model, inputs = zoo.make("mixtral", **DIVIDES), zoo.inputs("mixtral", 24)
+    want = model(**inputs).logits
+    torch._dynamo.reset()
+    got = compiled(model, accuracy_budget=budget)(**inputs, use_cache=False).logits
+    assert divergence(want, got) <= 1.1 * budget
+    decision = alive()[-1].decision
+    projections = [n for n in decision.choice if "experts" in n]
+    assert len(projections) == 2 * model.config.num_hidden_layers
+    assert not any(n.endswith("mlp.gate") for n in decision.choice)
+    names = {r.op for r in alive()[-1].plan.records() if r.op.startswith("grouped_linear")}
+    if budget == 10.0:
+        assert {decision.choice[n] for n in projections} == {"w4a8"}
+        assert names == {"grouped_linear_quantized"}
+
+
+@torch.no_grad()
+def test_a_module_of_experts_is_quantised_as_chosen(made_up_module_times) -> None:
+    model, inputs = zoo.make("mixtral", **DIVIDES), zoo.inputs("mixtral", 24)
+    twin = llmopt.quantize(model, "auto", [inputs], accuracy_budget=10.0)
+    schemes = {m.scheme.name for m in twin.modules() if isinstance(m, QuantizedExperts)}
+    assert schemes == {"w4a8"}
+    assert (twin(**inputs).logits - model(**inputs).logits).abs().max() > 1e-3
+
+
+def test_experts_count_as_often_as_they_run() -> None:
+    """One token reads the weights of those it goes to, a prompt all of them, with its share of rows each."""
+    seen: list[LayerShape] = []
+
+    def seconds(shape: LayerShape, scheme) -> float:
+        seen.append(shape)
+        return fake_seconds(shape, scheme)
+
+    model, inputs = zoo.make("mixtral", **DIVIDES), zoo.inputs("mixtral", 24)
+    decided = []
+
+    def backend(gm, example_inputs):
+        for _, run in pipeline.passes(lambda _: None, ()):
+            run(gm.graph)
+        gm.recompile()
+        problem = auto.problem_of(gm, example_inputs)
+        decided.append(auto.decide_for(problem, 10.0, seconds))
+        return gm
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(model, backend=backend)(**inputs, use_cache=True)
+    config = model.config
+    experts, top = config.num_local_experts, config.num_experts_per_tok
+    of_experts = {(s.m, s.experts) for s in seen if s.n == 2 * config.intermediate_size}
+    assert (1, top) in of_experts
+    assert (-(-PREFILL.m * top // experts), experts) in of_experts

@@ -30,11 +30,11 @@ from llmopt.auto.plans import (
     worth_trying,
 )
 from llmopt.auto.timing import LayerClock
-from llmopt.auto.trial import Layers, Trial
+from llmopt.auto.trial import PARTS, Layers, Trial
 from llmopt.graph import FLOATS, fake, kind, view_base
 from llmopt.ops.attention import APPENDS
-from llmopt.ops.linear import parts
 from llmopt.parameters import is_weight, weight_name
+from llmopt.passes.quantize import chooses
 from llmopt.quant.budget import DEFAULT_BUDGET, Choice, Decision, decide
 from llmopt.quant.rounding import why_not
 from llmopt.quant.schemes import CodeForm, Scheme
@@ -120,14 +120,15 @@ def _known(
 
 
 def _layers(graph: fx.Graph) -> Layers:
-    """The linears whose weights are floats, by their weights' names."""
+    """The linears whose weights are floats, those of experts too, by their weights' names; but for those that choose experts."""
     layers: defaultdict[str, list[fx.Node]] = defaultdict(list)
     for node in graph.nodes:
-        if kind(node) != "llmopt.linear":
+        if kind(node) not in PARTS or chooses(node):
             continue
-        weights = parts(node)["weights"]
+        weights = PARTS[kind(node)](node)["weights"]
         if all(is_weight(w) and fake(w).dtype in FLOATS for w in weights):
-            layers["+".join(weight_name(w).removesuffix(".weight") for w in weights)].append(node)
+            names = dict.fromkeys(weight_name(w).removesuffix(".weight") for w in weights)
+            layers["+".join(names)].append(node)
     return layers
 
 
@@ -140,20 +141,45 @@ def _number(size: Any) -> int:
 
 
 def _rows(node: fx.Node) -> int:
-    return math.prod(_number(s) for s in fake(parts(node)["x"]).shape[:-1])
+    """Of one linear: of those of an expert as many as each has on average."""
+    rows = math.prod(_number(s) for s in fake(PARTS[kind(node)](node)["x"]).shape[:-1])
+    return -(-rows // _active(node, rows)) if _is_of_experts(node) else rows
+
+
+def _is_of_experts(node: fx.Node) -> bool:
+    return kind(node) == "llmopt.grouped_linear"
+
+
+def _active(node: fx.Node, places: int) -> int:
+    """How many experts have rows, when so many places are shared out evenly."""
+    experts = fake(PARTS[kind(node)](node)["weights"][0]).shape[0]
+    return max(1, min(experts, places))
+
+
+def _places_of_a_token(node: fx.Node) -> int:
+    """How many experts each token goes to; 1 where another than ours sorts them."""
+    ends = PARTS[kind(node)](node)["ends"]
+    source = ends.args[0] if kind(ends) == "getitem" else ends
+    readers = (u for part in source.users for u in part.users)
+    return next((u.args[2] for u in readers if kind(u) == "llmopt.gather_tokens"), 1)
 
 
 def _tensors(gm: fx.GraphModule, values: Sequence[Any], node: fx.Node) -> list[Tensor]:
     """The module's own tensors behind a linear's weights."""
     inputs = dict(zip((n for n in gm.graph.nodes if n.op == "placeholder"), values, strict=True))
-    bases = [view_base(w) for w in parts(node)["weights"]]
+    bases = dict.fromkeys(view_base(w) for w in PARTS[kind(node)](node)["weights"])
     return [inputs[b] if b in inputs else getattr(gm, str(b.target)) for b in bases]
 
 
 def _shape(node: fx.Node, m: int) -> LayerShape:
-    p = parts(node)
-    n, k = sum(fake(w).shape[0] for w in p["weights"]), fake(p["weights"][0]).shape[1]
-    return LayerShape(m, n, k, fake(p["x"]).dtype, p["gated"])
+    p = PARTS[kind(node)](node)
+    n, k = sum(fake(w).shape[-2] for w in p["weights"]), fake(p["weights"][0]).shape[-1]
+    experts = 1
+    if _is_of_experts(node):
+        places = m * _places_of_a_token(node)
+        experts = _active(node, places)
+        m = -(-places // experts)
+    return LayerShape(m, n, k, fake(p["x"]).dtype, p["gated"], experts)
 
 
 def _buckets(graph: fx.Graph, layers: Layers) -> list[Bucket]:

@@ -23,6 +23,7 @@ from llmopt.quant import convert
 from llmopt.quant.budget import DEFAULT_BUDGET, Decision, check_budget
 from llmopt.quant.calibration import Sample, call, evaluating
 from llmopt.quant.convert import Recipe
+from llmopt.quant.experts import projections_of
 from llmopt.quant.layers import linears_of, twin_of, uncompiled
 from llmopt.quant.schemes import SCHEMES, Scheme
 
@@ -164,10 +165,12 @@ def _capture(model: nn.Module, sample: Sample, decide: Callable[[GraphProblem], 
 
 
 def _linears_behind(model: nn.Module, problem: GraphProblem) -> dict[str, list[str]]:
-    """The model's linears behind each of the graph's layers."""
+    """The model's linears, or projections of experts, behind each of the graph's layers."""
     by_weight: dict[int, list[str]] = {}
     for name, linear in linears_of(model).items():
         by_weight.setdefault(linear.weight.data_ptr(), []).append(name)  # type: ignore[operator]
+    for name, projection in projections_of(model).items():
+        by_weight.setdefault(projection.parameter.data_ptr(), []).append(name)
     return {
         layer: [name for t in tensors for name in by_weight.get(t.data_ptr(), ())]
         for layer, tensors in problem.weights.items()

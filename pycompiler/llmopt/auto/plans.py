@@ -39,13 +39,14 @@ def bucket_of(m: int) -> Bucket:
 
 @dataclass(frozen=True)
 class LayerShape:
-    """A linear as the clock sees it: x [m, k] times weights [n, k], all of one dtype."""
+    """A linear as the clock sees it: x [m, k] times weights [n, k], all of one dtype; `experts` of them, where it is that of experts."""
 
     m: int
     n: int
     k: int
     dtype: torch.dtype
     gated: bool = False
+    experts: int = 1
 
 
 @dataclass(frozen=True)

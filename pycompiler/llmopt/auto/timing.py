@@ -29,7 +29,7 @@ _known: dict[tuple[LinearProblem, str, int], float] = {}
 
 
 class LayerClock:
-    """Seconds of one linear of a shape under a scheme (None: exact).
+    """Seconds of one linear of a shape under a scheme (None: exact), or of those of several experts, one after the other.
 
     The schemes of a shape are timed in turns and the fastest call of each counts, so that a busy moment of the machine favours none.
     bench_of: makes the function that times a problem; tests give their own, together with what is known already.
@@ -55,7 +55,7 @@ class LayerClock:
             expected = [predict(p, LinearConfig(), machine) for p in missing]
             times = fastest_in_turns([self._bench_of(p) for p in missing], expected)
             self._known.update({(p, *here): t for p, t in zip(missing, times, strict=True)})
-        return self._known[(wanted, *here)]
+        return shape.experts * self._known[(wanted, *here)]
 
     def _linear_bench(self, problem: LinearProblem) -> Bench:
         machine = _machine(target().tier, torch.get_num_threads())

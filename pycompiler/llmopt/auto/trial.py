@@ -19,7 +19,10 @@ from torch import Tensor, fx
 
 from llmopt.auto.comparison import compared_index, compared_result, comparison_of
 from llmopt.auto.plans import FORMS, readings_of
-from llmopt.ops.linear import parts
+from llmopt.graph import kind
+from llmopt.ops.grouped_linear import grouped_linear
+from llmopt.ops.grouped_linear import parts as grouped_parts
+from llmopt.ops.linear import parts as linear_parts
 from llmopt.ops.linear_quantized import linear_quantized
 from llmopt.quant.rounding import Codes, round_weight
 from llmopt.quant.schemes import CodeForm, Scheme
@@ -29,6 +32,9 @@ log = logging.getLogger("llmopt")
 ROWS = 64  # of a linear's inputs
 POSITIONS = 512  # of the result
 
+PARTS = {"llmopt.linear": linear_parts, "llmopt.grouped_linear": grouped_parts}  # what a layer is
+OF_EXPERTS = ("ends", "biases", "act", "gated")  # of ops.grouped_linear, beside weights
+FORM = ("bits", "activations", "group", "symmetric")  # what it calls a scheme
 Layers = Mapping[str, Sequence[fx.Node]]  # by name; several where a linear runs more than once
 
 
@@ -79,7 +85,7 @@ class Trial:
         """A layer's weights as codes."""
         form = CodeForm(form.bits, form.group, form.symmetric)
         if (name, form) not in self.codes:
-            self.codes[name, form] = [round_weight(w, form) for w in weights]
+            self.codes[name, form] = [_rounded(w, form) for w in weights]
         return self.codes[name, form]
 
     def _run(self, schemes: Mapping[str, Scheme | None], watch: bool = False) -> Any:
@@ -115,18 +121,28 @@ class _Run(fx.Interpreter):
         return y
 
     def _quantized(self, node: fx.Node, name: str, scheme: Scheme) -> Tensor:
-        around: Any = dict(self.map_nodes_to_values(parts(node), node))
+        around: Any = dict(self.map_nodes_to_values(PARTS[kind(node)](node), node))
         x, weights = around.pop("x"), around.pop("weights")
         values, scales, offsets = zip(*self.trial.codes_of(name, weights, scheme), strict=True)
+        if kind(node) == "llmopt.grouped_linear":
+            own: dict[str, Any] = {name: around[name] for name in OF_EXPERTS}
+            own |= {"bits": scheme.bits, "activations": scheme.activations, "scales": scales}
+            starts = None if scheme.symmetric else offsets
+            return grouped_linear(x, values, offsets=starts, **own)
         return linear_quantized(
             x, values, scales, offsets, scheme.bits, scheme.activations, **around
         )
 
     def _add_errors(self, node: fx.Node, name: str, y: Tensor) -> None:
-        around: Any = dict(self.map_nodes_to_values(parts(node), node))
+        around: Any = dict(self.map_nodes_to_values(PARTS[kind(node)](node), node))
         some = _spread(y.shape[:-1].numel(), ROWS)
         x, weights = _rows(around.pop("x"))[some], around.pop("weights")
-        if around["residual"] is not None:
+        is_of_experts = kind(node) == "llmopt.grouped_linear"
+        if is_of_experts:
+            around = {name: around[name] for name in OF_EXPERTS}
+            ends = around["ends"].long()
+            around["ends"] = (some < ends[:, None]).sum(1).int()  # rows stay in order
+        elif around["residual"] is not None:
             around["residual"] = _rows(around["residual"])[some]
         want = _rows(y)[some].double()
         none = (None,) * len(weights)
@@ -137,12 +153,23 @@ class _Run(fx.Interpreter):
             rounded = [c.weight(form.bits) for c in self.trial.codes_of(name, weights, form)]
             group = form.group_of(x.shape[-1])
             for s in schemes:
-                got = linear_quantized(
-                    x, rounded, none, none, s.bits, s.activations, group, s.symmetric, **around
-                )
+                read = (s.bits, s.activations, group, s.symmetric)
+                if is_of_experts:
+                    form_of: Any = dict(zip(FORM, read, strict=True))
+                    got = grouped_linear(x, rounded, **around, **form_of)
+                else:
+                    got = linear_quantized(x, rounded, none, none, *read, **around)
                 error = (got.double() - want).square().sum()
                 # Outputs that are all zero stay so under every scheme.
                 self.trial.errors[name, s] += float(error / want.square().sum()) if error else 0.0
+
+
+def _rounded(weight: Tensor, form: CodeForm) -> Codes:
+    """The codes of a weight [N,K], or of those of all experts [E,N,K]."""
+    flat = round_weight(weight.flatten(0, -2), form)
+    offsets = None if flat.offsets is None else flat.offsets.unflatten(0, weight.shape[:-1])
+    codes, scales = (t.unflatten(0, weight.shape[:-1]) for t in (flat.codes, flat.scales))
+    return Codes(codes, scales, offsets)
 
 
 def _rows(t: Tensor) -> Tensor:

@@ -38,7 +38,8 @@ _HEAD_NAME = re.compile(r"(^|\.)(lm_head|wte|[^.]*embed[^.]*)\.weight$")
 def run(
     graph: fx.Graph, scheme: Scheme | None, chosen: Mapping[fx.Node, Scheme] | None = None
 ) -> list[str]:
-    """scheme: for weights that are not quantised yet; None leaves them as they are. chosen: the schemes of single linears.
+    """scheme: for weights that are not quantised yet; None leaves them as they are. chosen: the schemes of single linears, and of
+    linears of experts.
 
     Returns the layers that cannot have it, with the reason: they stay exact.
     """
@@ -47,12 +48,9 @@ def run(
     for node in list(graph.nodes):
         if scheme is not None and kind(node) in ("linear", "addmm"):
             exact += [f"{weight_name(w)}: {_why_plain(w)}" for w in _matrices(node)]
-        if (
-            kind(node) == "llmopt.grouped_linear"
-            and scheme is not None
-            and not node.kwargs.get("bits")
-        ):
-            exact += _experts_with_scheme(graph, mode, node, scheme)
+        if kind(node) == "llmopt.grouped_linear" and not node.kwargs.get("bits"):
+            wanted = scheme if chosen is None else chosen.get(node)
+            exact += [] if wanted is None else _experts_with_scheme(graph, mode, node, wanted)
         if kind(node) != "llmopt.linear":
             continue
         weights = parts(node)["weights"]
@@ -62,7 +60,7 @@ def run(
             _with_scheme(graph, mode, node, chosen[node])
         elif scheme is not None and not any(kind(w) == "llmopt.dequantize" for w in weights):
             is_head = _is_head(graph, node)
-            if not is_head and _chooses(node):
+            if not is_head and chooses(node):
                 node.meta[NOTE] = "exact: its largest results choose experts"
                 continue
             own = of_head(scheme) if is_head else scheme
@@ -164,7 +162,7 @@ def _is_head(graph: fx.Graph, node: fx.Node) -> bool:
 _ON_THE_WAY = frozenset({"llmopt.pointwise", "getitem", "softmax", "masked_fill"})
 
 
-def _chooses(node: fx.Node) -> bool:
+def chooses(node: fx.Node) -> bool:
     """Whether topk is told by a linear's results: rounding could change what it gives altogether."""
     waiting, seen = [node], {node}
     while waiting:
