@@ -43,12 +43,19 @@ def _part_or_none(node: fx.Node, index: int) -> fx.Node | None:
     return next((u for u in node.users if kind(u) == "getitem" and u.args[1] == index), None)
 
 
+def _reject_parts(node: fx.Node) -> str:
+    """A part has one place in memory, that of the node which reads it."""
+    picked = [u.args[1] for u in node.users if kind(u) == "getitem"]
+    return "one of its results is read by several nodes" if len(picked) > len(set(picked)) else ""
+
+
 def _reject_sort(node: fx.Node) -> str:
     ids = fake(node.args[0])
     if ids.dtype not in _INTEGERS or ids.dim() != 1:
         return f"expert ids of {ids.dtype} with {ids.dim()} dimensions: a vector of integers is possible"
-    used = all(_part_or_none(node, i) is not None for i in (0, 1))
-    return "" if used else "the order or where experts end in it is not used"
+    if any(_part_or_none(node, i) is None for i in (0, 1)):
+        return "the order or where experts end in it is not used"
+    return _reject_parts(node)
 
 
 def _lower_sort(s: SegmentBuilder, node: fx.Node) -> None:
@@ -79,7 +86,7 @@ def reject_topk(node: fx.Node) -> str:
         return "asks for the smallest"
     if not isinstance(k, int) or not 1 <= k <= MOST_PLACES:
         return f"k = {k}: 1 to {MOST_PLACES} are possible"
-    return ""
+    return _reject_parts(node)
 
 
 def _lower_topk(s: SegmentBuilder, node: fx.Node) -> None:
