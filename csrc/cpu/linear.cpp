@@ -9,12 +9,11 @@
 //               i: N, K, weight dtype, activation, gated, norm kind (0 none, 1 RMS, 2 layer), tuning (linear/tuning.h).
 //               f: eps, alpha, norm weight offset.
 //               gated: N counts gate and up, Nout = N / 2, y = act(gate) * up + residual. y may be the residual.
-// grouped_linear  one after the other: rows [end of the expert before, own end) of x and y are a linear with the
-// expert's
-//               weight and bias. Rows from the last end on are not written.
-//               t: as of linear, without residual and norm; packed w: E of them one behind the other, bias [E, N] |
-//               none; then ends i32 [E] and a table of the step's own i64 [E + 2, kExpertRowInts]. i, f: as of linear,
-//               without tuning.
+// grouped_linear  rows [end of the expert before, own end) of x and y are a linear with an expert's weight and bias;
+//               those from the last end on are zeros.
+//               t: as of linear, without residual and norm; packed w: E of them one behind the other, bias [E, N] or
+//               none; then ends i32 [E] and a table of the step's own i64 [E + 2, kExpertRowInts].
+//               i, f: as of linear, without tuning.
 #include "cpu/family.h"
 #include "cpu/linear/gemm.h"
 #include "cpu/linear/grouped.h"

@@ -106,6 +106,11 @@ class Writes:
     def __init__(self, graph: fx.Graph) -> None:
         self._writers = [node for node in graph.nodes if is_in_place(node)]
 
+    def into(self, values: Iterable[fx.Node]) -> set[fx.Node]:
+        """Who writes memory of one of the values."""
+        places = {storage(v) for v in values} - {None}
+        return {w for w in self._writers if any(storage(n) in places for n in written_by(w))}
+
     def between(self, values: Iterable[fx.Node], first: fx.Node, last: fx.Node) -> bool:
         """True when memory of one of the values is written after `first` and before `last`."""
         if not self._writers:

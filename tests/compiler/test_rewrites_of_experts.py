@@ -169,7 +169,7 @@ def test_any_number_of_tokens() -> None:
 
 
 def test_places_without_an_expert() -> None:
-    """Rows behind the last end are what nobody reads."""
+    """Rows behind the last end are zeros, as transformers' own operator gives."""
     check(
         Nobody(biased=True).eval(),
         randn(TOKENS, WIDTH),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,11 +12,12 @@ import pytest
 import torch
 from llmopt.compiled import alive
 from llmopt.quant.experts import projections_of
-from llmopt.quant.module import QuantizedExperts
+from llmopt.quant.module import QuantizedExperts, QuantizedLinear
 from llmopt.quant.rounding import round_weight
 from llmopt.quant.schemes import SCHEMES, scheme_of
 from llmopt.quant.storage import StorageError
 from torch import Tensor, nn
+from transformers import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM
 
 from tests.compiler.rewriting import randn
 from tests.compiler.test_rewrites_of_experts import EXPERTS, INNER, TOKENS, WIDTH, Experts
@@ -209,3 +211,69 @@ def test_routers_stay_exact() -> None:
     assert len(exact) == model.config.num_hidden_layers
     assert all("choose experts" in detail for detail in exact)
     assert sum(r.op == "grouped_linear_quantized" for r in graph.plan.records()) == 2 * len(exact)
+
+
+@torch.no_grad()
+def test_pickled_and_assigned() -> None:
+    twin, x = llmopt.quantize(Model().eval(), "w8a16", group="channel"), randn(TOKENS, WIDTH)
+    again = pickle.loads(pickle.dumps(twin))
+    assert torch.equal(again(x), twin(x))
+    assert [type(m) for m in again.modules()] == [type(m) for m in twin.modules()]
+    experts = again.mlp[0]
+    experts.down_proj = nn.Parameter(torch.zeros_like(experts.down_proj))
+    assert list(quantized(again)) == ["mlp.0.gate_up_proj"]
+    assert not torch.equal(again(x), twin(x))
+
+
+def test_what_is_no_weight_of_experts() -> None:
+    class Other(nn.Module):
+        def __init__(self, down: nn.Parameter, transposed: object = False) -> None:
+            super().__init__()
+            self.down_proj, self.is_transposed = down, transposed
+
+    floats = nn.Parameter(torch.randn(2, 4, 4))
+    integers = nn.Parameter(torch.ones(2, 4, 4, dtype=torch.uint8), requires_grad=False)
+    others = (Other(integers), Other(floats, "no"), Other(nn.Parameter(torch.zeros(0, 4, 4))))
+    assert not projections_of(nn.Sequential(*others))
+    assert list(projections_of(nn.Sequential(Other(floats), Other(floats)))) == ["0.down_proj"]
+
+
+def test_linears_that_choose_experts_are_left_unless_named() -> None:
+    class Routed(Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = nn.ModuleDict({"experts": Experts(), "gate": nn.Linear(WIDTH, EXPERTS)})
+
+    names = [
+        n
+        for n, m in llmopt.quantize(Routed(), "w8a16", group="channel").named_modules()
+        if isinstance(m, QuantizedLinear)
+    ]
+    assert names == ["first", "last"]
+    named = llmopt.quantize(
+        Routed(), "w8a16", group="channel", layers={"*gate": scheme_of("w8a16", "channel")}
+    )
+    assert isinstance(named.block["gate"], QuantizedLinear)
+
+
+def test_twice_says_so() -> None:
+    twin = llmopt.quantize(Model(), "w8a16", group="channel")
+    with pytest.raises(ValueError, match="is quantised already"):
+        llmopt.quantize(twin, "w8a16")
+
+
+@torch.no_grad()
+def test_routers_behind_a_correction_stay_exact() -> None:
+    config = Ernie4_5_MoeConfig(
+        vocab_size=131, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+        moe_num_experts=5, moe_k=2, moe_intermediate_size=64, moe_layer_start_index=0,
+    )  # fmt: skip
+    model = Ernie4_5_MoeForCausalLM(config).eval()
+    torch._dynamo.reset()
+    known = {id(g) for g in alive()}
+    torch.compile(model, backend="llmopt", options={"precision": "w8a8"})(
+        torch.randint(0, 131, (1, 7))
+    )
+    (graph,) = [g for g in alive() if id(g) not in known]
+    exact = [r.detail for r in graph.plan.records() if r.op == "linear"]
+    assert [("choose experts" in d) for d in exact] == [True]

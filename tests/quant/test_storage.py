@@ -280,3 +280,18 @@ def test_a_plain_module_needs_its_function(tmp_path: Path) -> None:
     refused(tmp_path, "holds no config: give load_quantized a function")
     with pytest.raises(TypeError, match="returned a int"):
         llmopt.load_quantized(tmp_path, lambda: 3)
+
+
+def test_one_module_under_two_names(tmp_path) -> None:
+    def twins() -> torch.nn.Module:
+        shared, norm = torch.nn.Linear(64, 64), torch.nn.LayerNorm(64)
+        return torch.nn.ModuleDict(
+            {"a": shared, "m": norm, "b": shared, "n": norm, "c": torch.nn.Linear(64, 8)}
+        )
+
+    small = llmopt.quantize(twins(), "w8a16")
+    llmopt.save_quantized(small, tmp_path)
+    loaded = llmopt.load_quantized(tmp_path, twins)
+    x = torch.randn(3, 64)
+    assert loaded["a"] is loaded["b"]
+    assert torch.equal(loaded["b"](loaded["n"](x)), small["b"](small["n"](x)))

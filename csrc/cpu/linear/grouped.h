@@ -120,6 +120,10 @@ struct Grouped {
       next.row0 = end;
     }
     table.entries[table.count()] = next;
+    const Tensor& y = s.t[4];
+    for (int64_t row = next.row0; row < y.size[0]; ++row)
+      __builtin_memset(y.data + row * y.stride[0] * itemsize(y.dtype), 0,
+                       static_cast<size_t>(y.size[1] * itemsize(y.dtype)));
   }
 
   static void run(const Step& s, int phase, int64_t chunk, int threads, const Scratch& scratch) {

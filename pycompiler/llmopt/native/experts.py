@@ -8,7 +8,16 @@ from typing import Any
 import torch
 from torch import fx
 
-from llmopt.graph import argument, fake, is_tensor, kind, numel, same_size
+from llmopt.graph import (
+    argument,
+    fake,
+    is_in_place,
+    is_tensor,
+    kind,
+    numel,
+    readers,
+    same_size,
+)
 from llmopt.native.linear import problem_floats, problem_ints, step_record
 from llmopt.native.linear_quantized import PLANES, reject_form, weight_bytes
 from llmopt.native.operands import (
@@ -116,6 +125,8 @@ def _reject_pick(node: fx.Node) -> str:
     found = index.args[0] if kind(index) == "getitem" and index.args[1] == 1 else None
     if not isinstance(found, fx.Node) or kind(found) != "topk":
         return "its indices are not those of a topk, and would have to be checked"
+    if any(map(is_in_place, readers(index))):
+        return "its indices are written, and would have to be checked"
     same = same_size(fake(found.args[0]).shape[-1], fake(x).shape[1])
     return "" if same and not reject_topk(found) else "its indices are of wider rows"
 

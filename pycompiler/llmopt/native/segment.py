@@ -278,6 +278,7 @@ SHORT_DTYPES = {
     torch.bfloat16: "bf16",
     torch.bool: "b8",
     torch.int64: "i64",
+    torch.int32: "i32",
     torch.int8: "s8",
 }
 

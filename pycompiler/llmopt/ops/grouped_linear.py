@@ -32,7 +32,7 @@ def grouped_linear(
     """x [S,K], weights [E,N_i,K], ends [E] int32, biases [E,N_i] or None → [S,ΣN_i] (gated: [S,N]) in x's dtype.
 
     Rows [ends[e - 1], ends[e]) go through ops.linear with weights, biases, act and gated of expert e; rows from the last end on are
-    undefined. bits 8 or 4: ops.linear_quantized instead, whose codes are weights, with scales and offsets [E,N_i,K/group]; without
+    zeros. bits 8 or 4: ops.linear_quantized instead, whose codes are weights, with scales and offsets [E,N_i,K/group]; without
     scales they are float weights, which a kernel rounds when it packs them and which here stay as they are.
     """
     parts, begin = [], 0

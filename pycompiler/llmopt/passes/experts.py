@@ -43,6 +43,12 @@ from llmopt.writes import Writes
 
 PRODUCTS = ("grouped_mm", "_grouped_mm", "transformers.grouped_mm_fallback")
 _FLATTENED = ("reshape", "view", "flatten", "ravel")
+_COUNTED = (
+    torch.float32,
+    torch.float64,
+    torch.int32,
+    torch.int64,
+)  # in which ids stay what they are
 ORDER, ENDS, SORTED, INVERSE = range(4)  # what ops.sort_by_expert gives
 
 
@@ -126,6 +132,9 @@ def _sort(edit: _Edit, node: fx.Node) -> None:
         return
     ends, experts = found
     counts, inverses = ends.args[0], list(_inverses(order))
+    allowed = {write for _, write in inverses if write is not None}
+    if edit.writes.into((sorted_ids, order, ends, *(n for n, _ in inverses))) - allowed:
+        return
     with edit.graph.inserting_before(node):
         new = edit.emit(ops.sort_by_expert, (ids, experts), node)
         made = [edit.emit(getitem, (new, i), node) for i in range(4)]
@@ -147,7 +156,7 @@ def _sole_part(node: fx.Node, index: int) -> fx.Node | None:
 def _counted(sorted_ids: fx.Node) -> tuple[fx.Node, int] | None:
     """The running sum of how many ids name each expert, and the number of experts."""
     for cast in (sorted_ids, *sorted_ids.users):
-        if cast is not sorted_ids and kind(cast) not in ("to", "float", "int"):
+        if cast is not sorted_ids and fake(cast).dtype not in _COUNTED:
             continue
         for histogram in cast.users:
             if kind(histogram) != "histc" or len(histogram.users) != 1:
@@ -307,7 +316,7 @@ def _gate_times_up(edit: _Edit, node: fx.Node) -> None:
     """act(gate) · up, the halves of one product."""
     pair = binary_operands(node)
     for activated, up in () if pair is None else (pair, pair[::-1]):
-        act = activation_of(activated)
+        act = activation_of(activated) if is_tensor(activated) and is_tensor(up) else None
         if act is None or sole_user(activated) is not node or sole_user(up) is not node:
             continue
         halves = [h for n in (activated.args[0], up) if (h := half_of(n)) is not None]

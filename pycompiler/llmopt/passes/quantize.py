@@ -158,8 +158,23 @@ def _is_head(graph: fx.Graph, node: fx.Node) -> bool:
     return fake(weights[0]).shape[0] in rows
 
 
-# What a router's results go through on their way to topk.
-_ON_THE_WAY = frozenset({"llmopt.pointwise", "getitem", "softmax", "masked_fill"})
+# What a router's results go through on their way to where the largest are chosen.
+_ON_THE_WAY = frozenset(
+    {
+        "llmopt.pointwise",
+        "getitem",
+        "softmax",
+        "masked_fill",
+        "add",
+        "sub",
+        "mul",
+        "div",
+        "sigmoid",
+        "softplus",
+        "sqrt",
+    }
+)
+_CHOOSE = frozenset({"topk", "max", "argmax"})
 
 
 def chooses(node: fx.Node) -> bool:
@@ -167,7 +182,7 @@ def chooses(node: fx.Node) -> bool:
     waiting, seen = [node], {node}
     while waiting:
         for user in waiting.pop().users:
-            if kind(user) == "topk":
+            if kind(user) in _CHOOSE:
                 return True
             if user not in seen and (kind(user) in _ON_THE_WAY or is_view(user)):
                 seen.add(user)

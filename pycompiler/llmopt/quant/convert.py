@@ -12,7 +12,7 @@ from torch import nn
 
 from llmopt.quant import flow, scaling
 from llmopt.quant.calibration import Inputs, Sample, observe, random_tokens, samples_of
-from llmopt.quant.experts import Projection, projections_of, put, rounded
+from llmopt.quant.experts import Projection, projections_of, put, rounded, routers_of
 from llmopt.quant.gptq import gptq
 from llmopt.quant.layers import (
     bias_of,
@@ -24,7 +24,7 @@ from llmopt.quant.layers import (
     untie,
     weight_of,
 )
-from llmopt.quant.module import QuantizedLinear
+from llmopt.quant.module import Quantized, QuantizedLinear
 from llmopt.quant.rounding import Codes, round_weight, why_not
 from llmopt.quant.schemes import Scheme, of_head, scheme_of
 
@@ -136,9 +136,12 @@ def _schemes(
     head_scheme: Scheme,
     layers: Mapping[str, str | Scheme | None],
 ) -> dict[str, Scheme]:
-    """The scheme of each linear, or projection of experts, that is to be quantised; `head_scheme` is that of the output head."""
+    """The scheme of each linear, or projection of experts, that is to be quantised; of routers only where `layers` names them.
+
+    head_scheme: that of the output head.
+    """
     unused = set(layers)
-    heads = output_heads(model)
+    heads, routers = output_heads(model), routers_of(linears)
     schemes = {}
     for name, linear in linears.items():
         patterns = [p for p in layers if fnmatch.fnmatchcase(name, p)]
@@ -147,6 +150,8 @@ def _schemes(
             own = layers[patterns[0]]
             if own is not None:
                 schemes[name] = scheme_of(own)
+        elif name in routers:
+            continue
         elif linear in heads:
             schemes[name] = head_scheme
         else:
@@ -165,7 +170,9 @@ def _schemes(
 
 def _no_linear(model: nn.Module) -> str:
     name = type(model).__name__
-    if is_linear(model) or isinstance(model, QuantizedLinear):
+    if any(isinstance(m, Quantized) for m in model.modules()) and not isinstance(model, Quantized):
+        return f"llmopt: all that could be quantised in {name} is quantised already"
+    if is_linear(model) or isinstance(model, Quantized):
         return (
             f"llmopt: {name} is the model itself, and quantize replaces layers inside a model: "
             "give it torch.nn.Sequential(linear)"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,14 +44,36 @@ def projections_of(model: nn.Module) -> dict[str, Projection]:
     Only of modules that say how they lie, as transformers' do (`is_transposed`), and whose forward reads them as attributes.
     """
     found = {}
+    seen: set[nn.Parameter] = set()
     for prefix, module in model.named_modules():
         if not isinstance(getattr(module, "is_transposed", None), bool) or not prefix:
             continue
         for name in _PROJECTIONS:
             parameter = module._parameters.get(name)
-            if parameter is not None and parameter.dim() == 3:
+            if parameter is None or parameter.dim() != 3 or not parameter.is_floating_point():
+                continue
+            if parameter.numel() and parameter not in seen:
                 found[f"{prefix}.{name}"] = Projection(module, name)
+                seen.add(parameter)
     return found
+
+
+def routers_of(layers: Mapping[str, nn.Module | Projection]) -> set[str]:
+    """The linears that choose experts: beside their module, with an output for each of them."""
+    outputs = {
+        name.rpartition(".")[0].rpartition(".")[0]: p.parameter.shape[0]
+        for name, p in layers.items()
+        if isinstance(p, Projection)
+    }
+    return {
+        name
+        for name, linear in layers.items()
+        if isinstance(linear, nn.Linear)
+        and any(
+            name.startswith(f"{prefix}.") and linear.out_features == n
+            for prefix, n in outputs.items()
+        )
+    }
 
 
 def rounded(projection: Projection, scheme: Scheme) -> QuantizedExperts:
@@ -69,15 +92,33 @@ def put(module: nn.Module, name: str, weights: QuantizedExperts) -> None:
     del module._parameters[name]
     module._modules[name] = weights
     cls: Any = type(module)
-    module.__class__ = _reading_codes(cls, name)
+    plain = getattr(cls, "_without_codes", cls)
+    module.__class__ = _reading_codes(plain, (*getattr(cls, "_read_as_codes", ()), name))
 
 
 @functools.cache
-def _reading_codes(cls: Any, name: str) -> type[nn.Module]:
-    """The class with an attribute that is computed from the codes in its place."""
+def _reading_codes(cls: Any, names: tuple[str, ...]) -> type[nn.Module]:
+    """The class with attributes that are computed from the codes in their places."""
 
-    def weights(self: Any) -> Tensor:
-        return self._modules[name]()
+    def rebuilt(self: nn.Module, protocol: Any) -> Any:
+        return _empty, (cls, names), self.__getstate__()
 
-    namespace = {name: property(weights), "__module__": cls.__module__, "__doc__": cls.__doc__}
+    namespace: dict[str, Any] = {
+        name: property(functools.partial(_weights, name=name)) for name in names
+    }
+    namespace |= {"_without_codes": cls, "_read_as_codes": names, "__reduce_ex__": rebuilt}
+    namespace |= {"__module__": cls.__module__, "__doc__": cls.__doc__}
     return type(cls.__name__, (cls,), namespace)
+
+
+def _weights(module: nn.Module, name: str) -> Tensor:
+    codes = module._modules.get(name)
+    if codes is None:
+        raise AttributeError(f"{type(module).__name__} has no codes for {name} any more")
+    return codes()
+
+
+def _empty(cls: Any, names: tuple[str, ...]) -> nn.Module:
+    """A module without anything in it, for pickle and copy to fill."""
+    own = _reading_codes(cls, names)
+    return own.__new__(own)

@@ -352,7 +352,8 @@ def _assign(path: Path, model: nn.Module, tensors: dict[str, Tensor]) -> None:
             f"{path} is of another model: {name} is {tuple(tensors[name].shape)} there and "
             f"{tuple(expected[name].shape)} here"
         )
-    modules = dict(model.named_modules())  # get_submodule would ask experts for their weights
+    # get_submodule would ask experts for their weights
+    modules = dict(model.named_modules(remove_duplicate=False))
     shared: dict[int, nn.Parameter] = {}
     for name, tensor in tensors.items():
         parent, _, leaf = name.rpartition(".")
