@@ -73,6 +73,16 @@ def ends_of_halves(self, in_order):
     return torch.cumsum(counts, dim=0, dtype=torch.int32)
 
 
+def ends_of_halved_ids(self, in_order):
+    counts = torch.histc(in_order * 0.5, bins=self.experts, min=0, max=self.experts - 1)
+    return torch.cumsum(counts, dim=0, dtype=torch.int32)
+
+
+def ends_beside_a_size(self, in_order):
+    ends = Mixture.ends(self, in_order)
+    return ends.clamp(max=in_order.size(0)) if in_order.shape[0] > 3 else ends
+
+
 def ends_written(self, in_order):
     ends = Mixture.ends(self, in_order)
     ends.copy_(torch.arange(2, self.experts + 2).clamp(max=PLACES))
@@ -166,6 +176,8 @@ CASES = {
     "plain": {},
     "descending": {"sort": descending, "ends": ends_of_descending},
     "ends of halves": {"ends": ends_of_halves},
+    "ends of halved ids": {"ends": ends_of_halved_ids},
+    "ends beside a size": {"ends": ends_beside_a_size},
     "ends written": {"ends": ends_written},
     "inverse written twice": {"inverse": inverse_written_twice},
     "inverse rewritten": {"inverse": inverse_rewritten},

@@ -17,6 +17,7 @@ from torch import fx
 
 from llmopt import ops
 from llmopt.graph import (
+    CASTS,
     FLOAT_CASTS,
     FLOATS,
     argument,
@@ -155,8 +156,9 @@ def _sole_part(node: fx.Node, index: int) -> fx.Node | None:
 
 def _counted(sorted_ids: fx.Node) -> tuple[fx.Node, int] | None:
     """The running sum of how many ids name each expert, and the number of experts."""
-    for cast in (sorted_ids, *sorted_ids.users):
-        if cast is not sorted_ids and fake(cast).dtype not in _COUNTED:
+    casts = [u for u in sorted_ids.users if is_tensor(u) and kind(u) in (*CASTS, "to")]
+    for cast in (sorted_ids, *casts):
+        if fake(cast).dtype not in _COUNTED:
             continue
         for histogram in cast.users:
             if kind(histogram) != "histc" or len(histogram.users) != 1:
