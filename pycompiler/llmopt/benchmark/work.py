@@ -88,6 +88,9 @@ class Work:
 def work_of(loaded: LoadedModel, phase: Phase) -> Work | None:
     """Counts on one eager call of the phase; None where it would be wrong: part of the weights stays unread (MoE), a model
     that is quantised already, a dtype that no probe multiplies."""
+    config = getattr(loaded.model, "config", None)
+    if any(getattr(config, name, None) for name in ("num_experts", "num_local_experts")):
+        return None
     if projections_of(loaded.model):
         return None
     dtype = DTYPE_NAMES.get(next((p.dtype for p in loaded.model.parameters()), torch.float64))

@@ -65,10 +65,17 @@ def round_weight(weight: Tensor, form: CodeForm) -> Codes:
     """
     check(weight, form)
     weight = weight.detach()
-    on_cpu = weight.device.type == "cpu" and weight.dtype in FLOATS
-    if on_cpu and form.group_of(weight.shape[1]) <= MOST_ROUNDED:
+    if _can_be_read(weight) and form.group_of(weight.shape[1]) <= MOST_ROUNDED:
         return _by_kernel(weight, form)
     return by_reference(weight, form)
+
+
+def _can_be_read(weight: Tensor) -> bool:
+    """Whether its elements are floats that lie in memory as they are."""
+    if type(weight) not in (Tensor, torch.nn.Parameter) or weight.device.type != "cpu":
+        return False
+    has_memory = weight.data_ptr() != 0 or weight.numel() == 0
+    return has_memory and weight.dtype in FLOATS and not weight.is_neg()
 
 
 def _by_kernel(weight: Tensor, form: CodeForm) -> Codes:
