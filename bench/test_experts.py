@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from llmopt import _C, ops, packing
+from llmopt.native.experts import TABLE_INTS
 from llmopt.native.linear_quantized import PLANES
 from llmopt.program import DTYPE_CODES, OneOp
 from llmopt.quant.rounding import round_weight
@@ -15,8 +16,6 @@ from llmopt.target import target
 from bench.conftest import copies_beyond_cache
 from bench.shapes import EXPERTS, Experts
 from bench.test_linear import SILU, tensor_over
-
-TABLE_INTS = 6
 
 
 def routed(shape: Experts) -> torch.Tensor:

@@ -101,6 +101,13 @@ def inverse_rewritten(self, order):
     return back
 
 
+def inverse_counted_anew(self, order):
+    back, counted = torch.empty_like(order), torch.arange(PLACES)
+    counted.copy_(counted.flip(0))
+    back[order] = counted
+    return back
+
+
 def inverse_of_another_order(self, order):
     return Mixture.inverse(self, order.flip(0))
 
@@ -181,6 +188,7 @@ CASES = {
     "ends written": {"ends": ends_written},
     "inverse written twice": {"inverse": inverse_written_twice},
     "inverse rewritten": {"inverse": inverse_rewritten},
+    "inverse counted anew": {"inverse": inverse_counted_anew},
     "inverse of another order": {"inverse": inverse_of_another_order},
     "order rewritten": {"product": order_rewritten},
     "written before its activation": {"product": written_before_its_activation},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import product
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llmopt import _C, ops
+from llmopt.native.experts import TABLE_INTS
+from llmopt.packing import float_bytes
 from llmopt.program import DTYPE_CODES, run_op
 
 from tests.kernels.test_linear import pack, randn
@@ -19,7 +22,7 @@ from tests.tolerance import assert_close
 TIERS = _C.tiers()
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 SILU = 2
-TABLE_INTS = 6
+FACTORS = [0.0, 1.0, 0.0]  # eps, alpha, norm offset
 
 # How many rows each expert has. Many are enough for every kernel there is: one row, few, whole tiles and more.
 ROWS = [
@@ -37,59 +40,51 @@ def ends_of(rows: tuple[int, ...]) -> torch.Tensor:
     return torch.tensor(rows).cumsum(0).to(torch.int32)
 
 
-def table(experts: int) -> torch.Tensor:
-    return torch.full((experts + 2, TABLE_INTS), -1, dtype=torch.int64)
+@dataclass
+class Grouped:
+    """A grouped op on the packed weights of all experts, and the same by the linear of each alone."""
+
+    op: str  # of one expert
+    x: torch.Tensor
+    packed: list[torch.Tensor]
+    ends: torch.Tensor
+    ints: list[int]
+    outputs: int
+    bias: torch.Tensor | None = None
+
+    def together(self, tier: str, threads: int = 2) -> torch.Tensor:
+        y, weights = self.result(), beyond(self.packed)
+        table = torch.full((len(self.packed) + 2, TABLE_INTS), -1, dtype=torch.int64)
+        operands = [self.x, weights, self.bias, None, y, None, None, self.ends, table]
+        run_op(f"grouped_{self.op}", operands, self.ints, FACTORS, tier, threads)
+        return y
+
+    def one_by_one(self, tier: str) -> torch.Tensor:
+        y, begin, ends = self.result(), 0, self.ends.cummax(0).values.clamp(0, len(self.x))
+        for expert, end in enumerate(ends.tolist()):
+            own = None if self.bias is None else self.bias[expert]
+            if end > begin:
+                rows, weights = slice(begin, end), beyond(self.packed[expert : expert + 1])
+                operands = [self.x[rows], weights, own, None, y[rows], None, None]
+                run_op(self.op, operands, self.ints, FACTORS, tier, 2)
+            begin = end
+        y[begin:] = 0.0
+        return y
+
+    def result(self) -> torch.Tensor:
+        """Memory that shows what nobody wrote."""
+        return torch.full((self.x.shape[0], self.outputs), 7.0, dtype=self.x.dtype)
 
 
-def run_grouped(
-    op: str,
-    x: torch.Tensor,
-    packed: list[torch.Tensor],
-    bias: torch.Tensor | None,
-    ends: torch.Tensor,
-    ints: list[int],
-    tier: str,
-    threads: int,
-    n: int,
-) -> torch.Tensor:
-    """The grouped op over the packed weights of all experts, in memory that shows what it did not write."""
-    y = torch.full((x.shape[0], n), 7.0, dtype=x.dtype)
-    weights = torch.cat([*packed, torch.zeros(8192, dtype=torch.uint8)])
-    operands = [x, weights, bias, None, y, None, None, ends, table(ends.shape[0])]
-    run_op(op, operands, ints, [0.0, 1.0, 0.0], tier, threads)
-    return y
-
-
-def one_by_one(
-    op: str,
-    x: torch.Tensor,
-    packed: list[torch.Tensor],
-    bias: torch.Tensor | None,
-    ends: torch.Tensor,
-    ints: list[int],
-    tier: str,
-    n: int,
-) -> torch.Tensor:
-    """The same by the linear of each expert alone."""
-    y = torch.full((x.shape[0], n), 7.0, dtype=x.dtype)
-    begin = 0
-    for expert, end in enumerate(ends.tolist()):
-        own = None if bias is None else bias[expert]
-        weights = torch.cat([packed[expert], torch.zeros(8192, dtype=torch.uint8)])
-        if end > begin:
-            operands = [x[begin:end], weights, own, None, y[begin:end], None, None]
-            run_op(op, operands, ints, [0.0, 1.0, 0.0], tier, 2)
-        begin = end
-    y[max(0, *ends.tolist()) :] = 0.0
-    return y
+def beyond(packed: list[torch.Tensor]) -> torch.Tensor:
+    """Packed weights one behind the other, and what a prefetch may touch behind them."""
+    return torch.cat([*packed, torch.zeros(8192, dtype=torch.uint8)])
 
 
 def float_experts(experts: int, n: int, k: int, dtype: torch.dtype, gated: bool, tier: str):
     """Weights [E,N,K], and each packed, exactly as long as it is."""
     w = (randn(experts, n, k, seed=3) / k**0.5).to(dtype)
-    width = _C.panel_width(tier)
-    padded = k + k % 2 if dtype == torch.bfloat16 else k
-    size = -(-n // width) * width * padded * dtype.itemsize
+    size = float_bytes(n, k, dtype, _C.panel_width(tier))
     halves = [own.chunk(2) if gated else [own] for own in w]
     return w, [pack(list(h), tier, interleave=gated)[:size] for h in halves]
 
@@ -103,9 +98,9 @@ def test_grouped_linear_is_the_linear_of_each_expert(tier, rows, dtype):
         w, packed = float_experts(len(rows), n, k, dtype, gated, tier)
         bias = randn(len(rows), n, dtype=dtype, seed=6) if threads == 2 else None
         ints = [n, k, DTYPE_CODES[dtype], SILU if gated else 0, int(gated), 0]
-        outputs = n // 2 if gated else n
-        y = run_grouped("grouped_linear", x, packed, bias, ends, ints, tier, threads, outputs)
-        assert torch.equal(y, one_by_one("linear", x, packed, bias, ends, ints, tier, outputs))
+        case = Grouped("linear", x, packed, ends, ints, n // 2 if gated else n, bias)
+        y = case.together(tier, threads)
+        assert torch.equal(y, case.one_by_one(tier))
         halves = list(w.double().chunk(2, 1)) if gated else [w.double()]
         biases = None if bias is None else list(bias.double().chunk(len(halves), 1))
         act = "silu" if gated else "none"
@@ -126,9 +121,9 @@ def test_grouped_linear_quantized_is_the_linear_of_each_expert(tier, rows, bits,
         x = randn(sum(rows), k, dtype=dtype, seed=5)
         packed = [pack_codes([w], tier)[:-4096] for w in parts]
         ints = [n, k, DTYPE_CODES[torch.uint8], 0, 0, 0, bits, group, int(offsets), planes]
-        y = run_grouped("grouped_linear_quantized", x, packed, None, ends, ints, tier, threads, n)
-        alone = one_by_one("linear_quantized", x, packed, None, ends, ints, tier, n)
-        assert torch.equal(y, alone)
+        case = Grouped("linear_quantized", x, packed, ends, ints, n)
+        y = case.together(tier, threads)
+        assert torch.equal(y, case.one_by_one(tier))
         assert sum(rows) == 0 or not (y == 7.0).all(1).any()
 
 
@@ -147,8 +142,9 @@ def test_any_shares_of_rows(rows, dtype, n, k, unrouted):
         x = randn(sum(rows) + unrouted, k, dtype=dtype, seed=7)
         _, packed = float_experts(len(rows), n, k, dtype, False, tier)
         ints = [n, k, DTYPE_CODES[dtype], 0, 0, 0]
-        y = run_grouped("grouped_linear", x, packed, None, ends, ints, tier, 2, n)
-        assert torch.equal(y, one_by_one("linear", x, packed, None, ends, ints, tier, n))
+        case = Grouped("linear", x, packed, ends, ints, n)
+        y = case.together(tier)
+        assert torch.equal(y, case.one_by_one(tier))
         assert (y[sum(rows) :] == 0.0).all()
 
 
@@ -160,9 +156,8 @@ def test_ends_that_make_no_sense_touch_nothing_outside(tier):
     ints = [n, k, DTYPE_CODES[torch.float32], 0, 0, 0]
     for ends in ([-3, 2, 1, 90], [9, 1, 1, 6], [0, 0, 0, -1]):
         wrong = torch.tensor(ends, dtype=torch.int32)
-        sane = wrong.cummax(0).values.clamp(0, 6).to(torch.int32)
-        y = run_grouped("grouped_linear", x, packed, None, wrong, ints, tier, 2, n)
-        assert torch.equal(y, one_by_one("linear", x, packed, None, sane, ints, tier, n))
+        case = Grouped("linear", x, packed, wrong, ints, n)
+        assert torch.equal(case.together(tier), case.one_by_one(tier))
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=str)

@@ -209,7 +209,7 @@ def test_routers_stay_exact() -> None:
     (graph,) = [g for g in alive() if id(g) not in known]
     exact = [r.detail for r in graph.plan.records() if r.op == "linear"]
     assert len(exact) == model.config.num_hidden_layers
-    assert all("choose experts" in detail for detail in exact)
+    assert all("are picked" in detail for detail in exact)
     assert sum(r.op == "grouped_linear_quantized" for r in graph.plan.records()) == 2 * len(exact)
 
 
@@ -276,4 +276,16 @@ def test_routers_behind_a_correction_stay_exact() -> None:
     )
     (graph,) = [g for g in alive() if id(g) not in known]
     exact = [r.detail for r in graph.plan.records() if r.op == "linear"]
-    assert [("choose experts" in d) for d in exact] == [True]
+    assert [("are picked" in d) for d in exact] == [True]
+
+
+@torch.no_grad()
+def test_pooling_by_the_largest_is_no_choice() -> None:
+    """Over positions, not over outputs."""
+    linear = nn.Linear(64, 64)
+    known = {id(g) for g in alive()}
+    torch._dynamo.reset()
+    options = {"precision": "w8a8"}
+    torch.compile(lambda x: linear(x).max(1)[0], backend="llmopt", options=options)(randn(2, 5, 64))
+    (graph,) = [g for g in alive() if id(g) not in known]
+    assert [r.op for r in graph.plan.records() if "linear" in r.op] == ["linear_quantized"]

@@ -34,7 +34,6 @@ POSITIONS = 512  # of the result
 
 PARTS = {"llmopt.linear": linear_parts, "llmopt.grouped_linear": grouped_parts}  # what a layer is
 OF_EXPERTS = ("ends", "biases", "act", "gated")  # of ops.grouped_linear, beside weights
-FORM = ("bits", "activations", "group", "symmetric")  # what it calls a scheme
 Layers = Mapping[str, Sequence[fx.Node]]  # by name; several where a linear runs more than once
 
 
@@ -85,7 +84,7 @@ class Trial:
         """A layer's weights as codes."""
         form = CodeForm(form.bits, form.group, form.symmetric)
         if (name, form) not in self.codes:
-            self.codes[name, form] = [_rounded(w, form) for w in weights]
+            self.codes[name, form] = [round_weight(w, form) for w in weights]
         return self.codes[name, form]
 
     def _run(self, schemes: Mapping[str, Scheme | None], watch: bool = False) -> Any:
@@ -153,23 +152,13 @@ class _Run(fx.Interpreter):
             rounded = [c.weight(form.bits) for c in self.trial.codes_of(name, weights, form)]
             group = form.group_of(x.shape[-1])
             for s in schemes:
-                read = (s.bits, s.activations, group, s.symmetric)
-                if is_of_experts:
-                    form_of: Any = dict(zip(FORM, read, strict=True))
-                    got = grouped_linear(x, rounded, **around, **form_of)
-                else:
-                    got = linear_quantized(x, rounded, none, none, *read, **around)
+                around |= {"bits": s.bits, "activations": s.activations}
+                around |= {"group": group, "symmetric": s.symmetric}
+                plain = (x, rounded) if is_of_experts else (x, rounded, none, none)
+                got = (grouped_linear if is_of_experts else linear_quantized)(*plain, **around)
                 error = (got.double() - want).square().sum()
                 # Outputs that are all zero stay so under every scheme.
                 self.trial.errors[name, s] += float(error / want.square().sum()) if error else 0.0
-
-
-def _rounded(weight: Tensor, form: CodeForm) -> Codes:
-    """The codes of a weight [N,K], or of those of all experts [E,N,K]."""
-    flat = round_weight(weight.flatten(0, -2), form)
-    offsets = None if flat.offsets is None else flat.offsets.unflatten(0, weight.shape[:-1])
-    codes, scales = (t.unflatten(0, weight.shape[:-1]) for t in (flat.codes, flat.scales))
-    return Codes(codes, scales, offsets)
 
 
 def _rows(t: Tensor) -> Tensor:

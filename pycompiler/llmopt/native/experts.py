@@ -44,7 +44,7 @@ from llmopt.sizes import expression
 from llmopt.types import Choice
 
 MOST_PLACES = 64  # experts of one token: kMostPlaces in csrc/runtime/tensor.h
-_TABLE_INTS = 6  # kExpertRowInts in csrc/cpu/linear/tuning.h
+TABLE_INTS = 6  # kExpertRowInts in csrc/cpu/linear/tuning.h
 _INTEGERS = (torch.int64, torch.int32)
 
 
@@ -288,8 +288,8 @@ def _spec_of(s: SegmentBuilder, p: dict[str, Any], form: CodeForm | None) -> Pac
 def _table(s: SegmentBuilder, experts: int) -> View:
     """What a step notes down about its experts; the next one may have the memory."""
     rows = experts + 2
-    buffer, _ = s.shared_buffer(("experts", experts), rows * _TABLE_INTS * 8)
-    return View(buffer, torch.int64, (rows, _TABLE_INTS), (_TABLE_INTS, 1))
+    buffer, _ = s.shared_buffer(("experts", experts), rows * TABLE_INTS * 8)
+    return View(buffer, torch.int64, (rows, TABLE_INTS), (TABLE_INTS, 1))
 
 
 KERNELS = {

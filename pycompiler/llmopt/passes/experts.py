@@ -132,7 +132,7 @@ def _sort(edit: _Edit, node: fx.Node) -> None:
     if found is None or edit.writes.moves_reads(found[0], (ids,)):
         return
     ends, experts = found
-    counts, inverses = ends.args[0], list(_inverses(order))
+    counts, inverses = ends.args[0], list(_inverses(edit, order))
     allowed = {write for _, write in inverses if write is not None}
     if edit.writes.into((sorted_ids, order, ends, *(n for n, _ in inverses))) - allowed:
         return
@@ -175,7 +175,7 @@ def _counted(sorted_ids: fx.Node) -> tuple[fx.Node, int] | None:
     return None
 
 
-def _inverses(order: fx.Node) -> Iterator[tuple[fx.Node, fx.Node | None]]:
+def _inverses(edit: _Edit, order: fx.Node) -> Iterator[tuple[fx.Node, fx.Node | None]]:
     """The inverses of a permutation, and what writes each: x = empty_like(order); x[order] = arange(S), or argsort(order)."""
     for user in list(order.users):
         if kind(user) == "argsort" and len(user.args) == 1 and not user.kwargs:
@@ -186,8 +186,10 @@ def _inverses(order: fx.Node) -> Iterator[tuple[fx.Node, fx.Node | None]]:
         if len(writes) != 1 or writes[0].args[:2] != (user, order):
             continue
         counted = writes[0].args[2]
-        counts = is_tensor(counted) and kind(counted) == "arange" and len(counted.args) == 1
-        whole = counts and same_shape(fake(counted).shape, fake(order).shape)
+        if not is_tensor(counted) or kind(counted) != "arange" or len(counted.args) != 1:
+            continue
+        whole = same_shape(fake(counted).shape, fake(order).shape)
+        whole = whole and not edit.writes.into((counted,))
         if whole and fake(counted).dtype == torch.int64 and min(user.users) is writes[0]:
             yield user, writes[0]
 

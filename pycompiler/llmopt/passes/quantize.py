@@ -15,6 +15,7 @@ from llmopt import ops
 from llmopt.graph import (
     FLOATS,
     NOTE,
+    argument,
     emit,
     fake,
     fake_mode_of,
@@ -61,7 +62,7 @@ def run(
         elif scheme is not None and not any(kind(w) == "llmopt.dequantize" for w in weights):
             is_head = _is_head(graph, node)
             if not is_head and chooses(node):
-                node.meta[NOTE] = "exact: its largest results choose experts"
+                node.meta[NOTE] = "exact: the largest of its results are picked"
                 continue
             own = of_head(scheme) if is_head else scheme
             reason = _with_scheme(graph, mode, node, own)
@@ -174,16 +175,22 @@ _ON_THE_WAY = frozenset(
         "sqrt",
     }
 )
-_CHOOSE = frozenset({"topk", "max", "argmax"})
+_CHOOSE = {
+    "topk": (2, -1),
+    "max": (1, None),
+    "argmax": (1, None),
+}  # where their dimension stands, and which it is else
 
 
 def chooses(node: fx.Node) -> bool:
-    """Whether topk is told by a linear's results: rounding could change what it gives altogether."""
+    """Whether the largest of a linear's outputs are picked: rounding could change altogether which those are."""
     waiting, seen = [node], {node}
     while waiting:
         for user in waiting.pop().users:
             if kind(user) in _CHOOSE:
-                return True
+                place, default = _CHOOSE[kind(user)]
+                if argument(user, place, "dim", default) in (-1, fake(node).dim() - 1):
+                    return True
             if user not in seen and (kind(user) in _ON_THE_WAY or is_view(user)):
                 seen.add(user)
                 waiting.append(user)

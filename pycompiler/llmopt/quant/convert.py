@@ -187,7 +187,7 @@ def _check(
 ) -> None:
     """Before minutes of work: every layer can have its scheme."""
     for name in (*linears, *experts):
-        weight = weight_of(linears[name]) if name in linears else experts[name].rows
+        weight = weight_of(linears[name]) if name in linears else experts[name].weight
         if reason := why_not(weight, schemes[name]):
             raise ValueError(f"llmopt: {name} cannot be quantised to {schemes[name]}: {reason}")
 

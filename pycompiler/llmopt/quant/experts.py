@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from llmopt.quant.module import QuantizedExperts
-from llmopt.quant.rounding import Codes, round_weight
+from llmopt.quant.rounding import round_weight
 from llmopt.quant.schemes import Scheme
 
 _PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
@@ -32,10 +32,10 @@ class Projection:
         return self.module._parameters[self.name]  # type: ignore[return-value]
 
     @property
-    def rows(self) -> Tensor:
-        """All of it as one matrix [E · N, K]: what is rounded row by row needs not know of experts."""
+    def weight(self) -> Tensor:
+        """[E, N, K]; a view, detached."""
         weight = self.parameter.detach()
-        return (weight.transpose(1, 2) if self.transposed else weight).flatten(0, 1)
+        return weight.transpose(1, 2) if self.transposed else weight
 
 
 def projections_of(model: nn.Module) -> dict[str, Projection]:
@@ -78,13 +78,8 @@ def routers_of(layers: Mapping[str, nn.Module | Projection]) -> set[str]:
 
 def rounded(projection: Projection, scheme: Scheme) -> QuantizedExperts:
     """The weights as codes. Raises ValueError when one is NaN or infinite, or the group does not divide K."""
-    experts = projection.parameter.shape[0]
-    flat = round_weight(projection.rows, scheme)
-    codes, scales = (t.unflatten(0, (experts, -1)) for t in (flat.codes, flat.scales))
-    offsets = None if flat.offsets is None else flat.offsets.unflatten(0, (experts, -1))
-    return QuantizedExperts(
-        Codes(codes, scales, offsets), projection.transposed, scheme, projection.parameter.dtype
-    )
+    codes = round_weight(projection.weight, scheme)
+    return QuantizedExperts(codes, projection.transposed, scheme, projection.parameter.dtype)
 
 
 def put(module: nn.Module, name: str, weights: QuantizedExperts) -> None:

@@ -59,10 +59,15 @@ class Grid(NamedTuple):
 
 
 def round_weight(weight: Tensor, form: CodeForm) -> Codes:
-    """weight [N, K], any float dtype, K a multiple of the form's group → its codes.
+    """weight [..., N, K], any float dtype, K a multiple of the form's group → its codes, with the same dimensions in front.
 
     Raises ValueError when a weight is NaN or infinite, or the group does not divide K.
     """
+    if weight.dim() > 2:
+        parts = round_weight(weight.flatten(0, -2), form)
+        front = weight.shape[:-1]
+        offsets = None if parts.offsets is None else parts.offsets.unflatten(0, front)
+        return Codes(parts.codes.unflatten(0, front), parts.scales.unflatten(0, front), offsets)
     check(weight, form)
     weight = weight.detach()
     if _can_be_read(weight) and form.group_of(weight.shape[1]) <= MOST_ROUNDED:
@@ -100,8 +105,8 @@ def by_reference(weight: Tensor, form: CodeForm) -> Codes:
 
 
 def why_not(weight: Tensor, form: CodeForm) -> str:
-    """Why this weight [N, K] cannot have this form; "" when it can."""
-    if reason := form.reject(weight.shape[1]):
+    """Why this weight [..., N, K] cannot have this form; "" when it can."""
+    if reason := form.reject(weight.shape[-1]):
         return reason
     if weight.layout is not torch.strided:
         return f"its weight is {str(weight.layout).removeprefix('torch.')}, and only strided ones are rounded"
