@@ -80,24 +80,33 @@ def _is_computed(node: fx.Node) -> bool:
 
 
 def separate_windows(graph: fx.Graph) -> None:
-    """Copies what an operation made, where the graph writes into it and sees it through a window that needs its layout.
+    """Copies what an operation made, where it matters whether a window on it and a copy of it are memory of their own.
 
-    Passes may lay out the operation's result in another way, and then the window would become a copy that the write does not reach; the
-    copy made here has memory of its own, whatever becomes of its source.
+    Passes may lay out the operation's result in another way. A window that needs its layout would then become a copy, which a write into
+    either does not reach; and a `reshape` that copied would become a window, which it does. The copy made here has memory of its own,
+    whatever becomes of its source.
     """
     written = mutated_storages(graph)
-    if not written:
-        return
-    for node in [n for n in graph.nodes if storage(n) in written and _is_laid_out_anew(n)]:
-        if not any(kind(u) in _WINDOW_OR_COPY and is_view(u) for u in readers(node)):
-            continue
-        dense = torch.contiguous_format if is_dense(fake(node)) else torch.preserve_format
-        layout = {"memory_format": dense}
-        with graph.inserting_after(node):
-            own = emit(graph, fake(node).fake_mode, torch.clone, (node,), layout, node)
-        users = [u for u in node.users if u is not own]
-        node.replace_all_uses_with(own, delete_user_cb=lambda user, own=own: user is not own)
-        refresh(users)
+    returned = {s for n in graph.output_node().all_input_nodes if (s := storage(n)) is not None}
+    for node in list(graph.nodes):
+        if storage(node) in written and _is_laid_out_anew(node):
+            if any(kind(u) in _WINDOW_OR_COPY and is_view(u) for u in readers(node)):
+                _copy(node, node.next, list(node.users))
+        if kind(node) in _WINDOW_OR_COPY and not is_view(node) and is_tensor(node):
+            source = next(filter(is_tensor, node.all_input_nodes))
+            both = {storage(node), storage(source)}
+            if (both & written or both <= returned) and _is_laid_out_anew(view_base(source)):
+                _copy(source, node, [node])
+
+
+def _copy(node: fx.Node, place: fx.Node, users: list[fx.Node]) -> None:
+    """Lets these users read a copy of a node's value, made before `place`."""
+    dense = torch.contiguous_format if is_dense(fake(node)) else torch.preserve_format
+    layout = {"memory_format": dense}
+    with node.graph.inserting_before(place):
+        own = emit(node.graph, fake(node).fake_mode, torch.clone, (node,), layout, node)
+    node.replace_all_uses_with(own, delete_user_cb=lambda user: user in users)
+    refresh(users)
 
 
 class Writes:

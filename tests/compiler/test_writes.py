@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.compiler.rewriting import K, Q, check, randn
+from tests.compiler.rewriting import K, Q, check, check_memory, randn
 
 CACHE, NEW = randn(2, 3, 5, 8), randn(2, 3, 1, 8)
 
@@ -297,6 +297,38 @@ def test_writes_through_windows_of_a_result() -> None:
 
         for function in (projections, written_later, attended):
             check(function, Q)
+
+
+def test_writes_beside_copies_of_a_result() -> None:
+    """A reshape that copied stays a copy when passes lay its source out as the reshape needs it."""
+
+    def the_copy_is_written(x: Tensor) -> Tensor:
+        y = F.scaled_dot_product_attention(x, x, x)
+        rows = y.transpose(1, 2).reshape(2, 5, 24)
+        rows[:, :, 1:5] *= 0.5
+        return y * 1
+
+    def the_source_is_written(x: Tensor) -> Tensor:
+        y = F.scaled_dot_product_attention(x, x, x)
+        rows = y.transpose(1, 2).flatten(2)
+        y.mul_(2)
+        return rows + 1
+
+    def the_source_was_written(x: Tensor) -> Tensor:
+        y = F.scaled_dot_product_attention(x, x, x)
+        other, part = y.to(x.dtype), y.transpose(1, 2)
+        other *= other
+        return part.reshape(2, 5, 24)
+
+    for function in (the_copy_is_written, the_source_is_written, the_source_was_written):
+        for dynamic in (None, True):
+            check(function, Q, dynamic=dynamic)
+
+    def both_returned(x: Tensor) -> tuple[Tensor, Tensor]:
+        y = F.scaled_dot_product_attention(x, x, x).transpose(1, 2)
+        return y.flatten(0), y.unsqueeze(3)
+
+    check_memory(both_returned, Q)
 
 
 def test_pieces_of_a_result_that_is_written() -> None:
