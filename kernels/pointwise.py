@@ -38,6 +38,8 @@ _UNARY = {
     "square": "{0} * {0}",
     "sin": "tl.sin({})",
     "cos": "tl.cos({})",
+    "round_f16": "({}).to(tl.float16).to(tl.float32)",
+    "round_bf16": "({}).to(tl.bfloat16).to(tl.float32)",
 } | {
     name: f'activate({{}}, "{name}")'
     for name in ("sigmoid", "silu", "gelu_erf", "gelu_tanh", "quick_gelu", "relu", "relu2")

@@ -23,7 +23,7 @@ from llmopt.keywords import place_operands
 from llmopt.messages import say, warn_once
 from llmopt.options import Options, check_for_cpu, check_for_gpu, parse_options
 from llmopt.overlaps import Overlaps, overlaps_of
-from llmopt.passes import attention_precision, mirror_caches, narrow, quantize
+from llmopt.passes import attention_precision, mirror_caches, narrow, quantize, results
 from llmopt.passes.pipeline import passes
 from llmopt.passes.verify import check_form, check_values, run_again, run_copy
 from llmopt.plan import make_plan
@@ -176,6 +176,7 @@ def _run_passes(
             mirror_caches.run(graph, machine)
 
     chosen = passes(quantise, settings.disabled_passes())
+    before = results.layouts(gm.graph)
     values = run_copy(gm, example_inputs) if settings.verify_passes() else None
     for name, run in chosen:
         run(gm.graph)
@@ -186,6 +187,7 @@ def _run_passes(
         if values is not None:
             check_values(values, run_again(gm, example_inputs, name), name)
             clock.lap("verify")
+    results.keep(gm.graph, before)
     return decision
 
 

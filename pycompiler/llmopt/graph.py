@@ -7,7 +7,7 @@ example value that carries shape, dtype and strides, `emit` adds a node with its
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from heapq import heappop, heappush
 from typing import Any
@@ -62,8 +62,6 @@ _PYTORCH = ("torch", "_operator", "builtins", "math")
 
 # The dtypes kernels compute on.
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-# Casts that may be one to such a dtype.
-FLOAT_CASTS = frozenset({"to", "float", "half", "bfloat16", "type_as"})
 
 # Methods that only cast: name → dtype.
 CASTS = {
@@ -470,13 +468,6 @@ def schemas(target: Any) -> list[torch.FunctionSchema]:
 def sole_user(node: fx.Node) -> fx.Node | None:
     """The only user of a node, or None when it has none or several."""
     return next(iter(node.users)) if len(node.users) == 1 else None
-
-
-def strip(node: Any, kinds: Collection[str]) -> Any:
-    """Follows first arguments through nodes of the given kinds."""
-    while isinstance(node, fx.Node) and kind(node) in kinds:
-        node = node.args[0]
-    return node
 
 
 def scalar(value: Any) -> float | None:

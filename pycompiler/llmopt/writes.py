@@ -75,6 +75,10 @@ def _is_laid_out_anew(node: fx.Node) -> bool:
     return kind(node) in _LAID_OUT_ANEW or any(map(_is_computed, node.all_input_nodes))
 
 
+def _is_seen_as_laid_out(node: fx.Node) -> bool:
+    return any(kind(u) in _WINDOW_OR_COPY and is_view(u) for u in readers(node))
+
+
 def _is_computed(node: fx.Node) -> bool:
     return is_tensor(node) and node.op in ("call_function", "call_method", "call_module")
 
@@ -89,9 +93,8 @@ def separate_windows(graph: fx.Graph) -> None:
     written = mutated_storages(graph)
     returned = {s for n in graph.output_node().all_input_nodes if (s := storage(n)) is not None}
     for node in list(graph.nodes):
-        if storage(node) in written and _is_laid_out_anew(node):
-            if any(kind(u) in _WINDOW_OR_COPY and is_view(u) for u in readers(node)):
-                _copy(node, node.next, list(node.users))
+        if storage(node) in written and _is_laid_out_anew(node) and _is_seen_as_laid_out(node):
+            _copy(node, node.next, list(node.users))
         if kind(node) in _WINDOW_OR_COPY and not is_view(node) and is_tensor(node):
             source = next(filter(is_tensor, node.all_input_nodes))
             both = {storage(node), storage(source)}

@@ -20,7 +20,7 @@ LAYERS = (
     ("_C", "types", "launch", "settings", "sizes", "files", "source_lines"),
     ("target", "graph", "memory", "exchange", "counters", "registry", "messages", "offload"),
     ("gpus", "parameters", "effects", "program"),
-    ("keywords", "inplace_views"),
+    ("casts", "keywords", "inplace_views"),
     ("ops", "writes"),
     ("mirrors",),
     ("autocast",),

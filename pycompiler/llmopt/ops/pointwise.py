@@ -37,6 +37,8 @@ UNARY: dict[str, Any] = {
     "square": torch.square,
     "sin": torch.sin,
     "cos": torch.cos,
+    "round_f16": lambda x: x.half().float(),
+    "round_bf16": lambda x: x.bfloat16().float(),
 }
 BINARY: dict[str, Any] = {
     "add": torch.add,
@@ -59,7 +61,7 @@ def pointwise(
 ) -> tuple[Tensor, ...]:
     """Runs the chain on inputs that broadcast together; gives the values named in `results`, in `dtypes`.
 
-    Computed in float32; a cast rounds to its dtype only at the end, where a result is stored.
+    Computed in float32 and rounded where a result is stored, or where an instruction says so.
     """
     values: list[Any] = [t.float() for t in inputs]
     for op, *args in program:

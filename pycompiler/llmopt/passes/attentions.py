@@ -11,8 +11,8 @@ import torch
 from torch import fx
 
 from llmopt import ops
+from llmopt.casts import is_float_cast
 from llmopt.graph import (
-    FLOAT_CASTS,
     FLOATS,
     NOTE,
     argument,
@@ -191,7 +191,7 @@ def _without_last(weights: fx.Node) -> fx.Node | None:
 
 def _passes_on(node: fx.Node) -> bool:
     """Casts of the weights, and reshapes of their batch and heads."""
-    return kind(node) in FLOAT_CASTS or (kind(node) in RESHAPES and keeps_last_two(node))
+    return is_float_cast(node) or (kind(node) in RESHAPES and keeps_last_two(node))
 
 
 def _gives(q: fx.Node, v: fx.Node, shape: Any) -> bool:

@@ -16,9 +16,9 @@ import torch
 from torch import fx
 
 from llmopt import ops
+from llmopt.casts import is_float_cast
 from llmopt.graph import (
     CASTS,
-    FLOAT_CASTS,
     FLOATS,
     argument,
     binary_operands,
@@ -101,11 +101,9 @@ def _part(node: Any, of: str, index: int) -> fx.Node | None:
 def _softmax(edit: _Edit, node: fx.Node) -> None:
     """Of numbers that are widened first: it may widen them itself."""
     wide = node.args[0] if len(node.args) in (1, 2) else None
-    if not isinstance(wide, fx.Node) or kind(wide) not in FLOAT_CASTS or sole_user(wide) != node:
+    if not is_float_cast(wide) or sole_user(wide) != node or node.kwargs.get("dtype"):
         return
     x = wide.args[0]
-    if not isinstance(x, fx.Node) or fake(x).dtype not in FLOATS or node.kwargs.get("dtype"):
-        return
     if fake(wide).dtype == torch.float32 and not edit.writes.moves_reads(node, (x,)):
         with edit.graph.inserting_before(node):
             kwargs = {"dim": argument(node, 1, "dim"), "dtype": torch.float32}
@@ -394,8 +392,7 @@ def _chained(*nodes: fx.Node) -> bool:
 
 def _cast_after(node: fx.Node) -> fx.Node:
     user = sole_user(node)
-    casts = user is not None and kind(user) in FLOAT_CASTS and user.args[0] is node
-    return user if user is not None and casts and fake(user).dtype in FLOATS else node
+    return user if user is not None and is_float_cast(user) and user.args[0] is node else node
 
 
 def _weighted(node: Any, source: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:

@@ -13,8 +13,8 @@ import torch
 from torch import fx
 
 from llmopt import ops
+from llmopt.casts import FLOAT_CASTS, is_float_cast, rounds
 from llmopt.graph import (
-    FLOAT_CASTS,
     FLOATS,
     NOTE,
     argument,
@@ -45,6 +45,7 @@ _MAX_INPUTS = 8
 _LIMITS = {"clamp": ("min", "max"), "clip": ("min", "max"), "hardtanh": ("min_val", "max_val")}
 _ONE_LIMIT = {"clamp_min": "min", "clamp_max": "max"}
 _REDUCTIONS = ("mean", "sum")
+_ROUND = {torch.float16: "round_f16", torch.bfloat16: "round_bf16"}
 
 
 def run(graph: fx.Graph) -> None:
@@ -184,7 +185,7 @@ def _worthwhile(members: set[fx.Node]) -> bool:
     """One kernel instead of several passes over memory, or instead of a way out of C++ and back for one operation."""
     inputs = [_uncopied(n) for m in members for n in m.all_input_nodes if is_tensor(n)]
     fed = any(map(_is_ours, inputs))
-    if all(kind(m) in FLOAT_CASTS for m in members):
+    if all(map(is_float_cast, members)):
         readers = [u for m in members for u in m.users if u not in members]
         return fed and all(map(_reaches_ours, readers))
     return fed or len(members) >= 2
@@ -236,7 +237,7 @@ def _rewrite(
     graph: fx.Graph, mode: Any, root: fx.Node, members: set[fx.Node], inputs: list[fx.Node]
 ) -> None:
     order = sorted(members)
-    encoder = _Encoder(inputs)
+    encoder = _Encoder(root, inputs)
     for node in order:
         encoder.add(node)
     with graph.inserting_before(root):
@@ -252,9 +253,10 @@ def _rewrite(
 
 
 class _Encoder:
-    """Numbers values and writes instructions."""
+    """Numbers values and writes the instructions of a chain, whose last node is the root."""
 
-    def __init__(self, inputs: list[fx.Node]) -> None:
+    def __init__(self, root: fx.Node, inputs: list[fx.Node]) -> None:
+        self._root = root
         self.program: list[tuple] = []
         self.number: dict[fx.Node, int] = {n: i for i, n in enumerate(inputs)}
         self._inputs = len(inputs)
@@ -277,8 +279,11 @@ class _Encoder:
         name, act = kind(node), activation_of(node)
         if act is not None:
             self.number[node] = self._append("unary", act, self._value(node.args[0]))
-        elif name in FLOAT_CASTS:
-            self.number[node] = self._value(node.args[0])
+        elif is_float_cast(node):
+            x = self._value(node.args[0])
+            if rounds(node) and node is not self._root:  # storing the root's value rounds it
+                x = self._append("unary", _ROUND[fake(node).dtype], x)
+            self.number[node] = x
         elif name in _REDUCTIONS:
             self.number[node] = self._append("reduce", name, self._value(node.args[0]))
         elif name == "pow":

@@ -11,8 +11,8 @@ import torch
 from torch import fx
 
 from llmopt import ops
+from llmopt.casts import is_float_cast, uncast, unwidened
 from llmopt.graph import (
-    FLOAT_CASTS,
     FLOATS,
     NOTE,
     argument,
@@ -27,7 +27,6 @@ from llmopt.graph import (
     same_size,
     scalar,
     sole_user,
-    strip,
 )
 from llmopt.parameters import is_weight
 from llmopt.writes import Writes
@@ -80,16 +79,11 @@ def _match_rms(graph: fx.Graph, mode: Any, node: fx.Node, writes: Writes) -> Non
     if found is None:
         return
     squared, eps = found
-    x = strip(squared, FLOAT_CASTS)
-    if (
-        strip(other, FLOAT_CASTS) is not x
-        or fake(x).dtype not in FLOATS
-        or fake(squared).dtype != torch.float32
-    ):
-        if fake(x).dtype != torch.float32:
-            return
-        if strip(other, FLOAT_CASTS) is not x:
-            return
+    x = unwidened(squared)
+    if unwidened(other) is not x or fake(x).dtype not in FLOATS:
+        return
+    if fake(squared).dtype != torch.float32:
+        return
     last, weight, offset = _follow_weight(product)
     if fake(last).dtype not in FLOATS or writes.moves_reads(last, (x, weight)):
         return
@@ -104,7 +98,7 @@ def _follow_weight(product: fx.Node) -> tuple[fx.Node, Any, float]:
     """The last node of the norm that starts at x · rsqrt(…), its weight (or None) and the weight's offset."""
     last = product
     while (user := sole_user(last)) is not None:
-        if kind(user) in FLOAT_CASTS and user.args[0] is last:
+        if _ends_in(user, last):
             last = user
             continue
         if kind(user) != "mul" or (pair := binary_operands(user)) is None:
@@ -117,24 +111,26 @@ def _follow_weight(product: fx.Node) -> tuple[fx.Node, Any, float]:
             break
         last = user
         # casts after the weight belong to the norm too
-        while (
-            (cast := sole_user(last)) is not None
-            and kind(cast) in FLOAT_CASTS
-            and cast.args[0] is last
-        ):
+        while (cast := sole_user(last)) is not None and _ends_in(cast, last):
             last = cast
         return last, *found
     return last, None, 0.0
 
 
+def _ends_in(cast: fx.Node, last: fx.Node) -> bool:
+    """Whether a norm may give what this cast of its value gives: nothing in between was rounded otherwise."""
+    is_cast = is_float_cast(cast) and cast.args[0] is last
+    return is_cast and fake(last).dtype in (torch.float32, fake(cast).dtype)
+
+
 def _weight(factor: Any, width: Any) -> tuple[fx.Node, float] | None:
     """(weight, offset) when factor is a [width] parameter or (1 + parameter), casts ignored."""
-    node, offset = strip(factor, FLOAT_CASTS), 0.0
+    node, offset = uncast(factor), 0.0
     if is_tensor(node) and kind(node) == "add" and (pair := binary_operands(node)) is not None:
         value, other = (pair[0], pair[1]) if scalar(pair[0]) is not None else (pair[1], pair[0])
         if scalar(value) is None:
             return None
-        node, offset = strip(other, FLOAT_CASTS), scalar(value) or 0.0
+        node, offset = uncast(other), scalar(value) or 0.0
     if not is_weight(node) or fake(node).dim() != 1 or not same_size(fake(node).shape[0], width):
         return None
     return (node, offset) if fake(node).dtype in FLOATS else None

@@ -8,9 +8,8 @@ import torch
 from torch import fx
 
 from llmopt import ops
+from llmopt.casts import FLOAT_CASTS, is_float_cast
 from llmopt.graph import (
-    FLOAT_CASTS,
-    FLOATS,
     argument,
     binary_operands,
     emit,
@@ -124,6 +123,6 @@ def _finished(table: fx.Node) -> tuple[fx.Node, float, torch.dtype]:
         factor = scalar(user.args[1])
         if factor is not None:
             table, scale, user = user, factor, sole_user(user)
-    if user is not None and kind(user) in FLOAT_CASTS and user.args[0] is table:
-        table = user if fake(user).dtype in FLOATS else table
+    if is_float_cast(user) and user.args[0] is table:
+        table = user
     return table, scale, fake(table).dtype

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from llmopt.casts import is_float_cast
 from llmopt.graph import (
-    FLOAT_CASTS,
     FLOATS,
     argument,
     binary_operands,
@@ -33,6 +33,7 @@ from llmopt.graph import (
 
 RESHAPES = ("view", "reshape", "flatten", "unflatten")
 _PRODUCTS = ("matmul", "bmm", "baddbmm")
+_ON_SCORES = (*RESHAPES, "mul", "div", "add", "tanh", "masked_fill")
 # A filled score that added to any other gives itself, so that a row of nothing but fills stays uniform, as in PyTorch.
 _LEAST = torch.finfo(torch.float32).min
 _ANY_BIAS = -1e30  # fills below it swallow every bias
@@ -110,7 +111,7 @@ def _unshifted(softmax: fx.Node) -> tuple[Any, int]:
 def _without_sinks(node: Any, readers: int) -> tuple[Any, int, fx.Node | None]:
     """The scores in front of a sink appended to each row, how many readers these have, and the sinks."""
     whole = node
-    while kind(whole) in FLOAT_CASTS and len(whole.users) == readers:
+    while is_float_cast(whole) and len(whole.users) == readers:
         whole, readers = whole.args[0], 1
     if not is_tensor(whole) or kind(whole) != "cat" or len(whole.users) != readers:
         return node, readers, None
@@ -184,7 +185,7 @@ def _alone(node: Any, chain: list[fx.Node], readers: int = 1) -> fx.Node | None:
     while is_tensor(node) and len(node.users) == readers:
         chain.append(node)
         readers = 1
-        if kind(node) not in FLOAT_CASTS and not (kind(node) in RESHAPES and keeps_last_two(node)):
+        if not is_float_cast(node) and not (kind(node) in RESHAPES and keeps_last_two(node)):
             return node
         node = node.args[0]
     return None
@@ -272,7 +273,7 @@ def _leads_to_product(node: Any) -> bool:
     while is_tensor(node) and kind(node) not in _PRODUCTS:
         if kind(node) == "where":
             return any(_leads_to_product(branch) for branch in node.args[1:])
-        if kind(node) not in (*FLOAT_CASTS, *RESHAPES, "mul", "div", "add", "tanh", "masked_fill"):
+        if not is_float_cast(node) and kind(node) not in _ON_SCORES:
             return False
         node = node.args[0]
     return is_tensor(node)
@@ -292,9 +293,7 @@ def _unscaled(node: fx.Node) -> tuple[fx.Node, float]:
 
 def widened(node: fx.Node) -> fx.Node:
     """The value under a cast from half precision to float32: attention computes in float32 anyway."""
-    while kind(node) in FLOAT_CASTS and fake(node).dtype == torch.float32:
-        if not is_tensor(node.args[0]) or fake(node.args[0]).dtype not in FLOATS:
-            break
+    while is_float_cast(node) and fake(node).dtype == torch.float32:
         node = node.args[0]
     return node
 

@@ -8,9 +8,9 @@ import operator
 import torch
 from torch import fx
 
+from llmopt.casts import FLOAT_CASTS
 from llmopt.effects import is_idle_dropout
 from llmopt.graph import (
-    FLOAT_CASTS,
     PLAIN_ARANGE,
     argument,
     binary_operands,
