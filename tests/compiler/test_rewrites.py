@@ -377,3 +377,85 @@ def written_afterwards(x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("function", [beside_its_tensor, written_afterwards])
 def test_windows_that_cannot_be_followed_stay_in_pytorch(function: Callable) -> None:
     check(function, randn(6, 12), leaves=["linear"])
+
+
+def repeated(x: torch.Tensor, *view: Any) -> torch.Tensor:
+    return (
+        x[view].expand(-1, *((2, -1) if view[1] is None else (-1, 2)), -1, -1).reshape(2, 4, 5, 8)
+    )
+
+
+@pytest.mark.parametrize(
+    ("view", "is_grouped"),
+    [
+        ((slice(None), slice(None), None), True),
+        ((slice(None), slice(None), None, slice(None), slice(None)), True),
+        ((slice(None), None), False),  # heads 0, 1, 0, 1 instead of 0, 0, 1, 1
+        ((slice(None), [1, 0], None), False),
+        ((slice(None), slice(None), None, [4, 3, 2, 1, 0]), False),
+    ],
+)
+def test_heads_that_are_repeated(view: tuple, is_grouped: bool) -> None:
+    k, v = heads(3, number=2), heads(4, number=2)
+    plans = {"takes": ["attention"]} if is_grouped else {}
+    function = F.scaled_dot_product_attention
+    check(
+        lambda q, k, v: function(q, repeated(k, *view), repeated(v, *view)),
+        heads(number=4),
+        k,
+        v,
+        **plans,
+    )
+
+
+def test_heads_that_are_repeated_as_a_whole() -> None:
+    def function(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        k, v = (x.unsqueeze(1).expand(-1, 2, -1, -1, -1).reshape(2, 4, 5, 8) for x in (k, v))
+        return F.scaled_dot_product_attention(q, k, v)
+
+    check(function, heads(number=4), heads(3, number=2), heads(4, number=2), takes=["attention"])
+
+
+def test_a_cap_that_rounds_is_none() -> None:
+    cap = softmax_attention(lambda s: 5.0 * torch.tanh(torch.div(s, 5.0, rounding_mode="floor")))
+    check(cap, Q, K, V, leaves=["attention"])
+    check(softmax_attention(lambda s: 5.0 * torch.tanh(s / 5.0)), Q, K, V, takes=["attention"])
+
+
+def test_a_bias_of_one_element_is_one_for_all_outputs() -> None:
+    weight = nn.Parameter(randn(64, 64), requires_grad=False)
+    bias = nn.Parameter(randn(1), requires_grad=False)
+    check(lambda x: F.linear(x, weight, bias), randn(3, 64))
+    check(lambda x: torch.addmm(bias, x, weight), randn(3, 64))
+
+
+def test_an_index_out_of_range_is_an_error() -> None:
+    compiled = torch.compile(lambda x: x[:, [70]] * 2, backend="llmopt")
+    with pytest.raises(Exception, match="70"), torch.no_grad():
+        compiled(randn(3, 64))
+
+
+def test_half_of_an_activation_at_infinity() -> None:
+    x = torch.tensor([[-INF, -1.0, 2.0, INF]])
+    for chain in (lambda x: torch.relu(x) * x, lambda x: torch.relu(x).square()):
+        check(chain, x)
+
+
+def grown(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *caches: torch.Tensor) -> Any:
+    keys, values = (torch.cat(pair, 2) for pair in zip(caches, (k, v), strict=True))
+    return F.scaled_dot_product_attention(q, keys, values), keys, values
+
+
+@pytest.mark.parametrize("which", [slice(0, 2), slice(0, 3, 2), slice(0, 3)])
+def test_caches_of_which_one_is_returned(which: slice) -> None:
+    inputs = (heads(n)[:, :, :1] for n in range(3))
+    caches = (heads(5), heads(6))
+    check(lambda *given: grown(*given)[which], *inputs, *caches, takes=["attention"])
+
+
+@pytest.mark.parametrize("cached", [0, 5])
+def test_caches_that_grow_without_a_query_or_a_key(cached: int) -> None:
+    caches = (heads(5)[:, :, :cached], heads(6)[:, :, :cached])
+    none, some = heads(1)[:, :, :0], heads(2)[:, :, :3]
+    check(grown, none, some, some, *caches)
+    check(grown, some, none, none, *(heads(5), heads(6)))

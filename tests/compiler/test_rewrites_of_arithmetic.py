@@ -30,6 +30,19 @@ def test_rotations_with_tables_of_fewer_dimensions_than_heads() -> None:
     )
 
 
+def test_tables_that_x_is_broadcast_to() -> None:
+    """Of more batches, or of more positions than x: the result is larger than x."""
+    one_batch, one_position = heads(batch=1), heads()[:, :, :1]
+    check(rotary, one_batch, randn(2, 1, 5, 8), randn(2, 1, 5, 8, seed=1))
+    check(rotary, one_position, randn(5, 8), randn(5, 8, seed=1))
+
+    def partial(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        turned, rest = rotary(x[..., :4], cos, sin), x[..., 4:]
+        return torch.cat((turned, rest.expand(*turned.shape)), -1)
+
+    check(partial, one_position, randn(5, 4), randn(5, 4, seed=1))
+
+
 def test_a_table_for_each_head_is_no_rotation_by_position() -> None:
     check(rotary, heads(), randn(3, 5, 8), randn(3, 5, 8, seed=1), leaves=["rope"])
     check(rotary, heads(), randn(5, 8), randn(3, 5, 8), leaves=["rope"])

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from llmopt.auto.comparison import Comparison
+from llmopt.auto.comparison import Comparison, why_incomparable
 from llmopt.auto.plans import (
     DECODE,
     FORMS,
@@ -31,11 +31,11 @@ from llmopt.auto.plans import (
 )
 from llmopt.auto.timing import LayerClock
 from llmopt.auto.trial import PARTS, Layers, Trial
-from llmopt.graph import FLOATS, fake, kind, view_base
+from llmopt.graph import FLOATS, fake, kind, map_fakes, view_base
 from llmopt.ops.attention import APPENDS
 from llmopt.parameters import is_weight, weight_name
 from llmopt.passes.quantize import chooses
-from llmopt.quant.budget import DEFAULT_BUDGET, Choice, Decision, decide
+from llmopt.quant.budget import DEFAULT_BUDGET, Choice, Decision, all_exact, decide
 from llmopt.quant.rounding import why_not
 from llmopt.quant.schemes import CodeForm, Scheme
 
@@ -91,6 +91,9 @@ def choose(
         return None
     layers, weights = problem.layers, problem.weights
     known = _known(weights, budget)
+    results = map_fakes(gm.graph.output_node().args[0])
+    if known is None and (reason := why_incomparable(results)):
+        return Chosen(all_exact(layers, budget, f"results cannot be compared: {reason}"), {})
     if known is None:
         decision, plans = decide_for(problem, budget, seconds or LayerClock())
         known = {name: (decision, plan) for name, plan in plans.items()}
@@ -204,12 +207,20 @@ def decide_for(
     buckets = _buckets(problem.gm.graph, problem.layers)
     plans: dict[str, list[TimedPlan]] = {}
     refused: list[tuple[str, str, str]] = []
+    any_form = False
     for name, nodes in problem.layers.items():
         forms, impossible = _forms(problem.weights[name], _shape(nodes[0], 1).k)
+        any_form |= bool(forms)
         shapes = [(bucket, _shape(nodes[0], bucket.m)) for bucket in buckets]
         plans[name], slow = worth_trying(timed_plans(shapes, forms, seconds, mixed))
         refused += [(name, scheme, why) for scheme, why in impossible]
         refused += [(name, timed.plan.name, why) for timed, why in slow]
+    if not any_form:
+        name, _, why = refused[0]
+        decision = all_exact(plans, budget, f"no scheme is possible: {name}: {why}")
+        return replace(decision, impossible=tuple(refused)), {
+            n: own[0].plan for n, own in plans.items()
+        }
     tried = {n: {s for p in own if (s := p.plan.coarsest)} for n, own in plans.items()}
     trial = Trial(problem.gm, problem.values, problem.layers, tried)
     shares = trial.divergences()

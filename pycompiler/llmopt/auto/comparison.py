@@ -60,15 +60,23 @@ def compared_result(results: Any) -> Tensor:
 
 def compared_index(results: Any) -> int:
     """Which leaf of the results `compared_result` is."""
+    if reason := why_incomparable(results):
+        raise ValueError(f"llmopt: 'auto' compares results, and {reason}")
     leaves = _leaves(results)
-    floats = [
-        i
-        for i, t in enumerate(leaves)
-        if isinstance(t, Tensor) and t.is_floating_point() and t.dim() > 0
-    ]
-    if not floats:
-        raise ValueError("llmopt: 'auto' compares results, and this graph returns no float")
+    floats = [i for i, t in enumerate(leaves) if _is_comparable(t)]
     return max(floats, key=lambda i: leaves[i].shape[-1])
+
+
+def why_incomparable(results: Any) -> str:
+    """Why no result can be compared; "" when one can."""
+    floats = [t for t in _leaves(results) if _is_comparable(t)]
+    if not floats:
+        return "there is no float tensor with a dimension among them"
+    return "" if max(floats, key=lambda t: t.shape[-1]).numel() else "they have no elements"
+
+
+def _is_comparable(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dim() > 0
 
 
 def comparison_of(graph: fx.Graph, index: int, features: int) -> Comparison:

@@ -16,7 +16,7 @@ from llmopt.benchmark.phases import Phase, inputs_of, last_logits_only
 from llmopt.models import LoadedModel
 from llmopt.native.linear_quantized import PLANES
 from llmopt.native.probe import Probe
-from llmopt.quant.experts import projections_of
+from llmopt.quant.experts import counts_of
 from llmopt.quant.layers import linears_of, output_head
 from llmopt.quant.module import Quantized
 from llmopt.quant.schemes import Scheme, of_head
@@ -85,13 +85,18 @@ class Work:
         return max(compute, self.num_bytes(form) / probe.read_bytes)
 
 
+# What configs call the number of experts, also of models that hold each expert as a module of its own.
+_COUNTS_OF_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
 def work_of(loaded: LoadedModel, phase: Phase) -> Work | None:
     """Counts on one eager call of the phase; None where it would be wrong: part of the weights stays unread (MoE), a model
     that is quantised already, a dtype that no probe multiplies."""
     config = getattr(loaded.model, "config", None)
-    if any(getattr(config, name, None) for name in ("num_experts", "num_local_experts")):
+    text_config = getattr(config, "get_text_config", lambda: config)()
+    if any(getattr(text_config, name, None) for name in _COUNTS_OF_EXPERTS):
         return None
-    if projections_of(loaded.model):
+    if counts_of(loaded.model):
         return None
     dtype = DTYPE_NAMES.get(next((p.dtype for p in loaded.model.parameters()), torch.float64))
     if dtype is None or any(isinstance(m, Quantized) for m in loaded.model.modules()):

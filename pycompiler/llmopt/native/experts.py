@@ -91,7 +91,9 @@ def reject_topk(node: fx.Node) -> str:
         return "x is not evenly spaced rows of floats"
     if argument(node, 2, "dim", -1) not in (-1, fake(x).dim() - 1):
         return "looks along another dimension than the last"
-    if not argument(node, 3, "largest", True) or node.kwargs.get("out") is not None:
+    if node.kwargs.get("out") is not None:
+        return "writes into out"
+    if not argument(node, 3, "largest", True):
         return "asks for the smallest"
     if not isinstance(k, int) or not 1 <= k <= MOST_PLACES:
         return f"k = {k}: 1 to {MOST_PLACES} are possible"

@@ -1,7 +1,7 @@
 """activations: a chain of arithmetic on one tensor that equals a known activation → that activation by name.
 
 GELU has a dozen spellings. Instead of listing them, the chain is evaluated on sample points in float64 and compared with each
-activation there; agreement to 1e-6 from −12 to 12 (constants are written with 7-8 digits) identifies it.
+activation there; agreement to 1e-6 from −12 to 12 (constants are written with 7-8 digits) and at both infinities identifies it.
 """
 
 from __future__ import annotations
@@ -106,7 +106,8 @@ def _plain(node: fx.Node) -> bool:
 
 
 def _identify(chain: list[fx.Node], x: fx.Node) -> str | None:
-    points = torch.linspace(-12.0, 12.0, 97, dtype=torch.float64)
+    ends = torch.tensor([-torch.inf, torch.inf], dtype=torch.float64)
+    points = torch.cat((torch.linspace(-12.0, 12.0, 97, dtype=torch.float64), ends))
     values: dict[Any, Any] = {x: points}
     for node in chain:
         rule = _UNARY.get(kind(node)) or _BINARY[kind(node)]
@@ -121,7 +122,7 @@ def _identify(chain: list[fx.Node], x: fx.Node) -> str | None:
         values[node] = rule(*operands)
     got = values[chain[-1]]
     for name in _CANDIDATES:
-        if torch.allclose(got, activate(name, points), rtol=1e-6, atol=1e-6):
+        if torch.allclose(got, activate(name, points), rtol=1e-6, atol=1e-6, equal_nan=True):
             return name
     return None
 

@@ -52,7 +52,7 @@ def _match_sdpa(graph: fx.Graph, mode: Any, node: fx.Node, writes: Writes) -> No
         return
     scale = argument(node, 6, "scale")
     width = expression(fake(q).shape[-1])
-    if not isinstance(width, int):
+    if not isinstance(width, int) or width == 0:
         return
     if scale is not None and scalar(scale) is None:
         node.meta[NOTE] = "scale is not a constant"
@@ -92,6 +92,9 @@ def _shapes_fit(q: Any, k: Any, v: Any, mask: Any) -> bool:
         return False
     if not (same_size(fq.shape[0], fk.shape[0]) and same_size(fq.shape[0], fv.shape[0])):
         return False
+    lengths = (fk.shape[2], fv.shape[2])
+    if all(isinstance(n, int) for n in lengths) and lengths[0] != lengths[1]:
+        return False
     if mask is None:
         return True
     return (
@@ -118,14 +121,8 @@ def _ungrouped(k: fx.Node) -> fx.Node:
         return k
     expanded = k.args[0]
     unsqueezed = expanded.args[0]
-    if (
-        fake(expanded).dim() != 5
-        or not is_tensor(unsqueezed)
-        or kind(unsqueezed) not in ("getitem", "unsqueeze")
-    ):
-        return k
-    base = unsqueezed.args[0]
-    if not is_tensor(base) or fake(base).dim() != 4:
+    base = _in_front_of_repeats(unsqueezed) if fake(expanded).dim() == 5 else None
+    if base is None:
         return k
     shape, wide = fake(base).shape, fake(expanded).shape
     repeats = wide[2]
@@ -138,6 +135,22 @@ def _ungrouped(k: fx.Node) -> fx.Node:
     if not fits or not same_size(fake(k).shape[1], shape[1] * repeats) or fake(k).dim() != 4:
         return k
     return base
+
+
+def _in_front_of_repeats(node: Any) -> fx.Node | None:
+    """The [B,Hkv,S,D] value of which a node is [B,Hkv,1,S,D]."""
+    base = node.args[0] if is_tensor(node) and node.args else None
+    if not is_tensor(base) or fake(base).dim() != 4:
+        return None
+    if kind(node) == "unsqueeze":
+        return base if argument(node, 1, "dim") in (2, -3) else None
+    if kind(node) != "getitem" or not isinstance(node.args[1], tuple):
+        return None
+    *front, new = node.args[1][:3]
+    rest = node.args[1][3:]
+    is_whole = all(part == slice(None) for part in (*front, *rest) if part is not Ellipsis)
+    is_third = len(front) == 2 and new is None and Ellipsis not in front and len(rest) <= 2
+    return base if is_whole and is_third and all(p is not None for p in rest) else None
 
 
 def _match_softmax(graph: fx.Graph, mode: Any, node: fx.Node, writes: Writes) -> None:

@@ -44,12 +44,8 @@ from llmopt.writes import Writes
 
 PRODUCTS = ("grouped_mm", "_grouped_mm", "transformers.grouped_mm_fallback")
 _FLATTENED = ("reshape", "view", "flatten", "ravel")
-_COUNTED = (
-    torch.float32,
-    torch.float64,
-    torch.int32,
-    torch.int64,
-)  # in which ids stay what they are
+# In these dtypes ids stay what they are.
+_COUNTED = (torch.float32, torch.float64, torch.int32, torch.int64)
 ORDER, ENDS, SORTED, INVERSE = range(4)  # what ops.sort_by_expert gives
 
 

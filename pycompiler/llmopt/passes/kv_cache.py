@@ -150,9 +150,9 @@ def _match(graph: fx.Graph, mode: Any, node: fx.Node, written: set[int], writes:
     wholes = [w for pair in zip(k_parts.wholes(), v_parts.wholes(), strict=True) for w in pair]
     if any(storage(t) in written for t in (*wholes, *caches) if t is not None):
         return
-    if sum(1 for n in keys.users if kind(n) == "llmopt.attention") != 1 or not (
-        leaves(keys) or leaves(values)
-    ):
+    if sum(1 for n in keys.users if kind(n) == "llmopt.attention") != 1:
+        return
+    if not (leaves(keys) and leaves(values)) or is_empty(fake(q)) or is_empty(fake(k_new)):
         return
     cos = sin = None
     rope_kind = "none"

@@ -40,7 +40,8 @@ def run(graph: fx.Graph) -> None:
             _addmm(graph, mode, node, writes)
 
 
-def _usable(x: Any, weight: Any, bias: Any) -> bool:
+def _usable(x: Any, weight: Any, bias: Any, outputs: int = 0) -> bool:
+    """outputs: which dimension of the weight counts them."""
     if not (is_tensor(x) and is_weight(weight)) or any(map(unreadable, (x, weight, bias))):
         return False
     if fake(weight).dim() != 2 or fake(x).dim() < 1:
@@ -49,7 +50,9 @@ def _usable(x: Any, weight: Any, bias: Any) -> bool:
     # Only under autocast do they differ in dtype: the linear rounds them to that of x.
     if any(fake(t).dtype not in FLOATS for t in (x, weight, *vectors)):
         return False
-    return all(is_weight(v) and fake(v).dim() == 1 for v in vectors)
+    # A bias of one element would be one for all outputs.
+    wanted = (fake(weight).shape[outputs],)
+    return all(is_weight(v) and same_shape(fake(v).shape, wanted) for v in vectors)
 
 
 def _linear(graph: fx.Graph, mode: Any, node: fx.Node) -> None:
@@ -67,8 +70,10 @@ def _quantized(graph: fx.Graph, mode: Any, node: fx.Node) -> None:
     weights = [t for t in (codes, scales, offsets) if t is not None]
     if not is_tensor(x) or not all(is_weight(w) for w in weights) or fake(x).dtype not in FLOATS:
         return
-    if bias is not None and not (is_weight(bias) and fake(bias).dtype == fake(x).dtype):
-        return
+    if bias is not None:
+        fits = same_shape(fake(bias).shape, fake(codes).shape[:1])
+        if not (is_weight(bias) and fits and fake(bias).dtype == fake(x).dtype):
+            return
     with graph.inserting_before(node):
         args = (codes, scales, offsets, bits, activations, fake(x).dtype)
         weight = emit(graph, mode, ops.dequantize, args, like=node)
@@ -78,7 +83,9 @@ def _quantized(graph: fx.Graph, mode: Any, node: fx.Node) -> None:
 
 def _addmm(graph: fx.Graph, mode: Any, node: fx.Node, writes: Writes) -> None:
     bias, x, weight = node.args[:3]
-    if any(node.kwargs.get(k, 1) != 1 for k in ("beta", "alpha")) or not _usable(x, weight, bias):
+    if any(node.kwargs.get(k, 1) != 1 for k in ("beta", "alpha")) or not _usable(
+        x, weight, bias, 1
+    ):
         return
     source, last = _unflattened(node, x)
     if writes.moves_reads(last, (source, weight, bias)):

@@ -12,6 +12,7 @@ from typing import Any
 from torch import fx
 
 from llmopt import ops
+from llmopt.casts import FLOAT_CASTS
 from llmopt.graph import (
     FLOATS,
     NOTE,
@@ -24,6 +25,7 @@ from llmopt.graph import (
     kind,
     own_value,
     replace,
+    same_size,
     unreadable,
 )
 from llmopt.ops.linear import given, parts
@@ -162,9 +164,12 @@ def _is_head(graph: fx.Graph, node: fx.Node) -> bool:
 # What a router's results go through on their way to where the largest are chosen.
 _ON_THE_WAY = frozenset(
     {
+        *FLOAT_CASTS,
         "llmopt.pointwise",
         "getitem",
         "softmax",
+        "log_softmax",
+        "where",
         "masked_fill",
         "add",
         "sub",
@@ -175,21 +180,21 @@ _ON_THE_WAY = frozenset(
         "sqrt",
     }
 )
-_CHOOSE = {
-    "topk": (2, -1),
-    "max": (1, None),
-    "argmax": (1, None),
-}  # where their dimension stands, and which it is else
+# Where the dimension of what chooses stands, and which it is else.
+_CHOOSE = {"topk": (2, -1), "sort": (1, -1), "argsort": (1, -1), "max": (1, None), "argmax": (1, None)}  # fmt: skip
 
 
 def chooses(node: fx.Node) -> bool:
     """Whether the largest of a linear's outputs are picked: rounding could change altogether which those are."""
     waiting, seen = [node], {node}
     while waiting:
-        for user in waiting.pop().users:
-            if kind(user) in _CHOOSE:
+        value = waiting.pop()
+        for user in value.users:
+            if kind(user) in _CHOOSE and user.args[:1] == (value,):
                 place, default = _CHOOSE[kind(user)]
-                if argument(user, place, "dim", default) in (-1, fake(node).dim() - 1):
+                dim = argument(user, place, "dim", default)
+                # Outputs stay side by side in memory, whatever views make of the dimensions around them.
+                if isinstance(dim, int) and same_size(fake(value).stride(dim), 1):
                     return True
             if user not in seen and (kind(user) in _ON_THE_WAY or is_view(user)):
                 seen.add(user)

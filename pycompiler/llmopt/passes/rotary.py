@@ -95,6 +95,8 @@ def _match(tables: _Tables, node: fx.Node, writes: Writes) -> None:
         x, cos, sin, kind_name = found
         if fake(x).dim() != 4 or fake(x).dtype != fake(node).dtype:
             return
+        if not same_shape(fake(x).shape, fake(node).shape):
+            return  # tables of more rows or batches than x
         if fake(cos).dim() not in (2, 3, 4) or fake(sin).dim() != fake(cos).dim():
             return
         if not all(same_size(fake(t).shape[-1], fake(x).shape[-1]) for t in (cos, sin)):

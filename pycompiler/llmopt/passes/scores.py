@@ -241,15 +241,19 @@ def _scaled(node: fx.Node) -> tuple[Any, Change] | None:
 def _capped(node: fx.Node) -> tuple[Any, Change] | None:
     """c · tanh(scores / c)."""
     pair = binary_operands(node)
-    if pair is None or kind(node) != "mul" or not is_tensor(pair[0]) or kind(pair[0]) != "tanh":
+    if pair is None or kind(node) != "mul":
         return None
-    tanh, cap = pair[0], scalar(pair[1])
+    tanh, factor = pair if is_tensor(pair[0]) else pair[::-1]
+    cap = scalar(factor)
+    if not is_tensor(tanh) or kind(tanh) != "tanh":
+        return None
     inner = tanh.args[0]
-    if not cap or not is_tensor(inner) or kind(inner) != "div" or scalar(inner.args[1]) != cap:
+    quotient = binary_operands(inner) if is_tensor(inner) and kind(inner) == "div" else None
+    if not cap or quotient is None or not is_tensor(quotient[0]) or scalar(quotient[1]) != cap:
         return None
     if not (sole_user(tanh) and sole_user(inner)):
         return None
-    return inner.args[0], Change("softcap", cap)
+    return quotient[0], Change("softcap", cap)
 
 
 def _masked(scores: Any, what: str, condition: Any, value: Any) -> tuple[Any, Change] | None:

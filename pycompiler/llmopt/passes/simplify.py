@@ -223,6 +223,11 @@ def _slice_for_list(graph: fx.Graph, node: fx.Node, written: set[int]) -> bool:
     if _copy_matters(node, source, written):
         return False
     i = lists[0][0]
+    at = next(n for n, part in enumerate(index) if isinstance(part, list))
+    behind = len(index) - at if Ellipsis in index[:at] else fake(source).dim() - at
+    size = fake(source).shape[-behind]
+    if isinstance(size, int) and not -size <= i < size:
+        return False  # PyTorch says so
     window = slice(i, i + 1 if i != -1 else None)
     with graph.inserting_before(node):
         place = tuple(window if isinstance(k, list) else k for k in index)

@@ -107,6 +107,12 @@ def decide(
     return Decision(choice, divergence, budget, rows, _note(choice, rows, budget))
 
 
+def all_exact(layers: Iterable[Layer], budget: float, reason: str) -> Decision:
+    """The decision where nothing could be measured, and why."""
+    choice = dict.fromkeys(layers, EXACT)
+    return Decision(choice, 0.0, budget, (), f"every layer stays exact: {reason}")
+
+
 def _usable(name: Layer, candidates: Sequence[Candidate]) -> list[Candidate]:
     for c in candidates:
         numbers_ok = math.isfinite(c.seconds) and c.seconds >= 0 and c.divergence >= 0

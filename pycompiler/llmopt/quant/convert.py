@@ -12,7 +12,7 @@ from torch import nn
 
 from llmopt.quant import flow, scaling
 from llmopt.quant.calibration import Inputs, Sample, observe, random_tokens, samples_of
-from llmopt.quant.experts import Projection, projections_of, put, rounded, routers_of
+from llmopt.quant.experts import Projection, counts_of, projections_of, put, rounded, routers_of
 from llmopt.quant.gptq import gptq
 from llmopt.quant.layers import (
     bias_of,
@@ -141,7 +141,7 @@ def _schemes(
     head_scheme: that of the output head.
     """
     unused = set(layers)
-    heads, routers = output_heads(model), routers_of(linears)
+    heads, routers = output_heads(model), routers_of(model, linears)
     schemes = {}
     for name, linear in linears.items():
         patterns = [p for p in layers if fnmatch.fnmatchcase(name, p)]
@@ -172,10 +172,10 @@ def _no_linear(model: nn.Module) -> str:
     name = type(model).__name__
     if any(isinstance(m, Quantized) for m in model.modules()) and not isinstance(model, Quantized):
         return f"llmopt: all that could be quantised in {name} is quantised already"
-    if is_linear(model) or isinstance(model, Quantized):
+    if is_linear(model) or isinstance(model, Quantized) or "" in counts_of(model):
         return (
             f"llmopt: {name} is the model itself, and quantize replaces layers inside a model: "
-            "give it torch.nn.Sequential(linear)"
+            "give it torch.nn.Sequential(model)"
         )
     return f"llmopt: {name} holds no linear layer to quantise"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from llmopt.quant.rounding import round_weight
 from llmopt.quant.schemes import Scheme
 
 _PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
+_ROUTER = re.compile(r"(^|\.)[^.]*(router|gate)(\.|$)")
 
 
 @dataclass(frozen=True)
@@ -58,22 +60,34 @@ def projections_of(model: nn.Module) -> dict[str, Projection]:
     return found
 
 
-def routers_of(layers: Mapping[str, nn.Module | Projection]) -> set[str]:
-    """The linears that choose experts: beside their module, with an output for each of them."""
-    outputs = {
-        name.rpartition(".")[0].rpartition(".")[0]: p.parameter.shape[0]
-        for name, p in layers.items()
-        if isinstance(p, Projection)
-    }
-    return {
-        name
-        for name, linear in layers.items()
-        if isinstance(linear, nn.Linear)
-        and any(
-            name.startswith(f"{prefix}.") and linear.out_features == n
-            for prefix, n in outputs.items()
-        )
-    }
+def counts_of(model: nn.Module) -> dict[str, int]:
+    """Every module of experts by its name, "" for the model itself, with how many it has, quantised or not."""
+    found = {}
+    for name, module in model.named_modules():
+        if not isinstance(getattr(module, "is_transposed", None), bool):
+            continue
+        own = (module._parameters.get(n) for n in _PROJECTIONS)
+        codes = (module._modules.get(n) for n in _PROJECTIONS)
+        weights = [w for w in own if w is not None and w.dim() == 3]
+        weights += [c.codes for c in codes if isinstance(c, QuantizedExperts)]
+        if weights:
+            found[name] = weights[0].shape[0]
+    return found
+
+
+def routers_of(model: nn.Module, layers: Mapping[str, nn.Module | Projection]) -> set[str]:
+    """Those of a model's layers that choose experts: beside a module of these, with an output for each.
+
+    Where one of them is called a router or a gate, the others are something else.
+    """
+    routers: set[str] = set()
+    for name, count in counts_of(model).items():
+        around, dot, _ = name.rpartition(".")
+        inside = {n: x for n, x in layers.items() if n.startswith(around + dot)}
+        fitting = [n for n, x in inside.items() if getattr(x, "out_features", None) == count]
+        called = [n for n in fitting if _ROUTER.search(n.removeprefix(around))]
+        routers.update(called or fitting)
+    return routers
 
 
 def rounded(projection: Projection, scheme: Scheme) -> QuantizedExperts:

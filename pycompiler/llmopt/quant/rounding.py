@@ -110,11 +110,17 @@ def why_not(weight: Tensor, form: CodeForm) -> str:
         return reason
     if weight.layout is not torch.strided:
         return f"its weight is {str(weight.layout).removeprefix('torch.')}, and only strided ones are rounded"
+    if weight.is_meta:
+        return "its weight is on the meta device, and has no values"
     weight = weight.detach()
     if weight.sum(dtype=torch.float32).isfinite():
         return ""
-    bad = weight.numel() - int(weight.isfinite().sum())
-    return f"{bad} of its {weight.numel()} weights are NaN or infinite" if bad else ""
+    bad = weight.numel() - int(weight.float().isfinite().sum())
+    return (
+        f"{bad} of its {weight.numel()} weights are NaN, infinite or too large for float32"
+        if bad
+        else ""
+    )
 
 
 def check(weight: Tensor, form: CodeForm) -> None:
