@@ -219,6 +219,36 @@ def test_weights_that_have_no_codes_stay_exact() -> None:
     assert "1 of its 6144 weights are NaN" in reasons["1", "w8a16"]
 
 
+@pytest.mark.parametrize(
+    ("change", "rows", "words"),
+    [
+        (lambda y: y.argmax(-1), 40, "results cannot be compared: there is no float tensor"),
+        (lambda y: y.square().mean(), 40, "results cannot be compared: there is no float tensor"),
+        (lambda y: y, 0, "results cannot be compared: they have no elements"),
+    ],
+)
+@torch.no_grad()
+def test_results_that_cannot_be_compared_leave_the_graph_exact(
+    change, rows: int, words: str, caplog
+) -> None:
+    model, x = mlp(), torch.randn(rows, 64)
+    torch._dynamo.reset()
+    options = {"precision": "auto"}
+    got = torch.compile(lambda x: change(model(x)), backend="llmopt", options=options)(x)
+    torch.testing.assert_close(got, change(model(x)))
+    assert words in caplog.text
+    assert set(alive()[-1].decision.choice.values()) == {"exact"}
+
+
+@torch.no_grad()
+def test_layers_that_no_scheme_fits_say_so(caplog) -> None:
+    model = nn.Sequential(nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 24))
+    torch._dynamo.reset()
+    compiled(model)(torch.randn(40, 24))
+    assert "no scheme is possible: 0: groups of 64 do not divide its 24 inputs" in caplog.text
+    assert {scheme for _, scheme, _ in alive()[-1].decision.impossible} == set(COST) - {"exact"}
+
+
 @torch.no_grad()
 def test_a_changed_budget_is_a_new_decision() -> None:
     model, ids = llama(), tokens(1, 40)

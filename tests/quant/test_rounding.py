@@ -146,3 +146,12 @@ def test_gptq_refuses_moments_that_are_no_numbers(bad: float) -> None:
     moments[3, 3] = bad
     with pytest.raises(ValueError, match="second moments of the inputs are NaN or infinite"):
         gptq(weight(), moments, SCHEMES["w4a16"])
+
+
+def test_weights_that_float32_or_nothing_holds() -> None:
+    scheme = scheme_of("w8a16", 32)
+    huge = torch.full((4, 64), 1e300, dtype=torch.float64)
+    with pytest.raises(ValueError, match="256 of its 256 weights are NaN or infinite in float32"):
+        round_weight(huge, scheme)
+    with pytest.raises(ValueError, match="on the meta device"):
+        round_weight(torch.empty(4, 64, device="meta"), scheme)

@@ -116,11 +116,8 @@ def why_not(weight: Tensor, form: CodeForm) -> str:
     if weight.sum(dtype=torch.float32).isfinite():
         return ""
     bad = weight.numel() - int(weight.float().isfinite().sum())
-    return (
-        f"{bad} of its {weight.numel()} weights are NaN, infinite or too large for float32"
-        if bad
-        else ""
-    )
+    where = " in float32" if weight.dtype == torch.float64 else ""
+    return f"{bad} of its {weight.numel()} weights are NaN or infinite{where}" if bad else ""
 
 
 def check(weight: Tensor, form: CodeForm) -> None:

@@ -1,0 +1,106 @@
+"""Which linears choose experts, under precision= and by quantize: those stay exact, others do not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import llmopt
+import pytest
+import torch
+from llmopt.compiled import alive
+from llmopt.quant.module import QuantizedLinear
+from torch import Tensor, nn
+
+from tests.compiler.rewriting import randn
+from tests.compiler.test_rewrites_of_experts import EXPERTS, WIDTH, Experts
+
+LINEAR = nn.Linear(64, 64)
+X = randn(2, 5, 64)
+
+
+@torch.no_grad()
+def is_rounded(function: Callable[[Tensor], object], x: Tensor = X) -> bool:
+    torch._dynamo.reset()
+    known = {id(g) for g in alive()}
+    linear = LINEAR.to(x.dtype)
+    compiled = torch.compile(
+        lambda x: function(linear(x)), backend="llmopt", options={"precision": "w8a8"}
+    )
+    compiled(x)
+    (graph,) = [g for g in alive() if id(g) not in known]
+    ops = {r.op for r in graph.plan.records()} & {"linear", "linear_quantized"}
+    return ops == {"linear_quantized"}
+
+
+CHOOSING: dict[str, Callable[[Tensor], object]] = {
+    "topk": lambda h: h.topk(2)[1],
+    "argmax": lambda h: h.argmax(-1),
+    "max": lambda h: h.max(-1)[1],
+    "sort": lambda h: h.sort(descending=True)[1],
+    "argsort": lambda h: h.argsort(-1),
+    "softmax first": lambda h: h.softmax(-1).topk(2)[1],
+    "log_softmax first": lambda h: h.log_softmax(-1).topk(2)[1],
+    "widened first": lambda h: h.float().softmax(-1).topk(2)[1],
+    "masked first": lambda h: torch.where(h > 0, h, -1.0).topk(2)[1],
+    "rows in a view": lambda h: h.view(-1, 64).topk(2, dim=1)[1],
+    "columns of what is turned": lambda h: h.view(-1, 64).t().topk(2, dim=0)[1],
+    "of groups": lambda h: h.view(10, 4, 16).topk(2)[0].sum(-1).topk(2)[1],
+}
+
+
+@pytest.mark.parametrize("name", CHOOSING)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_chooses_stays_exact(name: str, dtype: torch.dtype) -> None:
+    assert not is_rounded(CHOOSING[name], X.to(dtype))
+
+
+OTHERS: dict[str, Callable[[Tensor], object]] = {
+    "pooled over positions": lambda h: h.transpose(1, 2).max(2)[0],
+    "pooled over groups": lambda h: h.view(2, 5, 4, 16).max(2)[0],
+    "sorted by position": lambda h: h.sort(1)[0],
+    "another's choice": lambda h: h[:, X[..., 0].argmax(-1)[0]],
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_chooses_among_others_is_rounded(name: str) -> None:
+    assert is_rounded(OTHERS[name])
+
+
+class Layer(nn.Module):
+    """Experts and a gate beside them, at the top or inside a block."""
+
+    def __init__(self, **others: nn.Module) -> None:
+        super().__init__()
+        self.gate, self.experts = nn.Linear(WIDTH, EXPERTS), Experts()
+        self.back = nn.Linear(EXPERTS + 1, WIDTH)
+        for name, module in others.items():
+            self.add_module(name, module)
+
+
+def rounded(model: nn.Module) -> set[str]:
+    twin = llmopt.quantize(model, "w8a16", group="channel")
+    return {n for n, m in twin.named_modules() if isinstance(m, QuantizedLinear)}
+
+
+def test_routers_at_the_top_of_a_model() -> None:
+    assert rounded(Layer()) == {"back"}
+    assert rounded(nn.ModuleDict({"mlp": Layer()})) == {"mlp.back"}
+
+
+def test_a_linear_that_happens_to_have_as_many_outputs() -> None:
+    """A gate is called one; where none is, each that fits may be."""
+    assert rounded(Layer(shared=nn.Linear(WIDTH, EXPERTS))) == {"back", "shared"}
+    unnamed = nn.ModuleDict({"experts": Experts(), "choice": nn.Linear(WIDTH, EXPERTS)})
+    assert rounded(nn.ModuleDict({"mlp": unnamed, "last": nn.Linear(8, 8)})) == {"last"}
+
+
+def test_routers_of_a_model_whose_experts_are_codes() -> None:
+    model = nn.ModuleDict({"mlp": Layer()})
+    once = llmopt.quantize(model, "w8a16", group="channel", layers={"*back": None})
+    assert rounded(once) == {"mlp.back"}
+
+
+def test_a_module_of_experts_alone_says_what_to_give() -> None:
+    with pytest.raises(ValueError, match=r"is the model itself.*nn.Sequential"):
+        llmopt.quantize(Experts(), "w8a16", group="channel")
