@@ -58,7 +58,7 @@ OTHERS: dict[str, Callable[[Tensor], object]] = {
     "pooled over positions": lambda h: h.transpose(1, 2).max(2)[0],
     "pooled over groups": lambda h: h.view(2, 5, 4, 16).max(2)[0],
     "sorted by position": lambda h: h.sort(1)[0],
-    "another's choice": lambda h: h[:, X[..., 0].argmax(-1)[0]],
+    "picked as others choose": lambda h: h.gather(-1, X.topk(2)[1]),
 }
 
 
