@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -88,17 +89,19 @@ def separate_windows(graph: fx.Graph) -> None:
 
     Passes may lay out the operation's result in another way. A window that needs its layout would then become a copy, which a write into
     either does not reach; and a `reshape` that copied would become a window, which it does. The copy made here has memory of its own,
-    whatever becomes of its source.
+    whatever becomes of its source. It matters to what the graph writes, and to results that share memory.
     """
     written = mutated_storages(graph)
-    returned = {s for n in graph.output_node().all_input_nodes if (s := storage(n)) is not None}
+    results = Counter(storage(n) for n in graph.output_node().all_input_nodes if is_tensor(n))
+    shared = {place for place, count in results.items() if count > 1}
     for node in list(graph.nodes):
-        if storage(node) in written and _is_laid_out_anew(node) and _is_seen_as_laid_out(node):
+        matters = storage(node) in written or storage(node) in shared
+        if matters and _is_laid_out_anew(node) and _is_seen_as_laid_out(node):
             _copy(node, node.next, list(node.users))
         if kind(node) in _WINDOW_OR_COPY and not is_view(node) and is_tensor(node):
             source = next(filter(is_tensor, node.all_input_nodes))
             both = {storage(node), storage(source)}
-            if (both & written or both <= returned) and _is_laid_out_anew(view_base(source)):
+            if (both & written or both <= results.keys()) and _is_laid_out_anew(view_base(source)):
                 _copy(source, node, [node])
 
 

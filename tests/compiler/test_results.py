@@ -36,7 +36,33 @@ def turned(x: Tensor) -> Tensor:
     return (x * 0.6 + rotated * 0.8).transpose(1, 2) * 2
 
 
-CASES = (spelled_out, masked, attended_by_head, side_by_side, turned)
+def with_a_window(x: Tensor) -> tuple[Tensor, ...]:
+    y = F.scaled_dot_product_attention(x, x, x).transpose(1, 2)
+    return y.narrow(2, 1, 2), y, y.chunk(2, 3)[1]
+
+
+def as_another_dtype(x: Tensor) -> tuple[Tensor, Tensor]:
+    y = F.scaled_dot_product_attention(x, x, x).half()
+    return y.flatten(1).t(), y
+
+
+def written_with_a_window(x: Tensor) -> tuple[Tensor, Tensor]:
+    y = F.scaled_dot_product_attention(x, x, x)
+    window = y.permute(1, 3, 0, 2)
+    y += y
+    return window, y
+
+
+CASES = (
+    written_with_a_window,
+    with_a_window,
+    as_another_dtype,
+    spelled_out,
+    masked,
+    attended_by_head,
+    side_by_side,
+    turned,
+)
 
 
 @pytest.mark.parametrize("function", CASES)

@@ -15,14 +15,15 @@ from torch import fx
 from llmopt.graph import (
     emit,
     fake,
-    fake_mode_of,
     is_dense,
     is_empty,
+    is_in_place,
     is_one,
     is_tensor,
     kind,
     same_stride,
     sole_user,
+    storage,
     view_base,
 )
 from llmopt.ops.attention import APPENDS
@@ -35,22 +36,55 @@ def layouts(graph: fx.Graph) -> list[Any]:
 
 
 def keep(graph: fx.Graph, before: list[Any]) -> None:
-    """Copies what cannot be seen any more as the values in `before` could."""
-    mode: Any = fake_mode_of(graph)
+    """Lays out what cannot be seen any more as the values in `before` could."""
     output = graph.output_node()
-    copies: dict[fx.Node, fx.Node] = {}
+    together: dict[int | None, dict[fx.Node, torch.Tensor]] = {}  # results by their memory
     for node, value in zip(_returned(graph), before, strict=True):
-        if not is_tensor(node) or node in copies or _is_kept_elsewhere(node):
+        if is_tensor(node) and not _is_kept_elsewhere(node):
+            together.setdefault(storage(node), {})[node] = value
+    for nodes in together.values():
+        if all(_joins_alike(fake(node), value) for node, value in nodes.items()):
             continue
-        if _joins_alike(fake(node), value):
+        (node, value), *others = nodes.items()
+        if not others and _writes_anywhere(node) and is_dense(value):
+            node.meta["example_value"] = value
             continue
-        if kind(node) == "llmopt.attention" and sole_user(node) is output and is_dense(value):
-            node.meta["example_value"] = value  # it writes rows wherever they belong
-        else:
-            with graph.inserting_before(output):
-                copies[node] = _copied(graph, mode, node, value)
-    for node, copy in copies.items():
-        output.replace_input_with(node, copy)
+        with graph.inserting_before(output):
+            copies = _windows_on_one_copy(graph, nodes) if others else None
+            copies = copies or {node: _copied(graph, node, value) for node, value in nodes.items()}
+        for node, copy in copies.items():
+            output.replace_input_with(node, copy)
+
+
+def _writes_anywhere(node: fx.Node) -> bool:
+    """An attention that only the caller reads: it puts rows wherever they belong."""
+    user = sole_user(node)
+    return kind(node) == "llmopt.attention" and user is not None and user.op == "output"
+
+
+def _windows_on_one_copy(
+    graph: fx.Graph, nodes: dict[fx.Node, torch.Tensor]
+) -> dict[fx.Node, fx.Node] | None:
+    """The windows that results are on one operation's result, on a contiguous copy of that; None where these do not fit either."""
+    base = view_base(next(iter(nodes)))
+    copies = {base: emit(graph, fake(base).fake_mode, "contiguous", (base,), like=base)}
+
+    def copied(node: fx.Node) -> fx.Node:
+        if node not in copies:
+            source = next(n for n in node.all_input_nodes if storage(n) == storage(base))
+            own = copied(source)
+            if is_in_place(node):  # the copy is made behind all writes
+                return own
+            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: own if n is source else n)
+            copies[node] = emit(graph, fake(base).fake_mode, node.target, args, kwargs, node)
+        return copies[node]
+
+    fits = all(_joins_alike(fake(copied(node)), value) for node, value in nodes.items())
+    if fits:
+        return {node: copies[node] for node in nodes}
+    for copy in reversed(copies.values()):
+        graph.erase_node(copy)
+    return None
 
 
 def _returned(graph: fx.Graph) -> list[Any]:
@@ -83,9 +117,9 @@ def _is_joined(value: torch.Tensor, outer: int, inner: int) -> bool:
     return same_stride(value.stride(outer), value.stride(inner) * value.shape[inner])
 
 
-def _copied(graph: fx.Graph, mode: Any, node: fx.Node, before: torch.Tensor) -> fx.Node:
+def _copied(graph: fx.Graph, node: fx.Node, before: torch.Tensor) -> fx.Node:
     """A copy whose dimensions lie in memory in the order in which they lay before."""
-    strides = before.stride()
+    strides, mode = before.stride(), fake(node).fake_mode
     order = sorted(range(len(strides)), key=lambda d: size_hint(strides[d]), reverse=True)
     if order == sorted(order):
         return emit(graph, mode, "contiguous", (node,), like=node)
