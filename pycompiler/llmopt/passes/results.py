@@ -74,6 +74,7 @@ def _windows_on_one_copy(
             source = next(n for n in node.all_input_nodes if storage(n) == storage(base))
             own = copied(source)
             if is_in_place(node):  # the copy is made behind all writes
+                copies[node] = own
                 return own
             args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: own if n is source else n)
             copies[node] = emit(graph, fake(base).fake_mode, node.target, args, kwargs, node)
@@ -82,7 +83,7 @@ def _windows_on_one_copy(
     fits = all(_joins_alike(fake(copied(node)), value) for node, value in nodes.items())
     if fits:
         return {node: copies[node] for node in nodes}
-    for copy in reversed(copies.values()):
+    for copy in reversed(list(dict.fromkeys(copies.values()))):
         graph.erase_node(copy)
     return None
 
