@@ -25,6 +25,7 @@ from llmopt.graph import (
     view_base,
     written_when_told,
 )
+from llmopt.sizes import size_hint
 
 
 def written_by(node: fx.Node) -> list[fx.Node]:
@@ -107,12 +108,28 @@ def separate_windows(graph: fx.Graph) -> None:
 
 def _copy(node: fx.Node, place: fx.Node, users: list[fx.Node]) -> None:
     """Lets these users read a copy of a node's value, made before `place`."""
-    dense = torch.contiguous_format if is_dense(fake(node)) else torch.preserve_format
-    layout = {"memory_format": dense}
     with node.graph.inserting_before(place):
-        own = emit(node.graph, fake(node).fake_mode, torch.clone, (node,), layout, node)
+        own = laid_out_as(node, fake(node))
     node.replace_all_uses_with(own, delete_user_cb=lambda user: user in users)
     refresh(users)
+
+
+def laid_out_as(node: fx.Node, layout: torch.Tensor) -> fx.Node:
+    """A copy of a node's value, at the insertion point, whose dimensions lie in memory in the order in which those of `layout` do.
+
+    It does so wherever passes put the value itself.
+    """
+    graph, mode, strides = node.graph, fake(node).fake_mode, layout.stride()
+    order = sorted(range(len(strides)), key=lambda d: size_hint(strides[d]), reverse=True)
+    if is_dense(layout) or order == sorted(order):
+        return emit(graph, mode, torch.clone, (node,), _DENSE, node)
+    turned = emit(graph, mode, "permute", (node, tuple(order)), like=node)
+    dense = emit(graph, mode, torch.clone, (turned,), _DENSE, node)
+    back = tuple(order.index(d) for d in range(len(order)))
+    return emit(graph, mode, "permute", (dense, back), like=node)
+
+
+_DENSE = {"memory_format": torch.contiguous_format}
 
 
 class Writes:

@@ -27,7 +27,7 @@ from llmopt.graph import (
     view_base,
 )
 from llmopt.ops.attention import APPENDS
-from llmopt.sizes import size_hint
+from llmopt.writes import laid_out_as
 
 
 def layouts(graph: fx.Graph) -> list[Any]:
@@ -51,7 +51,7 @@ def keep(graph: fx.Graph, before: list[Any]) -> None:
             continue
         with graph.inserting_before(output):
             copies = _windows_on_one_copy(graph, nodes) if others else None
-            copies = copies or {node: _copied(graph, node, value) for node, value in nodes.items()}
+            copies = copies or {node: laid_out_as(node, value) for node, value in nodes.items()}
         for node, copy in copies.items():
             output.replace_input_with(node, copy)
 
@@ -116,15 +116,3 @@ def _joins_alike(value: torch.Tensor, before: torch.Tensor) -> bool:
 
 def _is_joined(value: torch.Tensor, outer: int, inner: int) -> bool:
     return same_stride(value.stride(outer), value.stride(inner) * value.shape[inner])
-
-
-def _copied(graph: fx.Graph, node: fx.Node, before: torch.Tensor) -> fx.Node:
-    """A copy whose dimensions lie in memory in the order in which they lay before."""
-    strides, mode = before.stride(), fake(node).fake_mode
-    order = sorted(range(len(strides)), key=lambda d: size_hint(strides[d]), reverse=True)
-    if order == sorted(order):
-        return emit(graph, mode, "contiguous", (node,), like=node)
-    turned = emit(graph, mode, "permute", (node, tuple(order)), like=node)
-    dense = emit(graph, mode, "contiguous", (turned,), like=node)
-    back = tuple(order.index(d) for d in range(len(order)))
-    return emit(graph, mode, "permute", (dense, back), like=node)
