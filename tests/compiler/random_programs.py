@@ -22,7 +22,7 @@ ARGUMENTS = ("x", "y", "h", "v", "ids", "m")
 
 UNARY = """torch.tanh({a}) | F.gelu({a}) | F.silu({a}) | -{a} | {a} * 0.5 | 1 - {a} | torch.sigmoid({a}) | {a}.square() * 0.1 |
 {a}.clone() | {a}.contiguous() | {a}.clamp(-1, 1) | {a}.softmax(-1) | F.dropout({a}, 0.1, False) | 2 / ({a}.abs() + 1) | {a}.detach() |
-{a}.to({a}.dtype) | torch.rsqrt({a}.pow(2) + 1) | {a}.masked_fill({a} > 0.5, 0.0) | torch.where({a} > 0, {a}, 0.0) | {a}.flip(-1)"""
+{a}.to({a}.dtype) | torch.rsqrt({a}.pow(2) + 1) | {a}.masked_fill({a} > 0.5, 0.5) | torch.where({a} > 0, {a}, 0.0) | {a}.flip(-1)"""
 BINARY = """{a} + {b} | {a} * {b} | {a} - {b} | torch.maximum({a}, {b}) | F.silu({a}) * {b} | {a} / ({b}.abs() + 1) |
 torch.add({a}, {b}, alpha=0.5) | {a}.mul({b}).add({a})"""
 VIEWS = """{a}.transpose(0, -1) | {a}.transpose(1, 2) | {a}.permute(1, 0, 2) | {a}.permute(0, 2, 3, 1) | {a}[..., 1:4] | {a}[:, ::2] |
@@ -45,7 +45,7 @@ ATTENTION = """F.scaled_dot_product_attention({a}, {b}, {b}) | F.scaled_dot_prod
 PICKS = """F.embedding(ids, T) | T[ids] | x.masked_fill(~m[..., None], 0.0) | torch.where(m[..., None], x, y) | x[:, [0]] |
 x.gather(-1, ids[..., None]) | torch.arange(x.shape[1])[:, None].to(x.dtype)"""
 WRITES = """{a}.mul_(0.5) | {a}.relu_() | {a}.zero_() | {a} += 1 | {a}.fill_(0.3) | F.relu({a}, inplace=True) | {a} += {b} | {a} *= {b} |
-{a}.add_({b}) | {a}.copy_({b}) | {a}.masked_fill_({a} > 0.4, 0.1) | {a}[:, 1:] *= 0.5 | {a}[..., :2] = 0.25 | {a}[:, :1] = {b}[:, -1:] |
+{a}.add_({b}) | {a}.copy_({b}) | {a}.masked_fill_({a} > 0.4, 0.4) | {a}[:, 1:] *= 0.5 | {a}[..., :2] = 0.25 | {a}[:, :1] = {b}[:, -1:] |
 {a}[..., 1:3].copy_(F.silu({b})[..., 1:3]) | {a}.index_copy_(1, torch.tensor([0]), {a}.narrow(1, 1, 1) * 0.5)"""
 CASTS = "{a}.float() | {a}.to(torch.bfloat16) | {a}.half() | {a}.type_as(x)"
 
