@@ -1,6 +1,5 @@
-// Row kernels: norm, softmax, embedding, index_copy, copy, rope, slide, rotary_table, arange, topk, pick, and
-// those of rows/experts.h. Each op's contract heads
-// its file in rows/.
+// Row kernels: norm, softmax, embedding, index_copy, copy, rope, slide, rotary_table, arange, topk, limit_groups,
+// pick, and those of rows/experts.h. Each op's contract heads its file in rows/.
 #include "cpu/family.h"
 #include "cpu/rows/arange.h"
 #include "cpu/rows/copy.h"
@@ -26,6 +25,7 @@ const Kernel kKernels[] = {
     {"rotary_table", one_phase, rotary_table_chunks, nullptr, rotary_table_run},
     {"arange", one_phase, arange_chunks, nullptr, arange_run},
     {"topk", one_phase, topk_chunks, nullptr, topk_run},
+    {"limit_groups", one_phase, limit_groups_chunks, nullptr, limit_groups_run},
     {"pick", one_phase, pick_chunks, nullptr, pick_run},
     {"sort_by_expert", one_phase, one_chunk, sort_by_expert_workspace, sort_by_expert_run},
     {"gather_tokens", one_phase, gather_tokens_chunks, nullptr, gather_tokens_run},

@@ -234,6 +234,18 @@ const char* topk(const Call& c) {
   return nullptr;
 }
 
+const char* limit_groups(const Call& c) {
+  const Step& s = c.step;
+  if (!has(s, 2, 3, 1)) return kWrongCount;
+  const Tensor &x = s.t[0], &y = s.t[1];
+  const int64_t groups = s.i[0], best = s.i[1], kept = s.i[2];
+  if (!float_rows(x, 2) || !float_rows(y, 2) || !same_sizes(x, y) || x.dtype != DType::f32 || y.dtype != DType::f32)
+    return "x and y are not f32 [M, N]";
+  if (groups < 1 || groups > kMostPlaces || x.size[1] % groups != 0) return "groups are not 1 to 64, each as wide";
+  if (best < 1 || best > kMostPlaces || best > x.size[1] / groups) return "a group has fewer numbers than it counts as";
+  return kept < 1 || kept > groups ? "there are fewer groups than are kept" : nullptr;
+}
+
 const char* pick(const Call& c) {
   const Step& s = c.step;
   if (!has(s, 3, 0, 0)) return kWrongCount;
@@ -329,6 +341,7 @@ const char* vm(const Call& c) {
 constexpr ContractOf kContracts[] = {
     {"sort_by_expert", {sort_by_expert, false}},
     {"topk", {topk, false}},
+    {"limit_groups", {limit_groups, false}},
     {"pick", {pick, false}},
     {"gather_tokens", {gather_tokens, false}},
     {"combine_experts", {combine_experts, false}},

@@ -31,6 +31,7 @@ EFFECTS = {
     "activations": "gelu_tanh",
     "sliding_caches": "slide.cpu",
     "linears": "  linear.cpu",
+    "routers": "limit_groups.cpu",
     "experts": "grouped_linear.cpu",
     "embeddings": "embedding.cpu",
     "simplify_again": "gated",
@@ -81,11 +82,19 @@ class Step(nn.Module):
         x = x + self.out(y.transpose(1, 2).flatten(2))
         h = F.layer_norm(cache[0][:, 0].mT, (5,)).sum() + self.norm(x)
         x = x + self.down(gelu(self.gate(h)) * self.up(h))
+        x = x + self.limited(x[0])
         x = x + moe._grouped_mm(x[0], self.experts.mT, self.ends)
         mean = x.pow(2).contiguous().mean(-1, keepdim=True)
         mean += 1e-5
         x = x * torch.rsqrt(mean) * self.scale
         return (x + 1) * (x + 1).exp(), k, v
+
+    def limited(self, scores: torch.Tensor) -> torch.Tensor:
+        best = scores.view(-1, 4, 8).topk(2)[0].sum(-1)
+        mask = torch.zeros_like(best)
+        mask.scatter_(1, best.topk(2)[1], 1)
+        kept = mask.unsqueeze(-1).expand(-1, 4, 8).reshape(-1, 32)
+        return scores.masked_fill(~kept.bool(), 0.0)
 
 
 def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,13 @@ import torch
 from llmopt.compiled import alive
 from torch import nn
 from torch.nn import functional as F
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from tests.tolerance import assert_close
 
@@ -181,3 +187,31 @@ def test_a_layer_of_decode_waits_once_a_product(precision: str, past: int, wide:
         return segment.program.barriers
 
     assert barriers(2) - barriers(1) == 5
+
+
+@torch.no_grad()
+def test_latent_attention_and_limited_groups_of_experts() -> None:
+    """DeepSeek-V3: caches that begin as empty vectors, keys put together in memory, experts from the best groups: one segment a call."""
+    config = DeepseekV3Config(
+        vocab_size=131, hidden_size=48, intermediate_size=76, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
+        n_routed_experts=8, n_group=4, topk_group=2, num_experts_per_tok=2, moe_intermediate_size=40, first_k_dense_replace=1,
+        q_lora_rank=20, kv_lora_rank=12, qk_rope_head_dim=8, qk_nope_head_dim=10, v_head_dim=14,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = DeepseekV3ForCausalLM(config).eval()
+    for parameter in model.parameters():
+        parameter.copy_(torch.randn_like(parameter) * 0.2)
+    ids = torch.randint(3, 131, (2, 9))
+    want = [model(ids)]
+    want.append(model(ids[:, :1], past_key_values=want[0].past_key_values))
+    torch._dynamo.reset()
+    known = {id(g) for g in alive()}
+    compiled = torch.compile(model, backend="llmopt")
+    got = [compiled(ids)]
+    got.append(compiled(ids[:, :1], past_key_values=got[0].past_key_values))
+    for ours, theirs in zip(got, want, strict=True):
+        assert_close(ours.logits, theirs.logits)
+    plans = [g.plan for g in alive() if id(g) not in known]
+    assert [len(p.segments) for p in plans] == [1, 1]
+    assert [len([r for r in p.records() if r.op == "limit_groups"]) for p in plans] == [1, 1]
+    assert not any(p.fallbacks for p in plans)

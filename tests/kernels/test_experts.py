@@ -236,6 +236,26 @@ def test_topk(tier, dtype):
 
 
 @pytest.mark.parametrize("tier", TIERS)
+def test_limit_groups(tier):
+    for m, (groups, each) in product((1, 3, 70), ((1, 4), (4, 3), (8, 32), (64, 1))):
+        x = randn(m, groups * each + 2, seed=groups)[:, : groups * each]
+        for best, kept in product({1, min(2, each), each}, {1, groups // 2 or 1, groups}):
+            y = torch.full(x.shape, 7.0)
+            run_op("limit_groups", [x, y], [groups, best, kept], [-torch.inf], tier=tier)
+            assert torch.equal(y, ops.limit_groups(x, groups, best, kept, -torch.inf))
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_limit_groups_of_nan_and_of_equal_groups(tier):
+    """A NaN is larger than any number, and so is its group; of equal groups the first is kept."""
+    nan = float("nan")
+    y = torch.empty(2, 6)
+    x = torch.tensor([[1.0, 1, 5, 5, nan, 0], [2, 2, 2, 2, 1, 3]])
+    run_op("limit_groups", [x, y], [3, 2, 1], [0.0], tier=tier)
+    assert_close(y, torch.tensor([[0, 0, 0, 0, nan, 0], [2.0, 2, 0, 0, 0, 0]]))
+
+
+@pytest.mark.parametrize("tier", TIERS)
 def test_topk_of_equal_numbers_and_of_none(tier):
     nan, inf = float("nan"), float("inf")
     x = torch.tensor([[2.0, 3.0, 3.0, -inf, 2.0], [nan, 1.0, inf, nan, -1.0], [-inf] * 5])

@@ -1,5 +1,5 @@
-"""Mixtures of experts: topk.cpu, pick.cpu, sort_by_expert.cpu, gather_tokens.cpu, grouped_linear.cpu (or grouped_linear_quantized.cpu) and
-combine_experts.cpu."""
+"""Mixtures of experts: topk.cpu, pick.cpu, limit_groups.cpu, sort_by_expert.cpu, gather_tokens.cpu, grouped_linear.cpu (or
+grouped_linear_quantized.cpu) and combine_experts.cpu."""
 
 from __future__ import annotations
 
@@ -116,6 +116,30 @@ def _lower_topk(s: SegmentBuilder, node: fx.Node) -> None:
         node,
     )
     s.step("topk", operands, [k], [], record)
+
+
+def _reject_limit(node: fx.Node) -> str:
+    x, groups, best, kept = node.args[:4]
+    if not reads_as_rows(x) or not reads_as_rows(node) or fake(x).device.type != "cpu":
+        return "scores are not evenly spaced rows"
+    if max(groups, best) > MOST_PLACES:
+        return f"{groups} groups that count as their {best} best: up to {MOST_PLACES} are possible"
+    return "" if kept <= groups else f"keeps {kept} of {groups} groups"
+
+
+def _lower_limit(s: SegmentBuilder, node: fx.Node) -> None:
+    x, groups, best, kept, fill = node.args
+    record = StepRecord(
+        "limit_groups",
+        "limit_groups.cpu",
+        f"{kept} of {groups}",
+        (describe(x),),
+        (describe(node),),
+        numel(fake(x)),
+        num_bytes(x, node),
+        node,
+    )
+    s.step("limit_groups", [s.view(x), s.view(node)], [groups, best, kept], [fill], record)
 
 
 def _reject_pick(node: fx.Node) -> str:
@@ -297,6 +321,9 @@ def _table(s: SegmentBuilder, experts: int) -> View:
 KERNELS = {
     "gather": NativeKernel("pick.cpu", _reject_pick, _lower_pick, is_glue=True),
     "topk": NativeKernel("topk.cpu", reject_topk, _lower_topk, is_glue=True),
+    "llmopt.limit_groups": NativeKernel(
+        "limit_groups.cpu", _reject_limit, _lower_limit, is_glue=True
+    ),
     "llmopt.sort_by_expert": NativeKernel(
         "sort_by_expert.cpu", _reject_sort, _lower_sort, is_glue=True
     ),

@@ -251,6 +251,17 @@ def _lower_cat(s: SegmentBuilder, node: fx.Node) -> None:
         s.step("copy", [s.view(piece), y], [], [], record)
 
 
+def _reject_memory(node: fx.Node) -> str:
+    value = fake(node)
+    if value.dtype not in FLOATS or value.device.type != "cpu" or value.dim() > MAX_DIMS:
+        return f"memory for {value.dtype} with {value.dim()} dimensions comes from PyTorch"
+    return "" if is_dense(value) else "its layout in memory is PyTorch's to choose"
+
+
+def _lower_memory(s: SegmentBuilder, node: fx.Node) -> None:
+    """A value has its place in memory already, whoever writes it."""
+
+
 def reject_index_copy(node: fx.Node) -> str:
     if len(node.args) != 4 or node.kwargs:
         return "arguments by name"
@@ -379,6 +390,7 @@ KERNELS = {
     ),
     "llmopt.slide_": NativeKernel("slide.cpu", _reject_slide, _lower_slide, is_glue=True),
     "copy_": NativeKernel("copy.cpu", _reject_copy_into, _lower_copy_into, is_glue=True),
+    "new_empty": NativeKernel("memory", _reject_memory, _lower_memory, is_glue=True),
     "cat": NativeKernel("copy.cpu", reject_cat, _lower_cat, is_glue=True),
     **{name: NativeKernel("copy.cpu", reject_copy, _lower_copy, is_glue=True) for name in COPIES},
 }

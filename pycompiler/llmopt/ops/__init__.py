@@ -6,7 +6,7 @@ problem); its attribute `fake` gives shape, dtype and layout of the result from 
 
 from llmopt.ops.attention import attention, attention_append, attention_append_arrays
 from llmopt.ops.embedding import embedding
-from llmopt.ops.experts import combine_experts, gather_tokens, sort_by_expert
+from llmopt.ops.experts import combine_experts, gather_tokens, limit_groups, sort_by_expert
 from llmopt.ops.grouped_linear import grouped_linear
 from llmopt.ops.linear import linear
 from llmopt.ops.linear_quantized import dequantize, linear_quantized
@@ -25,6 +25,7 @@ ALL = (
     embedding,
     gather_tokens,
     grouped_linear,
+    limit_groups,
     linear,
     linear_quantized,
     norm,
@@ -45,6 +46,7 @@ __all__ = [
     "embedding",
     "gather_tokens",
     "grouped_linear",
+    "limit_groups",
     "linear",
     "linear_quantized",
     "norm",

@@ -9,6 +9,25 @@ import torch
 from torch import Tensor
 
 
+def limit_groups(scores: Tensor, groups: int, best: int, kept: int, fill: float) -> Tensor:
+    """scores [T,E] float32: those of experts outside of each token's `kept` best groups are `fill` (DeepSeek-AI 2024).
+
+    A group is E / groups experts in a row, and counts as the sum of its `best` largest scores.
+    """
+    grouped = scores.unflatten(1, (groups, -1))
+    chosen = grouped.topk(best).values.sum(-1).topk(kept).indices
+    outside = torch.ones(scores.shape[0], groups, dtype=torch.bool, device=scores.device)
+    outside = outside.scatter(1, chosen, False)
+    return grouped.masked_fill(outside[..., None], fill).flatten(1)
+
+
+def _fake_limit(scores: Tensor, *_settings: float) -> Tensor:
+    return torch.empty(scores.shape, dtype=scores.dtype, device=scores.device)
+
+
+limit_groups.fake = _fake_limit  # type: ignore[attr-defined]
+
+
 def sort_by_expert(ids: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """ids [S] int64 or int32: the expert of each place → order [S] int64, ends [E] int32, ids in that order [S], inverse [S] int64.
 

@@ -166,6 +166,7 @@ _ON_THE_WAY = frozenset(
     {
         *FLOAT_CASTS,
         "llmopt.pointwise",
+        "llmopt.limit_groups",
         "getitem",
         "softmax",
         "log_softmax",

@@ -18,6 +18,7 @@ from llmopt.graph import (
     fake,
     getitem,
     is_dense,
+    is_empty,
     is_in_place,
     is_tensor,
     is_view,
@@ -66,6 +67,7 @@ PURE = frozenset(
         "int",
         "bool",
         "type_as",
+        "clone",
         "contiguous",
         "arange",
         "numel",
@@ -87,6 +89,7 @@ PURE = frozenset(
         "split",
         "sort",
         "argsort",
+        "topk",
         "histc",
         "cumsum",
         "unbind",
@@ -143,6 +146,7 @@ def run(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if node.op not in ("call_function", "call_method"):
             continue
+        _drop_empty_pieces(node)
         if _slice_for_list(graph, node, written) or _shift_arange(graph, node, written):
             continue
         target = _identity_of(node, written)
@@ -209,6 +213,16 @@ def _identity_of(node: fx.Node, written: set[int]) -> fx.Node | None:
         plain = scalar(other) == 1.0 and "rounding_mode" not in node.kwargs
         return source if plain and not _copy_matters(node, source, written) else None
     return None
+
+
+def _drop_empty_pieces(node: fx.Node) -> None:
+    """A vector without elements, as which a cache begins, may be joined to anything and adds nothing."""
+    pieces = argument(node, 0, "tensors") if kind(node) == "cat" and is_tensor(node) else None
+    if not isinstance(pieces, (list, tuple)) or fake(node).dim() == 1:
+        return
+    some = [p for p in pieces if not (is_tensor(p) and fake(p).dim() == 1 and is_empty(fake(p)))]
+    if some and len(some) < len(pieces) and all(fake(p).dtype == fake(node).dtype for p in some):
+        node.args, node.kwargs = (some, argument(node, 1, "dim", 0)), {}
 
 
 def _slice_for_list(graph: fx.Graph, node: fx.Node, written: set[int]) -> bool:
