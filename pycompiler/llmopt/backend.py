@@ -25,6 +25,7 @@ from llmopt.options import Options, check_for_cpu, check_for_gpu, parse_options
 from llmopt.overlaps import Overlaps, overlaps_of
 from llmopt.passes import attention_precision, mirror_caches, narrow, quantize, results
 from llmopt.passes.pipeline import passes
+from llmopt.passes.simplify import drop_idle_dropouts
 from llmopt.passes.verify import check_form, check_values, run_again, run_copy
 from llmopt.plan import make_plan
 from llmopt.quant.budget import Decision
@@ -62,6 +63,7 @@ def llmopt(
     _raise_recompile_limit()
     inline(gm)
     place_operands(gm.graph)
+    drop_idle_dropouts(gm.graph)
     tensors = [t for t in example_inputs if isinstance(t, torch.Tensor)]
     machine, reason = choose_target(chosen.target, tensors)
     reason = reason or _why_not(gm, example_inputs, tensors) or enclose(gm)

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from tests.compiler.rewriting import K, Q, check, check_memory, randn
 
 CACHE, NEW = randn(2, 3, 5, 8), randn(2, 3, 1, 8)
+WIDE = nn.Parameter(randn(24, 24), requires_grad=False)
 
 
 def slid(cache: Tensor, new: Tensor, where: Any = slice(-1, None)) -> Tensor:
@@ -320,7 +321,15 @@ def test_writes_beside_copies_of_a_result() -> None:
         other *= other
         return part.reshape(2, 5, 24)
 
-    for function in (the_copy_is_written, the_source_is_written, the_source_was_written):
+    def idle_dropout_is_written(x: Tensor) -> Tensor:
+        y = x.transpose(1, 2).flatten(2) @ WIDE
+        same = F.dropout(y, 0.1, False)
+        same.view(2, -1, 3, 8)
+        same.mul_(0.5)
+        return y
+
+    functions = (the_copy_is_written, the_source_is_written, the_source_was_written)
+    for function in (*functions, idle_dropout_is_written):
         for dynamic in (None, True):
             check(function, Q, dynamic=dynamic)
 

@@ -19,6 +19,7 @@ from llmopt.auto.comparison import Comparison, compared_result
 from llmopt.auto.plans import Plan, Seconds
 from llmopt.auto.timing import LayerClock
 from llmopt.passes.pipeline import passes
+from llmopt.passes.simplify import drop_idle_dropouts
 from llmopt.quant import convert
 from llmopt.quant.budget import DEFAULT_BUDGET, Decision, check_budget
 from llmopt.quant.calibration import Sample, call, evaluating
@@ -26,6 +27,7 @@ from llmopt.quant.convert import Recipe
 from llmopt.quant.experts import projections_of
 from llmopt.quant.layers import linears_of, twin_of, uncompiled
 from llmopt.quant.schemes import SCHEMES, Scheme
+from llmopt.writes import separate_windows
 
 log = logging.getLogger("llmopt")
 Model = TypeVar("Model", bound=nn.Module)
@@ -150,6 +152,8 @@ def _capture(model: nn.Module, sample: Sample, decide: Callable[[GraphProblem], 
             if (problem := problem_of(gm, inputs)) is not None:
                 decide(problem)
 
+        drop_idle_dropouts(gm.graph)
+        separate_windows(gm.graph)
         for _, run in passes(before_rounding, settings.disabled_passes()):
             run(gm.graph)
         gm.recompile()

@@ -27,7 +27,7 @@ from llmopt.graph import (
     same_shape,
     tensors_in,
 )
-from llmopt.passes.simplify import drop_idle_dropouts, is_returned
+from llmopt.passes.simplify import is_returned
 from llmopt.writes import writers_by_storage, written_by
 
 # Without the underscore.
@@ -41,7 +41,6 @@ _ARITHMETIC = frozenset(
 
 
 def run(graph: fx.Graph) -> None:
-    drop_idle_dropouts(graph)  # their results are other names of what is written
     mode = fake_mode_of(graph)
     sharers = _nodes_by_storage(graph)
     found = []  # rewriting one gives nodes other example values, by which the others are known

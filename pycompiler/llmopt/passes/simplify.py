@@ -141,7 +141,6 @@ PURE = frozenset(
 
 
 def run(graph: fx.Graph) -> None:
-    drop_idle_dropouts(graph)
     written = mutated_storages(graph)
     for node in list(graph.nodes):
         if node.op not in ("call_function", "call_method"):
