@@ -103,3 +103,94 @@ def test_statistics_of_a_training_model_stay() -> None:
     assert int(model[0].num_batches_tracked) == 0
     assert twin.training
     assert [f.source for f in feeds(model)] == ["0"]
+
+
+class Read(nn.Module):
+    """A norm in front of a linear, and something else that its subclasses do with either."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm, self.linear, self.out = nn.LayerNorm(64), nn.Linear(64, 64), nn.Linear(64, 64)
+        nn.init.uniform_(self.norm.weight, 0.1, 4.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        return self.out(torch.relu(self.linear(h))) + self.also(x, h)
+
+    def also(self, x: Tensor, h: Tensor) -> Tensor:
+        return torch.zeros_like(x)
+
+
+class Kept(Read):
+    def also(self, x: Tensor, h: Tensor) -> Tensor:
+        kept = torch.zeros_like(x)
+        kept[:] = h
+        return kept
+
+
+class ReadsTheNormsWeight(Read):
+    def also(self, x: Tensor, h: Tensor) -> Tensor:
+        return x * self.norm.weight
+
+
+class ReadsTheLinearsWeight(Read):
+    def also(self, x: Tensor, h: Tensor) -> Tensor:
+        return x @ self.linear.weight.t()
+
+
+@torch.jit.script
+def doubled(x: Tensor) -> Tensor:
+    return x * 2.0
+
+
+class InAScript(Read):
+    def also(self, x: Tensor, h: Tensor) -> Tensor:
+        return doubled(h)
+
+
+class Mapped(Read):
+    def also(self, x: Tensor, h: Tensor) -> Tensor:
+        return torch.vmap(torch.cos)(h)
+
+
+class Written(Read):
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        h[:, 0] = 1.5
+        return self.out(torch.relu(self.linear(h)))
+
+
+def test_a_norm_that_nobody_else_reads() -> None:
+    assert [f.source for f in feeds(Read())] == ["norm"]
+
+
+@pytest.mark.parametrize(
+    "cls", [Kept, ReadsTheNormsWeight, ReadsTheLinearsWeight, InAScript, Mapped, Written]
+)
+def test_what_reads_unseen_shows_in_the_result(cls: type[Read], caplog) -> None:
+    with caplog.at_level(logging.WARNING, "llmopt"):
+        assert feeds(cls()) == []
+    assert "are read where nobody sees it, and keep their scale: norm" in caplog.text
+
+
+def test_only_the_layer_that_is_read_unseen_keeps_its_scale() -> None:
+    model = nn.Sequential(Read(), Mapped(), Read())
+    assert [f.source for f in feeds(model)] == ["0.norm", "2.norm"]
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    feeds(model)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_a_norm_that_is_given_more_than_its_input() -> None:
+    class Scaled(nn.LayerNorm):
+        def forward(self, input: Tensor, scale: Tensor) -> Tensor:
+            return super().forward(input) * scale
+
+    class Model(Read):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(self.norm(x, x.abs().mean()))
+
+    model = Model()
+    model.norm = Scaled(64)
+    assert feeds(model) == []

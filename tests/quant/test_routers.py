@@ -104,3 +104,23 @@ def test_routers_of_a_model_whose_experts_are_codes() -> None:
 def test_a_module_of_experts_alone_says_what_to_give() -> None:
     with pytest.raises(ValueError, match=r"is the model itself.*nn.Sequential"):
         llmopt.quantize(Experts(), "w8a16", group="channel")
+
+
+class Each(nn.Module):
+    """Every expert a module of its own, as older models have them, with something that is none among them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.ModuleDict({"classifier": nn.Linear(64, 3)})
+        experts = {f"expert_{i}": nn.Linear(64, 64) for i in range(3)}
+        self.experts = nn.ModuleDict({**experts, "dropout": nn.Dropout()})
+
+
+def test_routers_beside_experts_that_are_modules() -> None:
+    assert rounded(nn.ModuleDict({"ffn": Each()})) == {f"ffn.experts.expert_{i}" for i in range(3)}
+
+
+def test_a_classifier_of_as_many_labels_as_experts() -> None:
+    model = nn.ModuleDict({"experts": Experts(), "gate": nn.Linear(WIDTH, EXPERTS)})
+    model["head"] = nn.ModuleDict({"labels": nn.Linear(WIDTH, EXPERTS)})
+    assert rounded(model) == {"head.labels"}

@@ -70,6 +70,12 @@ def quantize(
         raise ValueError(
             f"llmopt: scheme {scheme!r} does not exist; possible: {', '.join((*SCHEMES, AUTO))}"
         )
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"llmopt: quantize takes a torch.nn.Module, not a {type(model).__name__}")
+    if layers is not None and not isinstance(layers, Mapping):
+        raise ValueError(
+            f"llmopt: layers={layers!r} is no mapping of name patterns to schemes, or to None"
+        )
     recipe = Recipe(scheme, group, symmetric, algorithm, alpha, layers)
     if scheme == AUTO:
         return _auto(model, recipe, calibration, accuracy_budget)

@@ -140,10 +140,11 @@ def _write(args: argparse.Namespace, rows: Any, setting: Any) -> None:
 
 def _print(rows: Any, setting: Any) -> None:
     from rich.table import Table
+    from rich.text import Text
 
     from llmopt.benchmark.results import number
 
-    table = Table(title=f"{setting.title}\n{setting.machine()}")
+    table = Table(title=Text(f"{setting.title}\n{setting.machine()}"))
     for heading in ("phase", "system"):
         table.add_column(heading)
     for heading in ("value", "× eager", "% of roof", "FMA GFLOP/s", "read GB/s", "steady rounds"):
@@ -168,12 +169,13 @@ def _print(rows: Any, setting: Any) -> None:
 
 def _print_accuracy(result: Any) -> None:
     from rich.table import Table
+    from rich.text import Text
 
     from llmopt.benchmark.results import accuracy_columns, samples_of
 
     found = result.accuracy
     columns = accuracy_columns(found.values())
-    table = Table("system", title=f"Outputs.{samples_of(found.values())}")
+    table = Table("system", title=Text(f"Outputs.{samples_of(found.values())}"))
     for heading in (*(title for title, _ in columns), "largest difference from eager's"):
         table.add_column(heading, justify="right")
     for system in result.systems:

@@ -247,10 +247,11 @@ def _result(args: argparse.Namespace, text: str, found: Mapping[str, Any]) -> di
 def _print(result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     rows = result["results"]
     first = next(iter(rows.values()))
-    table = Table(title=f"{result['model']} beside itself in fp32\n{result['text']}")
+    table = Table(title=Text(f"{result['model']} beside itself in fp32\n{result['text']}"))
     table.add_column("")
     columns = _CAUSAL if "perplexity" in first else _EMBEDDINGS
     for heading, _, _ in columns:

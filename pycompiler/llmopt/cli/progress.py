@@ -25,10 +25,15 @@ class Task:
         if self._console.is_terminal:
             self._progress.update(self._number, description=text)
         else:
-            self._console.print(text, highlight=False)
+            say(self._console, text)
 
     def advance(self, steps: int = 1) -> None:
         self._progress.advance(self._number, steps)
+
+
+def say(console: Any, text: str) -> None:
+    """Prints text as it is: names and paths may look like markup."""
+    console.print(text, highlight=False, markup=False, emoji=False)
 
 
 @contextlib.contextmanager
@@ -41,14 +46,14 @@ def working(text: str, total: int | None = None) -> Iterator[Task]:
         raise ModelError("this command needs rich: pip install 'llmopt[demo]'") from error
 
     console = Console(stderr=True)
-    columns = [SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()]
+    columns = [SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn()]
     if total is not None:
         columns.insert(2, BarColumn(bar_width=30))
     quiet = not console.is_terminal
     with Progress(*columns, console=console, transient=True, disable=quiet) as progress:
         task = Task(progress, progress.add_task(text, total=total), console)
         if quiet:
-            console.print(text, highlight=False)
+            say(console, text)
         with _saying_what_is_logged(task):
             yield task
 

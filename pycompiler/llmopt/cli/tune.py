@@ -255,8 +255,9 @@ def _print(title: str, rows: list[Any]) -> None:
     """A table of (entry, source)."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=title)
+    table = Table(title=Text(title))
     for heading in ("shape", "fused"):
         table.add_column(heading)
     for heading in ("default us", "best us", "gain", "% of roof"):

@@ -167,8 +167,9 @@ def _of_model(args: argparse.Namespace) -> list[Any]:
 def print_table(title: str, entries: Sequence[Any]) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=title)
+    table = Table(title=Text(title))
     table.add_column("problem")
     for heading in ("default us", "best us", "% of roof"):
         table.add_column(heading, justify="right")

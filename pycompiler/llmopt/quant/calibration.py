@@ -29,16 +29,25 @@ class Inputs:
         return self.total / self.tokens
 
 
+_SAMPLES = (
+    "iterable of model inputs "
+    "(a tensor, a tuple of positional inputs or a dict of keyword inputs each)"
+)
+
+
 def samples_of(calibration: Iterable[Sample] | Sample | None) -> list[Sample]:
     """The samples as a list; one tensor or mapping alone is one sample. Raises ValueError when there are none."""
     if isinstance(calibration, Tensor | Mapping | tuple):
         calibration = [calibration]
-    samples = list(calibration or ())
+    if calibration is not None and not isinstance(calibration, Iterable):
+        raise ValueError(f"llmopt: calibration={calibration!r} is no {_SAMPLES}")
+    samples = list(() if calibration is None else calibration)
+    for i, sample in enumerate(samples):
+        if not isinstance(sample, Tensor | Mapping | tuple | list):
+            kind = type(sample).__name__
+            raise ValueError(f"llmopt: calibration sample {i} is a {kind}: give an {_SAMPLES}")
     if not samples:
-        raise ValueError(
-            "llmopt: calibration holds no samples: give an iterable of model inputs "
-            "(a tensor, a tuple of positional inputs or a dict of keyword inputs each)"
-        )
+        raise ValueError(f"llmopt: calibration holds no samples: give an {_SAMPLES}")
     hollow = [i for i, s in enumerate(samples) if not isinstance(s, Tensor) and not s]
     if hollow:
         raise ValueError(f"llmopt: calibration sample {hollow[0]} holds no inputs")
@@ -48,25 +57,39 @@ def samples_of(calibration: Iterable[Sample] | Sample | None) -> list[Sample]:
     return samples
 
 
+_MOST_POSITIONS = ("max_position_embeddings", "max_seq_len", "n_positions")
+
+
 def random_tokens(model: nn.Module, count: int = 4, length: int = 256) -> list[Sample]:
     """Samples for a language model where no text is at hand: random tokens (seeded), the first one as a text would begin.
 
     Raises ValueError for a model whose config does not say the size of its vocabulary.
     """
     config: Any = getattr(model, "config", None)
+    config = getattr(config, "get_text_config", lambda: config)()
     vocabulary = getattr(config, "vocab_size", None)
     if not isinstance(vocabulary, int):
         raise ValueError(
             f"llmopt: calibration='random' is for language models, and {type(model).__name__} "
             "names no vocabulary: give sample inputs"
         )
-    longest = getattr(config, "max_position_embeddings", None) or length
+    limits = (getattr(config, name, None) for name in _MOST_POSITIONS)
+    longest = min((n for n in limits if isinstance(n, int) and n > 0), default=length)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, vocabulary, (count, min(length, longest)), generator=generator)
-    if isinstance(getattr(config, "bos_token_id", None), int):
-        ids[:, 0] = config.bos_token_id
+    first = getattr(config, "bos_token_id", None)
+    if isinstance(first, int) and 0 <= first < vocabulary:
+        ids[:, 0] = first
     device = next(model.parameters()).device
-    return [{"input_ids": row[None].to(device)} for row in ids]
+    names = ["input_ids"]
+    if getattr(config, "is_encoder_decoder", False):
+        names.append("decoder_input_ids")
+    if getattr(model, "main_input_name", "input_ids") != "input_ids":
+        raise ValueError(
+            f"llmopt: calibration='random' makes tokens, and {type(model).__name__} wants "
+            f"{model.main_input_name}: give sample inputs"
+        )
+    return [{name: row[None].to(device) for name in names} for row in ids]
 
 
 def call(model: nn.Module, sample: Sample) -> Any:
@@ -134,6 +157,8 @@ def _add(seen: dict[str, Inputs], name: str, x: Tensor, moments: bool) -> None:
         seen[name] = Inputs(zeros(k), zeros(k), zeros(k, k) if moments else None)
     inputs = seen[name]
     magnitude = x.abs()
+    if not x.shape[0]:  # an expert that no token chose
+        return
     inputs.peak = torch.maximum(inputs.peak, magnitude.amax(0))
     inputs.total += magnitude.sum(0)
     if inputs.moments is not None:

@@ -16,6 +16,7 @@ from llmopt.quant.experts import Projection, counts_of, projections_of, put, rou
 from llmopt.quant.gptq import gptq
 from llmopt.quant.layers import (
     bias_of,
+    changed_linears,
     is_linear,
     linears_of,
     output_heads,
@@ -64,6 +65,8 @@ def quantize(model: Model, recipe: Recipe, samples: list[Sample] | None = None) 
     alpha = _alpha(recipe.alpha, scaler)
     twin = twin_of(model)
     linears, experts = linears_of(twin), projections_of(twin)
+    if changed := changed_linears(twin):
+        log.warning("left as they are, because their forward or weight is not a linear's own: %s", _some(changed))  # fmt: skip
     head = of_head(wanted, recipe.symmetric)
     schemes = _schemes(twin, {**linears, **experts}, wanted, head, recipe.layers or {})
     linears = {name: linear for name, linear in linears.items() if name in schemes}
@@ -122,8 +125,8 @@ def _alpha(given: float | None, scaler: str) -> float:
     """How much of the activations' range SmoothQuant moves."""
     if given is None:
         return DEFAULT_ALPHA
-    if not 0 <= given <= 1:
-        raise ValueError(f"llmopt: alpha={given} is not between 0 and 1")
+    if isinstance(given, bool) or not isinstance(given, int | float) or not 0 <= given <= 1:
+        raise ValueError(f"llmopt: alpha={given!r} is not between 0 and 1")
     if scaler != "smoothquant":
         raise ValueError(f"llmopt: alpha={given} is for smoothquant, which was not asked for")
     return given

@@ -95,7 +95,7 @@ def divergence(wanted: Tensor, got: Tensor) -> float:
     """Mean KL(wanted ‖ got) of logits [..., V] over all positions, in nats."""
     pairs = zip(*(_pieces(t.flatten(0, -2)) for t in (wanted, got)), strict=True)
     total = sum(float(_divergence(_log_softmax(a), _log_softmax(b)).sum()) for a, b in pairs)
-    return total / math.prod(wanted.shape[:-1])
+    return max(0.0, total) / math.prod(wanted.shape[:-1])  # of equal rows rounding may leave less
 
 
 def _logits(model: Callable[..., Any], ids: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -61,24 +62,27 @@ def projections_of(model: nn.Module) -> dict[str, Projection]:
 
 
 def counts_of(model: nn.Module) -> dict[str, int]:
-    """Every module of experts by its name, "" for the model itself, with how many it has, quantised or not."""
+    """Every module of experts by its name, "" for the model itself, with how many it has, quantised or not, also where each is a module."""
     found = {}
     for name, module in model.named_modules():
-        if not isinstance(getattr(module, "is_transposed", None), bool):
+        if isinstance(module, nn.ModuleList | nn.ModuleDict):
+            alike = Counter(type(child) for child in module.children()).most_common(1)
+            if "experts" in name.rpartition(".")[2] and alike:
+                found[name] = alike[0][1]
             continue
-        own = (module._parameters.get(n) for n in _PROJECTIONS)
-        codes = (module._modules.get(n) for n in _PROJECTIONS)
-        weights = [w for w in own if w is not None and w.dim() == 3]
-        weights += [c.codes for c in codes if isinstance(c, QuantizedExperts)]
-        if weights:
-            found[name] = weights[0].shape[0]
+        codes = [c.codes for c in module.children() if isinstance(c, QuantizedExperts)]
+        weights = [w for w in module._parameters.values() if w is not None and w.dim() == 3]
+        says_so = isinstance(getattr(module, "is_transposed", None), bool)
+        says_so |= any(getattr(module, "num_experts", None) == w.shape[0] for w in weights)
+        if (weights or codes) and says_so:
+            found[name] = (weights or codes)[0].shape[0]
     return found
 
 
 def routers_of(model: nn.Module, layers: Mapping[str, nn.Module | Projection]) -> set[str]:
     """Those of a model's layers that choose experts: beside a module of these, with an output for each.
 
-    Where one of them is called a router or a gate, the others are something else.
+    Where one of them is called a router or a gate, the others are something else; else it stands right beside that module.
     """
     routers: set[str] = set()
     for name, count in counts_of(model).items():
@@ -86,7 +90,7 @@ def routers_of(model: nn.Module, layers: Mapping[str, nn.Module | Projection]) -
         inside = {n: x for n, x in layers.items() if n.startswith(around + dot)}
         fitting = [n for n, x in inside.items() if getattr(x, "out_features", None) == count]
         called = [n for n in fitting if _ROUTER.search(n.removeprefix(around))]
-        routers.update(called or fitting)
+        routers.update(called or (n for n in fitting if n.rpartition(".")[0] == around))
     return routers
 
 

@@ -2,15 +2,18 @@
 
 The model runs once on a sample; norms, linears and products are watched by the identity of the tensors they pass on. A norm feeds
 linears when its output goes nowhere else; a linear feeds them through a product (gate · up → down) when both outputs go nowhere
-else. A tensor whose other readers are unknown is never touched.
+else. A tensor whose other readers are unknown is never touched; what nobody saw reading it shows in the result, once scales have moved
+on trial.
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import enum
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,16 +52,63 @@ def feeds_of(model: nn.Module, sample: Sample, linears: Mapping[str, nn.Module])
     with evaluating(model):
         try:
             with watch:
-                result = call(model, sample)
+                result = call(model, copy.deepcopy(sample))
         finally:
             watch.remove()
         try:
-            watch.read_by(list(_tensors_in(result, set())), "the result")
+            wanted = list(_tensors_in(result, set()))
         except _Opaque as error:
             log.warning("%s: who reads the tensors in a result of type %s is not known, so no scale can move",
                         type(model).__name__, error)  # fmt: skip
             return []
-        return watch.feeds()
+        watch.read_by(wanted, "the result")
+        found = watch.feeds()
+        proven = _proven(model, sample, wanted, found)
+    if len(proven) < len(found):
+        sources = ", ".join(f.source for f in found if f not in proven)
+        log.warning("the outputs of these layers are read where nobody sees it, and keep their scale: %s", sources)  # fmt: skip
+    return proven
+
+
+def _proven(
+    model: nn.Module, sample: Sample, wanted: Sequence[Tensor], feeds: Sequence[Feed]
+) -> list[Feed]:
+    """The feeds along which scales move without changing the result: tried all at once, and where that changes it by halves."""
+    if not feeds:
+        return []
+    with _scaled(model, feeds):
+        got = list(_tensors_in(call(model, copy.deepcopy(sample)), set()))
+    if len(got) == len(wanted) and all(map(_is_same, got, wanted)):
+        return list(feeds)
+    half = len(feeds) // 2
+    halves = (feeds[:half], feeds[half:]) if half else ()
+    return [feed for part in halves for feed in _proven(model, sample, wanted, part)]
+
+
+def _is_same(got: Tensor, wanted: Tensor) -> bool:
+    """Up to what moving powers of two leaves: a norm's 1 + w is rounded in the dtype of w."""
+    if got.shape != wanted.shape or not wanted.is_floating_point():
+        return got.shape == wanted.shape and torch.equal(got, wanted)
+    a, b = (t.detach().double().nan_to_num(0.0, 0.0, 0.0) for t in (got, wanted))
+    tolerance = 1e-3 if wanted.dtype in (torch.float32, torch.float64) else 5e-2
+    return bool((a - b).norm() <= tolerance * b.norm())
+
+
+@contextlib.contextmanager
+def _scaled(model: nn.Module, feeds: Sequence[Feed]) -> Iterator[None]:
+    """Scales of 1/2, 1 and 2 have moved along the feeds for the while."""
+    modules = dict(model.named_modules())
+    touched = {name for feed in feeds for name in (feed.source, *feed.targets)}
+    before = {name: dict(modules[name]._parameters) for name in touched}
+    try:
+        for feed in feeds:
+            width = weight_of(modules[feed.targets[0]]).shape[1]
+            powers = torch.arange(width, device=weight_of(modules[feed.targets[0]]).device) % 3 - 1
+            apply(feed, modules, torch.exp2(powers.float()))
+        yield
+    finally:
+        for name, parameters in before.items():
+            modules[name]._parameters.update(parameters)
 
 
 def apply(feed: Feed, modules: Mapping[str, nn.Module], s: Tensor) -> None:
@@ -107,9 +157,9 @@ class _Watch(TorchFunctionMode):
     def _entering(self, name: str) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self.read_by((args, kwargs), name)
-            first = next(iter((*args, *kwargs.values())), None)
-            if name not in self.linears and isinstance(first, Tensor):
-                self.inputs[name] = first
+            given = (*args, *kwargs.values())
+            if name not in self.linears and len(given) == 1 and isinstance(given[0], Tensor):
+                self.inputs[name] = given[0]
             self.calls[name] += 1
             self.depth += 1
 
@@ -199,6 +249,8 @@ def _norm_offset(norm: nn.Module, x: Tensor | None) -> float | None:
     s = torch.linspace(0.5, 2.0, weight.numel(), device=weight.device)
     with torch.no_grad():
         y = norm(x).float()
+        if not y.any():
+            return None
         for offset in (0.0, 1.0):
             scaled = functional_call(norm, divided(norm, offset, s), (x,)).float() * s
             if (scaled - y).abs().max() <= 8 * torch.finfo(x.dtype).eps * y.abs().max():

@@ -12,8 +12,23 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def is_linear(module: nn.Module) -> bool:
-    """nn.Linear itself (subclasses may read their weight otherwise) and Hugging Face's Conv1D."""
+    """nn.Linear itself (subclasses may read their weight otherwise) and Hugging Face's Conv1D, with a weight of its own."""
+    return _is_linear_class(module) and not _is_changed(module)
+
+
+def _is_linear_class(module: nn.Module) -> bool:
     return type(module) is nn.Linear or is_conv1d(module)
+
+
+def _is_changed(module: nn.Module) -> bool:
+    """Whether somebody gave a module another forward, or has its weight computed (pruning, weight norm)."""
+    return "forward" in vars(module) or module._parameters.get("weight") is None
+
+
+def changed_linears(model: nn.Module) -> list[str]:
+    """The names of linears that do something else than their class says, and are left as they are."""
+    named = model.named_modules()
+    return [name for name, m in named if _is_linear_class(m) and _is_changed(m)]
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -54,8 +69,17 @@ def set_weight(linear: nn.Module, weight: Tensor) -> None:
     linear.weight = nn.Parameter(own, requires_grad=old.requires_grad)
 
 
+_HOOKS = (
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
+    "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs",
+)  # fmt: skip
+
+
 def replace_modules(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:
-    """Puts each replacement wherever the module stands, under all of its names."""
+    """Puts each replacement wherever the module stands, under all of its names, with the hooks around its forward."""
+    for old, new in replacements.items():
+        for name in _HOOKS:
+            getattr(new, name).update(getattr(old, name))
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):  # named_children leaves out second names
             if child is not None and child in replacements:
@@ -96,6 +120,11 @@ def twin_of(model: Model) -> Model:
     """
     shared: dict[int, Any] = {id(p): _parameter_over(p) for p in model.parameters()}
     shared.update((id(b), b) for b in model.buffers())
+    for (
+        module
+    ) in model.modules():  # weights that are computed, by pruning for instance, have a history
+        values = (v for v in vars(module).values() if isinstance(v, Tensor) and not v.is_leaf)
+        shared.update((id(v), v.detach()) for v in values)
     return copy.deepcopy(uncompiled(model), shared)
 
 
@@ -111,11 +140,14 @@ def _parameter_over(parameter: nn.Parameter) -> nn.Parameter:
 
 
 def untie(model: nn.Module) -> None:
-    """Tells a Hugging Face model whose head has no weight of its own now not to tie it to the embedding."""
-    config: Any = getattr(model, "config", None)
+    """Tells a Hugging Face model whose head has no weight of its own now not to tie it to the embedding.
+
+    Its config still says that they are one: some forwards (T5's kin) scale by it.
+    """
     head = output_head(model)
-    if head is None or is_linear(head) or not getattr(config, "tie_word_embeddings", False):
+    if head is None or is_linear(head) or not hasattr(model, "all_tied_weights_keys"):
         return
-    config.tie_word_embeddings = False
-    if hasattr(model, "all_tied_weights_keys"):
-        model.all_tied_weights_keys = {}  # type: ignore[assignment]
+    own: Any = model
+    names = tuple(f"{name}." for name, module in model.named_modules() if module is head)
+    ties = {to: of for to, of in own.all_tied_weights_keys.items() if not to.startswith(names)}
+    own.all_tied_weights_keys, own._tied_weights_keys = ties, dict(ties)

@@ -241,11 +241,20 @@ def _from_config(path: Path, manifest: dict[str, Any], config: Any) -> nn.Module
 
 def _config(path: Path, facts: Any) -> Any:
     try:
-        return _of_transformers(path, facts["class"]).from_dict(facts["values"])
-    except (KeyError, TypeError, ValueError) as error:
-        if isinstance(error, StorageError):
-            raise
+        return _of_transformers(path, facts["class"]).from_dict(_with_floats(facts["values"]))
+    except StorageError:
+        raise
+    except Exception as error:  # whatever a config class raises
         raise StorageError(f"{path / MANIFEST}: a config is described wrongly ({error})") from error
+
+
+def _with_floats(value: Any) -> Any:
+    """The values of a config, in whose JSON transformers writes a float that JSON has not as {"__float__": "Infinity"}."""
+    if isinstance(value, dict):
+        if value.keys() == {"__float__"}:
+            return float(value["__float__"])
+        return {key: _with_floats(item) for key, item in value.items()}
+    return [_with_floats(item) for item in value] if isinstance(value, list) else value
 
 
 def _of_transformers(path: Path, name: str) -> Any:
