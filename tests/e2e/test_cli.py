@@ -245,6 +245,32 @@ def test_explain_writes_its_files(capsys, module_file, tmp_path):
     assert json.loads(data.read_text())
 
 
+def test_explain_a_path_that_looks_like_markup(capsys, module_file, tmp_path):
+    folder = tmp_path / "x[/red]"
+    folder.mkdir(parents=True)
+    path = folder / "a:three.py"
+    path.write_text(module_file.read_text())
+    code, _, err = run(capsys, "explain", f"{path}:call")
+    assert code == 0, err
+    assert f"{path}:call: loading" in err.replace("\n", "")
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (("{file}",), "my_model.py names no function: give"),
+        (("nothing",), "a folder written by save_pretrained or save_quantized"),
+        (("{file}:call", "--json", "{folder}"), "is a folder: a file is written there"),
+        (("{file}:call", "--html", "{folder}/none/x.html"), "there is no folder"),
+    ],
+)
+def test_explain_says_what_it_wants(capsys, module_file, tmp_path, argv, words):
+    given = [a.format(file=module_file, folder=tmp_path) for a in argv]
+    code, _, err = run(capsys, "explain", *given)
+    assert code == 1
+    assert words in err
+
+
 def test_explain_a_precision(capsys, module_file):
     argv = ("explain", f"{module_file}:call", "--precision", "w8a8", "--group", "channel")
     code, out, err = run(capsys, *argv)

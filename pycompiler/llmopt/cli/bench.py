@@ -73,9 +73,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.plot and args.plot.suffix != ".png":
         raise ValueError(f"--plot {args.plot}: the picture is a .png")
-    for path in (args.json, args.plot, args.markdown):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise ValueError(f"{path}: there is no folder {path.absolute().parent}")
+    options.check_outputs(args.json, args.plot, args.markdown)
     systems = systems_of(args.against)
     threads = args.threads or torch.get_num_threads()
     torch.set_num_threads(threads)

@@ -73,6 +73,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(
             "say what to measure: --scheme w8a8,w8a16,w4a16, --precision w8a8 or --kv-cache int8"
         )
+    options.check_outputs(args.json)
     if args.precision and args.algorithm is not None:
         raise ValueError("--algorithm is for --scheme: measure --precision apart")
     grouped = [*args.scheme, *args.precision]

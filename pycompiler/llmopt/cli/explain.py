@@ -48,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
     from llmopt.models import DTYPES, load
 
     chosen = options.compile_options(args)
+    options.check_outputs(args.html, args.json)
     if args.threads:
         torch.set_num_threads(args.threads)
     with working(f"{args.model}: loading"):

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 MODEL_HELP = (
     "smollm2, minilm, path.py:function, or a folder written by save_pretrained or save_quantized"
 )
+
+
+def check_outputs(*paths: Path | None) -> None:
+    """Before minutes of work: raises ValueError for a file that cannot be written where it is wanted."""
+    for path in paths:
+        if path is not None and path.is_dir():
+            raise ValueError(f"{path} is a folder: a file is written there")
+        if path is not None and not path.absolute().parent.is_dir():
+            raise ValueError(f"{path}: there is no folder {path.absolute().parent}")
 
 
 def add_dtype(parser: argparse.ArgumentParser, default: str = "fp32") -> None:

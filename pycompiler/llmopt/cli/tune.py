@@ -103,6 +103,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.plot and args.plot.suffix != ".png":
         raise ValueError(f"--plot {args.plot}: the picture is a .png")
+    options.check_outputs(args.plot, args.export)
     if not (args.what or args.show or args.export or args.import_ or args.predict):
         raise ValueError("nothing to do: give a model, shapes, --show, --export or --import")
     if args.what and not settings.tuning():

@@ -105,11 +105,13 @@ def _load(spec: str, dtype: torch.dtype, random_weights: bool) -> LoadedModel:
         return user.from_function(spec, dtype)
     if Path(spec).is_dir():
         return user.from_folder(Path(spec), dtype, random_weights)
+    if Path(spec).suffix == ".py":
+        raise ModelError(f"{spec} names no function: give {spec}:function")
     if os.sep in spec:
         raise ModelError(f"{spec}: there is no such folder")
     raise ModelError(
         f"unknown model {spec!r}: expected {', '.join(PACKAGED)}, path.py:function, or a folder "
-        "written by save_pretrained"
+        "written by save_pretrained or save_quantized"
     )
 
 
