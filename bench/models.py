@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import torch
-from transformers import BertConfig, BertModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    BertConfig,
+    BertModel,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 
 def bert_base() -> BertModel:
@@ -30,3 +37,29 @@ def mixture() -> Qwen3MoeForCausalLM:
         tie_word_embeddings=True,
     )
     return Qwen3MoeForCausalLM(config)
+
+
+def latent() -> DeepseekV3ForCausalLM:
+    """Six layers in DeepSeek-V3's way, of a quarter of its widths: latent attention of 16 heads, 8 of 32 experts from 4 of 8 groups."""
+    torch.manual_seed(0)
+    config = DeepseekV3Config(
+        vocab_size=32768,
+        hidden_size=1024,
+        intermediate_size=2816,
+        moe_intermediate_size=256,
+        num_hidden_layers=6,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+        q_lora_rank=384,
+        kv_lora_rank=128,
+        qk_nope_head_dim=64,
+        qk_rope_head_dim=32,
+        v_head_dim=64,
+        n_routed_experts=32,
+        n_group=8,
+        topk_group=4,
+        num_experts_per_tok=8,
+        first_k_dense_replace=1,
+        max_position_embeddings=1024,
+    )
+    return DeepseekV3ForCausalLM(config)
