@@ -328,7 +328,6 @@ CAUSAL = (
             "layer_types": ["sliding_attention", "full_attention"],
         },
         attn="eager",
-        segments=2,
     ),
     _causal(
         "deepseek-v3",
@@ -349,7 +348,6 @@ CAUSAL = (
             "moe_intermediate_size": 40,
             "first_k_dense_replace": 0,
         },
-        segments=4,
     ),
     _causal(
         "lfm2-conv",
