@@ -130,7 +130,71 @@ def scores_are_written_between(scores: Tensor) -> Any:
     return routed(scores, kept)
 
 
+def the_mask_is_used_twice(scores: Tensor) -> Any:
+    scores = scores.sigmoid()
+    kept = spread(mask_of(by_two_best(scores)))
+    return routed(scores, kept)[0], scores * kept, kept
+
+
+def its_contrary_is_used_twice(scores: Tensor) -> Any:
+    scores = scores.sigmoid()
+    dropped = ~spread(mask_of(by_two_best(scores))).bool()
+    return scores.masked_fill(dropped, -INF), scores.masked_fill(dropped, 0.0)
+
+
+def the_write_is_returned(scores: Tensor) -> Any:
+    scores = scores.sigmoid()
+    group_scores = by_two_best(scores)
+    mask = torch.zeros_like(group_scores).scatter_(1, group_scores.topk(KEPT)[1], 1)
+    return routed(scores, spread(mask))[0], spread(mask)
+
+
+def ones_are_multiplied(scores: Tensor) -> Any:
+    scores = scores.sigmoid()
+    group_scores = by_two_best(scores)
+    mask = torch.zeros_like(group_scores)
+    mask.scatter_(1, group_scores.topk(KEPT)[1], 1, reduce="multiply")
+    return scores.masked_fill(~spread(mask).bool(), 0.0)
+
+
+def other_groups(scores: Tensor) -> Any:
+    scores = scores.sigmoid()
+    chosen = by_two_best(scores).topk(KEPT)[1]
+    mask = torch.zeros_like(scores[:, :6])
+    mask.scatter_(1, chosen, 1)
+    kept = mask.unsqueeze(-1).expand(-1, 6, EXPERTS // 6).reshape(-1, EXPERTS)
+    return scores.masked_fill(~kept.bool(), 0.0)
+
+
+def written_on_the_way(place: int) -> Callable[[Tensor], Tensor]:
+    def function(scores: Tensor) -> Tensor:
+        scores = scores.sigmoid()
+        best = scores.view(-1, GROUPS, EXPERTS // GROUPS).topk(2, dim=-1)[0]
+        steps: list[Callable[[Tensor], Any]] = [
+            lambda t: t.mul_(-1),
+            lambda t: t.mul_(-1),
+            lambda t: t.fill_(1),
+            lambda t: t[:, :3].fill_(1),
+            lambda t: t.logical_not_(),
+        ]
+
+        def step(now: int, value: Tensor) -> Tensor:
+            if now == place:
+                steps[now](value)
+            return value
+
+        group_scores = step(1, step(0, best).sum(-1))
+        chosen = step(2, group_scores.topk(KEPT)[1])
+        mask = torch.zeros_like(group_scores)
+        mask.scatter_(1, chosen, 1)
+        return scores.masked_fill(step(4, ~step(3, spread(mask)).bool()), 0.0)
+
+    return function
+
+
 OTHERS = (
+    the_mask_is_used_twice, its_contrary_is_used_twice, the_write_is_returned, ones_are_multiplied, other_groups,
+    *map(written_on_the_way, range(5)),
     of_other_scores, of_the_worst, kept_instead_of_dropped, groups_of_every_fourth, turned_on_the_way, written_twice,
     written_with_twos, mask_is_read, spread_before_it_is_written, scores_are_written_between,
 )  # fmt: skip

@@ -194,3 +194,50 @@ def test_a_norm_that_is_given_more_than_its_input() -> None:
     model = Model()
     model.norm = Scaled(64)
     assert feeds(model) == []
+
+
+class Hidden(Read):
+    """Reads the norm's weight; subclasses return something that could hide it."""
+
+    def also(self, x: Tensor, h: Tensor) -> Tensor:
+        return 0.001 * x * self.norm.weight
+
+
+class HiddenByConstants(Hidden):
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return torch.cat((y, torch.full_like(y, -1e9)), -1)
+
+
+class HiddenInMemoryOfItsOwn(Hidden):
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        if not hasattr(self, "kept"):
+            self.kept = torch.empty_like(y)
+        return self.kept.copy_(y)
+
+
+@pytest.mark.parametrize("cls", [Hidden, HiddenByConstants, HiddenInMemoryOfItsOwn])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_a_result_could_hide(cls: type[Read], dtype: torch.dtype) -> None:
+    model = cls().eval().to(dtype)
+    if dtype == torch.bfloat16:  # what it can show
+        model.also = lambda x, h: 0.1 * x * model.norm.weight
+    assert flow.feeds_of(model, X.to(dtype), linears_of(model)) == []
+    plain = Read().eval().to(dtype)
+    assert [f.source for f in flow.feeds_of(plain, X.to(dtype), linears_of(plain))] == ["norm"]
+
+
+def test_a_model_that_gives_another_result_each_time(caplog) -> None:
+    class Random(Read):
+        def also(self, x: Tensor, h: Tensor) -> Tensor:
+            return torch.rand_like(x)
+
+    with caplog.at_level(logging.WARNING, "llmopt"):
+        assert feeds(Random()) == []
+    assert "Random gives another result at each call" in caplog.text
+
+
+def test_samples_that_cannot_be_copied() -> None:
+    model, sample = Read().eval(), X.clone().requires_grad_() * 1
+    assert [f.source for f in flow.feeds_of(model, sample, linears_of(model))] == ["norm"]

@@ -11,6 +11,7 @@ from llmopt.quant.evaluate import divergence
 from llmopt.quant.module import QuantizedLinear
 from torch import Tensor, nn
 from torch.nn.utils import prune
+from torch.utils.data import TensorDataset
 from transformers import Mamba2Config, Mamba2ForCausalLM, UMT5Config, UMT5ForConditionalGeneration
 
 X = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
@@ -67,6 +68,12 @@ def test_linears_with_another_forward_or_computed_weights_are_left(caplog) -> No
         assert distance(twin(X), model(X)) < 0.02
 
 
+@torch.no_grad()
+def test_calibration_by_a_dataset_that_has_places_only() -> None:
+    twin = llmopt.quantize(mlp(), "w8a16", TensorDataset(X[None]), algorithm="gptq")
+    assert distance(twin(X), mlp()(X)) < 0.02
+
+
 class Chosen(nn.Module):
     """A list of linears of which some get no row."""
 
@@ -83,10 +90,21 @@ class Chosen(nn.Module):
         return self.out(y)
 
 
+class ChosenBlocks(Chosen):
+    """Blocks of a norm and a linear, one of which gets all rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.each = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 64)) for _ in range(3)
+        )
+
+
+@pytest.mark.parametrize("cls", [Chosen, ChosenBlocks])
 @pytest.mark.parametrize("algorithm", ["smoothquant", "awq", "gptq"])
 @torch.no_grad()
-def test_linears_that_get_no_rows(algorithm: str) -> None:
-    model = Chosen().eval()
+def test_linears_that_get_no_rows(cls: type[Chosen], algorithm: str) -> None:
+    model = cls().eval()
     twin = llmopt.quantize(model, "w8a16", [X], algorithm=algorithm)
     assert distance(twin(X), model(X)) < 0.02
 
@@ -133,8 +151,8 @@ def test_equal_logits_do_not_diverge_by_less_than_nothing() -> None:
     ("arguments", "words"),
     [
         ({"calibration": 5}, "calibration=5 is no iterable of model inputs"),
-        ({"calibration": ["hello"]}, "calibration sample 0 is a str: give an iterable"),
-        ({"calibration": [X.numpy()]}, "calibration sample 0 is a ndarray"),
+        ({"calibration": ["hello"]}, "calibration sample 0 is of type str: give an iterable"),
+        ({"calibration": [X.numpy()]}, "calibration sample 0 is of type ndarray"),
         ({"calibration": [X], "alpha": "x"}, "alpha='x' is not between 0 and 1"),
         ({"layers": ["0"]}, "is no mapping of name patterns to schemes"),
         ({"model": torch.relu}, "takes a torch.nn.Module, not a builtin"),

@@ -26,6 +26,7 @@ from llmopt.graph import (
     replace,
     same_shape,
     scalar,
+    sole_user,
 )
 from llmopt.passes.simplify import erase_unread
 from llmopt.writes import Writes, written_by
@@ -60,6 +61,13 @@ def _match(graph: fx.Graph, mode: Any, node: fx.Node, writes: Writes) -> None:
     whole = (tokens, groups * each)
     fits = all(same_shape(fake(n).shape, whole) for n in (scores, spread, node))
     if not fits or not same_shape(fake(values).shape, (tokens, groups)) or best > each:
+        return
+    if not same_shape(fake(write.args[0]).shape, (tokens, groups)):
+        return
+    # Nobody else reads or writes what is not made any more, nor writes what the op finds out by itself.
+    alone = all(sole_user(n) is reader for n, reader in zip(chain, [node, *chain], strict=False))
+    summed = values.args[:1] if kind(values) == "sum" else ()
+    if not alone or not writes.into((*chain, values, *summed, chosen)) <= {write}:
         return
     if writes.between((scores,), grouped, node):
         return
@@ -114,8 +122,11 @@ def _group_mask(chain: list[fx.Node], writes: Writes) -> tuple[fx.Node, fx.Node]
         argument(write, i, name) for i, name in enumerate(("dim", "index", "src"), 1)
     )
     ones = scalar(write.kwargs.get("value", source))
+    if "reduce" in write.kwargs or len(write.args) > 4 or set(write.users) - {column}:
+        return None
+    chain.append(column)
     seen = [r for r in readers(mask) if r is not write]
-    if ones != 1.0 or dim not in (1, -1) or not set(seen) <= {*chain, column}:
+    if ones != 1.0 or dim not in (1, -1) or not set(seen) <= set(chain):
         return None
     return (write, index) if all(write < r for r in seen if not is_view(r)) else None
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from llmopt.quant.layers import output_head
 
 # A sample is what the model is called with: keyword inputs, positional inputs, or one tensor.
 Sample = Mapping[str, Any] | tuple[Any, ...] | list[Any] | Tensor
@@ -39,13 +42,16 @@ def samples_of(calibration: Iterable[Sample] | Sample | None) -> list[Sample]:
     """The samples as a list; one tensor or mapping alone is one sample. Raises ValueError when there are none."""
     if isinstance(calibration, Tensor | Mapping | tuple):
         calibration = [calibration]
-    if calibration is not None and not isinstance(calibration, Iterable):
-        raise ValueError(f"llmopt: calibration={calibration!r} is no {_SAMPLES}")
-    samples = list(() if calibration is None else calibration)
+    try:
+        samples = list(() if calibration is None else calibration)
+    except TypeError:
+        raise ValueError(f"llmopt: calibration={calibration!r} is no {_SAMPLES}") from None
     for i, sample in enumerate(samples):
         if not isinstance(sample, Tensor | Mapping | tuple | list):
             kind = type(sample).__name__
-            raise ValueError(f"llmopt: calibration sample {i} is a {kind}: give an {_SAMPLES}")
+            raise ValueError(
+                f"llmopt: calibration sample {i} is of type {kind}: give an {_SAMPLES}"
+            )
     if not samples:
         raise ValueError(f"llmopt: calibration holds no samples: give an {_SAMPLES}")
     hollow = [i for i, s in enumerate(samples) if not isinstance(s, Tensor) and not s]
@@ -66,7 +72,8 @@ def random_tokens(model: nn.Module, count: int = 4, length: int = 256) -> list[S
     Raises ValueError for a model whose config does not say the size of its vocabulary.
     """
     config: Any = getattr(model, "config", None)
-    config = getattr(config, "get_text_config", lambda: config)()
+    if output_head(model) is not None:
+        config = getattr(config, "get_text_config", lambda: config)()
     vocabulary = getattr(config, "vocab_size", None)
     if not isinstance(vocabulary, int):
         raise ValueError(
@@ -74,7 +81,8 @@ def random_tokens(model: nn.Module, count: int = 4, length: int = 256) -> list[S
             "names no vocabulary: give sample inputs"
         )
     limits = (getattr(config, name, None) for name in _MOST_POSITIONS)
-    longest = min((n for n in limits if isinstance(n, int) and n > 0), default=length)
+    longest = min((n for n in limits if isinstance(n, int) and n > 2), default=length + 2)
+    longest -= 2  # RoBERTa and its kin count positions from 2
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, vocabulary, (count, min(length, longest)), generator=generator)
     first = getattr(config, "bos_token_id", None)
@@ -90,6 +98,14 @@ def random_tokens(model: nn.Module, count: int = 4, length: int = 256) -> list[S
             f"{model.main_input_name}: give sample inputs"
         )
     return [{name: row[None].to(device) for name in names} for row in ids]
+
+
+def own(sample: Sample) -> Sample:
+    """A copy of a sample, so that a cache in it is the same for every call; what cannot be copied is handed over itself."""
+    try:
+        return copy.deepcopy(sample)
+    except (RuntimeError, TypeError):  # tensors with a history, locks
+        return sample
 
 
 def call(model: nn.Module, sample: Sample) -> Any:
@@ -135,7 +151,7 @@ def observe(
     try:
         with evaluating(model):
             for sample in samples:
-                call(model, sample)
+                call(model, own(sample))
     finally:
         for handle in handles:
             handle.remove()
@@ -151,14 +167,14 @@ def observe(
 
 
 def _add(seen: dict[str, Inputs], name: str, x: Tensor, moments: bool) -> None:
+    if not x.shape[0]:  # an expert that no token chose
+        return
     if name not in seen:
         k = x.shape[1]
         zeros = x.new_zeros
         seen[name] = Inputs(zeros(k), zeros(k), zeros(k, k) if moments else None)
     inputs = seen[name]
     magnitude = x.abs()
-    if not x.shape[0]:  # an expert that no token chose
-        return
     inputs.peak = torch.maximum(inputs.peak, magnitude.amax(0))
     inputs.total += magnitude.sum(0)
     if inputs.moments is not None:

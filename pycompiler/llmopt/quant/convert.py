@@ -215,7 +215,8 @@ def _scale(
     if scaler == "smoothquant":
         inputs = observe(model, samples, linears, moments=False)
         for feed in feeds:
-            scaling.smooth(feed, modules, inputs, alpha)
+            if all(name in inputs for name in feed.targets):
+                scaling.smooth(feed, modules, inputs, alpha)
         return
     for chunk in _chunks({feed.targets[0]: linears[feed.targets[0]] for feed in feeds}):
         inputs = observe(model, samples, chunk, moments=True)

@@ -67,14 +67,15 @@ def counts_of(model: nn.Module) -> dict[str, int]:
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList | nn.ModuleDict):
             alike = Counter(type(child) for child in module.children()).most_common(1)
-            if "experts" in name.rpartition(".")[2] and alike:
+            if name.rpartition(".")[2] == "experts" and alike:
                 found[name] = alike[0][1]
             continue
         codes = [c.codes for c in module.children() if isinstance(c, QuantizedExperts)]
         weights = [w for w in module._parameters.values() if w is not None and w.dim() == 3]
-        says_so = isinstance(getattr(module, "is_transposed", None), bool)
-        says_so |= any(getattr(module, "num_experts", None) == w.shape[0] for w in weights)
-        if (weights or codes) and says_so:
+        count = getattr(module, "num_experts", None)
+        if any(w.shape[0] == count for w in weights):
+            found[name] = count  # type: ignore[assignment]
+        elif (weights or codes) and isinstance(getattr(module, "is_transposed", None), bool):
             found[name] = (weights or codes)[0].shape[0]
     return found
 
