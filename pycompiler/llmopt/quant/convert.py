@@ -192,7 +192,10 @@ def _check(
     for name in (*linears, *experts):
         weight = weight_of(linears[name]) if name in linears else experts[name].weight
         if reason := why_not(weight, schemes[name]):
-            raise ValueError(f"llmopt: {name} cannot be quantised to {schemes[name]}: {reason}")
+            raise ValueError(
+                f"llmopt: {name} cannot be quantised to {schemes[name]}: {reason}; "
+                f"layers={{{name!r}: None}} leaves it as it is"
+            )
 
 
 def _scale(
