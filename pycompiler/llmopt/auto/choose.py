@@ -205,22 +205,18 @@ def decide_for(
     by default the graph runs with it.
     """
     buckets = _buckets(problem.gm.graph, problem.layers)
-    plans: dict[str, list[TimedPlan]] = {}
-    refused: list[tuple[str, str, str]] = []
-    any_form = False
-    for name, nodes in problem.layers.items():
-        forms, impossible = _forms(problem.weights[name], _shape(nodes[0], 1).k)
-        any_form |= bool(forms)
-        shapes = [(bucket, _shape(nodes[0], bucket.m)) for bucket in buckets]
-        plans[name], slow = worth_trying(timed_plans(shapes, forms, seconds, mixed))
-        refused += [(name, scheme, why) for scheme, why in impossible]
-        refused += [(name, timed.plan.name, why) for timed, why in slow]
-    if not any_form:
+    forms = {n: _forms(problem.weights[n], _shape(a[0], 1).k) for n, a in problem.layers.items()}
+    refused = [(n, scheme, why) for n, (_, no) in forms.items() for scheme, why in no]
+    if not any(possible for possible, _ in forms.values()):
         name, _, why = refused[0]
-        decision = all_exact(plans, budget, f"no scheme is possible: {name}: {why}")
-        return replace(decision, impossible=tuple(refused)), {
-            n: own[0].plan for n, own in plans.items()
-        }
+        decision = all_exact(forms, budget, f"no scheme is possible: {name}: {why}")
+        exact = Plan(tuple((bucket, None) for bucket in buckets))
+        return replace(decision, impossible=tuple(refused)), dict.fromkeys(forms, exact)
+    plans: dict[str, list[TimedPlan]] = {}
+    for name, nodes in problem.layers.items():
+        shapes = [(bucket, _shape(nodes[0], bucket.m)) for bucket in buckets]
+        plans[name], slow = worth_trying(timed_plans(shapes, forms[name][0], seconds, mixed))
+        refused += [(name, timed.plan.name, why) for timed, why in slow]
     tried = {n: {s for p in own if (s := p.plan.coarsest)} for n, own in plans.items()}
     trial = Trial(problem.gm, problem.values, problem.layers, tried)
     shares = trial.divergences()

@@ -17,7 +17,7 @@ from llmopt.models import LoadedModel
 from llmopt.native.linear_quantized import PLANES
 from llmopt.native.probe import Probe
 from llmopt.quant.experts import counts_of
-from llmopt.quant.layers import linears_of, output_head
+from llmopt.quant.layers import linears_of, output_head, text_config_of
 from llmopt.quant.module import Quantized
 from llmopt.quant.schemes import Scheme, of_head
 
@@ -92,9 +92,8 @@ _COUNTS_OF_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "m
 def work_of(loaded: LoadedModel, phase: Phase) -> Work | None:
     """Counts on one eager call of the phase; None where it would be wrong: part of the weights stays unread (MoE), a model
     that is quantised already, a dtype that no probe multiplies."""
-    config = getattr(loaded.model, "config", None)
-    text_config = getattr(config, "get_text_config", lambda: config)()
-    if any(getattr(text_config, name, None) for name in _COUNTS_OF_EXPERTS):
+    config = text_config_of(loaded.model)
+    if any(getattr(config, name, None) for name in _COUNTS_OF_EXPERTS):
         return None
     if counts_of(loaded.model):
         return None

@@ -36,8 +36,7 @@ _LAST = (-1, 2)  # of [T, groups, experts of one]
 
 
 def run(graph: fx.Graph) -> None:
-    scattered = [n for n in graph.nodes if kind(n) == "scatter_"]
-    if not scattered:
+    if not any(kind(n) == "scatter_" for n in graph.nodes):
         return
     mode, writes = fake_mode_of(graph), Writes(graph)
     for node in [n for n in graph.nodes if kind(n) == "masked_fill"]:

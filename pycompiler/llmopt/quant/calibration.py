@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmopt.quant.layers import output_head
+from llmopt.quant.layers import output_head, text_config_of
 
 # A sample is what the model is called with: keyword inputs, positional inputs, or one tensor.
 Sample = Mapping[str, Any] | tuple[Any, ...] | list[Any] | Tensor
@@ -71,9 +71,14 @@ def random_tokens(model: nn.Module, count: int = 4, length: int = 256) -> list[S
 
     Raises ValueError for a model whose config does not say the size of its vocabulary.
     """
+    if getattr(model, "main_input_name", "input_ids") != "input_ids":
+        raise ValueError(
+            f"llmopt: calibration='random' makes tokens, and {type(model).__name__} wants "
+            f"{model.main_input_name}: give sample inputs"
+        )
     config: Any = getattr(model, "config", None)
     if output_head(model) is not None:
-        config = getattr(config, "get_text_config", lambda: config)()
+        config = text_config_of(model)
     vocabulary = getattr(config, "vocab_size", None)
     if not isinstance(vocabulary, int):
         raise ValueError(
@@ -92,15 +97,10 @@ def random_tokens(model: nn.Module, count: int = 4, length: int = 256) -> list[S
     names = ["input_ids"]
     if getattr(config, "is_encoder_decoder", False):
         names.append("decoder_input_ids")
-    if getattr(model, "main_input_name", "input_ids") != "input_ids":
-        raise ValueError(
-            f"llmopt: calibration='random' makes tokens, and {type(model).__name__} wants "
-            f"{model.main_input_name}: give sample inputs"
-        )
     return [{name: row[None].to(device) for name in names} for row in ids]
 
 
-def own(sample: Sample) -> Sample:
+def copied(sample: Sample) -> Sample:
     """A copy of a sample, so that a cache in it is the same for every call; what cannot be copied is handed over itself."""
     try:
         return copy.deepcopy(sample)
@@ -151,7 +151,7 @@ def observe(
     try:
         with evaluating(model):
             for sample in samples:
-                call(model, own(sample))
+                call(model, copied(sample))
     finally:
         for handle in handles:
             handle.remove()

@@ -22,7 +22,7 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from llmopt.quant.calibration import Sample, call, evaluating, own
+from llmopt.quant.calibration import Sample, call, copied, evaluating
 from llmopt.quant.layers import bias_of, set_weight, weight_of
 
 log = logging.getLogger("llmopt")
@@ -51,7 +51,7 @@ def feeds_of(model: nn.Module, sample: Sample, linears: Mapping[str, nn.Module])
     with evaluating(model):
         try:
             with watch:
-                result = call(model, own(sample))
+                result = call(model, copied(sample))
         finally:
             watch.remove()
         try:
@@ -88,12 +88,13 @@ def _proven(
 
 def _gives(model: nn.Module, sample: Sample, wanted: Sequence[Tensor], exactly: bool) -> bool:
     """Whether the model's result is the wanted one, but for what float32 loses; exactly: where its parameters are short floats too."""
-    got = list(_tensors_in(call(model, own(sample)), set()))
+    got = list(_tensors_in(call(model, copied(sample)), set()))
     return len(got) == len(wanted) and all(map(_is_same, got, wanted, [exactly] * len(got)))
 
 
 def _is_same(got: Tensor, wanted: Tensor, exactly: bool) -> bool:
-    """Small values by themselves: constants such as those of masked logits must not hide what happens to the others."""
+    """exactly: short floats hold what has moved as it was. Small values count by themselves: constants such as those of masked logits
+    must not hide what happens to the others."""
     if got.shape != wanted.shape or not wanted.is_floating_point():
         return got.shape == wanted.shape and torch.equal(got, wanted)
     a, b = (t.detach().double().nan_to_num(0.0, 0.0, 0.0).flatten() for t in (got, wanted))

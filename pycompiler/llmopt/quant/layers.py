@@ -113,6 +113,12 @@ def output_heads(model: nn.Module) -> list[nn.Module]:
     return fitting[-1] if fitting and rows > width else []
 
 
+def text_config_of(model: nn.Module) -> Any:
+    """The config of a Hugging Face model, or of the part of it that reads text; None for other modules."""
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
 def twin_of(model: Model) -> Model:
     """A copy of the modules over the same memory: what is replaced or cast in it stays in the original.
 
@@ -120,9 +126,8 @@ def twin_of(model: Model) -> Model:
     """
     shared: dict[int, Any] = {id(p): _parameter_over(p) for p in model.parameters()}
     shared.update((id(b), b) for b in model.buffers())
-    for (
-        module
-    ) in model.modules():  # weights that are computed, by pruning for instance, have a history
+    # Weights that are computed, by pruning for instance, have a history, which no copy may have.
+    for module in model.modules():
         values = (v for v in vars(module).values() if isinstance(v, Tensor) and not v.is_leaf)
         shared.update((id(v), v.detach()) for v in values)
     return copy.deepcopy(uncompiled(model), shared)
