@@ -231,13 +231,14 @@ def test_weights_that_nobody_reads_are_not_computed() -> None:
 
 @pytest.mark.parametrize("masks", [(), ("attn_mask",), ("key_padding_mask",), ("attn_mask", "key_padding_mask")])  # fmt: skip
 @pytest.mark.parametrize("per_head", [False, True])
-def test_lengths_that_change(masks: tuple[str, ...], per_head: bool) -> None:
+@pytest.mark.parametrize("weights", [False, True])
+def test_lengths_that_change(masks: tuple[str, ...], per_head: bool, weights: bool) -> None:
     """Batches, too; the masks are inputs."""
     torch._dynamo.reset()
     m = seeded(nn.MultiheadAttention(WIDTH, HEADS, batch_first=True))
 
     def call(x: Tensor, given: dict[str, Tensor]) -> Tensor:
-        return m(x, x, x, need_weights=False, **given)[0]
+        return m(x, x, x, need_weights=weights, **given)[0]
 
     before = {id(g) for g in alive()}
     compiled = torch.compile(call, backend="llmopt")
@@ -270,19 +271,120 @@ def test_encoder_and_decoder(precision: str) -> None:
     assert Counter(r.op for r in plan.records() if "linear" in r.op) == {"linear_quantized": 11}
 
 
-LEFT: dict[str, tuple[dict[str, Any], Callable[..., Any], str]] = {
-    "weights": ({}, lambda m, x: sum(t.sum() for t in m(x, x, x)), "its weights are read"),
-    "a mask and weights": ({}, lambda m, x: m(x, x, x, attn_mask=CAUSAL)[0], "need_weights=False"),
-    "more keys": ({"add_bias_kv": True}, lambda m, x: m(x, x, x)[0], "bias_k, bias_v"),
-    "other widths": ({"kdim": 48, "vdim": 24}, lambda m, x: m(x, x, x[..., :24])[0], "separate"),
-    "one sequence": ({}, lambda m, x: m(x[0], x[0], x[0])[0], "no batch dimension"),
+NO_KEYS = torch.tensor(
+    [[False] * LENGTH, [True] * LENGTH]
+)  # what the second sequence asks for is NaN
+FULL: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "mask": ({}, {"attn_mask": CAUSAL}),
+    "mask with a hint": ({}, {"attn_mask": CAUSAL, "is_causal": True}),
+    "bools": ({}, {"attn_mask": CAUSAL < 0}),
+    "numbers": ({}, {"attn_mask": randn(LENGTH, LENGTH)}),
+    "of every head": ({}, {"attn_mask": randn(2 * HEADS, LENGTH, LENGTH)}),
+    "padding": ({}, {"key_padding_mask": PADDING}),
+    "nothing left": ({}, {"key_padding_mask": NO_KEYS}),
+    "both": ({}, {"attn_mask": CAUSAL < 0, "key_padding_mask": PADDING}),
+    "learnt keys": ({"add_bias_kv": True}, {"key_padding_mask": PADDING}),
+    "a zero": ({"add_zero_attn": True}, {"attn_mask": CAUSAL < 0}),
+    "more keys": ({"add_zero_attn": True, "add_bias_kv": True}, {"attn_mask": randn(2 * HEADS, LENGTH, LENGTH)}),
+    "more keys, no mask": ({"add_zero_attn": True, "add_bias_kv": True}, {}),
+    "no biases": ({"bias": False}, {"key_padding_mask": PADDING}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("asked", [True, False])
+@pytest.mark.parametrize("form", FULL)
+def test_attention_as_its_defaults_are(
+    form: str, asked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By default weights are asked for, though few read them: a row without keys is NaN then, and zeros otherwise."""
+    if form == "nothing left" and not asked:
+        monkeypatch.setattr(torch.backends.mha, "get_fastpath_enabled", lambda: False)
+    more, how = FULL[form]
+    m = seeded(nn.MultiheadAttention(WIDTH, HEADS, batch_first=True, **more))
+    call = lambda x: m(x, x, x, need_weights=asked, **how)[0]  # noqa: E731
+    if (
+        "a zero" in form or "more" in form or "learnt" in form
+    ):  # PyTorch fills what is behind the keys
+        got = torch.compile(call, backend="llmopt")(randn(2, LENGTH, WIDTH))
+        assert_close(got, call(randn(2, LENGTH, WIDTH)))
+    else:
+        check(call, randn(2, LENGTH, WIDTH))
+
+
+@pytest.mark.parametrize("average", [True, False])
+@pytest.mark.parametrize("form", FULL)
+def test_weights_that_are_read(form: str, average: bool) -> None:
+    more, how = FULL[form]
+    m = seeded(nn.MultiheadAttention(WIDTH, HEADS, batch_first=True, **more))
+    call = lambda x: m(x, x, x, average_attn_weights=average, **how)  # noqa: E731
+    x = randn(2, LENGTH, WIDTH)
+    before = {id(g) for g in alive()}
+    (got, weights), (want, wanted) = torch.compile(call, backend="llmopt")(x), call(x)
+    assert_close(got, want)
+    assert_close(weights, wanted)
+    assert weights.stride() == wanted.stride()
+    (plan,) = [g.plan for g in alive() if id(g) not in before]
+    assert sum("linear" in r.op for r in plan.records()) == 2, str(plan)
+
+
+@pytest.mark.parametrize("weights", [True, False])
+@pytest.mark.parametrize("mask", [None, CAUSAL, CAUSAL < 0, randn(HEADS, LENGTH, LENGTH)])
+@pytest.mark.parametrize("padding", [None, PADDING[1]])
+def test_one_sequence_without_a_batch(
+    mask: Tensor | None, padding: Tensor | None, weights: bool
+) -> None:
+    m, x = seeded(nn.MultiheadAttention(WIDTH, HEADS)), randn(LENGTH, WIDTH)
+    if mask is not None and padding is not None and mask.dtype != padding.dtype:
+        padding = torch.zeros(LENGTH).masked_fill(padding, -torch.inf)
+    masks = {"attn_mask": mask, "key_padding_mask": padding}
+    call = lambda x: m(x, x, x, need_weights=weights, **masks)[0]  # noqa: E731
+    assert check(call, x)
+    for got, want in zip(
+        torch.compile(m, backend="llmopt")(x, x, x, **masks), m(x, x, x, **masks), strict=True
+    ):
+        assert_close(got, want)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_keys_and_values_of_other_widths(bias: bool) -> None:
+    m = nn.MultiheadAttention(WIDTH, HEADS, kdim=32, vdim=24, bias=bias, batch_first=True)
+    key, value = randn(2, 5, 32), randn(2, 5, 24)
+    check(lambda x: seeded(m)(x, key, value)[0], randn(2, LENGTH, WIDTH))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("read", [True, False])
+def test_weights_in_half_precision(dtype: torch.dtype, read: bool) -> None:
+    exact = seeded(nn.MultiheadAttention(WIDTH, HEADS, batch_first=True))
+    half, x = copy.deepcopy(exact).to(dtype), randn(2, LENGTH, WIDTH).to(dtype)
+
+    def run(m: Callable[..., Any], x: Tensor) -> Tensor:
+        y, weights = m(x, x, x, key_padding_mask=PADDING)
+        return torch.cat((y, weights), -1) if read else y
+
+    want = run(copy.deepcopy(half).float(), x.float())
+    compiled = torch.compile(lambda x: run(half, x), backend="llmopt")
+    ours, theirs = ((y.float() - want).norm().item() for y in (compiled(x), run(half, x)))
+    assert 0 < ours <= 1.25 * theirs
+
+
+def of_given_keys(m: nn.MultiheadAttention, x: Tensor) -> Tensor:
+    keys = randn(LENGTH * HEADS, 5, WIDTH // HEADS)
+    own = (m.in_proj_weight, m.in_proj_bias, None, None, False, 0.0, m.out_proj.weight, m.out_proj.bias)  # fmt: skip
+    how = {"training": False, "static_k": keys, "static_v": keys}
+    return F.multi_head_attention_forward(x, x, x, WIDTH, HEADS, *own, **how)[0]
+
+
+LEFT: dict[str, tuple[Callable[..., Tensor], str]] = {
+    "dropout": (lambda m, x: m.train()(x, x, x)[0], "dropout"),  # all of it: nothing is random
+    "given keys": (of_given_keys, "static_k"),
 }
 
 
 @pytest.mark.parametrize("what", LEFT)
 def test_what_stays_pytorchs_says_why(what: str) -> None:
-    more, call, reason = LEFT[what]
-    m = seeded(nn.MultiheadAttention(WIDTH, HEADS, batch_first=True, **more))
+    call, reason = LEFT[what]
+    m = seeded(nn.MultiheadAttention(WIDTH, HEADS, dropout=1.0, batch_first=True))
     plan = check(lambda x: call(m, x), randn(2, LENGTH, WIDTH), native=False)
     assert any(re.search(reason, f.reason) for f in plan.fallbacks), plan.fallbacks
 

@@ -7,8 +7,9 @@ for "not allowed", and gives NaN for a row with no allowed key.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import reduce
 from math import inf
 from typing import Any
 
@@ -59,39 +60,39 @@ class _Calls:
 
 @dataclass(frozen=True)
 class _Projections:
-    """Of one attention: the projections of query, key and value one below the other [3E, E], and that of the result [E, E]."""
+    """Of one attention: weight [E, width] and bias [E] of query, key and value, and those of the result."""
 
     heads: int
-    weight: fx.Node
-    bias: fx.Node | None
-    out_weight: fx.Node
-    out_bias: fx.Node | None
+    inputs: tuple[tuple[fx.Node, fx.Node | None], ...]
+    result: tuple[fx.Node, fx.Node | None]
 
-    def project(self, call: _Calls, x: fx.Node, which: int) -> fx.Node:
-        """Query (0), key (1) or value (2) of x [N, L, E], as [N, H, L, D]."""
-        width = fake(x).shape[-1]
-        weight, bias = (
-            None if t is None else call("narrow", t, 0, which * width, width)
-            for t in (self.weight, self.bias)
-        )
-        heads = call("unflatten", call(F.linear, x, weight, bias), -1, (self.heads, -1))
-        return call("transpose", heads, 1, 2)
+    def project(self, call: _Calls, inputs: Iterable[fx.Node]) -> Iterator[fx.Node]:
+        """Query, key and value of inputs [N, L, width], as [N, H, L, D]."""
+        for x, (weight, bias) in zip(inputs, self.inputs, strict=True):
+            yield self.by_heads(call, call(F.linear, x, weight, bias))
 
+    def by_heads(self, call: _Calls, rows: fx.Node) -> fx.Node:
+        return call("transpose", call("unflatten", rows, -1, (self.heads, -1)), 1, 2)
 
-def _attend(call: _Calls, p: _Projections, inputs: tuple[fx.Node, ...], **masking: Any) -> fx.Node:
-    """Attention of query, key and value, each [N, L, E], with its projections: [N, L, E]."""
-    q, k, v = (p.project(call, x, i) for i, x in enumerate(inputs))
-    attended = call(F.scaled_dot_product_attention, q, k, v, **masking)
-    rows = call("flatten", call("transpose", attended, 1, 2), 2)
-    return call(F.linear, rows, p.out_weight, p.out_bias)
+    def joined(self, call: _Calls, attended: fx.Node) -> fx.Node:
+        """The result [N, L, E] of what each head attended to [N, H, L, D]."""
+        rows = call("flatten", call("transpose", attended, 1, 2), 2)
+        return call(F.linear, rows, *self.result)
 
 
-_RESULT = 0  # of F.multi_head_attention_forward; its other part are the attention's weights
-_UNUSUAL = ("bias_k", "bias_v", "static_k", "static_v", "use_separate_proj_weight", "add_zero_attn")
+def _thirds(call: _Calls, joined: fx.Node | None) -> list[Any]:
+    """What lies one below the other for query, key and value."""
+    if joined is None:
+        return [None] * 3
+    size = fake(joined).shape[0] // 3
+    return [call("narrow", joined, 0, i * size, size) for i in range(3)]
+
+
+_RESULT, _WEIGHTS = 0, 1  # of F.multi_head_attention_forward
 
 
 def _attention_layer(call: _Calls, node: fx.Node) -> None:
-    """F.multi_head_attention_forward, which gives [L, N, E] and weights that nobody may read."""
+    """F.multi_head_attention_forward: [L, N, E] or [L, E], and the weights of the keys where they are asked for."""
     bound = inspect.signature(F.multi_head_attention_forward).bind(*node.args, **node.kwargs)
     bound.apply_defaults()
     given = bound.arguments
@@ -99,22 +100,76 @@ def _attention_layer(call: _Calls, node: fx.Node) -> None:
     if reason := _why_not(node, given, inputs):
         node.meta[NOTE] = f"nn.MultiheadAttention: {reason}"
         return
+    heads, is_batched = given["num_heads"], fake(inputs[0]).dim() == 3
+    weights = (
+        [given[f"{x}_proj_weight"] for x in "qkv"]
+        if given["use_separate_proj_weight"]
+        else _thirds(call, given["in_proj_weight"])
+    )
+    biases = _thirds(call, given["in_proj_bias"])
     p = _Projections(
-        given["num_heads"], given["in_proj_weight"], given["in_proj_bias"], given["out_proj_weight"], given["out_proj_bias"],
-    )  # fmt: skip
-    if given["is_causal"] and given["key_padding_mask"] is None:
-        masking: dict[str, Any] = {"is_causal": True}  # whatever attn_mask holds
+        heads,
+        tuple(zip(weights, biases, strict=True)),
+        (given["out_proj_weight"], given["out_proj_bias"]),
+    )
+    turned = {
+        x: _dense(call, call("transpose", x, 0, 1)) if is_batched else call("unsqueeze", x, 0)
+        for x in dict.fromkeys(inputs)
+    }
+    q, k, v = p.project(call, (turned[x] for x in inputs))
+    of_queries, of_keys = given["attn_mask"], given["key_padding_mask"]
+    if not is_batched and of_keys is not None:
+        of_keys = call("unsqueeze", of_keys, 0)
+    for more in _further_keys(call, given, p, k):
+        k, v = (call(torch.cat, [x, row], 2) for x, row in zip((k, v), more, strict=True))
+        of_queries, of_keys = (m and call(F.pad, m, (0, 1)) for m in (of_queries, of_keys))
+    read = {part.args[1] for part in node.users if part.users}
+    masked = of_queries is not None or of_keys is not None
+    scores = None
+    if _WEIGHTS in read or (given["need_weights"] and masked):
+        # With them, a row without a key that it may attend to gives NaN; without them zeros.
+        scores = _scores(call, q, k, _added(call, _masks(call, of_queries, of_keys, heads), q))
+        attended = call("matmul", scores, v)
+    elif given["is_causal"] and of_keys is None and not given["need_weights"]:
+        attended = call(
+            F.scaled_dot_product_attention, q, k, v, is_causal=True
+        )  # whatever attn_mask holds
     else:
-        masking = {"attn_mask": _mask(call, given["attn_mask"], given["key_padding_mask"], p.heads)}
-    turned = {x: _dense(call, call("transpose", x, 0, 1)) for x in dict.fromkeys(inputs)}
-    result = _attend(call, p, tuple(turned[x] for x in inputs), **masking)
+        allowed = _allowed(call, _masks(call, of_queries, of_keys, heads))
+        attended = call(F.scaled_dot_product_attention, q, k, v, attn_mask=allowed)
+    result = p.joined(call, attended)
     written = mutated_storages(call.graph)
     for part in list(node.users):
-        if part.args[1] == _RESULT and part.users:
+        if part.args[1] == _RESULT and part.users and is_batched:
             _hand_over(call, part, result, storage(part) in written)
+        elif part.users:
+            value = result
+            if part.args[1] == _WEIGHTS:
+                value = call("mean", scores, 1) if given["average_attn_weights"] else scores
+            replace(part, value if is_batched else call("squeeze", value, 0))
         else:
             call.graph.erase_node(part)
     call.graph.erase_node(node)
+
+
+def _further_keys(
+    call: _Calls, given: dict[str, Any], p: _Projections, k: fx.Node
+) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """Keys and values [N, H, 1, D] that are attended to behind those of the input: learnt ones, and zeros."""
+    first = call("narrow", k, 2, 0, 1)
+    if given["bias_k"] is not None:
+        learnt = (p.by_heads(call, given[name]) for name in ("bias_k", "bias_v"))
+        key, value = (call("expand_as", row, first) for row in learnt)
+        yield key, value
+    if given["add_zero_attn"]:
+        zeros = call(torch.zeros_like, first)
+        yield zeros, zeros
+
+
+def _scores(call: _Calls, q: fx.Node, k: fx.Node, added: fx.Node | None) -> fx.Node:
+    """How much of each key's value a query takes: [N, H, L, S]."""
+    scores = call("matmul", call("mul", q, fake(q).shape[-1] ** -0.5), call("transpose", k, 2, 3))
+    return call(F.softmax, scores if added is None else call("add", scores, added), dim=-1)
 
 
 def _hand_over(call: _Calls, part: fx.Node, result: fx.Node, is_written: bool) -> None:
@@ -134,19 +189,15 @@ def _hand_over(call: _Calls, part: fx.Node, result: fx.Node, is_written: bool) -
 def _why_not(node: fx.Node, given: dict[str, Any], inputs: tuple[Any, ...]) -> str:
     """Why a nn.MultiheadAttention stays PyTorch's, or ""."""
     masks = [m for m in (given["attn_mask"], given["key_padding_mask"]) if m is not None]
-    unusual = [name for name in _UNUSUAL if given[name] not in (None, False)]
-    if unusual:
-        return ", ".join(unusual)
+    if given["static_k"] is not None or given["static_v"] is not None:
+        return "static_k, static_v"
     if given["training"] and given["dropout_p"]:
         return "dropout"
-    if any(kind(u) != "getitem" or (u.args[1] != _RESULT and u.users) for u in node.users):
-        return "its weights are read"
-    if given["need_weights"] and masks:
-        # With them, a row with no key to attend to gives NaN; without them zeros.
-        return "with a mask its weights are computed; need_weights=False lets kernels do it"
+    if any(kind(u) != "getitem" for u in node.users):
+        return "its two results are used as one"
     if given["is_causal"] and given["attn_mask"] is None:
         return "is_causal without attn_mask is an error"
-    if reason := _why_no_rows(given.values(), inputs):
+    if reason := _why_no_rows(given.values(), inputs, (2, 3)):
         return reason
     if any(fake(m).dtype not in (torch.bool, fake(inputs[0]).dtype) for m in masks):
         return "a mask is neither bool nor of the query's dtype"
@@ -167,7 +218,7 @@ def _encoder_layer(call: _Calls, node: fx.Node) -> None:
     given: dict[str, Any] = {"mask": None, "mask_type": None}
     given |= dict(zip(_LAYER, node.args, strict=False)) | node.kwargs
     source, mask, of_keys = given["src"], given["mask"], given["mask_type"] == _OF_KEYS
-    reason = _why_no_rows(given.values(), (source,))
+    reason = _why_no_rows(given.values(), (source,), (3,))
     if not isinstance(given["eps"], float):
         reason = reason or "eps changes from call to call"
     if mask is not None and fake(mask).dim() != _MASK_DIMS.get(given["mask_type"]):
@@ -177,17 +228,23 @@ def _encoder_layer(call: _Calls, node: fx.Node) -> None:
         return
     if mask is not None and fake(mask).is_floating_point():
         mask = call("to", mask, fake(source).dtype)
+    weights, biases = _thirds(call, given["qkv_weight"]), _thirds(call, given["qkv_bias"])
     p = _Projections(
-        given["num_heads"], given["qkv_weight"], given["qkv_bias"], given["proj_weight"], given["proj_bias"],
-    )  # fmt: skip
-    allowed = _mask(call, None if of_keys else mask, mask if of_keys else None, p.heads)
+        given["num_heads"],
+        tuple(zip(weights, biases, strict=True)),
+        (given["proj_weight"], given["proj_bias"]),
+    )
+    masks = _masks(call, None if of_keys else mask, mask if of_keys else None, p.heads)
+    allowed = _allowed(call, masks)
 
     def norm(rows: fx.Node, which: int) -> fx.Node:
         weight, bias = given[f"norm_weight_{which}"], given[f"norm_bias_{which}"]
         return call(F.layer_norm, rows, (given["embed_dim"],), weight, bias, given["eps"])
 
     def attention(rows: fx.Node) -> fx.Node:
-        return _attend(call, p, (rows, rows, rows), attn_mask=allowed)
+        q, k, v = p.project(call, (rows, rows, rows))
+        attended = call(F.scaled_dot_product_attention, q, k, v, attn_mask=allowed)
+        return p.joined(call, attended)
 
     def feed_forward(rows: fx.Node) -> fx.Node:
         inner = call(F.linear, rows, given["ffn_weight_1"], given["ffn_bias_1"])
@@ -201,40 +258,48 @@ def _encoder_layer(call: _Calls, node: fx.Node) -> None:
     replace(node, x)
 
 
-def _mask(
+def _masks(
     call: _Calls, of_queries: fx.Node | None, of_keys: fx.Node | None, heads: int
-) -> fx.Node | None:
-    """What scaled_dot_product_attention is to be given for masks [L, S], [N·H, L, S] or [N, H, L, S] and [N, S], in which True is
-    "not allowed" and a float is added."""
+) -> list[fx.Node]:
+    """Masks [L, S], [N·H, L, S] or [N, H, L, S] and [N, S] as they are broadcast to scores [N, H, L, S]."""
     masks = []
     if of_queries is not None:
         flat = fake(of_queries).dim() == 3
         masks.append(call("unflatten", of_queries, 0, (-1, heads)) if flat else of_queries)
     if of_keys is not None:
         masks.append(call("unsqueeze", call("unsqueeze", of_keys, 1), 2))
-    if not masks:
-        return None
+    return masks
+
+
+def _allowed(call: _Calls, masks: list[fx.Node]) -> fx.Node | None:
+    """What scaled_dot_product_attention is to be given for masks in which True is "not allowed" and a float is added."""
     floats = [m for m in masks if fake(m).is_floating_point()]
-    if not floats:
-        return call("logical_not", masks[0] if len(masks) == 1 else call("logical_or", *masks))
-    dtype = fake(floats[0]).dtype
+    if floats or not masks:
+        return _added(call, masks, floats[0] if floats else None)
+    return call("logical_not", masks[0] if len(masks) == 1 else call("logical_or", *masks))
+
+
+def _added(call: _Calls, masks: list[fx.Node], like: fx.Node | None) -> fx.Node | None:
+    """What all masks add to scores of the dtype of `like`."""
     added = [
-        m if m in floats else call("masked_fill", call(torch.zeros_like, m, dtype=dtype), m, -inf)
+        m
+        if fake(m).is_floating_point()
+        else call("masked_fill", call(torch.zeros_like, m, dtype=fake(like).dtype), m, -inf)
         for m in masks
     ]
-    return added[0] if len(added) == 1 else call("add", *added)
+    return reduce(lambda a, b: call("add", a, b), added) if added else None
 
 
 def _dense(call: _Calls, x: fx.Node) -> fx.Node:
     return x if is_dense(fake(x)) else call("contiguous", x)
 
 
-def _why_no_rows(values: Any, inputs: tuple[fx.Node, ...]) -> str:
-    """Why kernels cannot take a layer with these arguments over inputs [A, B, E], or ""."""
+def _why_no_rows(values: Any, inputs: tuple[fx.Node, ...], dims: tuple[int, ...]) -> str:
+    """Why kernels cannot take a layer with these arguments over inputs of so many dimensions, or ""."""
     for value in filter(is_tensor, values):
         if reason := unreadable(value):
             return f"{value.name} is {reason}"
-    if any(fake(x).dim() != 3 for x in inputs):
+    if any(fake(x).dim() not in dims for x in inputs):
         return "an input has no batch dimension"
     if any(fake(x).dtype not in FLOATS for x in inputs):
         return f"inputs are {fake(inputs[0]).dtype}"
