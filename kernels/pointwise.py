@@ -32,7 +32,12 @@ _UNARY = {
     "rsqrt": "1.0 / tl.sqrt({})",
     "reciprocal": "1.0 / {}",
     "exp": "tl.exp({})",
+    "exp2": "tl.exp2({})",
     "log": "tl.log({})",
+    "log1p": "log1p({})",
+    "floor": "tl.floor({})",
+    "round": "round_even({})",
+    "logical_not": "({} == 0).to(tl.float32)",
     "tanh": "tanh({})",
     "erf": "tl.erf({})",
     "square": "{0} * {0}",
@@ -52,6 +57,14 @@ _BINARY = {
     "maximum": "tl.maximum({}, {}, propagate_nan=tl.PropagateNan.ALL)",
     "minimum": "tl.minimum({}, {}, propagate_nan=tl.PropagateNan.ALL)",
 }
+_BINARY |= {
+    name: f"({{}} {sign} {{}}).to(tl.float32)"
+    for name, sign in {"lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!="}.items()
+} | {
+    name: f"(({{}} != 0) {sign} ({{}} != 0)).to(tl.float32)"
+    for name, sign in {"logical_and": "&", "logical_or": "|"}.items()
+}
+_WHERE = "tl.where({} != 0, {}, {})"
 _REDUCE = {
     "sum": "tl.sum(tl.where(mask, {}, 0.0), 0)",
     "mean": "tl.sum(tl.where(mask, {}, 0.0), 0) / {columns}",
@@ -69,11 +82,29 @@ def row_max(x, mask):
     return tl.where(is_nan, float("nan"), tl.max(x, 0))
 
 
+@triton.jit
+def log1p(x):
+    """ln(1 + x): what 1 + x loses is given back by the quotient, which is 1 but for that."""
+    u = 1.0 + x
+    exact = (u == 1.0) | (u == float("inf"))
+    return tl.where(exact, x, tl.log(u) * (x / tl.where(exact, 1.0, u - 1.0)))
+
+
+@triton.jit
+def round_even(x):
+    """To the nearest whole number, halves to even: beside 2^23 floats have no fractions."""
+    size = tl.abs(x)
+    whole = (size + 8388608.0) - 8388608.0
+    return tl.where(size < 8388608.0, tl.where(x < 0, -whole, whole), x)
+
+
 def reject(p: ChainProblem, t: Target) -> str:
     for op, name, *_ in p.program:
-        if op != "const" and op not in _TABLES:
-            return f"instruction {op!r}: const, {', '.join(_TABLES)} are possible"
-        if op != "const" and name not in _TABLES[op]:
+        if op in ("const", "where"):
+            continue
+        if op not in _TABLES:
+            return f"instruction {op!r}: const, where, {', '.join(_TABLES)} are possible"
+        if name not in _TABLES[op]:
             return f"operation {name!r}: {', '.join(_TABLES[op])} are possible"
     if p.reduces and p.k > WIDEST:
         return f"reduces rows of {p.k}: up to {WIDEST} are possible"
@@ -136,7 +167,7 @@ def source(p: ChainProblem, kinds: tuple[tuple[str, ...], ...]) -> str:
 
 
 def _name(p: ChainProblem) -> str:
-    names = [args[0] for op, *args in p.program if op != "const"]
+    names = ["where" if op == "where" else args[0] for op, *args in p.program if op != "const"]
     return "_".join(["pointwise", *names[:6]])
 
 
@@ -194,6 +225,8 @@ def _expression(op: str, args: list[Any], columns: str) -> str:
     if op == "const":
         value = repr(args[0]) if math.isfinite(args[0]) else f'float("{args[0]}")'
         return f"tl.full((BLOCK_K,), {value}, tl.float32)"
+    if op == "where":
+        return _WHERE.format(*(f"v{a}" for a in args))
     return _TABLES[op][args[0]].format(*(f"v{a}" for a in args[1:]), columns=columns)
 
 
@@ -216,6 +249,8 @@ def _function(text: str) -> Any:
         "tanh": tanh,
         "activate": activate,
         "row_max": row_max,
+        "log1p": log1p,
+        "round_even": round_even,
     }
     exec(compile(text, name, "exec"), names)
     return next(v for k, v in names.items() if k.startswith("pointwise"))

@@ -165,9 +165,11 @@ def test_numbers_that_the_dtype_cannot_hold_are_refused_as_in_eager(bend: Callab
             call(x)
 
 
-def test_limits_that_are_tensors_stay_in_pytorch() -> None:
-    linear = nn.Linear(16, 16)
-    check(lambda x, low: linear(x).clamp(min=low), randn(6, 16), randn(16), in_pytorch=["clamp"])
+def test_limits_that_are_tensors() -> None:
+    linear, high = nn.Linear(16, 16), randn(6, 1, seed=2)
+    clamped = lambda x, low: linear(x).clamp(min=low, max=high)  # noqa: E731
+    check(clamped, randn(6, 16), randn(16), takes=["linear", "pointwise"], in_pytorch=[])
+    check(clamped, randn(6, 16), randn(16).double(), in_pytorch=["clamp"])
 
 
 @pytest.mark.parametrize(

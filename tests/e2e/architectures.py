@@ -453,7 +453,7 @@ OTHERS = (
         "CLIPConfig",
         "dual",
         {"text_config": CLIP_TEXT, "vision_config": VIT},
-        segments=3,
+        segments=2,
     ),
     Row(
         "siglip",
@@ -461,7 +461,6 @@ OTHERS = (
         "SiglipConfig",
         "dual",
         {"text_config": CLIP_TEXT, "vision_config": VIT},
-        segments=2,
     ),
     Row("wav2vec2", "Wav2Vec2ForCTC", "Wav2Vec2Config", "speech", WAV2VEC2, segments=2),
 )

@@ -43,10 +43,10 @@ def _reject(node: fx.Node) -> str:
     shape = fake(node)[0].shape
     whole = [same_shape(fake(n).shape[-1:], shape[-1:]) for n in inputs]
     for op, *args in program:
-        operands = args if op == "const" else args[1:]
+        operands = args if op in ("const", "where") else args[1:]
         if op == "reduce" and args[0] == "sum" and not whole[args[1]]:
             return "sums a value that has one column"
-        whole.append(op in ("unary", "binary") and any(whole[a] for a in operands))
+        whole.append(op in ("unary", "binary", "where") and any(whole[a] for a in operands))
     return cpu.reject(node)
 
 

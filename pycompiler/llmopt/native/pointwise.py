@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import fx
 
 from llmopt.graph import fake, numel
 from llmopt.native.operands import FLOATS, NativeKernel, broadcast, num_bytes
 from llmopt.native.segment import SegmentBuilder, StepRecord, describe
 from llmopt.native.vm import Unsupported, VmProgram
-
-_LONGEST_REDUCED_ROW = 16384  # elements; longer rows with reductions stay with PyTorch
+from llmopt.ops.pointwise import LONGEST_ROW
 
 
 def _encode(node: fx.Node) -> tuple[list[int], list[float]]:
@@ -25,6 +25,8 @@ def _encode(node: fx.Node) -> tuple[list[int], list[float]]:
             values.append(vm.unary(args[0], values[args[1]]))
         elif op == "binary":
             values.append(vm.binary(args[0], values[args[1]], values[args[2]]))
+        elif op == "where":
+            values.append(vm.where(*(values[a] for a in args)))
         else:
             values.append(vm.reduce(args[0], values[args[1]]))
     for i, result in enumerate(results):
@@ -35,12 +37,12 @@ def _encode(node: fx.Node) -> tuple[list[int], list[float]]:
 def reject(node: fx.Node) -> str:
     inputs = [fake(n) for n in node.args[3:]]
     shape = fake(node)[0].shape
-    if any(i.dtype not in FLOATS for i in inputs):
-        return "inputs are not all f32, f16 or bf16"
+    if any(i.dtype not in (*FLOATS, torch.bool) for i in inputs):
+        return "inputs are not all f32, f16, bf16 or bool"
     if any(op == "reduce" for op, *_ in node.args[0]):
         width = shape[-1]
-        if not isinstance(width, int) or width > _LONGEST_REDUCED_ROW:
-            return f"reduces rows of {width}: up to {_LONGEST_REDUCED_ROW} is possible"
+        if not isinstance(width, int) or width > LONGEST_ROW:
+            return f"reduces rows of {width}: up to {LONGEST_ROW} is possible"
     if not all(any(u.args[1] == i for u in node.users) for i in range(len(fake(node)))):
         return "a result is not used"
     try:
@@ -62,7 +64,7 @@ def _lower(s: SegmentBuilder, node: fx.Node) -> None:
 
 def chain_record(node: fx.Node, outputs: Sequence[fx.Node], kernel: str) -> StepRecord:
     program, _, _, *inputs = node.args
-    names = [args[0] for op, *args in program if op != "const"]
+    names = ["where" if op == "where" else args[0] for op, *args in program if op != "const"]
     return StepRecord(
         "pointwise",
         kernel,

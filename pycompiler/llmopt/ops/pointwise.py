@@ -4,7 +4,9 @@ The chain is a tuple of instructions in single-assignment form; each names earli
 inputs are values 0..n-1, instruction i makes value n + i.
 
     ("unary", name, a)   ("binary", name, a, b)   ("const", x)   ("where", c, a, b)
-    ("reduce", name, a)  over the last dimension, kept as size 1   ("cast", dtype, a)
+    ("reduce", name, a)  over the last dimension, kept as size 1
+
+Truths are 1 and 0: of comparisons, of bool inputs, and as whatever is not 0 where one is asked for.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from llmopt.ops.reference import outside_autocast
 
+LONGEST_ROW = 16384  # elements; what reduces longer rows stays with PyTorch
 UNARY: dict[str, Any] = {
     "neg": torch.neg,
     "abs": torch.abs,
@@ -24,7 +27,11 @@ UNARY: dict[str, Any] = {
     "rsqrt": torch.rsqrt,
     "reciprocal": torch.reciprocal,
     "exp": torch.exp,
+    "exp2": torch.exp2,
     "log": torch.log,
+    "log1p": torch.log1p,
+    "floor": torch.floor,
+    "round": torch.round,
     "tanh": torch.tanh,
     "sigmoid": torch.sigmoid,
     "erf": torch.erf,
@@ -37,6 +44,7 @@ UNARY: dict[str, Any] = {
     "square": torch.square,
     "sin": torch.sin,
     "cos": torch.cos,
+    "logical_not": lambda x: (x == 0).float(),
     "round_f16": lambda x: x.half().float(),
     "round_bf16": lambda x: x.bfloat16().float(),
 }
@@ -47,6 +55,14 @@ BINARY: dict[str, Any] = {
     "div": torch.div,
     "maximum": torch.maximum,
     "minimum": torch.minimum,
+    "lt": lambda a, b: (a < b).float(),
+    "le": lambda a, b: (a <= b).float(),
+    "gt": lambda a, b: (a > b).float(),
+    "ge": lambda a, b: (a >= b).float(),
+    "eq": lambda a, b: (a == b).float(),
+    "ne": lambda a, b: (a != b).float(),
+    "logical_and": lambda a, b: torch.logical_and(a, b).float(),
+    "logical_or": lambda a, b: torch.logical_or(a, b).float(),
 }
 REDUCE: dict[str, Any] = {
     "sum": lambda x: x.sum(-1, keepdim=True),
@@ -71,6 +87,9 @@ def pointwise(
             values.append(UNARY[args[0]](values[args[1]]))
         elif op == "binary":
             values.append(BINARY[args[0]](values[args[1]], values[args[2]]))
+        elif op == "where":
+            condition, a, b = (values[number] for number in args)
+            values.append(torch.where(condition != 0, a, b))
         elif op == "reduce":
             values.append(REDUCE[args[0]](values[args[1]]))
         else:

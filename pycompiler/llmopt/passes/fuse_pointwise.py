@@ -1,4 +1,4 @@
-"""fuse_pointwise: chains of elementwise float arithmetic that no other op took → ops.pointwise, one pass over memory each.
+"""fuse_pointwise: chains of elementwise arithmetic and choices that no other op took → ops.pointwise, one pass over memory each.
 
 A chain grows from its last node towards its inputs while every value inside has the chain's shape (or is a row reduction of it)
 and no reader outside. Values that others read as well are results of the chain.
@@ -6,19 +6,15 @@ and no reader outside. Values that others read as well are results of the chain.
 
 from __future__ import annotations
 
-from math import isfinite
 from typing import Any
 
 import torch
 from torch import fx
 
 from llmopt import ops
-from llmopt.casts import FLOAT_CASTS, is_float_cast, rounds
+from llmopt.casts import is_float_cast
 from llmopt.graph import (
-    FLOATS,
     NOTE,
-    argument,
-    binary_operands,
     emit,
     fake,
     fake_mode_of,
@@ -31,21 +27,14 @@ from llmopt.graph import (
     refresh,
     same_shape,
     same_size,
-    scalar,
     storage,
     view_base,
 )
-from llmopt.ops.pointwise import BINARY, UNARY
-from llmopt.passes.activations import activation_of
+from llmopt.passes.elementwise import TRUTHS, Chain, jumps, reduces, spelling
 from llmopt.writes import Writes, mutated_storages
 
 _LARGEST = 24  # operations in one chain
 _MAX_INPUTS = 8
-# Names of the least and the largest number that these give.
-_LIMITS = {"clamp": ("min", "max"), "clip": ("min", "max"), "hardtanh": ("min_val", "max_val")}
-_ONE_LIMIT = {"clamp_min": "min", "clamp_max": "max"}
-_REDUCTIONS = ("mean", "sum")
-_ROUND = {torch.float16: "round_f16", torch.bfloat16: "round_bf16"}
 
 
 def run(graph: fx.Graph) -> None:
@@ -65,78 +54,18 @@ def run(graph: fx.Graph) -> None:
 
 
 def _takes(node: fx.Node, written: set[int]) -> bool:
-    """True for an elementwise float node (or a reduction of the last dimension) the op can express."""
+    """True for an elementwise node (or a reduction of the last dimension) of floats or bools that the op can express."""
     if node.op not in ("call_function", "call_method") or not is_tensor(node) or is_in_place(node):
         return False
     value = fake(node)
-    if value.dtype not in FLOATS or value.dim() == 0 or value.dim() > 5:
+    if value.dtype not in TRUTHS or value.dim() == 0 or value.dim() > 5:
         return False
     if storage(node) in written:
         return False
     inputs = [fake(n) for n in node.all_input_nodes]
-    if not all(isinstance(i, torch.Tensor) and i.dtype in FLOATS for i in inputs):
+    if not all(isinstance(i, torch.Tensor) and i.dtype in TRUTHS for i in inputs):
         return False
-    name = kind(node)
-    if activation_of(node) is not None:
-        return True
-    if name in FLOAT_CASTS:
-        return value.dtype != fake(node.args[0]).dtype and "memory_format" not in node.kwargs
-    if name in _REDUCTIONS:
-        return _is_of_rows(node)
-    if name == "pow":
-        return scalar(argument(node, 1, "exponent")) == 2.0
-    if name in UNARY and len(node.args) == 1 and not node.kwargs:
-        return True
-    if _limits(node) is not None or _slope(node) is not None:
-        return True
-    pair = binary_operands(node) if name in BINARY else None
-    return pair is not None and all(is_tensor(p) or scalar(p) is not None for p in pair)
-
-
-def _limits(node: fx.Node) -> tuple[float | None, float | None] | None:
-    """The least and the largest number that a clamp by constants gives; None for anything else."""
-    name = kind(node)
-    if name == "relu6":
-        return 0.0, 6.0
-    if name in _ONE_LIMIT:
-        number = scalar(argument(node, 1, _ONE_LIMIT[name]))
-        if number is None or _is_refused(node, number):
-            return None
-        return (number, None) if name == "clamp_min" else (None, number)
-    if name not in _LIMITS:
-        return None
-    default = (-1.0, 1.0) if name == "hardtanh" else (None, None)
-    given = [argument(node, 1 + i, n, default[i]) for i, n in enumerate(_LIMITS[name])]
-    limits = [None if g is None else scalar(g) for g in given]
-    if any(x is not None and _is_refused(node, x) for x in limits):
-        return None
-    if any(g is not None and x is None for g, x in zip(given, limits, strict=True)):
-        return None
-    return limits[0], limits[1]
-
-
-def _is_refused(node: fx.Node, number: float) -> bool:
-    """PyTorch takes no number that the dtype cannot hold."""
-    return isfinite(number) and abs(number) > torch.finfo(fake(node).dtype).max
-
-
-def _slope(node: fx.Node) -> float | None:
-    """Of negative numbers, for leaky_relu."""
-    if kind(node) != "leaky_relu":
-        return None
-    slope = scalar(argument(node, 1, "negative_slope", 0.01))
-    return None if slope is None or not isfinite(slope) or _is_refused(node, slope) else slope
-
-
-def _is_of_rows(node: fx.Node) -> bool:
-    dim = argument(node, 1, "dim")
-    dim = dim[0] if isinstance(dim, (tuple, list)) and len(dim) == 1 else dim
-    last = fake(node.args[0]).dim() - 1
-    return (
-        dim in (-1, last)
-        and bool(argument(node, 2, "keepdim", False))
-        and argument(node, 3, "dtype") is None
-    )
+    return spelling(node) is not None
 
 
 def _fits(value: torch.Tensor, shape: Any) -> bool:
@@ -164,7 +93,7 @@ def _grow(root: fx.Node, written: set[int]) -> set[fx.Node]:
             and not _reduces_inside(node, shape)
         ):
             continue
-        if any(u not in members for u in node.users):
+        if any(u not in members or jumps(u) for u in node.users):
             continue
         members.add(node)
         frontier = sorted({*frontier, *node.all_input_nodes} - members, reverse=True)
@@ -173,7 +102,7 @@ def _grow(root: fx.Node, written: set[int]) -> set[fx.Node]:
 
 def _reduces_inside(node: fx.Node, shape: Any) -> bool:
     """A reduced value joins only when it comes from rows of the chain's own shape."""
-    while kind(node) not in _REDUCTIONS:
+    while not reduces(node):
         inner = [n for n in node.all_input_nodes if is_tensor(n) and fake(n).dim() == len(shape)]
         if len(inner) != 1 or not is_one(fake(inner[0]).shape[-1]):
             return False
@@ -188,7 +117,8 @@ def _worthwhile(members: set[fx.Node]) -> bool:
     if all(map(is_float_cast, members)):
         readers = [u for m in members for u in m.users if u not in members]
         return fed and all(map(_reaches_ours, readers))
-    return fed or len(members) >= 2
+    of_masks = any(fake(n).dtype == torch.bool for n in (*members, *inputs))
+    return fed or (len(members) >= 2 and not of_masks)
 
 
 def _is_ours(node: fx.Node) -> bool:
@@ -237,12 +167,14 @@ def _rewrite(
     graph: fx.Graph, mode: Any, root: fx.Node, members: set[fx.Node], inputs: list[fx.Node]
 ) -> None:
     order = sorted(members)
-    encoder = _Encoder(root, inputs)
+    chain = Chain(root, inputs)
     for node in order:
-        encoder.add(node)
+        spell = spelling(node)
+        assert spell is not None, node  # as when it was taken
+        chain.number[node] = spell(chain)
     with graph.inserting_before(root):
-        results = (encoder.number[root],)
-        args = (tuple(encoder.program), results, (fake(root).dtype,), *inputs)
+        results = (chain.number[root],)
+        args = (tuple(chain.program), results, (fake(root).dtype,), *inputs)
         whole = emit(graph, mode, ops.pointwise, args, like=root)
         new = emit(graph, mode, getitem, (whole, 0), like=root)
     users = list(root.users)
@@ -250,52 +182,3 @@ def _rewrite(
     for node in reversed(order):
         graph.erase_node(node)
     refresh(users)
-
-
-class _Encoder:
-    """Numbers values and writes the instructions of a chain, whose last node is the root."""
-
-    def __init__(self, root: fx.Node, inputs: list[fx.Node]) -> None:
-        self._root = root
-        self.program: list[tuple] = []
-        self.number: dict[fx.Node, int] = {n: i for i, n in enumerate(inputs)}
-        self._inputs = len(inputs)
-
-    def _append(self, *instruction: Any) -> int:
-        self.program.append(instruction)
-        return self._inputs + len(self.program) - 1
-
-    def _value(self, operand: Any) -> int:
-        if isinstance(operand, fx.Node):
-            return self.number[operand]
-        return self._append("const", float(operand))
-
-    def _clamped(self, x: int, low: float | None, high: float | None) -> int:
-        if low is not None:
-            x = self._append("binary", "maximum", x, self._value(low))
-        return x if high is None else self._append("binary", "minimum", x, self._value(high))
-
-    def add(self, node: fx.Node) -> None:
-        name, act = kind(node), activation_of(node)
-        if act is not None:
-            self.number[node] = self._append("unary", act, self._value(node.args[0]))
-        elif is_float_cast(node):
-            x = self._value(node.args[0])
-            if rounds(node) and node is not self._root:  # storing the root's value rounds it
-                x = self._append("unary", _ROUND[fake(node).dtype], x)
-            self.number[node] = x
-        elif name in _REDUCTIONS:
-            self.number[node] = self._append("reduce", name, self._value(node.args[0]))
-        elif name == "pow":
-            self.number[node] = self._append("unary", "square", self._value(node.args[0]))
-        elif name in UNARY:
-            self.number[node] = self._append("unary", name, self._value(node.args[0]))
-        elif (limits := _limits(node)) is not None:
-            self.number[node] = self._clamped(self._value(node.args[0]), *limits)
-        elif (slope := _slope(node)) is not None:
-            x = self._value(node.args[0])
-            below = self._append("binary", "mul", self._clamped(x, None, 0.0), self._value(slope))
-            self.number[node] = self._append("binary", "add", self._clamped(x, 0.0, None), below)
-        else:
-            a, b = binary_operands(node)  # type: ignore[misc]
-            self.number[node] = self._append("binary", name, self._value(a), self._value(b))

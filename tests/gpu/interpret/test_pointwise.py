@@ -45,6 +45,10 @@ def exact(program, inputs):
         if op == "const":
             values.append(torch.tensor(args[0], dtype=torch.float64))
             continue
+        if op == "where":
+            condition, a, b = (values[number] for number in args)
+            values.append(torch.where(condition != 0, a, b))
+            continue
         table = {"unary": UNARY, "binary": BINARY, "reduce": REDUCE}[op]
         values.append(table[args[0]](*(values[a] for a in args[1:])))
     return values[-1]
@@ -62,6 +66,22 @@ def test_binary(name):
     x = torch.tensor(SPECIAL)[:, None].expand(-1, len(SPECIAL))
     program = (("binary", name, 0, 1),)
     assert_close(result(program, [x, x.T], torch.empty(x.shape)), exact(program, [x, x.T]))
+
+
+def test_a_choice_by_bools_and_by_numbers():
+    x = torch.tensor(SPECIAL)[:, None].expand(-1, len(SPECIAL))
+    program = (("where", 0, 1, 2), ("binary", "gt", 1, 2), ("where", 4, 3, 0))
+    for condition in (torch.rand(x.shape) < 0.5, torch.randn(x.shape).round()):
+        inputs = [condition, x, x.T]
+        assert_close(result(program, inputs, torch.empty(x.shape)), exact(program, inputs))
+
+
+def test_truths_are_stored_as_bools():
+    x = torch.tensor(SPECIAL)[:, None].expand(-1, len(SPECIAL))
+    for name in ("lt", "ge", "ne", "logical_or"):
+        program = (("binary", name, 0, 1),)
+        got = result(program, [x, x.T], torch.empty(x.shape, dtype=torch.bool))
+        assert torch.equal(got, exact(program, [x, x.T]).bool())
 
 
 @pytest.mark.parametrize("name", REDUCE)
@@ -169,8 +189,8 @@ def test_equal_chains_share_a_function_and_layouts_do_not():
 def test_what_it_cannot_do_is_named():
     p = problem((("unary", "lgamma", 0),), [torch.ones(4)], torch.ones(4))
     assert pointwise.reject(p, HOPPER).startswith("operation 'lgamma': neg, abs")
-    p = problem((("where", 0, 0, 0),), [torch.ones(4)], torch.ones(4))
-    assert pointwise.reject(p, HOPPER).startswith("instruction 'where'")
+    p = problem((("matmul", 0, 0, 0),), [torch.ones(4)], torch.ones(4))
+    assert pointwise.reject(p, HOPPER).startswith("instruction 'matmul'")
     wide = torch.ones(1, pointwise.WIDEST + 1)
     p = problem((("reduce", "max", 0),), [wide], wide)
     assert "up to 16384" in pointwise.reject(p, HOPPER)
