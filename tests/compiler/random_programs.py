@@ -22,9 +22,11 @@ ARGUMENTS = ("x", "y", "h", "v", "ids", "m")
 
 UNARY = """torch.tanh({a}) | F.gelu({a}) | F.silu({a}) | -{a} | {a} * 0.5 | 1 - {a} | torch.sigmoid({a}) | {a}.square() * 0.1 |
 {a}.clone() | {a}.contiguous() | {a}.clamp(-1, 1) | {a}.softmax(-1) | F.dropout({a}, 0.1, False) | 2 / ({a}.abs() + 1) | {a}.detach() |
-{a}.to({a}.dtype) | torch.rsqrt({a}.pow(2) + 1) | {a}.masked_fill({a} > 0.5, 0.5) | torch.where({a} > 0, {a}, 0.0) | {a}.flip(-1)"""
+{a}.to({a}.dtype) | torch.rsqrt({a}.pow(2) + 1) | {a}.masked_fill({a} > 0.5, 0.5) | torch.where({a} > 0, {a}, 0.0) | {a}.flip(-1) |
+F.elu({a}) | F.softplus({a}) | F.mish({a}) | F.hardswish({a}) | {a}.pow(3) * 0.1 | F.leaky_relu({a}) | torch.expm1({a}.clamp(max=1))"""
 BINARY = """{a} + {b} | {a} * {b} | {a} - {b} | torch.maximum({a}, {b}) | F.silu({a}) * {b} | {a} / ({b}.abs() + 1) |
-torch.add({a}, {b}, alpha=0.5) | {a}.mul({b}).add({a})"""
+torch.add({a}, {b}, alpha=0.5) | {a}.mul({b}).add({a}) | torch.where({a} < {b}, {a}, {b}) |
+(({a} > 0) & ({b} > 0)) * {a} * {b} | torch.max({a}, {b} * 0.5) | {a}.clamp(max={b}) | torch.addcmul({a}, {a}, {b}, value=0.1)"""
 VIEWS = """{a}.transpose(0, -1) | {a}.transpose(1, 2) | {a}.permute(1, 0, 2) | {a}.permute(0, 2, 3, 1) | {a}[..., 1:4] | {a}[:, ::2] |
 {a}.narrow(-1, 1, 2) | {a}.select(1, 0) | {a}[:, -1] | {a}.chunk(2, -1)[1] | {a}.split(12, -1)[0] | {a}.unflatten(-1, (2, -1)) |
 {a}.unsqueeze(1) | {a}.flatten(1) | {a}.reshape(-1) | {a}.reshape({a}.shape[0], -1) | {a}.view(-1, {a}.shape[-1]) | {a}.unbind(0)[0] |
@@ -37,7 +39,9 @@ LINEAR = """F.linear({a}, W) | F.linear({a}, W, b) | {a} @ W.t() | F.gelu(F.line
 F.linear({a}, W2).chunk(2, -1)[0] | F.linear(F.silu(F.linear({a}, W2)[..., :24]) * F.linear({a}, W2)[..., 24:], W)"""
 NORMS = """{a} * torch.rsqrt({a}.pow(2).mean(-1, keepdim=True) + 1e-5) | F.layer_norm({a}, (24,)) | F.rms_norm({a}, (24,), g, 1e-5) |
 (g * ({a}.float() * torch.rsqrt({a}.float().pow(2).mean(-1, keepdim=True) + 1e-6))).to({a}.dtype)"""
-ROWS = "{a}.sum(-1, keepdim=True) | {a}.mean(-1, keepdim=True) | {a}.amax(-1) | {a}.cumsum(1) | {a}.max(-1)[0] | {a}.mean()"
+ROWS = """{a}.sum(-1, keepdim=True) | {a}.mean(-1, keepdim=True) | {a}.amax(-1) | {a}.cumsum(1) | {a}.max(-1)[0] | {a}.mean() |
+F.log_softmax({a}, -1) | {a} / (1 + {a}.norm(dim=-1, keepdim=True)) | {a} - {a}.amax(-1, keepdim=True) |
+{a} * torch.logsumexp({a}, -1, keepdim=True) | {a} / (1 + {a}.var(-1, unbiased=False, keepdim=True)) | F.normalize({a} + 3, dim=-1)"""
 JOINS = """torch.cat(({a}, {a}), 1) | torch.stack(({a}, {a}), 1) | {a}.repeat_interleave(2, 1) | torch.roll({a}, 1, 1) |
 torch.cat((-{a}[..., {a}.shape[-1] // 2:], {a}[..., :{a}.shape[-1] // 2]), -1)"""
 ATTENTION = """F.scaled_dot_product_attention({a}, {b}, {b}) | F.scaled_dot_product_attention({a}, {b}, {b}, is_causal=True) |

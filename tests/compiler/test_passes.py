@@ -22,6 +22,7 @@ from tests.e2e.compare import assert_same_output
 EFFECTS = {
     "functionalize": "norm.cpu rms",
     "torch_layers": "[1,2,1,16]f32",  # the heads of an nn.MultiheadAttention
+    "einsums": "linear.cpu 12x8",
     "simplify": "norm.cpu rms",
     "norms": "norm.cpu layer",
     "rotary": "rope_half",
@@ -53,6 +54,7 @@ class Step(nn.Module):
         self.pool = nn.MultiheadAttention(32, 2, batch_first=True)
         self.q, self.k, self.v, self.out = (nn.Linear(32, 32) for _ in range(4))
         self.gate, self.up, self.down = nn.Linear(32, 64), nn.Linear(32, 64), nn.Linear(64, 32)
+        self.mix = nn.Parameter(torch.randn(12, 8) / 60)
         self.experts = nn.Parameter(torch.randn(2, 32, 32) / 60)
         self.register_buffer("ends", torch.tensor([0, 1], dtype=torch.int32))
 
@@ -78,7 +80,7 @@ class Step(nn.Module):
         window.copy_(moved)
         k, v = (torch.cat((old, new), 2) for old, new in zip(cache, (k, v), strict=True))
         y = F.scaled_dot_product_attention(q, k, v)
-        y = y + window[:, :, -1:]
+        y = y + window[:, :, -1:] + torch.einsum("bhsd,ed->bhse", y, self.mix)[..., :8]
         x = x + self.out(y.transpose(1, 2).flatten(2))
         h = F.layer_norm(cache[0][:, 0].mT, (5,)).sum() + self.norm(x)
         x = x + self.down(gelu(self.gate(h)) * self.up(h))

@@ -9,6 +9,7 @@ from torch import fx
 from llmopt.passes import (
     activations,
     attentions,
+    einsums,
     embeddings,
     experts,
     functionalize,
@@ -32,6 +33,7 @@ Pass = Callable[[fx.Graph], None]
 PIPELINE: tuple[tuple[str, Pass], ...] = (
     ("functionalize", functionalize.run),
     ("torch_layers", torch_layers.run),
+    ("einsums", einsums.run),
     ("simplify", simplify.run),
     ("sliding_caches", sliding_caches.run),
     ("norms", norms.run),

@@ -1,36 +1,32 @@
 """rotary: x·cos + rotate(x)·sin, with rotate in either pairing, → ops.rope; a pass-through tail joins the rope.
 
-Or written for the halves of x, with tables of half the width: cat((a·cos − b·sin, b·cos + a·sin), -1).
+Or written for the halves of x, with tables of half the width: cat((a·cos − b·sin, b·cos + a·sin), -1); or for its pairs, there or as
+complex numbers (rotary_pairs).
 """
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
-import torch
 from torch import fx
 
-from llmopt import ops
 from llmopt.graph import (
     binary_operands,
-    emit,
     expression,
     fake,
-    fake_mode_of,
-    is_one,
     is_tensor,
     kind,
-    replace,
     same_shape,
     same_size,
     sole_user,
 )
+from llmopt.passes import rotary_pairs
+from llmopt.passes.rotations import Tables, products_of, rewrite, slice_of
 from llmopt.writes import Writes
 
 
 def run(graph: fx.Graph) -> None:
-    tables = _Tables(graph)
+    tables = Tables(graph)
     writes = Writes(graph)
     for node in list(graph.nodes):
         if node.op not in ("call_function", "call_method"):
@@ -39,52 +35,13 @@ def run(graph: fx.Graph) -> None:
             _match(tables, node, writes)
         elif kind(node) == "cat":
             _match_halves(tables, node, writes)
+        elif kind(node) == "stack":
+            rotary_pairs.match_stack(tables, node, writes)
+        elif kind(node) == "view_as_real":
+            rotary_pairs.match_complex(tables, node, writes)
 
 
-class _Tables:
-    """cos and sin of a graph, with the dimensions of 1 that broadcasting puts before those of [S,R].
-
-    A table keeps its one view, by which layers that share it are known.
-    """
-
-    def __init__(self, graph: fx.Graph) -> None:
-        self.graph = graph
-        self.mode: Any = fake_mode_of(graph)
-        self._first = next(n for n in graph.nodes if n.op != "placeholder")
-        self._views: dict[fx.Node, fx.Node] = {}
-        self._whole: dict[tuple[fx.Node, bool], fx.Node] = {}
-
-    def of_four(self, table: fx.Node) -> fx.Node:
-        missing = 4 - fake(table).dim()
-        if missing == 0:
-            return table
-        if table not in self._views:
-            before = self._first if table.op == "placeholder" else table.next
-            with self.graph.inserting_before(before):
-                index = (None,) * missing + (Ellipsis,)
-                view = emit(self.graph, self.mode, operator.getitem, (table, index), like=table)
-            self._views[table] = view
-        return self._views[table]
-
-    def of_both_halves(
-        self, table: fx.Node, is_negative: bool, last: fx.Node, writes: Writes
-    ) -> fx.Node:
-        """The table [..., R/2] twice, for rows of R, or its negative, as it is where `last` reads it."""
-        key = (table, is_negative)
-        made = self._whole.get(key)
-        if made is None or writes.between((table,), made, last):
-            with self.graph.inserting_before(last):
-                half = (
-                    emit(self.graph, self.mode, "neg", (table,), like=table)
-                    if is_negative
-                    else table
-                )
-                made = emit(self.graph, self.mode, torch.cat, ((half, half), -1), like=table)
-            self._whole[key] = made
-        return made
-
-
-def _match(tables: _Tables, node: fx.Node, writes: Writes) -> None:
+def _match(tables: Tables, node: fx.Node, writes: Writes) -> None:
     pair = binary_operands(node)
     if pair is None or not all(is_tensor(p) and kind(p) == "mul" for p in pair):
         return
@@ -104,17 +61,17 @@ def _match(tables: _Tables, node: fx.Node, writes: Writes) -> None:
         tail = _pass_through(node, x)
         last, whole = (node, x) if tail is None else (tail, x.args[0])
         if not writes.moves_reads(last, (whole, cos, sin)):
-            _rewrite(tables, last, whole, cos, sin, kind_name)
+            rewrite(tables, last, whole, cos, sin, kind_name)
         return
 
 
-def _match_halves(tables: _Tables, node: fx.Node, writes: Writes) -> None:
+def _match_halves(tables: Tables, node: fx.Node, writes: Writes) -> None:
     """The halves a and b of x become a·cos − b·sin and b·cos + a·sin; or turn the other way."""
     parts = node.args[0]
     dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
     if len(parts) != 2 or fake(node).dim() != 4 or dim not in (-1, 3):
         return
-    first, second = (_products_of_halves(part) for part in parts)
+    first, second = (products_of(tables, part, _half_of) for part in parts)
     if first is None or second is None:
         return
     (x, (cos, cos_sign), (sin, sin_sign)), (other, *turned) = first, second
@@ -132,38 +89,10 @@ def _match_halves(tables: _Tables, node: fx.Node, writes: Writes) -> None:
     last, whole = (node, x) if tail is None else (tail, x.args[0])
     if not writes.moves_reads(last, (whole, cos, sin)):
         cos, sin = (
-            tables.of_both_halves(table, is_negative, last, writes)
+            tables.of_rows(table, is_negative, "half", last, writes)
             for table, is_negative in ((cos, False), (sin, sin_sign == 1))
         )
-        _rewrite(tables, last, whole, cos, sin, "half")
-
-
-def _products_of_halves(
-    node: Any,
-) -> tuple[fx.Node, tuple[fx.Node, int], tuple[fx.Node, int]] | None:
-    """x, and with which table and sign its first and its second half go into a sum or a difference."""
-    pair = binary_operands(node) if is_tensor(node) and kind(node) in ("add", "sub") else None
-    if pair is None:
-        return None
-    found: dict[int, tuple[fx.Node, int]] = {}
-    sources = set()
-    for product, sign in zip(pair, (1, -1 if kind(node) == "sub" else 1), strict=True):
-        factors = (
-            binary_operands(product) if is_tensor(product) and kind(product) == "mul" else None
-        )
-        if factors is None or not all(map(is_tensor, factors)):
-            return None
-        for half, table in (factors, factors[::-1]):
-            x, number = _half_of(half)
-            if x is None:
-                continue
-            is_negative = kind(table) == "neg"
-            found[number] = (table.args[0], -sign) if is_negative else (table, sign)
-            sources.add(x)
-            break
-    if len(found) != 2 or len(sources) != 1:
-        return None
-    return sources.pop(), found[0], found[1]
+        rewrite(tables, last, whole, cos, sin, "half")
 
 
 def _half_of(node: fx.Node) -> tuple[fx.Node | None, int]:
@@ -172,7 +101,7 @@ def _half_of(node: fx.Node) -> tuple[fx.Node | None, int]:
     if not isinstance(width, int):
         return None, 0
     for number, ends in enumerate(((None, width), (width, None))):
-        x = _chunk_of(node, number) or _slice_of(node, *ends, None)
+        x = _chunk_of(node, number) or slice_of(node, *ends, None)
         if x is not None and same_size(fake(x).shape[-1], 2 * width):
             return x, number
     return None, 0
@@ -191,25 +120,6 @@ def _rotation(straight: fx.Node, turned: fx.Node) -> tuple[fx.Node, fx.Node, fx.
             if left is x and is_tensor(cos):
                 return x, cos, sin, kind_name
     return None
-
-
-def _slice_of(node: Any, start: int | None, stop: int | None, step: int | None) -> fx.Node | None:
-    """x when node is x[..., start:stop:step]."""
-    if not is_tensor(node) or kind(node) != "getitem" or not isinstance(node.args[1], tuple):
-        return None
-    *front, last = node.args[1]
-    if any(f is not Ellipsis and f != slice(None) for f in front) or not isinstance(last, slice):
-        return None
-    if Ellipsis not in front and len(front) != fake(node).dim() - 1:
-        return None
-    x = node.args[0]
-    width = expression(fake(x).shape[-1])
-    if not isinstance(width, int) or not all(
-        isinstance(v, (int, type(None))) for v in (last.start, last.stop, last.step)
-    ):
-        return None
-    wanted = slice(start, stop, step).indices(width)
-    return x if last.indices(width) == wanted else None
 
 
 def _chunk_of(node: Any, which: int) -> fx.Node | None:
@@ -237,8 +147,8 @@ def _half(rotated: fx.Node) -> tuple[fx.Node, str] | None:
     width = expression(fake(rotated).shape[-1])
     if not isinstance(width, int) or width % 2:
         return None
-    x = _slice_of(first, None, width // 2, None) or _chunk_of(first, 0)
-    other = _slice_of(second.args[0], width // 2, None, None) or _chunk_of(second.args[0], 1)
+    x = slice_of(first, None, width // 2, None) or _chunk_of(first, 0)
+    other = slice_of(second.args[0], width // 2, None, None) or _chunk_of(second.args[0], 1)
     if x is None or x is not other or not same_size(fake(x).shape[-1], width):
         return None
     return x, "half"
@@ -255,30 +165,10 @@ def _interleaved(rotated: fx.Node) -> tuple[fx.Node, str] | None:
     second, first = stack.args[0]
     if dim not in (-1, fake(stack).dim() - 1) or not is_tensor(second) or kind(second) != "neg":
         return None
-    x = _slice_of(first, None, None, 2)
-    if x is None or x is not _slice_of(second.args[0], 1, None, 2):
+    (x, even), (other, odd) = map(rotary_pairs.part_of, (first, second.args[0]))
+    if x is None or x is not other or (even, odd) != (0, 1):
         return None
     return (x, "interleaved") if same_size(fake(rotated).shape[-1], fake(x).shape[-1]) else None
-
-
-def _rewrite(
-    tables: _Tables, last: fx.Node, whole: fx.Node, cos: fx.Node, sin: fx.Node, name: str
-) -> None:
-    graph, mode = tables.graph, tables.mode
-    size = (1,) * (4 - fake(cos).dim()) + tuple(fake(cos).shape)
-    heads_third = is_one(size[2]) and not is_one(size[1])
-    if not (is_one(size[1]) or heads_third):
-        return
-    cos, sin = tables.of_four(cos), tables.of_four(sin)
-    with graph.inserting_before(last):
-        if heads_third:  # [B,S,H,D] with cos [B,S,1,R]
-            whole, cos, sin = (
-                emit(graph, mode, "transpose", (t, 1, 2), like=last) for t in (whole, cos, sin)
-            )
-        new = emit(graph, mode, ops.rope, (whole, cos, sin, name), like=last)
-        if heads_third:
-            new = emit(graph, mode, "transpose", (new, 1, 2), like=last)
-    replace(last, new)
 
 
 def _pass_through(node: fx.Node, x: fx.Node) -> fx.Node | None:
@@ -290,6 +180,6 @@ def _pass_through(node: fx.Node, x: fx.Node) -> fx.Node | None:
     width = expression(fake(x).shape[-1])
     if dim not in (-1, 3) or not isinstance(width, int):
         return None
-    whole = _slice_of(x, None, width, None)
-    rest = _slice_of(user.args[0][1], width, None, None)
+    whole = slice_of(x, None, width, None)
+    rest = slice_of(user.args[0][1], width, None, None)
     return user if whole is not None and whole is rest else None
