@@ -21,6 +21,7 @@ from tests.e2e.compare import assert_same_output
 # pass → what the plan of Step holds only where it ran
 EFFECTS = {
     "functionalize": "norm.cpu rms",
+    "assignments": "copy.cpu in place",
     "torch_layers": "[1,2,1,16]f32",  # the heads of an nn.MultiheadAttention
     "einsums": "linear.cpu 12x8",
     "simplify": "norm.cpu rms",
@@ -56,6 +57,7 @@ class Step(nn.Module):
         self.gate, self.up, self.down = nn.Linear(32, 64), nn.Linear(32, 64), nn.Linear(64, 32)
         self.mix = nn.Parameter(torch.randn(12, 8) / 60)
         self.experts = nn.Parameter(torch.randn(2, 32, 32) / 60)
+        self.register_buffer("kept", torch.zeros(1, 4, 5, 8))
         self.register_buffer("ends", torch.tensor([0, 1], dtype=torch.int32))
 
     def forward(
@@ -78,6 +80,7 @@ class Step(nn.Module):
         moved = window.roll(-1, 2)
         moved[:, :, -1:] = v
         window.copy_(moved)
+        self.kept[:, :, 1:2] = v
         k, v = (torch.cat((old, new), 2) for old, new in zip(cache, (k, v), strict=True))
         y = F.scaled_dot_product_attention(q, k, v)
         y = y + window[:, :, -1:] + torch.einsum("bhsd,ed->bhse", y, self.mix)[..., :8]

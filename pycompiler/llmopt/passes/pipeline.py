@@ -8,6 +8,7 @@ from torch import fx
 
 from llmopt.passes import (
     activations,
+    assignments,
     attentions,
     einsums,
     embeddings,
@@ -32,6 +33,7 @@ Pass = Callable[[fx.Graph], None]
 
 PIPELINE: tuple[tuple[str, Pass], ...] = (
     ("functionalize", functionalize.run),
+    ("assignments", assignments.run),
     ("torch_layers", torch_layers.run),
     ("einsums", einsums.run),
     ("simplify", simplify.run),
