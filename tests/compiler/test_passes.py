@@ -40,7 +40,7 @@ EFFECTS = {
     "share": "vm.cpu add+exp+mul",
     "fuse_linear": "residual",
     "fuse_pointwise": "vm.cpu",
-    "layouts": "copy.cpu",
+    "layouts": "copy.cpu  ",
     "quantize": "linear_quantized.cpu",
 }
 
@@ -128,8 +128,10 @@ def captured() -> Captured:
     cache = (torch.randn(1, 4, 5, 8), torch.randn(1, 4, 5, 8))
     window = torch.randn(1, 4, 5, 8)
     arguments = (torch.tensor([[3]]), torch.rand(4), torch.tensor([[5.0]]), cache, window)
+    step = Step().eval()
     with torch.no_grad():
-        torch.compile(Step().eval(), backend=keep, fullgraph=True)(*arguments)
+        torch.compile(step, backend=keep, fullgraph=True)(*arguments)
+        step.kept.zero_()
     return found[0]
 
 

@@ -365,6 +365,11 @@ def products(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch
     return torch.einsum("bhqk,bhkd->bhqd", scores.softmax(-1), values)
 
 
+def normed(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    weights = (q @ keys.mT).square()
+    return weights / weights.sum(-1, keepdim=True) @ values
+
+
 def behind_a_sort(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     q = torch.sort(F.layer_norm(q, (16,)), -1).values
     return F.scaled_dot_product_attention(q, keys, values)
@@ -375,7 +380,8 @@ HANDMADE: dict[str, tuple[Any, Any, str]] = {
     "a kernel writes and the next reads": (whole, ATTENTION, ""),
     "through a window": (window, ATTENTION, "through a view of them"),
     "twice": (window_twice, ATTENTION, "otherwise than by one index_copy_"),
-    "by assignment": (assigned, products, "2 tensor(s) like a cache's get to no attention kernel"),
+    "by assignment": (assigned, products, ""),
+    "without a softmax": (assigned, normed, "2 tensor(s) like a cache's get to no attention kernel"),
     "in another segment": (whole, behind_a_sort, "outside of the segment that reads them"),
 }
 
