@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -27,6 +27,22 @@ from llmopt.weights import STORE, PackedWeight
 from llmopt.writes import written_by
 
 _ADDRESS = Tensor.data_ptr
+
+
+_MOST_SETS = 512  # of weights that one segment remembers: those of all layers, or experts, that share its graph
+
+
+class _Ready(NamedTuple):
+    """Where the packed weights and biases of a set of weights lie, and what notices that they are out of date."""
+
+    addresses: list[int]
+    watch: Any  # a Watch; None before the first call
+
+    def is_of(self, arguments: tuple) -> bool:
+        return self.watch is not None and self.watch.same_tensors(arguments)
+
+
+_NOTHING_READY = _Ready([], None)
 
 
 class Segment(torch.nn.Module):
@@ -77,8 +93,11 @@ class Segment(torch.nn.Module):
         self._arguments = picker([n for source, n in builder.externals if source == "argument"])
         self._packed_externals = [e for e in builder.externals if e[0] in ("packed", "bias")]
         self._written = picker(_written_arguments(builder))
-        self._packed_addresses: list[int] = []
-        self._watch: Watch | None = None
+        self._weights_of = picker(self._weights)
+        self._ready = _NOTHING_READY  # for the weights of the call before
+        self._ready_sets: dict[
+            tuple[int, ...], _Ready
+        ] = {}  # by the tensors: layers may share a graph
         self._repack = False  # the next call packs every weight again, whatever it sees of it
         self._told = 0  # how often others told it to look again
         self._held: list[weakref.ref] = []  # the store owns them, for as long as their tensors live
@@ -97,12 +116,12 @@ class Segment(torch.nn.Module):
         values = self.program.sizes(symbols, self._wanted) if self._wanted else ()
         if self._check_dense or self._check_strides:
             arguments = self._laid_out(arguments, values)
-        packed = self._weights_ready(arguments)
+        ready = self._weights_ready(arguments)
         results = [spec.allocate(values) for spec in self._outputs]
         if self._num_kv:
             results += self._grown(arguments, values)
         given = map(_ADDRESS, self._arguments(arguments))
-        addresses = [*packed, *given, *map(_ADDRESS, results)]  # in the order of SOURCES
+        addresses = [*ready.addresses, *given, *map(_ADDRESS, results)]  # in the order of SOURCES
         if self._num_mirrors:
             addresses += self._mirror_addresses(arguments, results[len(self._outputs) :])
         threads = torch.get_num_threads()
@@ -115,9 +134,8 @@ class Segment(torch.nn.Module):
             increment_version(t for t in written if not t.is_inference())
         if self._given_mirrors:
             self._caller_mirrors.written(arguments)
-        watch = self._watch  # another thread may forget it
-        if watch is not None:
-            watch.fetch()
+        if ready.watch is not None:
+            ready.watch.fetch()
         return tuple(results)
 
     def _grown(self, arguments: tuple, values: Sequence[int]) -> list[Tensor]:
@@ -179,16 +197,24 @@ class Segment(torch.nn.Module):
                 fixed[a] = torch.empty_strided(given.shape, stride, dtype=given.dtype).copy_(given)
         return tuple(fixed.get(n, a) for n, a in enumerate(arguments)) if fixed else arguments
 
-    def _weights_ready(self, arguments: tuple) -> list[int]:
-        """The addresses of packed weights and biases, made again first where a source changed."""
+    def _weights_ready(self, arguments: tuple) -> _Ready:
+        """The packed weights and biases of a call, made again first where a source changed."""
         if not self._packed:
-            return self._packed_addresses
-        watch = self._watch
-        edited = False
-        if watch is not None and watch.same_tensors(arguments):
-            if watch.same_content():
-                return self._packed_addresses
-            edited = True
+            return self._ready
+        ready = self._ready  # another thread may forget it
+        if not ready.is_of(arguments):
+            ready = self._ready_sets.get(self._set_of(arguments), _NOTHING_READY)
+            if not ready.is_of(arguments):
+                return self._made_ready(arguments, edited=False)
+        if not ready.watch.same_content():
+            return self._made_ready(arguments, edited=True)
+        self._ready = ready
+        return ready
+
+    def _set_of(self, arguments: tuple) -> tuple[int, ...]:
+        return tuple(map(id, self._weights_of(arguments)))
+
+    def _made_ready(self, arguments: tuple, edited: bool) -> _Ready:
         with self._lock:
             told = self._told
             again, self._repack = edited or self._repack, False
@@ -199,18 +225,22 @@ class Segment(torch.nn.Module):
                 _address(held[number], source) for source, number in self._packed_externals
             ]
             self._held = [weakref.ref(entry) for entry in held]
-            self._packed_addresses = addresses
-            watch = Watch(arguments, self._weights, held)
+            ready = _Ready(addresses, Watch(arguments, self._weights, held))
             with STORE.lock:
                 if told == self._told:
-                    self._watch = watch
-            return addresses
+                    self._ready = ready
+                    self._ready_sets.pop(self._set_of(arguments), None)
+                    self._ready_sets[self._set_of(arguments)] = ready
+                    if len(self._ready_sets) > _MOST_SETS:
+                        del self._ready_sets[next(iter(self._ready_sets))]
+            return ready
 
     def look_again(self) -> None:
         """The next call asks the store for every weight, also where a call that goes on now has just done so."""
         with STORE.lock:
             self._told += 1
-            self._watch = None
+            self._ready = _NOTHING_READY
+            self._ready_sets = {}
 
     def forget_weights(self) -> None:
         """Makes the next call pack every weight anew."""

@@ -381,7 +381,11 @@ HANDMADE: dict[str, tuple[Any, Any, str]] = {
     "through a window": (window, ATTENTION, "through a view of them"),
     "twice": (window_twice, ATTENTION, "otherwise than by one index_copy_"),
     "by assignment": (assigned, products, ""),
-    "without a softmax": (assigned, normed, "2 tensor(s) like a cache's get to no attention kernel"),
+    "without a softmax": (
+        assigned,
+        normed,
+        "2 tensor(s) like a cache's get to no attention kernel",
+    ),
     "in another segment": (whole, behind_a_sort, "outside of the segment that reads them"),
 }
 

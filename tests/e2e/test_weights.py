@@ -8,6 +8,7 @@ from collections.abc import Callable
 import llmopt
 import pytest
 import torch
+from llmopt import executor
 from llmopt.weights import PackedStore, PackedWeight
 from torch import nn
 
@@ -230,24 +231,32 @@ class Gated(nn.Module):
         return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
 
 
-def test_layers_that_share_a_graph_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The graph is called with the weights of each in turn; all of a weight is compared for a graph that is new, not at each call."""
+@pytest.mark.parametrize("most", [512, 2])
+def test_layers_that_share_a_graph(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The graph is called with the weights of each in turn, and remembers so many; all of a weight is compared where it is new only."""
+    monkeypatch.setattr(executor, "_MOST_SETS", most)
     layers = [build(Block, seed) for seed in range(3)]
-    for layer in layers:
-        layer.compile(backend="llmopt")
-    looked = []
-    known = PackedStore._is_unchanged
+    compiled = [torch.compile(layer, backend="llmopt") for layer in layers]
+    x = block_input()
+    for run in compiled:
+        run(x)
+    asked, looked = [], []
+    get, known = PackedStore.get, PackedStore._is_unchanged
 
     def looking(entry: PackedWeight, reader: object) -> bool:
         looked.append(reader in entry.readers)
         return known(entry, reader)
 
+    monkeypatch.setattr(PackedStore, "get", lambda *a, **k: asked.append(a) or get(*a, **k))
     monkeypatch.setattr(PackedStore, "_is_unchanged", staticmethod(looking))
     for _ in range(2):
-        for layer in layers:
-            layer(block_input())
-    assert looked
+        for run, layer in zip(compiled, layers, strict=True):
+            assert_same_output(run(x), layer(x))
+    assert bool(asked) == (most < len(layers))
     assert all(looked)
+    layers[1].up.weight.data.mul_(2)
+    for run, layer in zip(compiled, layers, strict=True):
+        assert_same_output(run(x), layer(x))
 
 
 @SMALL_EDITS
