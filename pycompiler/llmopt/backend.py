@@ -30,12 +30,14 @@ from llmopt.passes.verify import check_form, check_values, run_again, run_copy
 from llmopt.plan import make_plan
 from llmopt.quant.budget import Decision
 from llmopt.regions import inline
+from llmopt.tracing import trace_layers_whole
 from llmopt.tune.lookup import tuner_for
 from llmopt.types import Choice, Target
 from llmopt.windows import pin
 from llmopt.writes import separate_windows
 
 log = logging.getLogger("llmopt")
+trace_layers_whole()  # PyTorch imports this module before it traces a model for it
 
 _RECOMPILE_LIMITS = (8, 64)  # Dynamo's own default, and ours
 _GRADIENTS = (

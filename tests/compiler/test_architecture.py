@@ -17,7 +17,7 @@ MAX_LINES = 500
 # Lowest first. A file imports only its own group and the groups of lower rows: groups that share a
 # row do not know each other, so passes never see kernels.
 LAYERS = (
-    ("_C", "types", "launch", "settings", "sizes", "files", "source_lines"),
+    ("_C", "types", "launch", "settings", "sizes", "files", "source_lines", "tracing"),
     ("target", "graph", "memory", "exchange", "counters", "registry", "messages", "offload"),
     ("gpus", "parameters", "effects", "program"),
     ("casts", "keywords", "inplace_views"),

@@ -101,6 +101,25 @@ def test_encoder_with_a_mask(mask: str) -> None:
     check(lambda x: encoder(x, **MASKS[mask]), randn(2, LENGTH, WIDTH))
 
 
+@pytest.mark.parametrize("mask", [CAUSAL, CAUSAL < 0, CAUSAL[:, :1].expand(-1, LENGTH) + CAUSAL])
+def test_masks_that_come_without_a_hint(mask: Tensor) -> None:
+    """PyTorch looks whether they are causal, which is not traced."""
+    layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 76, batch_first=True)
+    encoder = seeded(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False))
+    check(lambda x: encoder(x, mask), randn(2, LENGTH, WIDTH))
+    layer = nn.TransformerDecoderLayer(WIDTH, HEADS, 76, batch_first=True)
+    decoder, memory = seeded(nn.TransformerDecoder(layer, 2)), randn(2, 5, WIDTH)
+    check(lambda x: decoder(x, memory, tgt_mask=mask), randn(2, LENGTH, WIDTH))
+
+
+def test_a_hint_that_is_given_is_kept() -> None:
+    """With it PyTorch looks at no number of the mask."""
+    layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 76, batch_first=True)
+    encoder = seeded(nn.TransformerEncoder(layer, 1, enable_nested_tensor=False))
+    for hint in (True, False):
+        check(lambda x: encoder(x, CAUSAL, is_causal=hint), randn(2, LENGTH, WIDTH))  # noqa: B023
+
+
 def test_numbers_in_a_mask_are_added() -> None:
     """PyTorch's fast path counts every number but 0 as "not allowed"; its other path, and ours, add them."""
     encoder = seeded(nn.TransformerEncoderLayer(WIDTH, HEADS, 76, batch_first=True))
