@@ -172,6 +172,40 @@ def test_limits_that_are_tensors() -> None:
     check(clamped, randn(6, 16), randn(16).double(), in_pytorch=["clamp"])
 
 
+def test_gated_linear_units() -> None:
+    linear, back = nn.Linear(16, 24), nn.Linear(12, 16)
+    check(lambda x: back(F.glu(linear(x))), randn(2, 6, 16), takes=["linear"], in_pytorch=[])
+    check(
+        lambda x: F.glu(linear(x), 1), randn(2, 6, 16), takes=["linear", "pointwise"], in_pytorch=[]
+    )
+    check(lambda x: nn.GLU(dim=0)(linear(x)), randn(2, 6, 16), takes=["linear"], in_pytorch=[])
+
+
+def test_a_mask_of_a_buffer_is_made_by_a_kernel() -> None:
+    """Of each layer's own, as in GPTs written by hand."""
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv = nn.Linear(24, 72)
+            self.register_buffer("bias", torch.tril(torch.ones(1, 1, 9, 9)))
+            self.register_buffer("allowed", torch.ones(9, 9, dtype=torch.bool).tril())
+
+        def forward(self, x: torch.Tensor, by_number: bool) -> torch.Tensor:
+            q, k, v = (t.unflatten(-1, (3, 8)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+            size = x.shape[1]
+            hidden = (
+                self.bias[:, :, :size, :size] == 0 if by_number else ~self.allowed[:size, :size]
+            )
+            scores = (q @ k.transpose(-2, -1) * 0.3).masked_fill(hidden, -torch.inf)
+            return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+    layers = nn.ModuleList(Layer() for _ in range(2)).eval()
+    for by_number in (True, False):
+        both = lambda x, n=by_number: layers[1](layers[0](x, n), n)  # noqa: E731
+        check(both, randn(2, 5, 24), takes=["attention", "pointwise"], in_pytorch=[])
+
+
 @pytest.mark.parametrize(
     "function",
     [

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, fx
 
 from llmopt.graph import (
+    argument,
     binary_operands,
     emit,
     fake,
     fake_mode_of,
+    getitem,
     is_tensor,
     kind,
     replace,
@@ -51,6 +53,8 @@ def run(graph: fx.Graph) -> None:
     for node in reversed(list(graph.nodes)):
         if kind(node) in ("mul", "square", "pow") and is_tensor(node) and node.users:
             _match(graph, mode, node, writes)
+        elif kind(node) == "glu":
+            _split_gate(graph, mode, node)
 
 
 def _match(graph: fx.Graph, mode: Any, root: fx.Node, writes: Writes) -> None:
@@ -70,6 +74,19 @@ def _match(graph: fx.Graph, mode: Any, root: fx.Node, writes: Writes) -> None:
     with graph.inserting_before(root):
         new = emit(graph, mode, named, (x, name), like=root)
     replace(root, new)
+
+
+def _split_gate(graph: fx.Graph, mode: Any, node: fx.Node) -> None:
+    """glu: the first half times sigmoid of the second."""
+    with graph.inserting_before(node):
+        halves = emit(
+            graph, mode, "chunk", (node.args[0], 2, argument(node, 1, "dim", -1)), like=node
+        )
+        x, gate = (emit(graph, mode, getitem, (halves, i), like=node) for i in range(2))
+        new = emit(
+            graph, mode, "mul", (x, emit(graph, mode, "sigmoid", (gate,), like=node)), like=node
+        )
+    replace(node, new)
 
 
 def named(x: Tensor, name: str) -> Tensor:

@@ -113,12 +113,15 @@ def _reduces_inside(node: fx.Node, shape: Any) -> bool:
 def _worthwhile(members: set[fx.Node]) -> bool:
     """One kernel instead of several passes over memory, or instead of a way out of C++ and back for one operation."""
     inputs = [_uncopied(n) for m in members for n in m.all_input_nodes if is_tensor(n)]
+    readers = [u for m in members for u in m.users if u not in members]
     fed = any(map(_is_ours, inputs))
     if all(map(is_float_cast, members)):
-        readers = [u for m in members for u in m.users if u not in members]
         return fed and all(map(_reaches_ours, readers))
-    of_masks = any(fake(n).dtype == torch.bool for n in (*members, *inputs))
-    return fed or (len(members) >= 2 and not of_masks)
+    if not fed and any(fake(n).dtype == torch.bool for n in (*members, *inputs)):
+        # A mask: PyTorch makes it in front of everything, unless nothing of it is PyTorch's.
+        are_given = all(n.op in ("placeholder", "get_attr") for n in inputs if n not in members)
+        return are_given and all(map(_reaches_ours, readers))
+    return fed or len(members) >= 2
 
 
 def _is_ours(node: fx.Node) -> bool:
