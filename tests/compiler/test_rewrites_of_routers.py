@@ -171,8 +171,8 @@ def written_on_the_way(place: int) -> Callable[[Tensor], Tensor]:
         scores = scores.sigmoid()
         best = scores.view(-1, GROUPS, EXPERTS // GROUPS).topk(2, dim=-1)[0]
         steps: list[Callable[[Tensor], Any]] = [
-            lambda t: t.mul_(-1),
-            lambda t: t.mul_(-1),
+            lambda t: t[:, :2].mul_(-1),
+            lambda t: t[:, :2].mul_(-1),
             lambda t: t.fill_(1),
             lambda t: t[:, :3].fill_(1),
             lambda t: t.logical_not_(),
@@ -192,7 +192,23 @@ def written_on_the_way(place: int) -> Callable[[Tensor], Tensor]:
     return function
 
 
+def its_contrary_lies_in_memory_of_its_own(scores: Tensor) -> Any:
+    scores = scores.sigmoid()
+    memory = torch.empty(scores.shape, dtype=torch.bool)
+    dropped = torch.logical_not(spread(mask_of(by_two_best(scores))).bool(), out=memory)
+    memory[:, :3] = True
+    return scores.masked_fill(dropped, 0.0)
+
+
+def the_written_mask_is_read(scores: Tensor) -> Any:
+    scores = scores.sigmoid()
+    group_scores = by_two_best(scores)
+    mask = torch.zeros_like(group_scores).scatter_(1, group_scores.topk(KEPT)[1], 1)
+    return routed(scores, spread(mask))[0], mask.mean(-1)
+
+
 OTHERS = (
+    its_contrary_lies_in_memory_of_its_own, the_written_mask_is_read,
     the_mask_is_used_twice, its_contrary_is_used_twice, the_write_is_returned, ones_are_multiplied, other_groups,
     *map(written_on_the_way, range(5)),
     of_other_scores, of_the_worst, kept_instead_of_dropped, groups_of_every_fourth, turned_on_the_way, written_twice,

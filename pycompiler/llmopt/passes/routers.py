@@ -63,10 +63,10 @@ def _match(graph: fx.Graph, mode: Any, node: fx.Node, writes: Writes) -> None:
         return
     if not same_shape(fake(write.args[0]).shape, (tokens, groups)):
         return
-    # Nobody else reads or writes what is not made any more, nor writes what the op finds out by itself.
+    # Nobody else reads, and so nobody writes, what is not made any more; nor does anybody write what the op finds out by itself.
     alone = all(sole_user(n) is reader for n, reader in zip(chain, [node, *chain], strict=False))
     summed = values.args[:1] if kind(values) == "sum" else ()
-    if not alone or not writes.into((*chain, values, *summed, chosen)) <= {write}:
+    if not alone or writes.into((values, *summed, chosen)):
         return
     if writes.between((scores,), grouped, node):
         return
@@ -121,7 +121,7 @@ def _group_mask(chain: list[fx.Node], writes: Writes) -> tuple[fx.Node, fx.Node]
         argument(write, i, name) for i, name in enumerate(("dim", "index", "src"), 1)
     )
     ones = scalar(write.kwargs.get("value", source))
-    if "reduce" in write.kwargs or len(write.args) > 4 or set(write.users) - {column}:
+    if "reduce" in write.kwargs:
         return None
     chain.append(column)
     seen = [r for r in readers(mask) if r is not write]
