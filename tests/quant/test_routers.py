@@ -124,3 +124,30 @@ def test_a_classifier_of_as_many_labels_as_experts() -> None:
     model = nn.ModuleDict({"experts": Experts(), "gate": nn.Linear(WIDTH, EXPERTS)})
     model["head"] = nn.ModuleDict({"labels": nn.Linear(WIDTH, EXPERTS)})
     assert rounded(model) == {"head.labels"}
+
+
+def test_experts_that_say_only_how_many_they_are() -> None:
+    """As transformers kept them before they said how they lie."""
+    experts = Experts()
+    del experts.is_transposed
+    experts.num_experts = EXPERTS
+    model = nn.ModuleDict({"experts": experts, "choice": nn.Linear(WIDTH, EXPERTS)})
+    assert rounded(nn.ModuleDict({"mlp": model, "last": nn.Linear(8, 8)})) == {"last"}
+
+
+def test_a_list_of_what_nobody_chooses_from() -> None:
+    three = [nn.Linear(64, 64) for _ in range(3)]
+    for name, modules in {"shared_experts": three, "experts": []}.items():
+        block = nn.ModuleDict({"gate": nn.Linear(64, 3), name: nn.ModuleList(modules)})
+        assert "mlp.gate" in rounded(nn.ModuleDict({"mlp": block}))
+
+
+def test_parameters_of_three_dimensions_that_are_no_experts() -> None:
+    """Of a convolution; of a module that holds none; of one that says another number."""
+    odd, other = nn.Identity(), Experts()
+    odd.is_transposed = True
+    del other.is_transposed
+    other.num_experts = 3
+    for module in (nn.Conv1d(3, 3, 1), odd, other):
+        block = nn.ModuleDict({"gate": nn.Linear(64, 3), "module": module})
+        assert "mlp.gate" in rounded(nn.ModuleDict({"mlp": block}))

@@ -109,6 +109,42 @@ def test_linears_that_get_no_rows(cls: type[Chosen], algorithm: str) -> None:
     assert distance(twin(X), model(X)) < 0.02
 
 
+class Gated(nn.Module):
+    """down(gate · up), where down takes the scale of up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = (nn.Linear(64, 64) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.sigmoid(self.gate(x)) * self.up(x))
+
+
+class Routed(nn.Module):
+    """A gate and experts of which one is never chosen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.gate, self.experts = nn.Linear(64, 3), nn.ModuleList(Gated() for _ in range(3))
+        with torch.no_grad():
+            self.gate.bias[2] = -1e9
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen, y = self.gate(x).argmax(-1), torch.zeros_like(x)
+        for i, expert in enumerate(self.experts):
+            y[chosen == i] = expert(x[chosen == i])
+        return y
+
+
+@pytest.mark.parametrize("algorithm", ["smoothquant", "awq", "smoothquant+gptq"])
+@torch.no_grad()
+def test_experts_that_no_sample_chooses(algorithm: str) -> None:
+    model = Routed().eval()
+    twin = llmopt.quantize(model, "w8a16", [X], algorithm=algorithm)
+    assert distance(twin(X), model(X)) < 0.02
+
+
 @torch.no_grad()
 def test_a_head_that_is_scaled_because_it_is_tied() -> None:
     config = UMT5Config(
