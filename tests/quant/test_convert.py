@@ -85,7 +85,7 @@ def test_moving_scales_changes_nothing(make) -> None:
     sample = torch.randn(5, 64) if make is models.mlp else SAMPLES[0]
     want = call(model, sample)
     want = want[0] if isinstance(want, tuple | dict) else want
-    feeds = flow.feeds_of(model, sample, linears_of(model))
+    feeds = flow.feeds_of(model, [sample], linears_of(model))
     modules = dict(model.named_modules())
     for feed in feeds:
         k = (

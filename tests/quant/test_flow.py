@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import llmopt
 import pytest
@@ -59,7 +60,7 @@ class Returning(nn.Module):
 
 
 def feeds(model: nn.Module) -> list[flow.Feed]:
-    return flow.feeds_of(model.eval(), X, linears_of(model))
+    return flow.feeds_of(model.eval(), [X], linears_of(model))
 
 
 def test_modules_called_with_keywords() -> None:
@@ -210,22 +211,112 @@ class HiddenByConstants(Hidden):
 
 
 class HiddenInMemoryOfItsOwn(Hidden):
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: list[Tensor] = []
+
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)
-        if not hasattr(self, "kept"):
-            self.kept = torch.empty_like(y)
-        return self.kept.copy_(y)
+        self.kept.append(self.kept[0] if self.kept else torch.empty_like(y))
+        return self.kept[0].copy_(y)
+
+
+# How much of a result the smallest reader has that shows: in float32, and where numbers are rounded to 8 bits.
+LEAST = {torch.float32: 2e-4, torch.bfloat16: 0.01}
 
 
 @pytest.mark.parametrize("cls", [Hidden, HiddenByConstants, HiddenInMemoryOfItsOwn])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", LEAST, ids=str)
 def test_what_a_result_could_hide(cls: type[Read], dtype: torch.dtype) -> None:
     model = cls().eval().to(dtype)
-    if dtype == torch.bfloat16:  # what it can show
-        model.also = lambda x, h: 0.1 * x * model.norm.weight
-    assert flow.feeds_of(model, X.to(dtype), linears_of(model)) == []
+    model.also = lambda x, h: LEAST[dtype] * x * model.norm.weight
+    assert flow.feeds_of(model, [X.to(dtype)], linears_of(model)) == []
     plain = Read().eval().to(dtype)
-    assert [f.source for f in flow.feeds_of(plain, X.to(dtype), linears_of(plain))] == ["norm"]
+    assert [f.source for f in flow.feeds_of(plain, [X.to(dtype)], linears_of(plain))] == ["norm"]
+
+
+class OneMore(nn.Module):
+    """Gemma's norm, whose weight counts from 1: a scale makes that round, in bfloat16 by much."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(64, generator=torch.Generator().manual_seed(0)) / 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (nn.functional.rms_norm(x.float(), (64,)) * (1 + self.weight.float())).to(x.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("returned", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("hidden", [False, True])
+def test_norms_whose_weight_counts_from_one(
+    dtype: torch.dtype, returned: torch.dtype, hidden: bool
+) -> None:
+    """What rounds is the weight, whatever the result is widened or shortened to."""
+
+    class Model(Read):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).to(returned)
+
+        def also(self, x: Tensor, h: Tensor) -> Tensor:
+            return 0.3 * x * (1 + self.norm.weight) if hidden else torch.zeros_like(x)
+
+    model = Model()
+    model.norm = OneMore()
+    model.eval().to(dtype)
+    found = flow.feeds_of(model, [X.to(dtype)], linears_of(model))
+    assert [(f.source, f.norm_offset) for f in found] == ([] if hidden else [("norm", 1.0)])
+
+
+def largest(y: Tensor) -> Tensor:
+    return y.argmax(-1)
+
+
+RESULTS: dict[str, Callable[[Tensor], object]] = {
+    "a list": Tensor.tolist,
+    "a number": lambda y: y.mean().item(),
+    "nothing": lambda y: None,
+    "places": largest,
+    "places by name": lambda y: {"ids": largest(y), "name": "ids"},
+    "no floats": lambda y: (largest(y), y[:0]),
+}
+
+
+@pytest.mark.parametrize("name", RESULTS)
+@pytest.mark.parametrize("first", [True, False])
+def test_a_result_that_shows_nothing(name: str, first: bool, caplog) -> None:
+    """Of the first sample, or of one that takes another way."""
+
+    class Model(Read):
+        def forward(self, x: Tensor, show: bool) -> object:
+            y = super().forward(x) + x * self.norm.weight
+            return y if show else RESULTS[name](y)
+
+    model, samples = Model().eval(), [(X, not first), (X, False)]
+    with caplog.at_level(logging.WARNING, "llmopt"):
+        assert flow.feeds_of(model, samples, linears_of(model)) == []
+    assert "Model gives a result without floats, which shows nobody who reads what" in caplog.text
+
+
+class WithAnImage(Read):
+    """Reads the norm's output a second time where there is an image."""
+
+    def forward(self, x: Tensor, image: Tensor | None = None) -> Tensor:
+        h = self.norm(x)
+        y = self.out(torch.relu(self.linear(h)))
+        return y if image is None else y + torch.tanh(h @ self.out.weight.T) * image
+
+
+@pytest.mark.parametrize("samples", [[(X,), (X, X)], [(X, X), (X,)], [(X, None)] * 3 + [(X, X)]])
+@pytest.mark.parametrize("algorithm", ["smoothquant", "awq"])
+def test_what_only_some_samples_show(samples: list, algorithm: str) -> None:
+    model = WithAnImage().eval()
+    with torch.no_grad():
+        model.norm.weight[3] = 30.0
+    assert flow.feeds_of(model, samples[:1], linears_of(model)) or len(samples[0]) == 2
+    twin = llmopt.quantize(model, "w8a16", samples, algorithm=algorithm)
+    for sample in samples:
+        assert (twin(*sample) - model(*sample)).norm() < 0.02 * model(*sample).norm()
 
 
 def test_a_model_that_gives_another_result_each_time(caplog) -> None:
@@ -240,4 +331,4 @@ def test_a_model_that_gives_another_result_each_time(caplog) -> None:
 
 def test_samples_that_cannot_be_copied() -> None:
     model, sample = Read().eval(), X.clone().requires_grad_() * 1
-    assert [f.source for f in flow.feeds_of(model, sample, linears_of(model))] == ["norm"]
+    assert [f.source for f in flow.feeds_of(model, [sample], linears_of(model))] == ["norm"]

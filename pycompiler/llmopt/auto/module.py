@@ -48,7 +48,7 @@ def quantize(
     layers: Mapping[str, str | Scheme | None] | None = None,
     accuracy_budget: float | None = None,
 ) -> Model:
-    """A quantised twin of the model; the model stays as it is, and what is not quantised is shared.
+    """A quantised twin of the model; the model stays as it is, and parameters that are not quantised are shared.
 
     scheme: "w8a8", "w8a16", "w4a16", "w4a8", a Scheme, or "auto": for each layer the fastest of them such that the twin's result
         stays within accuracy_budget (0.01 by default) of the model's on the calibration samples: KL divergence of logits, half the
@@ -107,6 +107,7 @@ def _with_decision(
 ) -> Model:
     with evaluating(model):
         wanted = [compared_result(call(model, sample)) for sample in samples]
+    with evaluating(model):  # twins begin with the buffers that the model began with
         decided = _decided(model, samples, wanted, budget, seconds)
     if decided is None:
         raise ValueError(f"llmopt: {type(model).__name__} holds no linear layer to quantise")

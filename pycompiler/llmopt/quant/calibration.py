@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import enum
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
-from llmopt.quant.layers import output_head, text_config_of
+from llmopt.quant.layers import buffers_of, output_head, text_config_of
 
 # A sample is what the model is called with: keyword inputs, positional inputs, or one tensor.
 Sample = Mapping[str, Any] | tuple[Any, ...] | list[Any] | Tensor
@@ -42,10 +44,7 @@ def samples_of(calibration: Iterable[Sample] | Sample | None) -> list[Sample]:
     """The samples as a list; one tensor or mapping alone is one sample. Raises ValueError when there are none."""
     if isinstance(calibration, Tensor | Mapping | tuple):
         calibration = [calibration]
-    try:
-        samples = list(() if calibration is None else calibration)
-    except TypeError:
-        raise ValueError(f"llmopt: calibration={calibration!r} is no {_SAMPLES}") from None
+    samples = list(_each(() if calibration is None else calibration))
     for i, sample in enumerate(samples):
         if not isinstance(sample, Tensor | Mapping | tuple | list):
             kind = type(sample).__name__
@@ -61,6 +60,39 @@ def samples_of(calibration: Iterable[Sample] | Sample | None) -> list[Sample]:
     if empty:
         raise ValueError(f"llmopt: calibration sample {empty[0]} holds an empty tensor")
     return samples
+
+
+def _each(calibration: Any) -> Iterator[Sample]:
+    cls = type(calibration)
+    if not hasattr(cls, "__iter__") and hasattr(cls, "__getitem__") and hasattr(cls, "__len__"):
+        return map(calibration.__getitem__, range(len(calibration)))  # of a map-style Dataset
+    try:
+        return iter(calibration)
+    except TypeError as error:
+        raise ValueError(f"llmopt: calibration={calibration!r} is no {_SAMPLES}") from error
+
+
+def forms_of(samples: list[Sample]) -> list[Sample]:
+    """The first sample of each form: where models branch on what they are called with, one for each way.
+
+    Samples are of one form when they have the same names and types, flags and None in the same places, numbers that are all 0 or all not,
+    and tensors of the same dtype and number of dimensions, of which the same ones have size 1.
+    """
+    return list({_form(sample): sample for sample in reversed(samples)}.values())[::-1]
+
+
+def _form(sample: Sample) -> tuple[Any, ...]:
+    inputs = dict(sample) if isinstance(sample, Mapping) else sample
+    leaves, structure = pytree.tree_flatten(inputs)
+    return str(structure), *map(_form_of_input, leaves)
+
+
+def _form_of_input(value: Any) -> tuple[Any, ...]:
+    if isinstance(value, Tensor):
+        return value.dtype, *(size == 1 for size in value.shape)
+    if isinstance(value, str | enum.Enum):
+        return type(value), value
+    return type(value), not isinstance(value, int | float) or value != 0
 
 
 _MOST_POSITIONS = ("max_position_embeddings", "max_seq_len", "n_positions")
@@ -100,32 +132,52 @@ def random_tokens(model: nn.Module, count: int = 4, length: int = 256) -> list[S
     return [{name: row[None].to(device) for name in names} for row in ids]
 
 
-def copied(sample: Sample) -> Sample:
-    """A copy of a sample, so that a cache in it is the same for every call; what cannot be copied is handed over itself."""
+def call(model: nn.Module, sample: Sample) -> Any:
+    """The model's output for a copy of one sample, without gradients: a cache in it is the same for every call."""
+    inputs = _copied(sample)
+    with torch.no_grad():
+        if isinstance(inputs, Mapping):
+            return model(**inputs)
+        return model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
+
+
+def _copied(sample: Sample) -> Sample:
+    """What cannot be copied is handed over itself."""
     try:
         return copy.deepcopy(sample)
     except (RuntimeError, TypeError):  # tensors with a history, locks
         return sample
 
 
-def call(model: nn.Module, sample: Sample) -> Any:
-    """The model's output for one sample, without gradients."""
-    with torch.no_grad():
-        if isinstance(sample, Mapping):
-            return model(**sample)
-        return model(*sample) if isinstance(sample, tuple | list) else model(sample)
-
-
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode for the while: dropout off, and every module back as it was."""
-    training = [module for module in model.modules() if module.training]
+    """Eval mode for the while: dropout off. Then every module is back as it was, with its attributes and the values of its buffers."""
+    modules = list(model.modules())
+    training = [module for module in modules if module.training]
+    attributes = [
+        (own, dict(own))
+        for m in modules
+        for own in (vars(m), vars(m).get("_buffers"))
+        if isinstance(own, dict)
+    ]
+    values = [(buffer, buffer.clone()) for buffer in buffers_of(model)]
     model.eval()
     try:
         yield
     finally:
+        for own, before in attributes:
+            own.clear()
+            own.update(before)
         for module in training:
             module.training = True
+        _write_back(values)
+
+
+@torch.no_grad()
+def _write_back(values: list[tuple[Tensor, Tensor]]) -> None:
+    for tensor, value in values:
+        if not torch.equal(tensor, value):
+            tensor.copy_(value)
 
 
 def observe(
@@ -151,7 +203,7 @@ def observe(
     try:
         with evaluating(model):
             for sample in samples:
-                call(model, copied(sample))
+                call(model, sample)
     finally:
         for handle in handles:
             handle.remove()

@@ -11,7 +11,7 @@ from typing import TypeVar
 from torch import nn
 
 from llmopt.quant import flow, scaling
-from llmopt.quant.calibration import Inputs, Sample, observe, random_tokens, samples_of
+from llmopt.quant.calibration import Inputs, Sample, forms_of, observe, random_tokens, samples_of
 from llmopt.quant.experts import Projection, counts_of, projections_of, put, rounded, routers_of
 from llmopt.quant.gptq import gptq
 from llmopt.quant.layers import (
@@ -206,7 +206,7 @@ def _scale(
     scaler: str,
     alpha: float,
 ) -> None:
-    feeds = flow.feeds_of(model, samples[0], linears)
+    feeds = flow.feeds_of(model, forms_of(samples), linears)
     modules = dict(model.named_modules())
     log.info("%s: %d of %d linears follow a layer that takes their scale", scaler,
              sum(len(f.targets) for f in feeds), len(linears))  # fmt: skip

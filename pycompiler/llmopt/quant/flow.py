@@ -1,6 +1,6 @@
 """Which layer alone feeds which linears, so that a scale can move from one into the other without changing the model.
 
-The model runs once on a sample; norms, linears and products are watched by the identity of the tensors they pass on. A norm feeds
+The model runs on a sample; norms, linears and products are watched by the identity of the tensors they pass on. A norm feeds
 linears when its output goes nowhere else; a linear feeds them through a product (gate · up → down) when both outputs go nowhere
 else. A tensor whose other readers are unknown is never touched; what nobody saw reading it shows in the result, once scales have moved
 on trial.
@@ -22,7 +22,7 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from llmopt.quant.calibration import Sample, call, copied, evaluating
+from llmopt.quant.calibration import Sample, call, evaluating
 from llmopt.quant.layers import bias_of, set_weight, weight_of
 
 log = logging.getLogger("llmopt")
@@ -42,64 +42,96 @@ class Feed:
     )  # of a norm: its output is (weight + norm_offset) · x̂ [+ bias]; None: a linear
 
 
-def feeds_of(model: nn.Module, sample: Sample, linears: Mapping[str, nn.Module]) -> list[Feed]:
-    """Every feed of these linears that the sample shows, in the order of the model.
+def feeds_of(
+    model: nn.Module, samples: Sequence[Sample], linears: Mapping[str, nn.Module]
+) -> list[Feed]:
+    """Every feed of these linears that the first sample shows and no sample disproves, in the order of the model.
 
-    None, with a warning, when the model's result is an object that may hide tensors: anything may read those.
+    None, with a warning, when a result is an object that may hide tensors, which anything may read, or holds no floats, which would
+    show what happens to them.
     """
-    watch = _Watch(model, linears)
+    watch, name = _Watch(model, linears), type(model).__name__
     with evaluating(model):
         try:
             with watch:
-                result = call(model, copied(sample))
-        finally:
-            watch.remove()
-        try:
-            returned = list(_tensors_in(result, set()))
+                returned = _result(model, samples[0])
+            wanted = [_copies(returned), *(_copies(_result(model, s)) for s in samples[1:])]
         except _Opaque as error:
-            log.warning("%s: who reads the tensors in a result of type %s is not known, so no scale can move",
-                        type(model).__name__, error)  # fmt: skip
+            log.warning("%s: who reads the tensors in a result of type %s is not known, so no scale can move", name, error)  # fmt: skip
             return []
         watch.read_by(returned, "the result")
-        found, wanted = watch.feeds(), [t.detach().clone() for t in returned]
-        proven = _proven(model, sample, wanted, found)
-        is_steady = len(proven) == len(found) or _gives(model, sample, wanted, exactly=True)
-    if not is_steady:
-        log.warning("%s gives another result at each call, so no scale can be shown to change nothing", type(model).__name__)  # fmt: skip
+        found = watch.feeds()
+    if found and not all(
+        any(t.is_floating_point() and t.numel() for t in result) for result in wanted
+    ):
+        log.warning("%s gives a result without floats, which shows nobody who reads what, so no scale can move", name)  # fmt: skip
+        return []
+    trial = _Trial(model, samples, wanted)
+    proven = trial.proven(found)
+    if len(proven) < len(found) and not trial.changes_nothing(()):
+        log.warning("%s gives another result at each call, so no scale can be shown to change nothing", name)  # fmt: skip
     elif len(proven) < len(found):
         sources = ", ".join(f.source for f in found if f not in proven)
         log.warning("the outputs of these layers are read where nobody sees it, and keep their scale: %s", sources)  # fmt: skip
     return proven
 
 
-def _proven(
-    model: nn.Module, sample: Sample, wanted: Sequence[Tensor], feeds: Sequence[Feed]
-) -> list[Feed]:
-    """The feeds along which scales move without changing the result: tried all at once, and where that changes it by halves."""
-    if not feeds:
-        return []
-    with _scaled(model, feeds):
-        if _gives(model, sample, wanted, exactly=all(not f.norm_offset for f in feeds)):
+def _result(model: nn.Module, sample: Sample) -> list[Tensor]:
+    """Raises _Opaque."""
+    return list(_tensors_in(call(model, sample), set()))
+
+
+def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [t.detach().clone() for t in tensors]
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """What the model gives for some samples, each after the one before it."""
+
+    model: nn.Module
+    samples: Sequence[Sample]
+    wanted: Sequence[Sequence[Tensor]]
+
+    def proven(self, feeds: Sequence[Feed]) -> list[Feed]:
+        """Those along which scales move without changing results: tried all at once, and where that changes one by halves."""
+        if not feeds or self.changes_nothing(feeds):
             return list(feeds)
-    half = len(feeds) // 2
-    halves = (feeds[:half], feeds[half:]) if half else ()
-    return [feed for part in halves for feed in _proven(model, sample, wanted, part)]
+        half = len(feeds) // 2
+        halves = (feeds[:half], feeds[half:]) if half else ()
+        return [feed for part in halves for feed in self.proven(part)]
+
+    def changes_nothing(self, feeds: Sequence[Feed]) -> bool:
+        """Whether results are the wanted ones while scales have moved along the feeds, but for what parameters lose so."""
+        modules = dict(self.model.named_modules())
+        scaled = [modules[name] for feed in feeds for name in (feed.source, *feed.targets)]
+        coarsest = max((_eps(p) for m in scaled for p in m.parameters(False)), default=0.0)
+        is_lossless = all(not feed.norm_offset for feed in feeds)
+        with evaluating(self.model), _scaled(modules, feeds):
+            return all(
+                _are_same(_result(self.model, sample), wanted, coarsest, is_lossless)
+                for sample, wanted in zip(self.samples, self.wanted, strict=True)
+            )
 
 
-def _gives(model: nn.Module, sample: Sample, wanted: Sequence[Tensor], exactly: bool) -> bool:
-    """Whether the model's result is the wanted one, but for what float32 loses; exactly: where its parameters are short floats too."""
-    got = list(_tensors_in(call(model, copied(sample)), set()))
-    return len(got) == len(wanted) and all(map(_is_same, got, wanted, [exactly] * len(got)))
+def _eps(t: Tensor) -> float:
+    return torch.finfo(t.dtype).eps if t.is_floating_point() else 0.0
 
 
-def _is_same(got: Tensor, wanted: Tensor, exactly: bool) -> bool:
-    """exactly: short floats hold what has moved as it was. Small values count by themselves: constants such as those of masked logits
-    must not hide what happens to the others."""
+def _are_same(got: Sequence[Tensor], wanted: Sequence[Tensor], eps: float, lossless: bool) -> bool:
+    return len(got) == len(wanted) and all(
+        _is_same(a, b, max(eps, _eps(b)), lossless) for a, b in zip(got, wanted, strict=True)
+    )
+
+
+def _is_same(got: Tensor, wanted: Tensor, eps: float, lossless: bool) -> bool:
+    """eps: of the coarsest dtype on the way; lossless: parameters of it hold what has moved as it was. Small values count by
+    themselves: constants such as those of masked logits must not hide what happens to the others."""
     if got.shape != wanted.shape or not wanted.is_floating_point():
         return got.shape == wanted.shape and torch.equal(got, wanted)
     a, b = (t.detach().double().nan_to_num(0.0, 0.0, 0.0).flatten() for t in (got, wanted))
-    is_short = wanted.dtype not in (torch.float32, torch.float64)
-    tolerance = 1e-4 if not is_short else 2e-3 if exactly else 5e-2
+    is_short = eps > torch.finfo(torch.float32).eps
+    tolerance = 1e-4 if not is_short else 2e-3 if lossless else 5e-2
     some = b.abs()[:: max(1, b.numel() // 100_000)]
     usual = some[some > 0].quantile(0.1) if some.any() else 0.0
     is_small = b.abs() <= 1e3 * usual
@@ -110,9 +142,8 @@ def _is_same(got: Tensor, wanted: Tensor, exactly: bool) -> bool:
 
 
 @contextlib.contextmanager
-def _scaled(model: nn.Module, feeds: Sequence[Feed]) -> Iterator[None]:
+def _scaled(modules: Mapping[str, nn.Module], feeds: Sequence[Feed]) -> Iterator[None]:
     """Scales of 1/2, 1 and 2 have moved along the feeds for the while."""
-    modules = dict(model.named_modules())
     touched = {name for feed in feeds for name in (feed.source, *feed.targets)}
     before = {name: dict(modules[name]._parameters) for name in touched}
     try:
@@ -160,7 +191,8 @@ class _Watch(TorchFunctionMode):
             self.handles.append(module.register_forward_pre_hook(entering, with_kwargs=True))
             self.handles.append(module.register_forward_hook(self._leaving(name)))
 
-    def remove(self) -> None:
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
         for handle in self.handles:
             handle.remove()
 

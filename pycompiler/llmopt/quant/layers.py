@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from llmopt.quant.module import Quantized
+
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -120,17 +122,28 @@ def text_config_of(model: nn.Module) -> Any:
 
 
 def twin_of(model: Model) -> Model:
-    """A copy of the modules over the same memory: what is replaced or cast in it stays in the original.
+    """A copy of the modules whose weights and codes lie in the same memory: what is replaced, cast or written by forward in it stays
+    in the original.
 
-    Its parameters are its own, because `to` changes them in place; a compiled module gives a twin of what was compiled.
+    Its parameters are its own over that memory, because `to` changes them in place; its other buffers are copies. A compiled module
+    gives a twin of what was compiled.
     """
     shared: dict[int, Any] = {id(p): _parameter_over(p) for p in model.parameters()}
-    shared.update((id(b), b) for b in model.buffers())
-    # Weights that are computed, by pruning for instance, have a history, which no copy may have.
+    shared.update(
+        (id(b), b) for m in model.modules() if isinstance(m, Quantized) for b in m.buffers()
+    )
+    # What is computed, such as weights by pruning, has a history, which no copy may have.
+    shared.update((id(b), b.detach().clone()) for b in buffers_of(model) if not b.is_leaf)
     for module in model.modules():
         values = (v for v in vars(module).values() if isinstance(v, Tensor) and not v.is_leaf)
         shared.update((id(v), v.detach()) for v in values)
     return copy.deepcopy(uncompiled(model), shared)
+
+
+def buffers_of(model: nn.Module) -> list[Tensor]:
+    """The buffers that a forward may write, caches for instance: all but codes."""
+    modules = [m for m in model.modules() if not isinstance(m, Quantized)]
+    return [buffer for m in modules for buffer in m.buffers(recurse=False)]
 
 
 def uncompiled(model: Model) -> Model:
