@@ -88,6 +88,7 @@ class Keeps(nn.Module):
         self.register_buffer("cache", torch.zeros(8, 64))
         self.register_buffer("grown", torch.zeros(0, 64))
         self.register_buffer("filled", torch.zeros((), dtype=torch.long))
+        self.register_buffer("mean", torch.zeros(64))
         self.calls = 0
 
     def forward(self, x: Tensor, kept: list[Tensor] | None = None) -> Tensor:
@@ -97,6 +98,7 @@ class Keeps(nn.Module):
         self.cache[: len(x)] = y
         self.grown = torch.cat((self.grown, y))
         self.filled += len(x)
+        self.mean.data = y.double().mean()
         self.calls += 1
         self.last = y
         return y

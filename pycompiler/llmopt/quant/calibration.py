@@ -160,7 +160,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         for own in (vars(m), vars(m).get("_buffers"))
         if isinstance(own, dict)
     ]
-    values = [(buffer, buffer.clone()) for buffer in buffers_of(model)]
+    values = [(buffer, buffer.detach(), buffer.clone()) for buffer in buffers_of(model)]
     model.eval()
     try:
         yield
@@ -174,8 +174,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _write_back(values: list[tuple[Tensor, Tensor]]) -> None:
-    for tensor, value in values:
+def _write_back(values: list[tuple[Tensor, Tensor, Tensor]]) -> None:
+    for tensor, memory, value in values:
+        tensor.data = memory
         if not torch.equal(tensor, value):
             tensor.copy_(value)
 
