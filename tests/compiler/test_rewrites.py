@@ -408,6 +408,43 @@ def test_heads_that_are_repeated(view: tuple, is_grouped: bool) -> None:
     )
 
 
+BEHIND_POSITIONS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], bool]] = {
+    "one by one": (lambda x: x.repeat_interleave(2, 2), True),
+    "by expand": (lambda x: x[:, :, :, None, :].expand(-1, -1, -1, 2, -1).reshape(*x.shape[:2], -1, 8), True),
+    "by expand, unsqueezed": (lambda x: x.unsqueeze(3).expand(-1, -1, -1, 2, 8).flatten(2, 3), True),
+    "an ellipsis": (lambda x: x[..., None, :].expand(-1, -1, -1, 2, -1).flatten(2, 3), True),
+    "as a whole": (lambda x: x.repeat(1, 1, 2, 1), False),
+    "as a whole, by expand": (lambda x: x[:, :, None].expand(-1, -1, 2, -1, -1).flatten(2, 3), False),
+    "numbers": (lambda x: x[..., None].expand(-1, -1, -1, -1, 2).reshape(*x.shape[:2], -1, 8), False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BEHIND_POSITIONS)
+def test_heads_behind_positions_that_are_repeated(name: str) -> None:
+    """[B,S,H,D], brought to the front afterwards."""
+    repeat, is_grouped = BEHIND_POSITIONS[name]
+
+    def function(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        q, k, v = (t.transpose(1, 2) for t in (q, repeat(k), repeat(v)))
+        return F.scaled_dot_product_attention(q, k, v) + (q @ k.transpose(2, 3)).softmax(-1) @ v
+
+    inputs = (randn(2, 5, 6, 8), randn(2, 5, 3, 8), randn(2, 5, 3, 8, seed=1))
+    check(function, *inputs, takes=["attention"])
+    plan = str(alive()[-1].plan)
+    assert ("[2,3,5,8]" in plan) == is_grouped, plan
+
+
+def test_heads_written_after_they_are_repeated() -> None:
+    def function(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        many = k.repeat_interleave(2, 2)
+        k.mul_(3)
+        return (
+            F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, many, many))) + k.sum()
+        )
+
+    check(function, randn(2, 5, 6, 8), randn(2, 5, 3, 8))
+
+
 def test_heads_that_are_repeated_as_a_whole() -> None:
     def function(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         k, v = (x.unsqueeze(1).expand(-1, 2, -1, -1, -1).reshape(2, 4, 5, 8) for x in (k, v))

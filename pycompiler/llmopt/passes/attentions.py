@@ -36,6 +36,9 @@ from llmopt.writes import Writes
 def run(graph: fx.Graph) -> None:
     mode, writes = fake_mode_of(graph), Writes(graph)
     for node in list(graph.nodes):
+        if kind(node) == "transpose":
+            _repeat_behind_turns(graph, mode, node, writes)
+    for node in list(graph.nodes):
         if node.op not in ("call_function", "call_method"):
             continue
         if kind(node) == "scaled_dot_product_attention":
@@ -108,49 +111,68 @@ def _four_dims(graph: fx.Graph, mode: Any, mask: Any) -> Any:
     return mask
 
 
+def _repeat_behind_turns(graph: fx.Graph, mode: Any, node: fx.Node, writes: Writes) -> None:
+    """Heads repeated in [B,S,Hkv,D] and then brought to the front: in the other order, as `_ungrouped` knows them."""
+    dims = sorted(d % 4 for d in node.args[1:] if isinstance(d, int))
+    if dims != [1, 2] or fake(node).dim() != 4 or not is_tensor(node.args[0]):
+        return
+    base, repeats = _repeated(node.args[0], 2)
+    if base is node.args[0] or writes.moves_reads(node, (base,)):
+        return
+    with graph.inserting_before(node):
+        turned = emit(graph, mode, "transpose", (base, 1, 2), like=node)
+        new = emit(graph, mode, "repeat_interleave", (turned, repeats, 1), like=node)
+    replace(node, new)
+
+
 def _ungrouped(k: fx.Node) -> fx.Node:
     """The keys or values [B,Hkv,S,D] that k [B,Hkv·n,S,D] repeats; k itself when it repeats nothing."""
+    return _repeated(k, 1)[0]
+
+
+def _repeated(k: fx.Node, heads: int) -> tuple[fx.Node, int]:
+    """The value of which each of the heads, in that dimension, stands in k some times, and how often; k and 1 for others."""
     if kind(k) == "repeat_interleave":
-        dim = argument(k, 2, "dim")
-        return k.args[0] if dim in (1, -3) and isinstance(argument(k, 1, "repeats"), int) else k
+        dim, repeats = argument(k, 2, "dim"), argument(k, 1, "repeats")
+        fits = dim in (heads, heads - 4) and isinstance(repeats, int)
+        return (k.args[0], repeats) if fits else (k, 1)
     if (
         kind(k) not in ("reshape", "view", "flatten")
         or not is_tensor(k.args[0])
         or kind(k.args[0]) != "expand"
     ):
-        return k
+        return k, 1
     expanded = k.args[0]
     unsqueezed = expanded.args[0]
-    base = _in_front_of_repeats(unsqueezed) if fake(expanded).dim() == 5 else None
+    base = _in_front_of_repeats(unsqueezed, heads) if fake(expanded).dim() == 5 else None
     if base is None:
-        return k
+        return k, 1
     shape, wide = fake(base).shape, fake(expanded).shape
-    repeats = wide[2]
-    fits = all(
-        same_size(a, b)
-        for a, b in zip(
-            (shape[0], shape[1], shape[2], shape[3]), (wide[0], wide[1], *wide[3:]), strict=True
-        )
-    )
-    if not fits or not same_size(fake(k).shape[1], shape[1] * repeats) or fake(k).dim() != 4:
-        return k
-    return base
+    repeats = expression(wide[heads + 1])
+    rest = (*wide[: heads + 1], *wide[heads + 2 :])
+    fits = all(same_size(a, b) for a, b in zip(shape, rest, strict=True))
+    whole = (*shape[:heads], shape[heads] * wide[heads + 1], *shape[heads + 1 :])
+    if not fits or not isinstance(repeats, int) or not same_shape(fake(k).shape, whole):
+        return k, 1
+    return base, repeats
 
 
-def _in_front_of_repeats(node: Any) -> fx.Node | None:
-    """The [B,Hkv,S,D] value of which a node is [B,Hkv,1,S,D]."""
+def _in_front_of_repeats(node: Any, heads: int) -> fx.Node | None:
+    """The value of four dimensions which a node has with a further one behind its heads."""
     base = node.args[0] if is_tensor(node) and node.args else None
     if not is_tensor(base) or fake(base).dim() != 4:
         return None
     if kind(node) == "unsqueeze":
-        return base if argument(node, 1, "dim") in (2, -3) else None
+        return base if argument(node, 1, "dim") in (heads + 1, heads - 4) else None
     if kind(node) != "getitem" or not isinstance(node.args[1], tuple):
         return None
-    *front, new = node.args[1][:3]
-    rest = node.args[1][3:]
-    is_whole = all(part == slice(None) for part in (*front, *rest) if part is not Ellipsis)
-    is_third = len(front) == 2 and new is None and Ellipsis not in front and len(rest) <= 2
-    return base if is_whole and is_third and all(p is not None for p in rest) else None
+    index = [*node.args[1]]
+    if Ellipsis in index:
+        at = index.index(Ellipsis)
+        index[at : at + 1] = [slice(None)] * (5 - len(index) + 1)
+    index += [slice(None)] * (5 - len(index))
+    wanted = [slice(None)] * (heads + 1) + [None] + [slice(None)] * (3 - heads)
+    return base if index == wanted else None
 
 
 def _match_softmax(graph: fx.Graph, mode: Any, node: fx.Node, writes: Writes) -> None:
