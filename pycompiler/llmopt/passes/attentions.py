@@ -196,7 +196,13 @@ def _match_softmax(graph: fx.Graph, mode: Any, node: fx.Node, writes: Writes) ->
     if not _gives(scores.q, v, fake(product if result is None else result).shape):
         return
     k, v = scores.k if scores.k_is_transposed else _ungrouped(scores.k), _ungrouped(v)
-    read = (scores.q, k, v, scores.sinks, *(c.tensor for c in scores.changes))
+    read = (
+        scores.q,
+        k,
+        v,
+        scores.sinks,
+        *(c.tensor for c in (*scores.temperatures, *scores.changes)),
+    )
     if writes.moves_reads(product, read):
         return
     with graph.inserting_before(product):
@@ -206,7 +212,10 @@ def _match_softmax(graph: fx.Graph, mode: Any, node: fx.Node, writes: Writes) ->
             return
         mask, scale = bias_of(graph, mode, scores, product)
         mask = _four_dims(graph, mode, mask)
-        args = (scores.q, k, v, mask, scale, False, 0, 0, scores.softcap)
+        q = scores.q
+        for t in scores.temperatures:
+            q = emit(graph, mode, "mul" if t.number == 1.0 else "div", (q, t.tensor), like=product)
+        args = (q, k, v, mask, scale, False, 0, 0, scores.softcap)
         kwargs = {"nan_rows": True} if scores.sinks is None else {"sinks": scores.sinks}
         new = emit(graph, mode, ops.attention, args, kwargs, like=product)
         if result is None and fake(product).dim() == 3:

@@ -43,13 +43,14 @@ _ANY_BIAS = -1e30  # fills below it swallow every bias
 class Change:
     """One thing that happens to scores: they are multiplied, capped, given a bias, or replaced where they do not count.
 
-    what: "scale", "softcap", "bias", "fill" (number where condition) or "keep" (number where not condition).
+    what: "scale", "softcap", "temperature" (by which whole heads are multiplied or divided), "bias", "fill" (number where condition) or
+    "keep" (number where not condition).
     in_f16: what is added to, whose least number swallows every score; attention computes in float32.
     """
 
     what: str
-    number: float = 1.0  # of scale and softcap; factor of a bias; what replaces a score
-    tensor: Any = None  # the bias, or the condition
+    number: float = 1.0  # of scale and softcap; factor of a bias; power of a temperature, 1 or -1; what replaces a score
+    tensor: Any = None  # the bias, the temperature, or the condition
     in_f16: bool = False
 
 
@@ -63,6 +64,7 @@ class Scores:
     scale: float
     softcap: float
     changes: tuple[Change, ...]  # biases and masks, with the scales between them
+    temperatures: tuple[Change, ...] = ()  # in front of softcap and changes
     sinks: fx.Node | None = None  # [B,H,Sq,1]
 
 
@@ -164,17 +166,32 @@ def _parts(product: fx.Node, changes: list[Change]) -> Scores | None:
     if q_heads is None or k_heads is None:
         return None
     scale, softcap, rest = q_factor * k_factor, 0.0, list(changes)
-    while rest and rest[0].what in ("scale", "softcap"):
+    temperatures = []
+    while rest and rest[0].what in ("scale", "softcap", "temperature"):
         change = rest.pop(0)
         if softcap:
             return None
         if change.what == "scale":
             scale *= change.number
+        elif change.what == "temperature":
+            temperatures.append(change)
         else:
             softcap = change.number
-    if any(c.what == "softcap" for c in rest) or (softcap and any(c.what == "scale" for c in rest)):
+    if any(c.what in ("softcap", "temperature") for c in rest) or (
+        softcap and any(c.what == "scale" for c in rest)
+    ):
         return None
-    return Scores(q_heads, k_heads, is_transposed, scale, softcap, tuple(rest))
+    if not all(_suits(t, q_heads) for t in temperatures):
+        return None
+    return Scores(q_heads, k_heads, is_transposed, scale, softcap, tuple(rest), tuple(temperatures))
+
+
+def _suits(temperature: Change, q: fx.Node) -> bool:
+    """Whether q can be multiplied instead of the scores."""
+    value = fake(temperature.tensor)
+    is_one_a_head = value.dim() <= 4 and all(map(is_one, value.shape[-2:]))
+    keeps_dtype = value.dim() == 0 or value.dtype == fake(q).dtype
+    return is_one_a_head and keeps_dtype
 
 
 def _alone(node: Any, chain: list[fx.Node], readers: int = 1) -> fx.Node | None:
@@ -233,9 +250,19 @@ def _scaled(node: fx.Node) -> tuple[Any, Change] | None:
         return None
     scores, factor = pair if kind(node) == "div" or is_tensor(pair[0]) else pair[::-1]
     number = scalar(factor)
+    if is_tensor(scores) and is_tensor(factor):
+        return _tempered(node, scores, factor)
     if not number or not is_tensor(scores):
         return None
     return scores, Change("scale", number if kind(node) == "mul" else 1.0 / number)
+
+
+def _tempered(node: fx.Node, scores: fx.Node, factor: fx.Node) -> tuple[Any, Change] | None:
+    if kind(node) == "mul" and not _leads_to_product(scores):
+        scores, factor = factor, scores
+    if fake(node).dim() != 4 or fake(factor).dtype not in FLOATS:
+        return None
+    return scores, Change("temperature", 1.0 if kind(node) == "mul" else -1.0, factor)
 
 
 def _capped(node: fx.Node) -> tuple[Any, Change] | None:
