@@ -32,6 +32,7 @@ EFFECTS = {
     "kv_cache": "attention.cpu append",
     "activations": "gelu_tanh",
     "sliding_caches": "slide.cpu",
+    "shifts": "copy.cpu cat",
     "linears": "  linear.cpu",
     "routers": "limit_groups.cpu",
     "experts": "grouped_linear.cpu",
@@ -70,6 +71,7 @@ class Step(nn.Module):
     ) -> tuple[torch.Tensor, ...]:
         x = self.embed(ids) * 4.0
         x = x + self.pool(x, x, x, need_weights=False)[0]
+        x = x + self.norm(x).roll(3, -1)
         angles = frequencies * position[..., None]
         angles = torch.cat((angles, angles), -1)
         cos, sin = angles.cos()[:, None], angles.sin()[:, None]

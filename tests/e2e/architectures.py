@@ -445,7 +445,6 @@ OTHERS = (
             "num_heads": [3, 6],
             "window_size": 4,
         },
-        segments=3,
     ),
     Row(
         "clip",

@@ -126,7 +126,11 @@ def _worthwhile(members: set[fx.Node]) -> bool:
 
 def _is_ours(node: fx.Node) -> bool:
     source = node.args[0] if kind(node) == "getitem" else node
-    return isinstance(source, fx.Node) and kind(source).startswith("llmopt.")
+    if not isinstance(source, fx.Node):
+        return False
+    if kind(source) == "cat":
+        return any(_is_ours(_uncopied(n)) for n in source.all_input_nodes if is_tensor(n))
+    return kind(source).startswith("llmopt.")
 
 
 def _reaches_ours(node: fx.Node) -> bool:
