@@ -32,6 +32,7 @@ EFFECTS = {
     "kv_cache": "attention.cpu append",
     "activations": "gelu_tanh",
     "sliding_caches": "slide.cpu",
+    "convolutions": "vm.cpu mul+mul+add+mul",
     "shifts": "copy.cpu cat",
     "linears": "  linear.cpu",
     "routers": "limit_groups.cpu",
@@ -56,6 +57,7 @@ class Step(nn.Module):
         self.pool = nn.MultiheadAttention(32, 2, batch_first=True)
         self.q, self.k, self.v, self.out = (nn.Linear(32, 32) for _ in range(4))
         self.gate, self.up, self.down = nn.Linear(32, 64), nn.Linear(32, 64), nn.Linear(64, 32)
+        self.look_back = nn.Conv1d(32, 32, 3, groups=32, padding=2)
         self.mix = nn.Parameter(torch.randn(12, 8) / 60)
         self.experts = nn.Parameter(torch.randn(2, 32, 32) / 60)
         self.register_buffer("kept", torch.zeros(1, 4, 5, 8))
@@ -71,7 +73,7 @@ class Step(nn.Module):
     ) -> tuple[torch.Tensor, ...]:
         x = self.embed(ids) * 4.0
         x = x + self.pool(x, x, x, need_weights=False)[0]
-        x = x + self.norm(x).roll(3, -1)
+        x = x + self.norm(x).roll(3, -1) + self.look_back(self.norm(x).mT)[..., :1].mT
         angles = frequencies * position[..., None]
         angles = torch.cat((angles, angles), -1)
         cos, sin = angles.cos()[:, None], angles.sin()[:, None]

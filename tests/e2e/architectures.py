@@ -353,7 +353,7 @@ CAUSAL = (
         "lfm2-conv",
         "Lfm2",
         LLAMA | {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
-        segments=3,
+        segments=2,
     ),
 )
 ENCODERS = (
@@ -407,7 +407,7 @@ ENCODERS = (
         "encoder",
         BERT | ONE | {"relative_attention": True, "pos_att_type": "p2c|c2p", "position_buckets": 8},
         attn="eager",
-        segments=2,
+        segments=3,
     ),
 )
 SEQ2SEQ = (

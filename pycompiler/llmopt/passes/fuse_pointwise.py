@@ -34,10 +34,16 @@ from llmopt.passes.elementwise import TRUTHS, Chain, jumps, reduces, spelling
 from llmopt.writes import Writes, mutated_storages
 
 _LARGEST = 24  # operations in one chain
-_MAX_INPUTS = 8
+_MAX_INPUTS = 10
 
 
 def run(graph: fx.Graph) -> None:
+    while _fuse(graph):  # what a chain feeds through views is worthwhile once it is one
+        pass
+
+
+def _fuse(graph: fx.Graph) -> bool:
+    """Whether there was a chain to make, now made."""
     mode = fake_mode_of(graph)
     written, writes = mutated_storages(graph), Writes(graph)
     taken: set[fx.Node] = set()
@@ -51,6 +57,7 @@ def run(graph: fx.Graph) -> None:
         elif _spans(inputs, fake(node).shape) and not writes.moves_reads(node, inputs):
             taken |= members
             _rewrite(graph, mode, node, members, inputs)
+    return bool(taken)
 
 
 def _takes(node: fx.Node, written: set[int]) -> bool:

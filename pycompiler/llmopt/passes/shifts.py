@@ -5,6 +5,7 @@ Windows of images (Swin and others) are made so in each layer.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -79,14 +80,16 @@ def _padded(call: _Calls, node: fx.Node, x: fx.Node) -> fx.Node | None:
         return None
     if not any(amounts):
         return call("clone", x)
-    is_known = all(isinstance(expression(size), int) for size in fake(x).shape)
-    if min(amounts) < 0 or not is_known or not isinstance(value, (int, float, type(None))):
+    if (
+        min(amounts) < 0
+        or not _borders_are_known(fake(x).shape, amounts)
+        or not isinstance(value, (int, float, type(None)))
+    ):
         return None
     y, about = x, {"dtype": fake(x).dtype, "device": fake(x).device}
     for i, sizes in enumerate(zip(amounts[::2], amounts[1::2], strict=True)):
         dim = fake(x).dim() - 1 - i
-        shape = list(map(int, fake(y).shape))
-        borders = []
+        shape, borders = list(fake(y).shape), []
         for size in sizes:
             shape[dim] = size
             borders.append(
@@ -95,6 +98,13 @@ def _padded(call: _Calls, node: fx.Node, x: fx.Node) -> fx.Node | None:
         if any(borders):
             y = call(torch.cat, (*borders[0], y, *borders[1]), dim)
     return y
+
+
+def _borders_are_known(shape: Sequence[Any], amounts: tuple[int, ...]) -> bool:
+    """Whether sizes that change are none of a border: only what has one in their own dimension."""
+    changing = [d for d, size in enumerate(shape) if not isinstance(expression(size), int)]
+    padded = [len(shape) - 1 - i // 2 for i, amount in enumerate(amounts) if amount]
+    return not changing or (len(changing) == 1 and set(padded) == set(changing))
 
 
 def _numbers(value: Any) -> tuple[int, ...] | None:
