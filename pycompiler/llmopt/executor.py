@@ -36,7 +36,7 @@ class _Ready(NamedTuple):
     """Where the packed weights and biases of a set of weights lie, and what notices that they are out of date."""
 
     addresses: list[int]
-    watch: Any  # a Watch; None before the first call
+    watch: Watch | None
 
     def is_of(self, arguments: tuple) -> bool:
         return self.watch is not None and self.watch.same_tensors(arguments)
@@ -95,12 +95,13 @@ class Segment(torch.nn.Module):
         self._written = picker(_written_arguments(builder))
         self._weights_of = picker(self._weights)
         self._ready = _NOTHING_READY  # for the weights of the call before
-        self._ready_sets: dict[
-            tuple[int, ...], _Ready
-        ] = {}  # by the tensors: layers may share a graph
+        # By the tensors: layers may share a graph.
+        self._ready_sets: dict[tuple[int, ...], _Ready] = {}
         self._repack = False  # the next call packs every weight again, whatever it sees of it
         self._told = 0  # how often others told it to look again
-        self._held: list[weakref.ref] = []  # the store owns them, for as long as their tensors live
+        self._held = weakref.WeakSet[
+            PackedWeight
+        ]()  # the store owns them, for as long as their tensors live
         self._lock = threading.Lock()
         self.profile_ns: list[int] | None = None
 
@@ -173,7 +174,7 @@ class Segment(torch.nn.Module):
         return [arguments[a] if d is None else arguments[a].size(d) for a, d in self._symbols]
 
     def packed(self) -> list[PackedWeight]:
-        return [entry for ref in self._held if (entry := ref()) is not None]
+        return list(self._held)
 
     def _want(self, sizes: SizeTable) -> Callable[[Size], int]:
         """Gives a size the position its value will have in a call's `values`."""
@@ -206,7 +207,7 @@ class Segment(torch.nn.Module):
             ready = self._ready_sets.get(self._set_of(arguments), _NOTHING_READY)
             if not ready.is_of(arguments):
                 return self._made_ready(arguments, edited=False)
-        if not ready.watch.same_content():
+        if ready.watch is None or not ready.watch.same_content():
             return self._made_ready(arguments, edited=True)
         self._ready = ready
         return ready
@@ -224,7 +225,7 @@ class Segment(torch.nn.Module):
             addresses = [
                 _address(held[number], source) for source, number in self._packed_externals
             ]
-            self._held = [weakref.ref(entry) for entry in held]
+            self._held.update(held)
             ready = _Ready(addresses, Watch(arguments, self._weights, held))
             with STORE.lock:
                 if told == self._told:

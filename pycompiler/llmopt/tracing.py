@@ -26,5 +26,5 @@ def trace_layers_whole() -> None:
     substitute = torch._dynamo.substitute_in_graph(detect, skip_signature_check=True)
     try:
         substitute(_is_told_causal)
-    except ValueError:  # there is a substitute
+    except ValueError:  # somebody, or a later Dynamo itself, follows it in a way of their own
         return

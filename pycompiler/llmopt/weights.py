@@ -49,7 +49,7 @@ class Held:
         return self._samples.unchanged() and self._sweep.unchanged()
 
 
-@dataclass
+@dataclass(eq=False)
 class PackedWeight:
     """A weight in the kernels' layout, its biases as one vector, and what its sources held when it was made."""
 

@@ -72,7 +72,7 @@ def test_kernels_write(name: str, dtype: torch.dtype, monkeypatch: pytest.Monkey
         LINEAR.float()
 
 
-LEFT: dict[str, tuple[tuple[int, ...], Callable[[Tensor, Tensor], Any]]] = {
+OTHERS: dict[str, tuple[tuple[int, ...], Callable[[Tensor, Tensor], Any]]] = {
     "one number": (BEHIND, lambda c, n: put((S(0, 2), S(4, 7)))(c, 0.5)),
     "a row for all": (BEHIND, lambda c, n: put((S(0, 2), S(4, 7)))(c, n[:1, :1])),
     "another dtype": (BEHIND, lambda c, n: put((S(0, 2), S(4, 7)))(c, n.double())),
@@ -84,13 +84,14 @@ LEFT: dict[str, tuple[tuple[int, ...], Callable[[Tensor, Tensor], Any]]] = {
     "positions in int32": (BEHIND, put((S(0, 2), AT.int()))),
     "prompts by numbers": (BEHIND, lambda c, n: put((torch.tensor([2, 0]), S(4, 7)))(c, n)),
     "into what the graph makes": (BEHIND, lambda c, n: put((S(0, 2), S(4, 7)))(c * 2, n)),
-    "onto itself": (BEHIND, lambda c, n: put((S(0, 2), S(1, 4)))(c, c[:2, :3].clone())),
+    "its own rows": (BEHIND, lambda c, n: put((S(0, 2), S(4, 7)))(c, c[:2, :3])),
+    "a copy of its own rows": (BEHIND, lambda c, n: put((S(0, 2), S(1, 4)))(c, c[:2, :3].clone())),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", LEFT)
+@pytest.mark.parametrize("name", OTHERS)
 def test_whatever_writes_it_lands_where_eagers_does(name: str) -> None:
-    check(*assigned(*LEFT[name]))
+    check(*assigned(*OTHERS[name]))
 
 
 def test_positions_beyond_the_cache_are_an_error() -> None:

@@ -58,7 +58,6 @@ LEFT: dict[str, dict[str, Any]] = {
     "strides": {"length": 3, "stride": 2},
     "holes": {"length": 3, "dilation": 2},
     "as long": {"length": 3, "padding": "same"},
-    "circular": {"length": 3, "padding_mode": "circular"},
 }
 
 
@@ -67,6 +66,11 @@ def test_what_stays_pytorchs(name: str) -> None:
     torch.manual_seed(0)
     mixer = Mixer(**LEFT[name]).eval()
     check(lambda x: mixer.conv(mixer.first(x).mT), randn(2, 9, WIDTH), leaves=["pointwise"])
+
+
+def test_zeros_that_are_none() -> None:
+    mixer = Mixer(3, padding_mode="circular").eval()
+    check(lambda x: mixer.conv(mixer.first(x).mT), randn(2, 9, WIDTH), in_pytorch=["pad"])
 
 
 def test_one_row_without_a_batch() -> None:

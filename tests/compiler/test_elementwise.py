@@ -63,6 +63,9 @@ EVERYWHERE: dict[str, Callable[[Tensor], Any]] = {
     "logical": lambda x: x.masked_fill(torch.logical_or(torch.logical_not(x > 0), x > 6), 0.0),
     "comparison": lambda x: x < x * 0 + 0.1,
     "truth of numbers": lambda x: x.eq(x),
+    "where of bools": lambda x: x * (x > 0).where(x > -1, x < -2),
+    "where of a tensor": lambda x: (x * 2).where(x > 0.5, x - 1),
+    "softplus, flat": lambda x: F.softplus(x, 0.0) * x,
     "larger": lambda x: torch.max(x, -x * 0.5),
     "smaller": lambda x: torch.minimum(x, x * x),
     "clamp by tensors": lambda x: torch.clamp(x, min=-x.abs(), max=x * x),
@@ -102,7 +105,7 @@ def table(dtype: torch.dtype, special: bool) -> Tensor:
 def check(
     functions: dict[str, Callable[[Tensor], Any]], dtype: torch.dtype, special: bool
 ) -> tuple[set[str], Any]:
-    """Each on the rows of an embedding, which are a kernel's; all in one graph. Returns the kinds of what ran in PyTorch, and the plan."""
+    """Each on the rows of an embedding, which are a kernel's; all in one graph. Returns the kinds of what has no kernel, and the plan."""
     torch._dynamo.reset()
     before = {id(g) for g in alive()}
     rows, ids = table(dtype, special), torch.arange(7)[None]
@@ -157,13 +160,19 @@ LEFT: dict[str, Callable[[Tensor], Any]] = {
     "rows that lose a dimension": lambda x: x.std(-1),
     "integers": lambda x: (x > 0).sum(-1, keepdim=True) * 2,
     "bools that are added": lambda x: torch.where((x > 0) + (x < 1), x, 0.0),
+    "log_softmax of one": lambda x: x + F.log_softmax(x.mean(-1, keepdim=True), -1),
+    "normalize of one": lambda x: x + F.normalize(x.mean(-1, keepdim=True), dim=-1),
+    "norm of one": lambda x: x + x.mean(-1, keepdim=True).norm(dim=-1, keepdim=True),
+    "numbers among bools": lambda x: (x > 0).masked_fill(x > 1, 2) * x,
+    "another dtype": lambda x: torch.log_softmax(x, -1, torch.float64).to(x.dtype),
     "a mask of integers": lambda x: x * (torch.arange(WIDTH) > 3),
 }
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_what_is_left_to_pytorch(dtype: torch.dtype) -> None:
-    check(LEFT, dtype, special=False)
+    left, plan = check(LEFT, dtype, special=False)
+    assert left >= {"elu", "pow", "prelu", "norm", "amax", "std", "sum", "log_softmax"}, plan
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -182,6 +191,9 @@ def test_what_is_compared_is_rounded_first() -> None:
     """A chain keeps float32 between its operations; PyTorch's product of these float16 numbers is 0."""
     functions = {
         "a product": lambda x: torch.where((x * 1e-4) * 1e-4 == 0, 1.0, 2.0),
+        "a product that is widened": lambda x: torch.where(
+            (x * 1e-4 * 1e-4).float() == 0, 1.0, 2.0
+        ),
         "a sum": lambda x: torch.floor(x * 3.0 + 1.0),
     }
     check(functions, torch.float16, special=False)

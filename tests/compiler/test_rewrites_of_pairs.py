@@ -134,6 +134,17 @@ def test_a_table_written_between_two_layers() -> None:
     check(function, randn(2, 5, 3, WIDTH), turns())
 
 
+@pytest.mark.parametrize("rotate", [as_complex, stacked])
+def test_a_table_written_before_the_first_layer(rotate: Callable[..., Tensor]) -> None:
+    def function(x: Tensor, turns: Tensor) -> Tensor:
+        some = turns[:5]
+        turns.mul_(1j)
+        return rotate(x, some) + rotate(x, turns[1:6])
+
+    takes = ["rope"] if rotate is as_complex else []
+    check(function, randn(2, 5, 3, WIDTH), turns(8), takes=takes)
+
+
 def test_x_written_before_the_product() -> None:
     def function(x: Tensor, turns: Tensor) -> Tensor:
         numbers = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2))
@@ -157,7 +168,6 @@ LEFT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "a square": complexly(lambda z, t: z * z),
     "more rows than x": complexly(lambda z, t: z[:, :1] * t.view(1, 5, 1, -1)),
     "one turn for all": complexly(lambda z, t: z * t[1, 1]),
-    "turns of heads": complexly(lambda z, t: z * t[None, None, :3]),
     "a reflection": stacks(lambda a, b, c, s: (a * c + b * s, a * s - b * c)),
     "two sums": stacks(lambda a, b, c, s: (a * c + b * s, b * c + a * s)),
     "two numbers": stacks(lambda a, b, c, s: (a * c - b * s, a * c + b * s)),
@@ -167,4 +177,9 @@ LEFT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("name", LEFT)
 def test_what_only_looks_like_one(name: str) -> None:
-    check(LEFT[name], randn(2, 5, 3, WIDTH), turns())
+    check(LEFT[name], randn(2, 5, 3, WIDTH), turns(), leaves=["rope"])
+
+
+def test_heads_that_turn_each_by_its_own() -> None:
+    """In the place of positions."""
+    check(complexly(lambda z, t: z * t[None, None, :3]), randn(2, 5, 3, WIDTH), turns())

@@ -9,6 +9,7 @@ import llmopt
 import pytest
 import torch
 from llmopt import executor
+from llmopt.compiled import alive
 from llmopt.weights import PackedStore, PackedWeight
 from torch import nn
 
@@ -240,6 +241,7 @@ def test_layers_that_share_a_graph(most: int, monkeypatch: pytest.MonkeyPatch) -
     x = block_input()
     for run in compiled:
         run(x)
+    assert len(alive()[-1].packed()) == 3 * 4  # linears of a block
     asked, looked = [], []
     get, known = PackedStore.get, PackedStore._is_unchanged
 

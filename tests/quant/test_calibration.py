@@ -147,6 +147,20 @@ def test_buffers_of_every_kind_have_twins() -> None:
     assert not own & of_model
 
 
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_buffers_that_are_no_memory_of_their_own_are_shared(algorithm: str) -> None:
+    model = nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 64))
+    model.register_buffer("sparse", torch.eye(4).to_sparse())
+    model.register_buffer("rows", torch.eye(4).to_sparse_csr())
+    model.register_buffer("wide", torch.tensor([torch.nan]).expand(64))
+    model.register_buffer("nowhere", torch.empty(3, device="meta"))
+    model.register_buffer("numbers", torch.tensor([torch.nan, 1.0]))
+    twin = llmopt.quantize(model.eval(), "w8a8", [X], algorithm=algorithm)
+    assert all(getattr(twin, n) is getattr(model, n) for n in ("sparse", "rows", "wide", "nowhere"))
+    assert torch.equal(twin.numbers.isnan(), model.numbers.isnan())
+    assert torch.isfinite(twin(X)).all()
+
+
 def test_codes_are_not_copied() -> None:
     once = llmopt.quantize(models.mlp(), "w8a16", layers={"3": None})
     assert twin_of(once)[1].codes.data_ptr() == once[1].codes.data_ptr()

@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from llmopt import ops
-from llmopt.casts import is_float_cast
+from llmopt.casts import is_float_cast, rounds
 from llmopt.graph import (
     NOTE,
     emit,
@@ -30,7 +30,7 @@ from llmopt.graph import (
     storage,
     view_base,
 )
-from llmopt.passes.elementwise import TRUTHS, Chain, jumps, reduces, spelling
+from llmopt.passes.elementwise import TRUTHS, Chain, jumps, reads_rows, reduces, spelling
 from llmopt.writes import Writes, mutated_storages
 
 _LARGEST = 24  # operations in one chain
@@ -100,16 +100,25 @@ def _grow(root: fx.Node, written: set[int]) -> set[fx.Node]:
             and not _reduces_inside(node, shape)
         ):
             continue
-        if any(u not in members or jumps(u) for u in node.users):
+        if any(u not in members for u in node.users) or _is_judged(node):
             continue
         members.add(node)
         frontier = sorted({*frontier, *node.all_input_nodes} - members, reverse=True)
     return members
 
 
+def _is_judged(node: fx.Node) -> bool:
+    """Whether what a reader gives jumps with the value, which has to be rounded as PyTorch's then; a cast that widens keeps it."""
+    return any(
+        jumps(u) or (is_float_cast(u) and not rounds(u) and _is_judged(u)) for u in node.users
+    )
+
+
 def _reduces_inside(node: fx.Node, shape: Any) -> bool:
     """A reduced value joins only when it comes from rows of the chain's own shape."""
     while not reduces(node):
+        if reads_rows(node):
+            return False
         inner = [n for n in node.all_input_nodes if is_tensor(n) and fake(n).dim() == len(shape)]
         if len(inner) != 1 or not is_one(fake(inner[0]).shape[-1]):
             return False

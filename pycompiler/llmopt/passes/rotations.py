@@ -81,25 +81,19 @@ class Tables:
         return made
 
     def of_complex(self, turns: fx.Node, last: fx.Node, writes: Writes) -> tuple[fx.Node, fx.Node]:
-        """cos and sin [..., R] of complex numbers [..., R/2], made once where these are, in front of dimensions of 1 they are given."""
+        """cos and sin [..., R] of complex numbers [..., R/2], made once for all that read the same."""
         base, places = _without_ones(turns)
         base = self.first_like(base)
         made = self._complex.get(base)
-        if made is None or writes.between((base,), made[0], last):
-            where = base.next if made is None and base.op != "placeholder" else None
-            with self.graph.inserting_before(where or (self._first if made is None else last)):
+        with self.graph.inserting_before(last):
+            if made is None or writes.between((base,), made[0], last):
                 numbers = self._emit("resolve_conj", base, like=base)
                 parts = self._emit(torch.view_as_real, numbers, like=base)
-                made = tuple(
-                    self._twice(
-                        self._emit(operator.getitem, parts, (Ellipsis, i), like=base),
-                        "interleaved",
-                        base,
-                    )
-                    for i in range(2)
+                halves = (
+                    self._emit(operator.getitem, parts, (Ellipsis, i), like=base) for i in range(2)
                 )
-            self._complex[base] = made
-        with self.graph.inserting_before(last):
+                made = tuple(self._twice(half, "interleaved", base) for half in halves)
+                self._complex[base] = made
             cos, sin = (self._with_ones(table, places, last) for table in made)
         return cos, sin
 

@@ -122,7 +122,9 @@ def _attention_layer(call: _Calls, node: fx.Node) -> None:
         of_keys = call("unsqueeze", of_keys, 0)
     for more in _further_keys(call, given, p, k):
         k, v = (call(torch.cat, [x, row], 2) for x, row in zip((k, v), more, strict=True))
-        of_queries, of_keys = (m and call(F.pad, m, (0, 1)) for m in (of_queries, of_keys))
+        of_queries, of_keys = (
+            None if m is None else call(F.pad, m, (0, 1)) for m in (of_queries, of_keys)
+        )
     read = {part.args[1] for part in node.users if part.users}
     masked = of_queries is not None or of_keys is not None
     scores = None

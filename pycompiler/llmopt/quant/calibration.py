@@ -151,7 +151,10 @@ def _copied(sample: Sample) -> Sample:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode for the while: dropout off. Then every module is back as it was, with its attributes and the values of its buffers."""
+    """Eval mode for the while: dropout off. Then every module has the attributes it had, and its buffers their values.
+
+    What a forward writes into other attributes, such as lists, stays.
+    """
     modules = list(model.modules())
     training = [module for module in modules if module.training]
     attributes = [
@@ -168,7 +171,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         for own, before in attributes:
             own.clear()
             own.update(before)
-        for module in training:
+        for module in training:  # those of TorchScript keep it elsewhere
             module.training = True
         _write_back(values)
 
@@ -177,7 +180,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def _write_back(values: list[tuple[Tensor, Tensor, Tensor]]) -> None:
     for tensor, memory, value in values:
         tensor.data = memory
-        if not torch.equal(tensor, value):
+        if not ((tensor == value) | (tensor.isnan() & value.isnan())).all():
             tensor.copy_(value)
 
 

@@ -6,6 +6,7 @@ import copy
 from itertools import groupby
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from llmopt.quant.module import Quantized
@@ -129,11 +130,10 @@ def twin_of(model: Model) -> Model:
     gives a twin of what was compiled.
     """
     shared: dict[int, Any] = {id(p): _parameter_over(p) for p in model.parameters()}
-    shared.update(
-        (id(b), b) for m in model.modules() if isinstance(m, Quantized) for b in m.buffers()
-    )
+    written = {id(b): b for b in buffers_of(model)}
+    shared.update((id(b), b) for b in model.buffers() if id(b) not in written)
     # What is computed, such as weights by pruning, has a history, which no copy may have.
-    shared.update((id(b), b.detach().clone()) for b in buffers_of(model) if not b.is_leaf)
+    shared.update((id(b), b.detach().clone()) for b in written.values() if not b.is_leaf)
     for module in model.modules():
         values = (v for v in vars(module).values() if isinstance(v, Tensor) and not v.is_leaf)
         shared.update((id(v), v.detach()) for v in values)
@@ -141,9 +141,16 @@ def twin_of(model: Model) -> Model:
 
 
 def buffers_of(model: nn.Module) -> list[Tensor]:
-    """The buffers that a forward may write, caches for instance: all but codes."""
+    """The buffers that a forward may write, caches for instance: all but codes, and what is no memory of elements of its own (sparse,
+    nested, expanded, meta)."""
     modules = [m for m in model.modules() if not isinstance(m, Quantized)]
-    return [buffer for m in modules for buffer in m.buffers(recurse=False)]
+    return [buffer for m in modules for buffer in m.buffers(recurse=False) if _is_written(buffer)]
+
+
+def _is_written(buffer: Tensor) -> bool:
+    if buffer.layout is not torch.strided or buffer.is_nested or buffer.is_meta:
+        return False
+    return all(n <= 1 or step for n, step in zip(buffer.shape, buffer.stride(), strict=True))
 
 
 def uncompiled(model: Model) -> Model:

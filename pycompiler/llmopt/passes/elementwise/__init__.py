@@ -12,13 +12,13 @@ from torch import fx
 from llmopt.graph import fake, kind
 from llmopt.ops.pointwise import BINARY, UNARY
 from llmopt.passes.activations import activation_of
-from llmopt.passes.elementwise import activations, arithmetic, rows
-from llmopt.passes.elementwise.arithmetic import JUMPING, OF_TRUTHS, of_two
+from llmopt.passes.elementwise import arithmetic, functionals, rows
+from llmopt.passes.elementwise.arithmetic import JUMPING, OF_TRUTHS, binary_rule
 from llmopt.passes.elementwise.chain import TRUTHS, Chain, Rule, Spelling
 
-__all__ = ["TRUTHS", "Chain", "Spelling", "jumps", "reduces", "spelling"]
+__all__ = ["TRUTHS", "Chain", "Spelling", "jumps", "reads_rows", "reduces", "spelling"]
 
-_RULES: dict[str, Rule] = {**arithmetic.RULES, **activations.RULES, **rows.RULES}
+_RULES: dict[str, Rule] = {**arithmetic.RULES, **functionals.RULES, **rows.RULES}
 
 
 def spelling(node: fx.Node) -> Spelling | None:
@@ -32,7 +32,7 @@ def spelling(node: fx.Node) -> Spelling | None:
         return _RULES[name](node)
     if name in UNARY and len(node.args) == 1 and not node.kwargs:
         return lambda c: c.unary(name, c.value(node.args[0]))
-    return of_two(name)(node) if name in BINARY else None
+    return binary_rule(name)(node) if name in BINARY else None
 
 
 def jumps(node: fx.Node) -> bool:
@@ -43,3 +43,8 @@ def jumps(node: fx.Node) -> bool:
 def reduces(node: fx.Node) -> bool:
     """Whether each row gives one number."""
     return kind(node) in rows.REDUCTIONS
+
+
+def reads_rows(node: fx.Node) -> bool:
+    """Whether what it gives depends on all of a row."""
+    return kind(node) in rows.RULES

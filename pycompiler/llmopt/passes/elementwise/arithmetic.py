@@ -10,12 +10,12 @@ from torch import fx
 
 from llmopt.casts import FLOAT_CASTS, is_float_cast, rounds
 from llmopt.graph import FLOATS, argument, binary_operands, fake, is_tensor, kind, scalar
-from llmopt.passes.elementwise.chain import TRUTHS, Chain, Rule, Spelling, is_refused
+from llmopt.passes.elementwise.chain import TRUTHS, Chain, Rule, Spelling, is_beyond_dtype
 
 _ROUND = {torch.float16: "round_f16", torch.bfloat16: "round_bf16"}
 
 
-def of_two(name: str) -> Rule:
+def binary_rule(name: str) -> Rule:
     def rule(node: fx.Node) -> Spelling | None:
         pair = binary_operands(node)
         if pair is None or not all(is_tensor(p) or scalar(p) is not None for p in pair):
@@ -140,7 +140,7 @@ def _limits(node: fx.Node) -> Spelling | None:
         if (
             limit is not None
             and not is_tensor(limit)
-            and (number is None or is_refused(node, number))
+            and (number is None or is_beyond_dtype(node, number))
         ):
             return None
     low, high = limits
@@ -152,24 +152,31 @@ def _limits(node: fx.Node) -> Spelling | None:
 
 
 def _where(node: fx.Node) -> Spelling | None:
+    """torch.where(condition, a, b) or a.where(condition, b)."""
     if len(node.args) != 3 or node.kwargs:
         return None
     condition, a, b = node.args
-    return _choice(condition, a, b)
+    if node.op == "call_method":
+        condition, a = a, condition
+    return _choice(node, condition, a, b)
 
 
 def _masked_fill(node: fx.Node) -> Spelling | None:
     x, mask, value = (argument(node, i, n) for i, n in enumerate(("input", "mask", "value")))
-    number = scalar(value)
-    if not is_tensor(x) or (number is not None and is_refused(node, number)):
-        return None
-    return _choice(mask, value, x)
+    return _choice(node, mask, value, x) if is_tensor(x) else None
 
 
-def _choice(condition: Any, a: Any, b: Any) -> Spelling | None:
+def _choice(node: fx.Node, condition: Any, a: Any, b: Any) -> Spelling | None:
     if not is_tensor(condition) or fake(condition).dtype != torch.bool:
         return None
-    if not all(is_tensor(p) or scalar(p) is not None for p in (a, b)):
+    numbers = [scalar(p) for p in (a, b) if not is_tensor(p)]
+    if any(n is None for n in numbers) or (numbers and fake(node).dtype == torch.bool):
+        return (
+            None  # True and False among them; a number in place of a bool would have to become one
+        )
+    if kind(node) == "masked_fill" and any(
+        is_beyond_dtype(node, n) for n in numbers if n is not None
+    ):
         return None
     return lambda c: c.where(c.value(condition), c.value(a), c.value(b))
 
@@ -187,14 +194,14 @@ def _prelu(node: fx.Node) -> Spelling | None:
     return spell
 
 
-def _largest_of_two(name: str) -> Rule:
+def _largest_binary_rule(name: str) -> Rule:
     """torch.max and torch.min of two tensors; of one they reduce."""
 
     def rule(node: fx.Node) -> Spelling | None:
         pair = binary_operands(node)
         if pair is None or not all(is_tensor(p) for p in pair):
             return None
-        return of_two(name)(node)
+        return binary_rule(name)(node)
 
     return rule
 
@@ -207,7 +214,7 @@ _OPERATORS = {
 }
 _NOT = ("invert", "logical_not", "bitwise_not")
 JUMPING = frozenset({*_COMPARISONS, "floor", "round"})
-# What gives bools here; of the others, sums of bools are counted as PyTorch does.
+# What may give bools. Arithmetic of bools is left to PyTorch: True + True is True, and 2 in a chain.
 OF_TRUTHS = frozenset({*_COMPARISONS, *sum(_OPERATORS.values(), ()), *_NOT, "where", "masked_fill"})
 RULES: dict[str, Rule] = {
     **dict.fromkeys(FLOAT_CASTS, _cast),
@@ -215,8 +222,8 @@ RULES: dict[str, Rule] = {
     **{name: _comparison(name) for name in _COMPARISONS},
     **{name: _of_truths(op) for op, names in _OPERATORS.items() for name in names},
     **dict.fromkeys(_NOT, _not),
-    "max": _largest_of_two("maximum"),
-    "min": _largest_of_two("minimum"),
+    "max": _largest_binary_rule("maximum"),
+    "min": _largest_binary_rule("minimum"),
     "pow": _power,
     "where": _where,
     "masked_fill": _masked_fill,

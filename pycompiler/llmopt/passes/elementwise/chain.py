@@ -63,6 +63,6 @@ Spelling = Callable[[Chain], int]
 Rule = Callable[[fx.Node], Spelling | None]
 
 
-def is_refused(node: fx.Node, number: float) -> bool:
-    """PyTorch takes no number that the dtype cannot hold."""
+def is_beyond_dtype(node: fx.Node, number: float) -> bool:
+    """Whether PyTorch refuses a number because the node's dtype, of floats, cannot hold it."""
     return isfinite(number) and abs(number) > torch.finfo(fake(node).dtype).max

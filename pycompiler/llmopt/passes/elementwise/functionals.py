@@ -9,7 +9,7 @@ from typing import Any
 from torch import fx
 
 from llmopt.graph import argument, is_tensor, scalar
-from llmopt.passes.elementwise.chain import Chain, Rule, Spelling, is_refused
+from llmopt.passes.elementwise.chain import Chain, Rule, Spelling, is_beyond_dtype
 
 
 def _with_numbers(write: Callable[..., int], *defaults: tuple[str, Any]) -> Rule:
@@ -25,8 +25,8 @@ def _with_numbers(write: Callable[..., int], *defaults: tuple[str, Any]) -> Rule
         if not is_tensor(node.args[0] if node.args else None) or any(
             o is not False for o in others
         ):
-            return None  # `inplace` may follow, and is no more than a hint here
-        if any(g is None or not isfinite(g) or is_refused(node, g) for g in given):
+            return None  # such as inplace=True, or what ATen's operator of that name is given
+        if any(g is None or not isfinite(g) or is_beyond_dtype(node, g) for g in given):
             return None
         return lambda c: write(c, c.value(node.args[0]), *given)
 
@@ -45,7 +45,7 @@ def _elu(c: Chain, x: int, alpha: float) -> int:
 
 
 def _celu(c: Chain, x: int, alpha: float) -> int:
-    below = c.scaled(_expm1(c, c.scaled(x, 1.0 / alpha)), alpha)
+    below = c.scaled(_expm1(c, c.binary("div", x, alpha)), alpha)
     return c.where(c.binary("gt", x, 0.0), x, below)
 
 
@@ -56,7 +56,7 @@ def _selu(c: Chain, x: int) -> int:
 
 def _softplus(c: Chain, x: int, beta: float = 1.0, threshold: float = 20.0) -> int:
     scaled = c.scaled(x, beta)
-    curved = c.scaled(c.unary("log1p", c.unary("exp", scaled)), 1.0 / beta)
+    curved = c.binary("div", c.unary("log1p", c.unary("exp", scaled)), beta)
     return c.where(c.binary("gt", scaled, threshold), x, curved)
 
 
