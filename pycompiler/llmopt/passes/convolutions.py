@@ -15,7 +15,6 @@ from torch import fx
 from llmopt.graph import (
     FLOATS,
     argument,
-    emit,
     expression,
     fake,
     fake_mode_of,
@@ -23,6 +22,7 @@ from llmopt.graph import (
     kind,
     replace,
 )
+from llmopt.passes.calls import Calls
 
 _LONGEST = 4  # positions: what a chain reads with their weights
 
@@ -34,7 +34,7 @@ def run(graph: fx.Graph) -> None:
             padding = _padding(node)
             if padding is not None:
                 with graph.inserting_before(node):
-                    replace(node, _sum(graph, mode, node, padding))
+                    replace(node, _sum(Calls(graph, mode, node), node, padding))
 
 
 def _padding(node: fx.Node) -> int | None:
@@ -70,10 +70,7 @@ def _one(value: Any) -> int | None:
     return value if type(value) is int else None
 
 
-def _sum(graph: fx.Graph, mode: Any, node: fx.Node, padding: int) -> fx.Node:
-    def call(target: Any, *args: Any) -> fx.Node:
-        return emit(graph, mode, target, args, like=node)
-
+def _sum(call: Calls, node: fx.Node, padding: int) -> fx.Node:
     x, weight, bias = (argument(node, i, n) for i, n in enumerate(("input", "weight", "bias")))
     rows = call("transpose", x, 1, 2)
     if padding:

@@ -11,8 +11,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import fx
 
-from llmopt.graph import emit, fake, fake_mode_of, is_tensor, kind, replace, same_size
+from llmopt.graph import fake, fake_mode_of, is_tensor, kind, replace, same_size
 from llmopt.parameters import is_weight
+from llmopt.passes.calls import Calls
 
 
 def run(graph: fx.Graph) -> None:
@@ -53,8 +54,8 @@ class _Rewrite:
     def __init__(
         self, graph: fx.Graph, node: fx.Node, terms: tuple[str, str, str], operands: list[fx.Node]
     ) -> None:
-        self._graph, self._node = graph, node
-        self._mode: Any = fake_mode_of(graph)
+        self._node = node
+        self._call = Calls(graph, fake_mode_of(graph), node)
         self._a, self._b, self._out = terms
         self._operands = operands
 
@@ -83,9 +84,9 @@ class _Rewrite:
         first, second = (own, summed) if outputs_first else (summed, own)
         sizes = tuple(fake(weight).shape[letters.index(c)] for c in own)
         weight = self._flatten(self._flatten(weight, 0, len(first)), 1, len(second))
-        weight = weight if outputs_first else self._emit("t", weight)
-        y = self._emit(F.linear, self._flatten(x, len(front), len(summed)), weight)
-        y = y if len(own) == 1 else self._emit("unflatten", y, -1, sizes)
+        weight = weight if outputs_first else self._call("t", weight)
+        y = self._call(F.linear, self._flatten(x, len(front), len(summed)), weight)
+        y = y if len(own) == 1 else self._call("unflatten", y, -1, sizes)
         return self._turned(y, [*front, *own], self._out)
 
     def _product(self, x: fx.Node, y: fx.Node) -> fx.Node | None:
@@ -101,8 +102,8 @@ class _Rewrite:
             b = y
         else:
             b = self._turned(y, self._b, [*batch, *others, *summed])
-            b = self._emit("transpose", b, -2, -1)
-        return self._turned(self._emit("matmul", a, b), [*batch, *mine, *others], self._out)
+            b = self._call("transpose", b, -2, -1)
+        return self._turned(self._call("matmul", a, b), [*batch, *mine, *others], self._out)
 
     def _turned(self, x: fx.Node, letters: Iterable[str], wanted: Iterable[str]) -> fx.Node:
         letters, wanted = list(letters), list(wanted)
@@ -111,11 +112,8 @@ class _Rewrite:
         if not moved:
             return x
         if len(moved) == 2:
-            return self._emit("transpose", x, *moved)
-        return self._emit("permute", x, *order)
+            return self._call("transpose", x, *moved)
+        return self._call("permute", x, *order)
 
     def _flatten(self, x: fx.Node, first: int, count: int) -> fx.Node:
-        return x if count == 1 else self._emit("flatten", x, first, first + count - 1)
-
-    def _emit(self, target: Any, *args: Any) -> fx.Node:
-        return emit(self._graph, self._mode, target, args, like=self._node)
+        return x if count == 1 else self._call("flatten", x, first, first + count - 1)

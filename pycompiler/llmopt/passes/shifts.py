@@ -14,7 +14,6 @@ from torch import fx
 from llmopt.graph import (
     FLOATS,
     argument,
-    emit,
     expression,
     fake,
     fake_mode_of,
@@ -23,6 +22,7 @@ from llmopt.graph import (
     kind,
     replace,
 )
+from llmopt.passes.calls import Calls
 
 
 def run(graph: fx.Graph) -> None:
@@ -37,22 +37,12 @@ def run(graph: fx.Graph) -> None:
             fake(node)
         ):  # else what is joined could be laid out otherwise
             with graph.inserting_before(node):
-                new = rule(_Calls(graph, mode, node), node, x)
+                new = rule(Calls(graph, mode, node), node, x)
             if new is not None:
                 replace(node, new)
 
 
-class _Calls:
-    """Adds calls in the place of a node."""
-
-    def __init__(self, graph: fx.Graph, mode: Any, node: fx.Node) -> None:
-        self._graph, self._mode, self._node = graph, mode, node
-
-    def __call__(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        return emit(self._graph, self._mode, target, args, kwargs, like=self._node)
-
-
-def _rolled(call: _Calls, node: fx.Node, x: fx.Node) -> fx.Node | None:
+def _rolled(call: Calls, node: fx.Node, x: fx.Node) -> fx.Node | None:
     """Along known dimensions of known sizes, by known numbers."""
     shifts, dims = (_numbers(argument(node, i, n)) for i, n in ((1, "shifts"), (2, "dims")))
     if shifts is None or dims is None or len(shifts) != len(dims):
@@ -72,7 +62,7 @@ def _rolled(call: _Calls, node: fx.Node, x: fx.Node) -> fx.Node | None:
     return call("clone", x) if y is x else y
 
 
-def _padded(call: _Calls, node: fx.Node, x: fx.Node) -> fx.Node | None:
+def _padded(call: Calls, node: fx.Node, x: fx.Node) -> fx.Node | None:
     """With a constant, around known sizes; by nothing around any."""
     amounts = _numbers(argument(node, 1, "pad"))
     value = argument(node, 3, "value")

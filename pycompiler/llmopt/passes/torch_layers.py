@@ -7,7 +7,7 @@ for "not allowed", and gives NaN for a row with no allowed key.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import reduce
 from math import inf
@@ -20,7 +20,6 @@ from torch import fx
 from llmopt.graph import (
     FLOATS,
     NOTE,
-    emit,
     expression,
     fake,
     fake_mode_of,
@@ -31,6 +30,7 @@ from llmopt.graph import (
     storage,
     unreadable,
 )
+from llmopt.passes.calls import Calls
 from llmopt.writes import mutated_storages
 
 
@@ -43,19 +43,7 @@ def run(graph: fx.Graph) -> None:
         rule = rules.get(kind(node)) if node.op == "call_function" else None
         if rule is not None:
             with graph.inserting_before(node):
-                rule(_Calls(graph, fake_mode_of(graph), node), node)
-
-
-@dataclass(frozen=True)
-class _Calls:
-    """Adds calls in the place of a node."""
-
-    graph: fx.Graph
-    mode: Any
-    like: fx.Node
-
-    def __call__(self, target: Callable | str, *args: Any, **kwargs: Any) -> fx.Node:
-        return emit(self.graph, self.mode, target, args, kwargs, self.like)
+                rule(Calls(graph, fake_mode_of(graph), node), node)
 
 
 @dataclass(frozen=True)
@@ -66,21 +54,21 @@ class _Projections:
     inputs: tuple[tuple[fx.Node, fx.Node | None], ...]
     result: tuple[fx.Node, fx.Node | None]
 
-    def project(self, call: _Calls, inputs: Iterable[fx.Node]) -> Iterator[fx.Node]:
+    def project(self, call: Calls, inputs: Iterable[fx.Node]) -> Iterator[fx.Node]:
         """Query, key and value of inputs [N, L, width], as [N, H, L, D]."""
         for x, (weight, bias) in zip(inputs, self.inputs, strict=True):
             yield self.by_heads(call, call(F.linear, x, weight, bias))
 
-    def by_heads(self, call: _Calls, rows: fx.Node) -> fx.Node:
+    def by_heads(self, call: Calls, rows: fx.Node) -> fx.Node:
         return call("transpose", call("unflatten", rows, -1, (self.heads, -1)), 1, 2)
 
-    def joined(self, call: _Calls, attended: fx.Node) -> fx.Node:
+    def joined(self, call: Calls, attended: fx.Node) -> fx.Node:
         """The result [N, L, E] of what each head attended to [N, H, L, D]."""
         rows = call("flatten", call("transpose", attended, 1, 2), 2)
         return call(F.linear, rows, *self.result)
 
 
-def _thirds(call: _Calls, joined: fx.Node | None) -> list[Any]:
+def _thirds(call: Calls, joined: fx.Node | None) -> list[Any]:
     """What lies one below the other for query, key and value."""
     if joined is None:
         return [None] * 3
@@ -91,7 +79,7 @@ def _thirds(call: _Calls, joined: fx.Node | None) -> list[Any]:
 _RESULT, _WEIGHTS = 0, 1  # of F.multi_head_attention_forward
 
 
-def _attention_layer(call: _Calls, node: fx.Node) -> None:
+def _attention_layer(call: Calls, node: fx.Node) -> None:
     """F.multi_head_attention_forward: [L, N, E] or [L, E], and the weights of the keys where they are asked for."""
     bound = inspect.signature(F.multi_head_attention_forward).bind(*node.args, **node.kwargs)
     bound.apply_defaults()
@@ -155,7 +143,7 @@ def _attention_layer(call: _Calls, node: fx.Node) -> None:
 
 
 def _further_keys(
-    call: _Calls, given: dict[str, Any], p: _Projections, k: fx.Node
+    call: Calls, given: dict[str, Any], p: _Projections, k: fx.Node
 ) -> Iterator[tuple[fx.Node, fx.Node]]:
     """Keys and values [N, H, 1, D] that are attended to behind those of the input: learnt ones, and zeros."""
     first = call("narrow", k, 2, 0, 1)
@@ -168,13 +156,13 @@ def _further_keys(
         yield zeros, zeros
 
 
-def _scores(call: _Calls, q: fx.Node, k: fx.Node, added: fx.Node | None) -> fx.Node:
+def _scores(call: Calls, q: fx.Node, k: fx.Node, added: fx.Node | None) -> fx.Node:
     """How much of each key's value a query takes: [N, H, L, S]."""
     scores = call("matmul", call("mul", q, fake(q).shape[-1] ** -0.5), call("transpose", k, 2, 3))
     return call(F.softmax, scores if added is None else call("add", scores, added), dim=-1)
 
 
-def _hand_over(call: _Calls, part: fx.Node, result: fx.Node, is_written: bool) -> None:
+def _hand_over(call: Calls, part: fx.Node, result: fx.Node, is_written: bool) -> None:
     """Puts `result` [N, L, E] where `part` [L, N, E] was: as it is where all turn it back, as batch_first does, and write nothing into it.
 
     Otherwise in the order in memory that PyTorch's has.
@@ -215,7 +203,7 @@ _MASK_DIMS = {0: 2, 1: 2, 2: 4}  # by mask_type: [L, L], [N, L] and [N, H, L, L]
 _OF_KEYS = 1
 
 
-def _encoder_layer(call: _Calls, node: fx.Node) -> None:
+def _encoder_layer(call: Calls, node: fx.Node) -> None:
     """torch._transformer_encoder_layer_fwd over src [N, L, E]."""
     given: dict[str, Any] = {"mask": None, "mask_type": None}
     given |= dict(zip(_LAYER, node.args, strict=False)) | node.kwargs
@@ -261,7 +249,7 @@ def _encoder_layer(call: _Calls, node: fx.Node) -> None:
 
 
 def _masks(
-    call: _Calls, of_queries: fx.Node | None, of_keys: fx.Node | None, heads: int
+    call: Calls, of_queries: fx.Node | None, of_keys: fx.Node | None, heads: int
 ) -> list[fx.Node]:
     """Masks [L, S], [N·H, L, S] or [N, H, L, S] and [N, S] as they are broadcast to scores [N, H, L, S]."""
     masks = []
@@ -273,7 +261,7 @@ def _masks(
     return masks
 
 
-def _allowed(call: _Calls, masks: list[fx.Node]) -> fx.Node | None:
+def _allowed(call: Calls, masks: list[fx.Node]) -> fx.Node | None:
     """What scaled_dot_product_attention is to be given for masks in which True is "not allowed" and a float is added."""
     floats = [m for m in masks if fake(m).is_floating_point()]
     if floats or not masks:
@@ -281,7 +269,7 @@ def _allowed(call: _Calls, masks: list[fx.Node]) -> fx.Node | None:
     return call("logical_not", masks[0] if len(masks) == 1 else call("logical_or", *masks))
 
 
-def _added(call: _Calls, masks: list[fx.Node], like: fx.Node | None) -> fx.Node | None:
+def _added(call: Calls, masks: list[fx.Node], like: fx.Node | None) -> fx.Node | None:
     """What all masks add to scores of the dtype of `like`."""
     added = [
         m
@@ -292,7 +280,7 @@ def _added(call: _Calls, masks: list[fx.Node], like: fx.Node | None) -> fx.Node 
     return reduce(lambda a, b: call("add", a, b), added) if added else None
 
 
-def _dense(call: _Calls, x: fx.Node) -> fx.Node:
+def _dense(call: Calls, x: fx.Node) -> fx.Node:
     return x if is_dense(fake(x)) else call("contiguous", x)
 
 
