@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -66,6 +67,44 @@ def test_what_stays_pytorchs(name: str) -> None:
     torch.manual_seed(0)
     mixer = Mixer(**LEFT[name]).eval()
     check(lambda x: mixer.conv(mixer.first(x).mT), randn(2, 9, WIDTH), leaves=["pointwise"])
+
+
+def written_through_a_view(y: Tensor) -> Tensor:
+    y.view(-1).mul_(2)
+    return y
+
+
+def written_under_a_view(y: Tensor) -> Tensor:
+    flat = y.view(2, -1)
+    y.mul_(2)
+    return flat
+
+
+def written_where_it_is_contiguous(y: Tensor) -> Tensor:
+    y.contiguous().view(-1).mul_(2)
+    return y
+
+
+@pytest.mark.parametrize(
+    "write", [written_through_a_view, written_under_a_view, written_where_it_is_contiguous]
+)
+def test_results_that_are_written(write: Callable[[Tensor], Tensor]) -> None:
+    mixer = Mixer(3).eval()
+    check(lambda x: write(mixer.conv(mixer.first(x).mT)), randn(2, 9, WIDTH))
+
+
+@torch.no_grad()
+def test_under_autocast() -> None:
+    mixer = Mixer(3).eval()
+
+    def function(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return mixer.conv(x)
+
+    x = randn(2, WIDTH, 9)
+    got, want = torch.compile(function, backend="llmopt")(x), function(x)
+    assert got.dtype == want.dtype == torch.bfloat16
+    torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
 
 
 def test_zeros_that_are_none() -> None:

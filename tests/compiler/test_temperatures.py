@@ -24,7 +24,6 @@ TAKEN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "twice": lambda s, t: s * t / t[0, 0, 0],
     "a mask behind": lambda s, t: (s * t).masked_fill(~MASK, -INF),
     "a bias behind": lambda s, t: s * t + MASK.to(s.dtype),
-    "a cap behind": lambda s, t: 5.0 * torch.tanh(s * t / 5.0),
 }
 
 
@@ -44,6 +43,7 @@ LEFT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "of prompts and keys": lambda s, t: s * torch.linspace(0.5, 2, 5).expand(2, 1, 1, 5),
     "behind a bias": lambda s, t: (s + MASK.float()) * t,
     "behind a mask": lambda s, t: s.masked_fill(~MASK, -INF) * t,
+    "in front of a cap": lambda s, t: 5.0 * torch.tanh(s * (t / 0.0) / 5.0),
     "behind a cap": lambda s, t: 5.0 * torch.tanh(s / 5.0) * t,
     "a number over the scores": lambda s, t: t / s,
     "of themselves": lambda s, t: s / s.amax((-1, -2), keepdim=True),
@@ -56,6 +56,22 @@ def test_what_else_multiplies_scores(name: str) -> None:
         return LEFT[name](q @ k.mT, t).softmax(-1) @ v
 
     check(function, Q, K, V, randn(3, 1, 1).abs() + 0.5, leaves=["attention"])
+
+
+def test_products_that_only_q_makes_too_large() -> None:
+    def function(q: Tensor, k: Tensor, v: Tensor, t: Tensor) -> Tensor:
+        return (q @ k.mT * t).softmax(-1) @ v
+
+    q, k, v = Q.half() * 300, K.half() / 300, V.half()
+    check(function, q, k, v, torch.full((3, 1, 1), 500.0).half(), leaves=["attention"])
+
+
+def test_scores_that_are_wider_than_q() -> None:
+    def function(q: Tensor, k: Tensor, v: Tensor, t: Tensor) -> Tensor:
+        return (q.float() @ k.float().mT * t).softmax(-1).to(v.dtype) @ v
+
+    q, k, v = (x.bfloat16() for x in (Q, K, V))
+    check(function, q, k, v, torch.tensor(3.3), leaves=["attention"])
 
 
 def test_a_temperature_that_changes_in_between() -> None:

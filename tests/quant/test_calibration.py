@@ -154,6 +154,9 @@ def test_buffers_that_are_no_memory_of_their_own_are_shared(algorithm: str) -> N
     model.register_buffer("rows", torch.eye(4).to_sparse_csr())
     model.register_buffer("wide", torch.tensor([torch.nan]).expand(64))
     model.register_buffer("nowhere", torch.empty(3, device="meta"))
+    model.register_buffer(
+        "quantised", torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8)
+    )
     model.register_buffer("numbers", torch.tensor([torch.nan, 1.0]))
     twin = llmopt.quantize(model.eval(), "w8a8", [X], algorithm=algorithm)
     assert all(getattr(twin, n) is getattr(model, n) for n in ("sparse", "rows", "wide", "nowhere"))

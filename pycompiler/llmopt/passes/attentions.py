@@ -27,6 +27,7 @@ from llmopt.graph import (
     same_size,
     scalar,
     sole_user,
+    storage,
 )
 from llmopt.passes.scores import RESHAPES, bias_of, four_dims, keeps_last_two, read_scores
 from llmopt.passes.simplify import erase_unused
@@ -116,8 +117,14 @@ def _repeat_behind_turns(graph: fx.Graph, mode: Any, node: fx.Node, writes: Writ
     dims = sorted(d % 4 for d in node.args[1:] if isinstance(d, int))
     if dims != [1, 2] or fake(node).dim() != 4 or not is_tensor(node.args[0]):
         return
-    base, repeats = _repeated(node.args[0], 2)
-    if base is node.args[0] or writes.moves_reads(node, (base,)):
+    many = node.args[0]
+    base, repeats = _repeated(many, 2)
+    if base is many or writes.moves_reads(node, (base,)):
+        return
+    if storage(many) == storage(base):  # of one head: what is repeated is the head's own memory
+        if writes.between((base,), many, graph.output_node()):
+            return
+    elif writes.into((many,)):
         return
     with graph.inserting_before(node):
         turned = emit(graph, mode, "transpose", (base, 1, 2), like=node)

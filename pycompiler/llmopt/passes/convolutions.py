@@ -21,16 +21,19 @@ from llmopt.graph import (
     is_tensor,
     kind,
     replace,
+    storage,
 )
 from llmopt.passes.calls import Calls
+from llmopt.writes import mutated_storages
 
 _LONGEST = 4  # positions: what a chain reads with their weights
 
 
 def run(graph: fx.Graph) -> None:
     mode: Any = fake_mode_of(graph)
+    written = mutated_storages(graph)
     for node in list(graph.nodes):
-        if node.op == "call_function" and kind(node) == "conv1d":
+        if node.op == "call_function" and kind(node) == "conv1d" and storage(node) not in written:
             padding = _padding(node)
             if padding is not None:
                 with graph.inserting_before(node):
@@ -48,7 +51,7 @@ def _padding(node: fx.Node) -> int | None:
     if not all(is_tensor(t) and fake(t).dtype in FLOATS for t in tensors) or fake(x).dim() != 3:
         return None
     if (
-        len({fake(t).dtype for t in tensors}) != 1
+        len({fake(t).dtype for t in (node, *tensors)}) != 1  # under autocast its own is another
         or (stride, dilation) != (1, 1)
         or padding is None
     ):

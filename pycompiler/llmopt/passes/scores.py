@@ -181,6 +181,8 @@ def _parts(product: fx.Node, changes: list[Change]) -> Scores | None:
         softcap and any(c.what == "scale" for c in rest)
     ):
         return None
+    if temperatures and (softcap or fake(product).dtype != fake(q_heads).dtype):
+        return None  # infinity times q is no number, and what is capped would be; what is wider keeps more of q
     if not all(_suits(t, q_heads) for t in temperatures):
         return None
     return Scores(q_heads, k_heads, is_transposed, scale, softcap, tuple(rest), tuple(temperatures))
@@ -190,8 +192,9 @@ def _suits(temperature: Change, q: fx.Node) -> bool:
     """Whether q can be multiplied instead of the scores."""
     value = fake(temperature.tensor)
     is_one_a_head = value.dim() <= 4 and all(map(is_one, value.shape[-2:]))
-    keeps_dtype = value.dim() == 0 or value.dtype == fake(q).dtype
-    return is_one_a_head and keeps_dtype
+    # Products with q in float16 could be too large where scores are not.
+    is_wide = fake(q).dtype != torch.float16
+    return is_one_a_head and is_wide and value.dtype == fake(q).dtype
 
 
 def _alone(node: Any, chain: list[fx.Node], readers: int = 1) -> fx.Node | None:

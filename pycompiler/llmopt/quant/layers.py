@@ -148,7 +148,12 @@ def buffers_of(model: nn.Module) -> list[Tensor]:
 
 
 def _is_written(buffer: Tensor) -> bool:
-    if buffer.layout is not torch.strided or buffer.is_nested or buffer.is_meta:
+    if (
+        buffer.layout is not torch.strided
+        or buffer.is_nested
+        or buffer.is_meta
+        or buffer.is_quantized
+    ):
         return False
     return all(n <= 1 or step for n, step in zip(buffer.shape, buffer.stride(), strict=True))
 
