@@ -27,8 +27,6 @@ from llmopt.weights import STORE, PackedWeight
 from llmopt.writes import written_by
 
 _ADDRESS = Tensor.data_ptr
-
-
 _MOST_SETS = 512  # of weights that one segment remembers: those of all layers, or experts, that share its graph
 
 
@@ -99,9 +97,8 @@ class Segment(torch.nn.Module):
         self._ready_sets: dict[tuple[int, ...], _Ready] = {}
         self._repack = False  # the next call packs every weight again, whatever it sees of it
         self._told = 0  # how often others told it to look again
-        self._held = weakref.WeakSet[
-            PackedWeight
-        ]()  # the store owns them, for as long as their tensors live
+        # The store owns them, for as long as their tensors live.
+        self._held: weakref.WeakSet[PackedWeight] = weakref.WeakSet()
         self._lock = threading.Lock()
         self.profile_ns: list[int] | None = None
 
@@ -204,13 +201,18 @@ class Segment(torch.nn.Module):
             return self._ready
         ready = self._ready  # another thread may forget it
         if not ready.is_of(arguments):
-            ready = self._ready_sets.get(self._set_of(arguments), _NOTHING_READY)
+            ready = self._known(arguments)
             if not ready.is_of(arguments):
                 return self._made_ready(arguments, edited=False)
         if ready.watch is None or not ready.watch.same_content():
             return self._made_ready(arguments, edited=True)
-        self._ready = ready
         return ready
+
+    def _known(self, arguments: tuple) -> _Ready:
+        """What is remembered of these weights, which the next call is likely to bring too."""
+        with STORE.lock:  # nobody forgets it in between
+            self._ready = self._ready_sets.get(self._set_of(arguments), _NOTHING_READY)
+            return self._ready
 
     def _set_of(self, arguments: tuple) -> tuple[int, ...]:
         return tuple(map(id, self._weights_of(arguments)))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from llmopt import executor
 from llmopt.compiled import alive
+from llmopt.watch import Watch
 from llmopt.weights import PackedStore, PackedWeight
 from torch import nn
 
@@ -259,6 +260,32 @@ def test_layers_that_share_a_graph(most: int, monkeypatch: pytest.MonkeyPatch) -
     layers[1].up.weight.data.mul_(2)
     for run, layer in zip(compiled, layers, strict=True):
         assert_same_output(run(x), layer(x))
+
+
+@pytest.mark.parametrize("turn", [0, 1])
+def test_a_segment_that_is_told_to_look_again_during_a_call(
+    turn: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another thread refreshes while one compares: what that call found is not remembered."""
+    layers = [build(Block, seed) for seed in range(2)]
+    compiled = [torch.compile(layer, backend="llmopt") for layer in layers]
+    x = block_input()
+    for run in (*compiled, *compiled[: 2 - turn]):
+        run(x)
+    compares = Watch.same_content
+
+    def told(watch: Watch) -> bool:
+        monkeypatch.setattr(Watch, "same_content", compares)
+        llmopt.refresh()
+        return True
+
+    monkeypatch.setattr(Watch, "same_content", told)
+    compiled[turn](x)
+    asked = []
+    get = PackedStore.get
+    monkeypatch.setattr(PackedStore, "get", lambda *a, **k: asked.append(a) or get(*a, **k))
+    assert_same_output(compiled[turn](x), layers[turn](x))
+    assert asked
 
 
 @SMALL_EDITS

@@ -15,7 +15,6 @@ from torch import fx
 from llmopt.graph import (
     FLOATS,
     compute_fake,
-    emit,
     fake,
     fake_mode_of,
     is_tensor,
@@ -23,6 +22,7 @@ from llmopt.graph import (
     same_shape,
     view_base,
 )
+from llmopt.passes.calls import Calls
 from llmopt.writes import Writes
 
 _WHOLE = slice(None)
@@ -33,83 +33,91 @@ def run(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         with graph.inserting_before(node):
             if kind(node) == "setitem_" and not node.users:
-                assign.item(node)
-            elif kind(node) == "index_copy_" and len(node.args) == 4:
-                assign.second_dimension(node)
+                is_done = assign.item(node)
+            elif kind(node) == "index_copy_" and len(node.args) == 4 and not node.users:
+                is_done = assign.second_dimension(node)
+            else:
+                continue
+        if is_done:
+            graph.erase_node(node)
 
 
 class _Assign:
+    """Writes an assignment in front of it in the way that kernels know; False where there is none."""
+
     def __init__(self, graph: fx.Graph) -> None:
         self._graph = graph
         self._mode: Any = fake_mode_of(graph)
         self._writes = Writes(graph)
         self._counted: dict[tuple[fx.Node, Any], fx.Node] = {}
 
-    def item(self, node: fx.Node) -> None:
+    def item(self, node: fx.Node) -> bool:
         target, index, rows = node.args
         if not _is_given(target) or not _is_of_dtype(rows, target):
-            return
+            return False
         parts = list(index) if isinstance(index, tuple) else [index]
         places = [i for i, part in enumerate(parts) if is_tensor(part)]
         if not places and all(map(_is_basic, parts)):
-            if self._fills(target, index, rows):
-                self._emit("copy_", node, self._emit(operator.getitem, target, target, index), rows)
-                self._graph.erase_node(node)
-        elif len(places) == 1 and places[0] in (1, 2) and fake(target).dim() == 4:
-            self._at_positions(node, target, parts, places[0], rows)
+            if not same_shape(self._window(target, index).shape, fake(rows).shape):
+                return False
+            call = self._calls(node)
+            call("copy_", call(operator.getitem, target, index), rows)
+            return True
+        if len(places) == 1 and places[0] in (1, 2) and fake(target).dim() == 4:
+            return self._at_positions(node, target, parts, places[0], rows)
+        return False
 
     def _at_positions(
         self, node: fx.Node, target: fx.Node, parts: list[Any], dim: int, rows: fx.Node
-    ) -> None:
+    ) -> bool:
         positions = parts[dim]
+        rest = (*parts[:dim], _WHOLE, *parts[dim + 1 :])
         if fake(positions).dtype != torch.int64 or fake(positions).dim() != 1:
-            return
-        rest = [*parts[:dim], _WHOLE, *parts[dim + 1 :]]
+            return False
         if not all(isinstance(part, slice) for part in rest):
-            return
-        window = target
-        if any(part != _WHOLE for part in rest):
-            window = self._emit(operator.getitem, target, target, tuple(rest))
-        shape = list(fake(window).shape)
+            return False
+        shape = list(self._window(target, rest).shape)
         shape[dim] = fake(positions).shape[0]
-        if same_shape(shape, fake(rows).shape):
-            self._copy(node, window, dim, self._from_the_front(node, positions, target, dim), rows)
-            self._graph.erase_node(node)
+        if not same_shape(shape, fake(rows).shape):
+            return False
+        call = self._calls(node)
+        is_whole = all(part == _WHOLE for part in rest)
+        window = target if is_whole else call(operator.getitem, target, rest)
+        _copy(call, window, dim, self._from_the_front(call, positions, target, dim), rows)
+        return True
 
     def _from_the_front(
-        self, node: fx.Node, positions: fx.Node, target: fx.Node, dim: int
+        self, call: Calls, positions: fx.Node, target: fx.Node, dim: int
     ) -> fx.Node:
         """Positions that an assignment may count from the end, as index_copy_ wants them."""
         size = fake(target).shape[dim]
         if not isinstance(size, int):
-            size = self._emit("size", target, target, dim)
+            size = call("size", target, dim)
         made = self._counted.get((positions, size))
-        if made is None or self._writes.between((positions,), made, node):
-            is_behind = self._emit("lt", positions, positions, 0)
-            moved = self._emit("add", positions, positions, size)
-            made = self._emit(torch.where, positions, is_behind, moved, positions)
+        if made is None or self._writes.between((positions,), made, call.like):
+            is_behind = call("lt", positions, 0)
+            made = call(torch.where, is_behind, call("add", positions, size), positions)
             self._counted[positions, size] = made
         return made
 
-    def second_dimension(self, node: fx.Node) -> None:
+    def second_dimension(self, node: fx.Node) -> bool:
         target, dim, positions, rows = node.args
-        if is_tensor(target) and fake(target).dim() == 4 and dim in (1, -3) and not node.users:
-            self._copy(node, target, 1, positions, rows)
-            self._graph.erase_node(node)
+        if not is_tensor(target) or fake(target).dim() != 4 or dim not in (1, -3):
+            return False
+        _copy(self._calls(node), target, 1, positions, rows)
+        return True
 
-    def _copy(
-        self, node: fx.Node, window: fx.Node, dim: int, positions: fx.Node, rows: fx.Node
-    ) -> None:
-        if dim == 1:
-            window, rows = (self._emit("transpose", t, t, 1, 2) for t in (window, rows))
-        self._emit("index_copy_", node, window, 2, positions, rows)
+    def _window(self, target: fx.Node, index: Any) -> torch.Tensor:
+        return compute_fake(self._mode, operator.getitem, (target, index), {})
 
-    def _fills(self, target: fx.Node, index: Any, rows: fx.Node) -> bool:
-        window = compute_fake(self._mode, operator.getitem, (target, index), {})
-        return same_shape(window.shape, fake(rows).shape)
+    def _calls(self, node: fx.Node) -> Calls:
+        return Calls(self._graph, self._mode, node)
 
-    def _emit(self, function: Any, like: fx.Node, *args: Any) -> fx.Node:
-        return emit(self._graph, self._mode, function, args, like=like)
+
+def _copy(call: Calls, window: fx.Node, dim: int, positions: fx.Node, rows: fx.Node) -> None:
+    if dim == 1:
+        window, rows = (call("transpose", t, 1, 2) for t in (window, rows))
+    call("index_copy_", window, 2, positions, rows)
 
 
 def _is_given(target: Any) -> bool:

@@ -62,7 +62,7 @@ class Tables:
             return table
         key: tuple[Any, ...] = (self.first_like(base),)
         if kind(table) in _RESHAPES:
-            key = (*key, *map(expression, fake(table).shape))
+            key = (*key, fake(table).dtype, *map(expression, fake(table).shape))
         else:
             key = (*key, kind(table), repr(table.args[1:]), repr(table.kwargs))
         return self._same.setdefault(key, table)
@@ -116,7 +116,7 @@ class Tables:
 def _without_ones(node: fx.Node) -> tuple[fx.Node, tuple[int, ...]]:
     """The value that node shows with further dimensions of 1, and which dimensions of node those are."""
     base, places = node, tuple[int, ...]()
-    while kind(base) in _RESHAPES and is_tensor(base.args[0]):
+    while kind(base) in _RESHAPES and fake(base.args[0]).dtype == fake(node).dtype:
         added = _added_ones(fake(base.args[0]).shape, fake(node).shape)
         if added is None:
             break

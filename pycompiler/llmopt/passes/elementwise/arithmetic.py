@@ -170,10 +170,9 @@ def _choice(node: fx.Node, condition: Any, a: Any, b: Any) -> Spelling | None:
     if not is_tensor(condition) or fake(condition).dtype != torch.bool:
         return None
     numbers = [scalar(p) for p in (a, b) if not is_tensor(p)]
+    # True and False are no numbers here, and a number in place of a bool would have to become one.
     if any(n is None for n in numbers) or (numbers and fake(node).dtype == torch.bool):
-        return (
-            None  # True and False among them; a number in place of a bool would have to become one
-        )
+        return None
     if kind(node) == "masked_fill" and any(
         is_beyond_dtype(node, n) for n in numbers if n is not None
     ):
@@ -194,7 +193,7 @@ def _prelu(node: fx.Node) -> Spelling | None:
     return spell
 
 
-def _largest_binary_rule(name: str) -> Rule:
+def _of_two_tensors(name: str) -> Rule:
     """torch.max and torch.min of two tensors; of one they reduce."""
 
     def rule(node: fx.Node) -> Spelling | None:
@@ -222,8 +221,8 @@ RULES: dict[str, Rule] = {
     **{name: _comparison(name) for name in _COMPARISONS},
     **{name: _of_truths(op) for op, names in _OPERATORS.items() for name in names},
     **dict.fromkeys(_NOT, _not),
-    "max": _largest_binary_rule("maximum"),
-    "min": _largest_binary_rule("minimum"),
+    "max": _of_two_tensors("maximum"),
+    "min": _of_two_tensors("minimum"),
     "pow": _power,
     "where": _where,
     "masked_fill": _masked_fill,
