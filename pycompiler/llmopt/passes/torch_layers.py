@@ -88,18 +88,7 @@ def _attention_layer(call: Calls, node: fx.Node) -> None:
     if reason := _why_not(node, given, inputs):
         node.meta[NOTE] = f"nn.MultiheadAttention: {reason}"
         return
-    heads, is_batched = given["num_heads"], fake(inputs[0]).dim() == 3
-    weights = (
-        [given[f"{x}_proj_weight"] for x in "qkv"]
-        if given["use_separate_proj_weight"]
-        else _thirds(call, given["in_proj_weight"])
-    )
-    biases = _thirds(call, given["in_proj_bias"])
-    p = _Projections(
-        heads,
-        tuple(zip(weights, biases, strict=True)),
-        (given["out_proj_weight"], given["out_proj_bias"]),
-    )
+    p, is_batched = _projections(call, given), fake(inputs[0]).dim() == 3
     turned = {
         x: _dense(call, call("transpose", x, 0, 1)) if is_batched else call("unsqueeze", x, 0)
         for x in dict.fromkeys(inputs)
@@ -115,17 +104,16 @@ def _attention_layer(call: Calls, node: fx.Node) -> None:
         )
     read = {part.args[1] for part in node.users if part.users}
     masked = of_queries is not None or of_keys is not None
-    scores = None
+    shares = None
     if _WEIGHTS in read or (given["need_weights"] and masked):
         # With them, a row without a key that it may attend to gives NaN; without them zeros.
-        scores = _scores(call, q, k, _added(call, _masks(call, of_queries, of_keys, heads), q))
-        attended = call("matmul", scores, v)
+        shares = _shares(call, q, k, _added(call, _masks(call, of_queries, of_keys, p.heads), q))
+        attended = call("matmul", shares, v)
     elif given["is_causal"] and of_keys is None and not given["need_weights"]:
-        attended = call(
-            F.scaled_dot_product_attention, q, k, v, is_causal=True
-        )  # whatever attn_mask holds
+        # Whatever attn_mask holds.
+        attended = call(F.scaled_dot_product_attention, q, k, v, is_causal=True)
     else:
-        allowed = _allowed(call, _masks(call, of_queries, of_keys, heads))
+        allowed = _allowed(call, _masks(call, of_queries, of_keys, p.heads))
         attended = call(F.scaled_dot_product_attention, q, k, v, attn_mask=allowed)
     result = p.joined(call, attended)
     written = mutated_storages(call.graph)
@@ -135,17 +123,29 @@ def _attention_layer(call: Calls, node: fx.Node) -> None:
         elif part.users:
             value = result
             if part.args[1] == _WEIGHTS:
-                value = call("mean", scores, 1) if given["average_attn_weights"] else scores
+                value = call("mean", shares, 1) if given["average_attn_weights"] else shares
             replace(part, value if is_batched else call("squeeze", value, 0))
         else:
             call.graph.erase_node(part)
     call.graph.erase_node(node)
 
 
+def _projections(call: Calls, given: dict[str, Any]) -> _Projections:
+    if given["use_separate_proj_weight"]:
+        weights = [given[f"{x}_proj_weight"] for x in "qkv"]
+    else:
+        weights = _thirds(call, given["in_proj_weight"])
+    biases = _thirds(call, given["in_proj_bias"])
+    result = given["out_proj_weight"], given["out_proj_bias"]
+    return _Projections(given["num_heads"], tuple(zip(weights, biases, strict=True)), result)
+
+
 def _further_keys(
     call: Calls, given: dict[str, Any], p: _Projections, k: fx.Node
 ) -> Iterator[tuple[fx.Node, fx.Node]]:
     """Keys and values [N, H, 1, D] that are attended to behind those of the input: learnt ones, and zeros."""
+    if given["bias_k"] is None and not given["add_zero_attn"]:
+        return
     first = call("narrow", k, 2, 0, 1)
     if given["bias_k"] is not None:
         learnt = (p.by_heads(call, given[name]) for name in ("bias_k", "bias_v"))
@@ -156,7 +156,7 @@ def _further_keys(
         yield zeros, zeros
 
 
-def _scores(call: Calls, q: fx.Node, k: fx.Node, added: fx.Node | None) -> fx.Node:
+def _shares(call: Calls, q: fx.Node, k: fx.Node, added: fx.Node | None) -> fx.Node:
     """How much of each key's value a query takes: [N, H, L, S]."""
     scores = call("matmul", call("mul", q, fake(q).shape[-1] ** -0.5), call("transpose", k, 2, 3))
     return call(F.softmax, scores if added is None else call("add", scores, added), dim=-1)
