@@ -131,10 +131,9 @@ def _attention_layer(call: Calls, node: fx.Node) -> None:
 
 
 def _projections(call: Calls, given: dict[str, Any]) -> _Projections:
-    if given["use_separate_proj_weight"]:
-        weights = [given[f"{x}_proj_weight"] for x in "qkv"]
-    else:
-        weights = _thirds(call, given["in_proj_weight"])
+    own = [given[f"{x}_proj_weight"] for x in "qkv"]  # where keys and values have other widths
+    is_own = given["use_separate_proj_weight"]
+    weights = own if is_own else _thirds(call, given["in_proj_weight"])
     biases = _thirds(call, given["in_proj_bias"])
     result = given["out_proj_weight"], given["out_proj_bias"]
     return _Projections(given["num_heads"], tuple(zip(weights, biases, strict=True)), result)
