@@ -167,7 +167,7 @@ def _run_passes(
         nonlocal decision
         schemes = None
         if options.precision == "auto":
-            chosen = auto.choose(gm, example_inputs, options.accuracy_budget)
+            chosen = auto.choose(gm, example_inputs, options.accuracy_budget, options.mode)
             if chosen is not None:
                 decision, schemes = chosen.decision, chosen.schemes
         exact = quantize.run(graph, options.scheme, schemes)

@@ -132,6 +132,10 @@ class Choice:
             return []
         return [len(self.rows), *(i for m, config in self.rows for i in config.row(m))]
 
+    def at(self, m: int) -> LinearConfig:
+        """The config that M rows run with."""
+        return next((config for most, config in self.rows if m <= most), LinearConfig())
+
     def __str__(self) -> str:
         """The configs in words; "" where all is left to the kernel."""
         if not self.ints():

@@ -44,7 +44,9 @@ def fake_seconds(shape: LayerShape, scheme) -> float:
 def made_up_times(monkeypatch) -> None:
     real = auto.choose
     monkeypatch.setattr(
-        auto, "choose", lambda gm, inputs, budget: real(gm, inputs, budget, fake_seconds)
+        auto,
+        "choose",
+        lambda gm, inputs, budget, mode: real(gm, inputs, budget, mode, fake_seconds),
     )
 
 
@@ -311,11 +313,11 @@ def test_slow_plans_are_not_tried() -> None:
 def test_shapes_are_timed_once(scheme, gated: bool) -> None:
     asked = []
 
-    def bench_of(problem: LinearProblem) -> timing.Bench:
+    def bench_of(problem: LinearProblem, _: LinearConfig) -> timing.Bench:
         asked.append(problem)
         return lambda: 1.5
 
-    clock = timing.LayerClock(bench_of, known={})
+    clock = timing.LayerClock(bench_of=bench_of, known={})
     shape = LayerShape(3, 256, 128, torch.float32, gated)
     assert clock(shape, scheme) == clock(shape, scheme) == 1.5e-6
     assert clock(shape, None) == 1.5e-6

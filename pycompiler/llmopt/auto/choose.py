@@ -79,12 +79,14 @@ def choose(
     gm: fx.GraphModule,
     inputs: Sequence[Any],
     budget: float = DEFAULT_BUDGET,
+    mode: str = "default",
     seconds: Seconds | None = None,
 ) -> Chosen | None:
     """Which of a graph's linears get which scheme; None when it has no linear with a float weight.
 
     inputs: what the graph is called with; the graph runs on copies, a few times. Weights that were decided upon in another graph of
-    their model, with the same budget, keep their plan. seconds: how long layers take; measured by default.
+    their model, with the same budget, keep their plan. mode: of torch.compile, which decides what linears are tuned. seconds: how long
+    layers take; measured by default.
     """
     problem = problem_of(gm, inputs)
     if problem is None:
@@ -95,7 +97,7 @@ def choose(
     if known is None and (reason := why_incomparable(results)):
         return Chosen(all_exact(layers, budget, f"results cannot be compared: {reason}"), {})
     if known is None:
-        decision, plans = decide_for(problem, budget, seconds or LayerClock())
+        decision, plans = decide_for(problem, budget, seconds or LayerClock(mode))
         known = {name: (decision, plan) for name, plan in plans.items()}
         for name, tensors in weights.items():
             for tensor in tensors:

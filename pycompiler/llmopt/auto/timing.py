@@ -14,6 +14,7 @@ from llmopt.native.segment import SHORT_DTYPES
 from llmopt.quant.schemes import Scheme
 from llmopt.target import target
 from llmopt.tune.candidates import Machine, predict
+from llmopt.tune.lookup import tuner_for
 from llmopt.tune.measure import LinearBench, WeightMemory
 from llmopt.types import LinearConfig, LinearProblem
 
@@ -24,43 +25,51 @@ INTERRUPTED = 10.0  # times longer than the tuner's model expects
 
 Bench = Callable[[], float]  # → microseconds of one call
 
-# By problem, tier and threads: a shape is timed once per process.
-_known: dict[tuple[LinearProblem, str, int], float] = {}
+# A linear with the config that it runs with, on a tier, by so many threads.
+_Timed = tuple[LinearProblem, LinearConfig, str, int]
+_known: dict[_Timed, float] = {}  # seconds; all are timed once per process
 
 
 class LayerClock:
     """Seconds of one linear of a shape under a scheme (None: exact), or of those of several experts, one after the other.
 
-    The schemes of a shape are timed in turns and the fastest call of each counts, so that a busy moment of the machine favours none.
-    bench_of: makes the function that times a problem; tests give their own, together with what is known already.
+    Each runs with the config that a plan of `mode` would give it: what was tuned here, and under max-autotune nothing untuned. The
+    schemes of a shape are timed in turns and the fastest call of each counts, so that a busy moment of the machine favours none.
+    bench_of: makes the function that times a problem with a config; tests give their own, together with what is known already.
     """
 
     def __init__(
         self,
-        bench_of: Callable[[LinearProblem], Bench] | None = None,
-        known: dict[tuple[LinearProblem, str, int], float] | None = None,
+        mode: str = "default",
+        bench_of: Callable[[LinearProblem, LinearConfig], Bench] | None = None,
+        known: dict[_Timed, float] | None = None,
     ) -> None:
+        tuner = tuner_for(target(), mode)
+        self._config = functools.cache(lambda problem: tuner(problem).at(problem.m))
+        self._here = target().tier, torch.get_num_threads()
         self._memory = WeightMemory()
         self._bench_of = bench_of or self._linear_bench
         self._known = _known if known is None else known
 
     def __call__(self, shape: LayerShape, scheme: Scheme | None) -> float:
-        here = target().tier, torch.get_num_threads()
-        wanted = problem_of(shape, scheme)
-        if (wanted, *here) not in self._known:
-            others = [None, *(s for s in schemes_tried() if not s.reject(shape.k))]
-            problems = dict.fromkeys((wanted, *(problem_of(shape, s) for s in others)))
-            missing = [p for p in problems if (p, *here) not in self._known]
-            machine = _machine(*here)
-            expected = [predict(p, LinearConfig(), machine) for p in missing]
-            times = fastest_in_turns([self._bench_of(p) for p in missing], expected)
-            self._known.update({(p, *here): t for p, t in zip(missing, times, strict=True)})
-        return shape.experts * self._known[(wanted, *here)]
+        others = [None, *(s for s in schemes_tried() if not s.reject(shape.k))]
+        wanted, *rest = (self._timed(shape, s) for s in (scheme, *others))
+        if wanted not in self._known:
+            missing = [t for t in dict.fromkeys((wanted, *rest)) if t not in self._known]
+            machine = _machine(*self._here)
+            expected = [predict(problem, config, machine) for problem, config, *_ in missing]
+            benches = [self._bench_of(problem, config) for problem, config, *_ in missing]
+            times = fastest_in_turns(benches, expected)
+            self._known.update(zip(missing, times, strict=True))
+        return shape.experts * self._known[wanted]
 
-    def _linear_bench(self, problem: LinearProblem) -> Bench:
-        machine = _machine(target().tier, torch.get_num_threads())
-        bench = LinearBench(problem, machine, self._memory)
-        return lambda: bench(LinearConfig())
+    def _timed(self, shape: LayerShape, scheme: Scheme | None) -> _Timed:
+        problem = problem_of(shape, scheme)
+        return problem, self._config(problem), *self._here
+
+    def _linear_bench(self, problem: LinearProblem, config: LinearConfig) -> Bench:
+        bench = LinearBench(problem, _machine(*self._here), self._memory)
+        return lambda: bench(config)
 
 
 def fastest_in_turns(
