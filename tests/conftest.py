@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 
 import pytest
@@ -44,6 +45,11 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)
+    # Nobody reads Dynamo's trace of every compilation: without a handler it is not made, nor printed with a failure. pytest gives its
+    # own to every logger that does not propagate.
+    trace = logging.getLogger("torch.__trace")
+    trace.handlers.clear()
+    trace.propagate = True
 
 
 def pytest_sessionfinish() -> None:

@@ -14,9 +14,12 @@
 //               t: as of linear, without residual and norm; packed w: E of them one behind the other, bias [E, N] or
 //               none; then ends i32 [E] and a table of the step's own i64 [E + 2, kExpertRowInts].
 //               i, f: as of linear, without tuning.
+// matmul        t: x [batch.., M, K], w [batch.., N, K], bias [N] | none, y [batch.., M, N], any float dtype each; last
+//               dimensions of x and y contiguous, all other strides free (0 where one matrix serves several places).
 #include "cpu/family.h"
 #include "cpu/linear/gemm.h"
 #include "cpu/linear/grouped.h"
+#include "cpu/linear/matmul.h"
 #include "cpu/linear/pack.h"
 #ifdef __AMX_TILE__
 #include "cpu/linear/tiles.h"
@@ -33,10 +36,12 @@ inline int64_t weight_bytes(const Step& s) {
   return p.panels() * panel_bytes(p.K, p.weight);
 }
 using Experts = Grouped<kLinear, weight_bytes>;
+using Products = Matmul<kLinear>;
 const Kernel kKernels[] = {
     {"pack_linear", one_phase, pack_chunks, nullptr, pack_run},
     kLinear,
     {"grouped_linear", Experts::phases, Experts::chunks, Experts::workspace, Experts::run},
+    {"matmul", Products::phases, Products::chunks, Products::workspace, Products::run},
 };
 }  // namespace
 

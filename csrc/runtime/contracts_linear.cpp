@@ -73,6 +73,21 @@ const char* grouped_linear(const Call& c) {
   return is_float(static_cast<DType>(c.step.i[2])) ? nullptr : "there is no packed float weight";
 }
 
+const char* matmul(const Call& c) {
+  const Step& s = c.step;
+  if (!has(s, 4, 0, 0)) return kWrongCount;
+  const Tensor &x = s.t[0], &w = s.t[1], &y = s.t[3];
+  const int rows = y.ndim - 2, columns = y.ndim - 1;
+  if (rows < 0 || !float_rows(y, y.ndim)) return "y is not float [batch.., M, N]";
+  if (!float_rows(x, y.ndim) || x.size[rows] != y.size[rows]) return "x is not float [batch.., M, K]";
+  if (!given(w, y.ndim) || !is_float(w.dtype) || w.size[rows] != y.size[columns] || w.size[columns] != x.size[columns])
+    return "w is not float [batch.., N, K]";
+  if (!float_vector(s.t[2], y.size[columns])) return "bias is not float [N]";
+  for (int d = 0; d < rows; ++d)
+    if (x.size[d] != y.size[d] || w.size[d] != y.size[d]) return "the batches differ";
+  return nullptr;
+}
+
 // Bytes of quantised weights [N, K] in the layout of csrc/cpu/linear_quantized/layout.h.
 int64_t quantized_bytes(int64_t n, int64_t k, int64_t bits, int64_t group, bool offsets, int64_t panel) {
   const int64_t scales = panel * (bits == 8 ? 4 : 2) * (offsets ? 2 : 1);
@@ -158,13 +173,10 @@ const char* grouped_linear_quantized(const Call& c) {
 }
 
 constexpr ContractOf kContracts[] = {
-    {"pack_linear", {pack_linear, false}},
-    {"linear", {linear, false}},
-    {"grouped_linear", {grouped_linear, false}},
-    {"round_weight", {round_weight, false}},
-    {"pack_linear_quantized", {pack_linear_quantized, false}},
-    {"linear_quantized", {linear_quantized, false}},
-    {"grouped_linear_quantized", {grouped_linear_quantized, false}},
+    {"pack_linear", {pack_linear, false}},           {"linear", {linear, false}},
+    {"grouped_linear", {grouped_linear, false}},     {"matmul", {matmul, false}},
+    {"round_weight", {round_weight, false}},         {"pack_linear_quantized", {pack_linear_quantized, false}},
+    {"linear_quantized", {linear_quantized, false}}, {"grouped_linear_quantized", {grouped_linear_quantized, false}},
 };
 
 }  // namespace

@@ -37,6 +37,7 @@ EFFECTS = {
     "linears": "  linear.cpu",
     "routers": "limit_groups.cpu",
     "experts": "grouped_linear.cpu",
+    "products": "matmul.cpu",
     "embeddings": "embedding.cpu",
     "simplify_again": "gated",
     "share": "vm.cpu add+exp+mul",
@@ -91,7 +92,7 @@ class Step(nn.Module):
         x = x + self.out(y.transpose(1, 2).flatten(2))
         h = F.layer_norm(cache[0][:, 0].mT, (5,)).sum() + self.norm(x)
         x = x + self.down(gelu(self.gate(h)) * self.up(h))
-        x = x + self.limited(x[0])
+        x = x + self.limited(x[0]) + x @ self.norm(x).mT @ x
         x = x + moe._grouped_mm(x[0], self.experts.mT, self.ends)
         mean = x.pow(2).contiguous().mean(-1, keepdim=True)
         mean += 1e-5

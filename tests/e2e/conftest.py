@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 
 import pytest
@@ -11,11 +10,7 @@ import transformers
 from llmopt import backend
 
 transformers.logging.set_verbosity_error()
-# Nobody reads Dynamo's trace of every compilation: without a handler it is not written, nor printed with a failure. pytest gives
-# its own to every logger that does not propagate.
-logging.getLogger("torch.__trace").handlers.clear()
-logging.getLogger("torch.__trace").propagate = True
-# Nor a message, with its traceback, for each tensor of a cache that a graph replaces.
+# Nobody reads a message, with its traceback, for each tensor of a cache that a graph replaces.
 torch._dynamo.config.side_effect_replay_policy = "silent"
 
 

@@ -65,6 +65,11 @@ def grouped(op: str = "grouped_linear", **change: Any) -> tuple[str, list, list,
     return op, list(operands.values()), [*ints, *form], floats
 
 
+def matmul(**change: Any) -> tuple[str, list, list, list]:
+    operands = {"x": ONES(2, 3, 4), "w": ONES(2, 6, 4), "bias": None, "y": ONES(2, 3, 6)} | change
+    return "matmul", list(operands.values()), [], []
+
+
 ENDS = torch.tensor([1, 3], dtype=torch.int32)
 IDS, PLACES = torch.zeros(6, dtype=torch.int64), torch.arange(6)
 
@@ -156,6 +161,14 @@ WRONG = {
     "biases of other experts": (grouped(bias=ONES(3, 6)), "bias is not float .E, N"),
     "biases of other outputs": (grouped(bias=ONES(2, 5)), "bias is not float .N"),
     "rows of other experts": (grouped(x=ONES(3, 5)), "x is not float"),
+    "rows of a product": (matmul(x=ONES(2, 5, 4)), "x is not float"),
+    "rows of a product apart": (matmul(x=ONES(2, 3, 8)[..., ::2]), "x is not float"),
+    "K of a product": (matmul(w=ONES(2, 6, 5)), "w is not float"),
+    "columns of a product": (matmul(w=ONES(2, 5, 4)), "w is not float"),
+    "batches of a product": (matmul(w=ONES(1, 6, 4)), "the batches differ"),
+    "dimensions of a product": (matmul(w=ONES(6, 4)), "w is not float"),
+    "result of a product": (matmul(y=ONES(18)), "y is not float"),
+    "bias of a product": (matmul(bias=ONES(5)), "bias is not float"),
     "experts as a linear": (("grouped_linear", *linear()[1:]), "another number"),
     "codes of experts in floats": (
         ("grouped_linear_quantized", grouped()[1], [6, 4, F32, 0, 0, 0, 8, 4, 0, 1], [0, 1, 0]), "packed codes are u8"

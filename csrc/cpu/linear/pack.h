@@ -77,8 +77,7 @@ template <class T>
 void pack_copied(const char* first, int64_t k_stride, DType dtype, int64_t K, T* panel) {
   const T* from = reinterpret_cast<const T*>(first);
   if (dtype != DType::bf16) {
-    for (int64_t k = 0; k < K; ++k)
-      for (int c = 0; c < kPanel; ++c) panel[k * kPanel + c] = from[k * k_stride + c];
+    for (int64_t k = 0; k < K; ++k) __builtin_memcpy(panel + k * kPanel, from + k * k_stride, kPanel * sizeof(T));
     return;
   }
   for (int64_t k = 0; k < K; k += 2) {

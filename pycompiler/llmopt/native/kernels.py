@@ -6,13 +6,14 @@ import torch
 from torch import fx
 
 from llmopt.graph import NOTE, fake, kind
-from llmopt.native import attention, experts, linear, linear_quantized, pointwise, rows
+from llmopt.native import attention, experts, linear, linear_quantized, matmul, pointwise, rows
 from llmopt.native.operands import NativeKernel
 
 KERNELS: dict[str, NativeKernel] = {
     **linear.KERNELS,
     **linear_quantized.KERNELS,
     **experts.KERNELS,
+    **matmul.KERNELS,
     **attention.KERNELS,
     **rows.KERNELS,
     **pointwise.KERNELS,

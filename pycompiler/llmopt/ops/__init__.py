@@ -10,6 +10,7 @@ from llmopt.ops.experts import combine_experts, gather_tokens, limit_groups, sor
 from llmopt.ops.grouped_linear import grouped_linear
 from llmopt.ops.linear import linear
 from llmopt.ops.linear_quantized import dequantize, linear_quantized
+from llmopt.ops.matmul import matmul
 from llmopt.ops.norm import norm
 from llmopt.ops.pointwise import pointwise
 from llmopt.ops.rope import rope
@@ -28,6 +29,7 @@ ALL = (
     limit_groups,
     linear,
     linear_quantized,
+    matmul,
     norm,
     pointwise,
     rope,
@@ -49,6 +51,7 @@ __all__ = [
     "limit_groups",
     "linear",
     "linear_quantized",
+    "matmul",
     "norm",
     "pointwise",
     "rope",
