@@ -95,7 +95,6 @@ class Segment(torch.nn.Module):
         self._ready = _NOTHING_READY  # for the weights of the call before
         # By the tensors: layers may share a graph.
         self._ready_sets: dict[tuple[int, ...], _Ready] = {}
-        self._repack = False  # the next call packs every weight again, whatever it sees of it
         self._told = 0  # how often others told it to look again
         # The store owns them, for as long as their tensors live.
         self._held: weakref.WeakSet[PackedWeight] = weakref.WeakSet()
@@ -219,16 +218,16 @@ class Segment(torch.nn.Module):
 
     def _made_ready(self, arguments: tuple, edited: bool) -> _Ready:
         with self._lock:
-            told = self._told
-            again, self._repack = edited or self._repack, False
-            held = [STORE.get(p, arguments, self.target_, again, self) for p in self._packed]
+            told, watch = self._told, Watch(arguments, self._weights)
+            held = [STORE.get(p, arguments, self.target_, edited, self) for p in self._packed]
             if self._offload and offload(arguments[a] for a in self._matrices):
                 STORE.follow(self._packed, arguments, self.target_)
+                watch = Watch(arguments, self._weights)
             addresses = [
                 _address(held[number], source) for source, number in self._packed_externals
             ]
             self._held.update(held)
-            ready = _Ready(addresses, Watch(arguments, self._weights, held))
+            ready = _Ready(addresses, watch.sweep(held))
             with STORE.lock:
                 if told == self._told:
                     self._ready = ready
@@ -246,8 +245,8 @@ class Segment(torch.nn.Module):
             self._ready_sets = {}
 
     def forget_weights(self) -> None:
-        """Makes the next call pack every weight anew."""
-        self._repack = True
+        """Makes the next calls pack every weight anew, of every layer that shares this graph."""
+        STORE.forget(self)
         self.look_again()
 
 

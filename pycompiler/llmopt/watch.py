@@ -24,17 +24,20 @@ class Watch:
     does not wait for that. Of weights that were moved out of memory (`weights="packed"`) only lines are looked at.
     """
 
-    def __init__(
-        self, arguments: tuple, positions: Sequence[int], packed: Sequence[PackedWeight]
-    ) -> None:
-        """positions: which of a call's arguments are the weights; packed: what was made from them."""
+    def __init__(self, arguments: tuple, positions: Sequence[int]) -> None:
+        """positions: which of a call's arguments are the weights. Before they are packed: an edit meanwhile is one that comes later."""
         self.epoch = STORE.epoch
         tensors = [arguments[p] for p in positions]
         counted = [not t.is_inference() for t in tensors]  # those have no edit count
         self._tensors = _C.Arguments(arguments, positions, _ADDRESS, Tensor._version, counted)
         self._samples = samples_of(tensors)
-        self._sweep = _C.Sweep([p.held.content for p in packed])
+        self._sweep = _C.Sweep([])
         self._objects = _objects(tensors)
+
+    def sweep(self, packed: Sequence[PackedWeight]) -> Watch:
+        """The watch itself, which looks also at all that these were made from."""
+        self._sweep = _C.Sweep([p.held.content for p in packed])
+        return self
 
     def same_tensors(self, arguments: tuple) -> bool:
         """The same objects at the same addresses with the same edit counts."""

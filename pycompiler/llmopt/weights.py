@@ -59,6 +59,7 @@ class PackedWeight:
     sources: tuple[weakref.ref, ...]
     # Who has compared all of the content.
     readers: weakref.WeakSet[Reader] = field(default_factory=weakref.WeakSet)
+    is_forgotten: bool = False  # to be made again, whatever its sources look like
 
     @property
     def address(self) -> int:
@@ -141,6 +142,7 @@ class PackedStore:
             if (
                 changed
                 or entry is None
+                or entry.is_forgotten
                 or entry.held.state != state_of(bases)
                 or not self._is_unchanged(entry, reader)
             ):
@@ -152,6 +154,13 @@ class PackedStore:
                         other.look_again()
             entry.readers.add(reader)
             return entry
+
+    def forget(self, reader: Reader) -> None:
+        """Makes all that a reader runs with be packed again when it is asked for."""
+        with self.lock:
+            for entry in self._entries.values():
+                if reader in entry.readers:
+                    entry.is_forgotten = True
 
     @staticmethod
     def _is_unchanged(entry: PackedWeight, reader: Reader) -> bool:

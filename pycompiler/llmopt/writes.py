@@ -67,14 +67,20 @@ _WINDOW_OR_COPY = frozenset({"view", "view_as", "reshape", "reshape_as", "flatte
 
 
 # What passes lay out in another way, and with it what is computed from its result.
-_LAID_OUT_ANEW = frozenset({"linear", "matmul", "mm", "addmm", "bmm", "scaled_dot_product_attention"})  # fmt: skip
+_LAID_OUT_ANEW = frozenset(
+    {
+        *("linear", "matmul", "mm", "addmm", "bmm", "baddbmm", "einsum", "conv1d"),
+        *("scaled_dot_product_attention", "multi_head_attention_forward", "_transformer_encoder_layer_fwd"),
+    }
+)  # fmt: skip
 
 
 def _is_laid_out_anew(node: fx.Node) -> bool:
     """Whether a tensor is an operation's own result, which passes may lay out in another way."""
     if not _is_computed(node) or is_in_place(node) or view_base(node) is not node:
         return False
-    return kind(node) in _LAID_OUT_ANEW or any(map(_is_computed, node.all_input_nodes))
+    maker = node.args[0] if kind(node) == "getitem" else node  # of several results
+    return kind(maker) in _LAID_OUT_ANEW or any(map(_is_computed, node.all_input_nodes))
 
 
 def _is_seen_as_laid_out(node: fx.Node) -> bool:

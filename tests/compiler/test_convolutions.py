@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from llmopt.compiled import alive
 from torch import Tensor, nn
 
-from tests.compiler.rewriting import check, randn
+from tests.compiler.rewriting import check, check_memory, randn
 
 WIDTH = 8
 
@@ -127,3 +128,14 @@ def test_lengths_that_change() -> None:
         x = randn(2, length, WIDTH)
         torch.testing.assert_close(compiled(x), mixer(x), rtol=1e-4, atol=1e-5)
     assert all("conv1d" not in str(g.plan) for g in alive()[-3:])
+
+
+def test_windows_on_results() -> None:
+    """Memory that two results share stays so."""
+    weight = randn(8, 1, 4)
+
+    def function(x: Tensor) -> tuple[Tensor, Tensor]:
+        y = F.conv1d(x, weight, padding=3, groups=8)
+        return y, y.view(2, -1)
+
+    check_memory(function, randn(2, 8, 5))

@@ -199,6 +199,33 @@ def test_what_is_compared_is_rounded_first() -> None:
     check(functions, torch.float16, special=False)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_activations_that_jump(dtype: torch.dtype) -> None:
+    """What they judge is rounded first, and so are their numbers where PyTorch rounds them."""
+    functions = {
+        "hardshrink": lambda x: F.hardshrink(x, 0.3) * 1.5,
+        "hardshrink of a sum": lambda x: F.hardshrink(x * 3.0 + 0.1, 0.5) * 1.5,
+        "threshold": lambda x: F.threshold(x, 0.3, 20.0) * 1.5,
+        "threshold of a sum": lambda x: F.threshold(x * 3.0 + 0.1, 0.5, 20.0) * 1.5,
+        "softplus": lambda x: F.softplus(x * 3.0, 1.0, 0.25) * 1.5,
+    }
+    torch._dynamo.reset()
+    x = torch.cat((torch.arange(-400, 400) / 100, torch.tensor([0.3, -0.3]))).view(2, -1).to(dtype)
+    for name, function in functions.items():
+        with torch.no_grad():
+            got, want = torch.compile(function, backend="llmopt")(x), function(x)
+        torch.testing.assert_close(got, want, rtol=2e-2, atol=1e-6, msg=name)
+
+
+def test_a_row_of_zeros_is_normalized_as_in_pytorch() -> None:
+    """Whose smallest norm is 0 in float16."""
+    for dtype in DTYPES:
+        x = torch.zeros(2, 8, dtype=dtype)
+        call = lambda x: F.normalize(x, dim=-1) * 1.5  # noqa: E731
+        got = torch.compile(call, backend="llmopt")(x)
+        assert torch.equal(got.isnan(), call(x).isnan())
+
+
 def test_sizes_that_change() -> None:
     torch._dynamo.reset()
     call = lambda ids, rows: F.log_softmax(F.elu(F.embedding(ids, rows)), -1)  # noqa: E731

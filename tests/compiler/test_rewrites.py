@@ -422,3 +422,23 @@ def test_caches_that_grow_without_a_query_or_a_key(cached: int) -> None:
     none, some = heads(1)[:, :, :0], heads(2)[:, :, :3]
     check(grown, none, some, some, *caches)
     check(grown, some, none, none, *(heads(5), heads(6)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64])
+def test_rotations_that_kernels_do_not_compute(dtype: torch.dtype) -> None:
+    """Nothing but floats of up to 32 bits is rotated in float32."""
+    cos, sin = ((100 * randn(1, 1, 5, 8, seed=i)).to(dtype) for i in range(2))
+
+    def whole(x: torch.Tensor) -> torch.Tensor:
+        a, b = x.chunk(2, -1)
+        return x * cos + torch.cat((-b, a), -1) * sin
+
+    def halves(x: torch.Tensor) -> torch.Tensor:
+        a, b = x.chunk(2, -1)
+        c, s = cos[..., :4], sin[..., :4]
+        return torch.cat((a * c - b * s, b * c + a * s), -1)
+
+    x = (2**30 * heads()).to(dtype)
+    for function in (whole, halves):
+        torch._dynamo.reset()
+        assert torch.equal(torch.compile(function, backend="llmopt")(x), function(x))

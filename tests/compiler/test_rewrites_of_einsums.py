@@ -9,7 +9,7 @@ import torch
 from llmopt.compiled import alive
 from torch import Tensor, nn
 
-from tests.compiler.rewriting import check, randn
+from tests.compiler.rewriting import check, check_memory, randn
 
 E = torch.einsum
 
@@ -95,6 +95,22 @@ def test_an_operand_that_is_written_afterwards(change: Callable[[Tensor], Tensor
         return E("bhij,bhjd->bhid", scores.softmax(-1), v) + k
 
     check(function, *(randn(2, 3, 5, 8, seed=i) for i in range(3)), leaves=["attention"])
+
+
+TURNED = randn(24, 16)
+WINDOWS: dict[str, Callable[[Tensor], tuple[Tensor, ...]]] = {
+    "written": lambda x: (y := E("bsd,ed->ebs", x, TURNED), y.view(-1).add_(1)),
+    "written in part": lambda x: (y := E("bsd,ed->ebs", x, TURNED), y.view(-1)[1:30].zero_()),
+    "a copy that is written": lambda x: (y := E("bsd,ed->ebs", x, TURNED), y.permute(1, 2, 0).reshape(-1).add_(1)),
+    "returned": lambda x: (y := E("bsd,ed->ebs", x, TURNED), y.view(-1)),
+    "a copy that is returned": lambda x: (y := E("bsd,ed->ebs", x, TURNED), y.permute(1, 2, 0).reshape(-1, 24)),
+    "of two inputs": lambda x: (y := E("bqd,bkd->kbq", x, x), y.permute(1, 0, 2).reshape(-1).add_(1)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+def test_windows_on_results(name: str) -> None:
+    check_memory(WINDOWS[name], randn(2, 5, 16))
 
 
 LEFT: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = {

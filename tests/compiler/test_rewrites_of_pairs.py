@@ -167,6 +167,7 @@ LEFT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "a sum": complexly(lambda z, t: z + t.view(1, 5, 1, -1)),
     "a square": complexly(lambda z, t: z * z),
     "more rows than x": complexly(lambda z, t: z[:, :1] * t.view(1, 5, 1, -1)),
+    "one turn for all pairs": complexly(lambda z, t: z * t[:, :1].view(1, 5, 1, 1)),
     "one turn for all": complexly(lambda z, t: z * t[1, 1]),
     "a reflection": stacks(lambda a, b, c, s: (a * c + b * s, a * s - b * c)),
     "two sums": stacks(lambda a, b, c, s: (a * c + b * s, b * c + a * s)),

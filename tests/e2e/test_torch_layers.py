@@ -426,3 +426,25 @@ def test_an_exported_program() -> None:
         program.run_decompositions().module()
     )  # norms and softmax in parts that are PyTorch's
     assert_close(torch.compile(decomposed, backend="llmopt")(x), model(x))
+
+
+@pytest.mark.parametrize("more", [{"add_zero_attn": True}, {"add_bias_kv": True}], ids=str)
+def test_attention_to_no_keys_but_its_own(more: dict[str, Any]) -> None:
+    m = seeded(nn.MultiheadAttention(WIDTH, HEADS, batch_first=True, **more))
+    q, empty = randn(2, LENGTH, WIDTH), torch.empty(2, 0, WIDTH)
+    torch._dynamo.reset()
+    got = torch.compile(m, backend="llmopt")(q, empty, empty)[0]
+    assert_close(got, m(q, empty, empty)[0])
+
+
+def test_results_that_share_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mha, "get_fastpath_enabled", lambda: False)
+    m = seeded(nn.MultiheadAttention(WIDTH, HEADS, batch_first=True))
+
+    def function(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y = m(x, x, x, need_weights=False)[0]
+        return y, y.transpose(0, 1).view(-1, WIDTH)
+
+    torch._dynamo.reset()
+    y, rows = torch.compile(function, backend="llmopt")(randn(2, LENGTH, WIDTH))
+    assert y.data_ptr() == rows.data_ptr()

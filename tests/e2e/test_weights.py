@@ -11,7 +11,7 @@ import torch
 from llmopt import executor
 from llmopt.compiled import alive
 from llmopt.watch import Watch
-from llmopt.weights import PackedStore, PackedWeight
+from llmopt.weights import STORE, PackedStore, PackedWeight
 from torch import nn
 
 from tests.e2e.blocks import Block, Tied, block_input, build
@@ -296,6 +296,43 @@ def test_refresh_packs_again_at_once(edit: Callable[[nn.Parameter], None], backe
     compiled(x)
     edit(module.weight)
     llmopt.refresh()
+    assert_same_output(compiled(x), module(x))
+
+
+def test_refresh_is_of_all_layers_that_share_a_graph() -> None:
+    """Each packs again when its turn comes, whichever comes first; those that another graph packed meanwhile do not."""
+    layers = [nn.Linear(64, 512) for _ in range(3)]
+    compiled = [torch.compile(layer, backend="llmopt") for layer in layers]
+    x, few = torch.randn(5, 64), torch.randn(1, 64)
+    for run in compiled:
+        run(x), run(few)
+    for row in range(5, 50, 9):
+        for layer in layers:
+            layer.weight.data[row, 3] += 5.0
+        llmopt.refresh()
+        packed = STORE.packings
+        for run, layer in zip(compiled, layers, strict=True):
+            assert_same_output(run(x), layer(x))
+            assert_same_output(run(few), layer(few))
+        assert STORE.packings == packed + len(layers)
+
+
+def test_an_edit_while_weights_are_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that PyTorch counts, in a weight that was packed already, before all of them are: the next call sees it."""
+    module = build(Block)
+    compiled = torch.compile(module, backend="llmopt")
+    get, asked, x = PackedStore.get, [], block_input()
+
+    def editing(*arguments, **more) -> PackedWeight:
+        packed = get(*arguments, **more)
+        asked.append(packed)
+        if len(asked) == 4:  # linears of a block
+            module.qkv.weight[7].add_(1.0)
+        return packed
+
+    monkeypatch.setattr(PackedStore, "get", editing)
+    compiled(x)
+    assert len(asked) == 4
     assert_same_output(compiled(x), module(x))
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from torch import fx
 
 from llmopt.graph import (
+    FLOATS,
     binary_operands,
     expression,
     fake,
@@ -50,7 +51,7 @@ def _match(tables: Tables, node: fx.Node, writes: Writes) -> None:
         if found is None:
             continue
         x, cos, sin, kind_name = found
-        if fake(x).dim() != 4 or fake(x).dtype != fake(node).dtype:
+        if fake(x).dim() != 4 or fake(x).dtype != fake(node).dtype or fake(x).dtype not in FLOATS:
             return
         if not same_shape(fake(x).shape, fake(node).shape):
             return  # tables of more rows or batches than x
@@ -78,7 +79,9 @@ def _match_halves(tables: Tables, node: fx.Node, writes: Writes) -> None:
     if x is not other or turned != [(sin, -sin_sign), (cos, cos_sign)] or cos_sign != 1:
         return
     half = expression(fake(parts[0]).shape[-1])
-    if fake(x).dtype != fake(node).dtype or not same_shape(fake(x).shape, fake(node).shape):
+    if fake(x).dtype != fake(node).dtype or fake(x).dtype not in FLOATS:
+        return
+    if not same_shape(fake(x).shape, fake(node).shape):
         return
     for table in (cos, sin):
         if fake(table).dim() not in (2, 3, 4) or not same_size(fake(table).shape[-1], half):

@@ -66,6 +66,8 @@ def match_complex(tables: Tables, node: fx.Node, writes: Writes) -> None:
         ends = _ends(x, node)
         if ends is None or not fake(turns).is_complex() or fake(turns).dim() not in (2, 3, 4):
             return
+        if not same_size(fake(turns).shape[-1], fake(numbers).shape[-1]):
+            return  # one angle for all pairs
         x, last = ends
         if not writes.moves_reads(last, (x, turns)):
             cos, sin = tables.of_complex(turns, last, writes)

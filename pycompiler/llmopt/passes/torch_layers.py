@@ -24,6 +24,7 @@ from llmopt.graph import (
     fake,
     fake_mode_of,
     is_dense,
+    is_empty,
     is_tensor,
     kind,
     replace,
@@ -190,6 +191,9 @@ def _why_not(node: fx.Node, given: dict[str, Any], inputs: tuple[Any, ...]) -> s
         return reason
     if any(fake(m).dtype not in (torch.bool, fake(inputs[0]).dtype) for m in masks):
         return "a mask is neither bool nor of the query's dtype"
+    has_own_keys = given["bias_k"] is not None or given["add_zero_attn"]
+    if has_own_keys and is_empty(fake(inputs[1])):
+        return "no keys but its own"
     return ""
 
 

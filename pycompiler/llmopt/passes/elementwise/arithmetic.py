@@ -212,7 +212,7 @@ _OPERATORS = {
     "ne": ("xor", "logical_xor", "bitwise_xor"),
 }
 _NOT = ("invert", "logical_not", "bitwise_not")
-JUMPING = frozenset({*_COMPARISONS, "floor", "round"})
+JUMPING = frozenset({*_COMPARISONS, "floor", "round", "hardshrink", "threshold"})
 # What may give bools. Arithmetic of bools is left to PyTorch: True + True is True, and 2 in a chain.
 OF_TRUTHS = frozenset({*_COMPARISONS, *sum(_OPERATORS.values(), ()), *_NOT, "where", "masked_fill"})
 RULES: dict[str, Rule] = {

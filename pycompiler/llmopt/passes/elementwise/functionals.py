@@ -6,9 +6,10 @@ from collections.abc import Callable
 from math import isfinite
 from typing import Any
 
+import torch
 from torch import fx
 
-from llmopt.graph import argument, is_tensor, scalar
+from llmopt.graph import argument, fake, is_tensor, scalar
 from llmopt.passes.elementwise.chain import Chain, Rule, Spelling, is_beyond_dtype
 
 
@@ -103,6 +104,26 @@ def _threshold(c: Chain, x: int, threshold: float, value: float) -> int:
     return c.where(c.binary("le", x, threshold), value, x)
 
 
+_NEARLY_EQUAL = 8.0  # from there on softplus is the identity but for less than a float16 keeps
+
+
+def _softplus_rule(node: fx.Node) -> Spelling | None:
+    """A low threshold makes it jump."""
+    threshold = scalar(argument(node, 2, "threshold", 20.0))
+    if threshold is None or threshold < _NEARLY_EQUAL:
+        return None
+    return _with_numbers(_softplus, ("beta", 1.0), ("threshold", 20.0))(node)
+
+
+def _hard_shrink_rule(node: fx.Node) -> Spelling | None:
+    """PyTorch rounds its number to the dtype of the tensor."""
+    spelling = _with_numbers(_hard_shrink, ("lambd", 0.5))(node)
+    if spelling is None:
+        return None
+    least = torch.tensor(scalar(argument(node, 1, "lambd", 0.5)), dtype=fake(node).dtype).item()
+    return lambda c: _hard_shrink(c, c.value(node.args[0]), least)
+
+
 RULES: dict[str, Rule] = {
     "expm1": _with_numbers(_expm1),
     "selu": _with_numbers(_selu),
@@ -115,9 +136,9 @@ RULES: dict[str, Rule] = {
     "tanhshrink": _with_numbers(_tanh_shrink),
     "elu": _with_numbers(_elu, ("alpha", 1.0)),
     "celu": _with_numbers(_celu, ("alpha", 1.0)),
-    "hardshrink": _with_numbers(_hard_shrink, ("lambd", 0.5)),
+    "hardshrink": _hard_shrink_rule,
     "softshrink": _with_numbers(_soft_shrink, ("lambd", 0.5)),
-    "softplus": _with_numbers(_softplus, ("beta", 1.0), ("threshold", 20.0)),
+    "softplus": _softplus_rule,
     "leaky_relu": _with_numbers(_leaky_relu, ("negative_slope", 0.01)),
     "threshold": _with_numbers(_threshold, ("threshold", None), ("value", None)),
 }

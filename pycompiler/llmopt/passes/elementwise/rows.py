@@ -6,6 +6,7 @@ from collections.abc import Callable
 from math import inf
 from typing import Any
 
+import torch
 from torch import fx
 
 from llmopt.graph import argument, expression, fake, is_tensor, kind, scalar
@@ -56,11 +57,12 @@ def _normalize(node: fx.Node) -> Spelling | None:
     )
     if order != 2 or scalar(eps) is None:
         return None
+    least = torch.tensor(float(eps), dtype=fake(node).dtype).item()  # as PyTorch rounds it
     return _of_row(
         node,
         dim,
         True,
-        lambda c, x: c.binary("div", x, c.binary("maximum", _euclidean(c, x), float(eps))),
+        lambda c, x: c.binary("div", x, c.binary("maximum", _euclidean(c, x), least)),
     )
 
 
