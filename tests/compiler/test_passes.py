@@ -33,11 +33,12 @@ EFFECTS = {
     "activations": "gelu_tanh",
     "sliding_caches": "slide.cpu",
     "convolutions": "vm.cpu mul+mul+add+mul",
-    "shifts": "copy.cpu cat",
+    "shifts": "[1,1,3]f32",
     "linears": "  linear.cpu",
     "routers": "limit_groups.cpu",
     "experts": "grouped_linear.cpu",
     "products": "matmul.cpu",
+    "repeats": "[1,1,32,2]f32",
     "embeddings": "embedding.cpu",
     "simplify_again": "gated",
     "share": "vm.cpu add+exp+mul",
@@ -93,6 +94,7 @@ class Step(nn.Module):
         h = F.layer_norm(cache[0][:, 0].mT, (5,)).sum() + self.norm(x)
         x = x + self.down(gelu(self.gate(h)) * self.up(h))
         x = x + self.limited(x[0]) + x @ self.norm(x).mT @ x
+        x = x + torch.stack((self.norm(x), x), -1)[..., 1]
         x = x + moe._grouped_mm(x[0], self.experts.mT, self.ends)
         mean = x.pow(2).contiguous().mean(-1, keepdim=True)
         mean += 1e-5

@@ -407,7 +407,7 @@ ENCODERS = (
         "encoder",
         BERT | ONE | {"relative_attention": True, "pos_att_type": "p2c|c2p", "position_buckets": 8},
         attn="eager",
-        segments=3,
+        segments=2,
     ),
 )
 SEQ2SEQ = (
