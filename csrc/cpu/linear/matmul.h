@@ -28,9 +28,10 @@ struct MatmulCut {
     const int64_t wanted = ceil_div(kChunksPerThread * threads, max64(1, batch));
     span = max64(1, min64(panels / wanted, kPackedSpan / max64(1, bytes())));
     spans = ceil_div(panels, span);
-    // Every block of rows packs the panels again.
-    const int64_t few = spans == 1 ? ceil_div(M * K * 4, kPreparedBytes / 2) : ceil_div(wanted, max64(1, spans));
-    blocks = max64(1, min64(max64(few, ceil_div(wanted, max64(1, spans))), M / kMaxRows / kMinBlockTiles));
+    // Enough chunks for all threads, and rows that stay in L2 beside the panels. Every block packs those again.
+    const int64_t shared = ceil_div(wanted, max64(1, spans));
+    const int64_t fitting = spans == 1 ? ceil_div(M * K * 4, kPreparedBytes / 2) : 1;
+    blocks = max64(1, min64(max64(shared, fitting), M / kMaxRows / kMinBlockTiles));
   }
   static int64_t batch_of(const Tensor& y) {
     int64_t count = 1;
@@ -147,9 +148,9 @@ struct Matmul {
     const Scratch own{rows, scratch.local, scratch.counters};
     if (!together || prepares) {
       const MatmulPart each(s, product, row0, row1, 0, cut.N);
-      const int64_t count = kEach.phases(each.step, 1) > 1 ? kEach.chunks(each.step, 0, 1) : 0;
-      for (int64_t i = prepares ? part : 0; i < (prepares ? min64(part + 1, count) : count); ++i)
-        kEach.run(each.step, 0, i, 1, own);
+      const int64_t all = kEach.phases(each.step, 1) > 1 ? kEach.chunks(each.step, 0, 1) : 0;
+      const int64_t first = prepares ? part : 0, end = prepares ? min64(part + 1, all) : all;
+      for (int64_t i = first; i < end; ++i) kEach.run(each.step, 0, i, 1, own);
     }
     if (prepares) return;
     char* packed = cut.packs_locally() ? scratch.local + kLocalBytes
