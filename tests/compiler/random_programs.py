@@ -43,9 +43,13 @@ ROWS = """{a}.sum(-1, keepdim=True) | {a}.mean(-1, keepdim=True) | {a}.amax(-1) 
 F.log_softmax({a}, -1) | {a} / (1 + {a}.norm(dim=-1, keepdim=True)) | {a} - {a}.amax(-1, keepdim=True) |
 {a} * torch.logsumexp({a}, -1, keepdim=True) | {a} / (1 + {a}.var(-1, unbiased=False, keepdim=True)) | F.normalize({a} + 3, dim=-1)"""
 JOINS = """torch.cat(({a}, {a}), 1) | torch.stack(({a}, {a}), 1) | {a}.repeat_interleave(2, 1) | torch.roll({a}, 1, 1) |
+{a}.repeat(2, *(1,) * {a}.dim()) | torch.tile({a}, (2,)) | torch.stack([{a}, {b}], -1) | {a}.repeat_interleave(1, 1) |
 torch.cat((-{a}[..., {a}.shape[-1] // 2:], {a}[..., :{a}.shape[-1] // 2]), -1)"""
 ATTENTION = """F.scaled_dot_product_attention({a}, {b}, {b}) | F.scaled_dot_product_attention({a}, {b}, {b}, is_causal=True) |
 ({a} @ {b}.mT * 0.3).softmax(-1) @ {b} | F.scaled_dot_product_attention({a}, {b}, {a}, scale=0.5).transpose(1, 2)"""
+PRODUCTS = """{a} @ {a}.mT * 0.1 | {a}.mT @ {a} * 0.1 | {a} @ {b} * 0.1 | {a} @ {b}.mT * 0.1 | torch.bmm({a}, {b}.mT) * 0.1 |
+F.linear({a}, {b}[0]) * 0.1 | torch.einsum("bik,bjk->bij", {a}, {b}) * 0.1 | torch.einsum("bsd,ed->ebs", {a}, W) |
+torch.addmm({b}[0, 0], {a}[0], {b}[0]) * 0.1 | ({a} @ {b}.mT).softmax(-1) @ {b} | ({a}.mT @ {b}).view(-1)"""
 PICKS = """F.embedding(ids, T) | T[ids] | x.masked_fill(~m[..., None], 0.0) | torch.where(m[..., None], x, y) | x[:, [0]] |
 x.gather(-1, ids[..., None]) | torch.arange(x.shape[1])[:, None].to(x.dtype)"""
 WRITES = """{a}.mul_(0.5) | {a}.relu_() | {a}.zero_() | {a} += 1 | {a}.fill_(0.3) | F.relu({a}, inplace=True) | {a} += {b} | {a} *= {b} |
@@ -66,7 +70,8 @@ def _are_heads(t: Tensor) -> bool:
 STEPS: tuple[tuple[int, Callable[[Tensor], bool], str], ...] = (
     (8, lambda t: True, UNARY), (10, lambda t: True, BINARY), (14, lambda t: True, VIEWS), (6, _ends_in(INNER), TO_HEADS),
     (6, _are_heads, FROM_HEADS), (8, _ends_in(INNER), LINEAR), (5, _ends_in(INNER), NORMS), (4, lambda t: True, ROWS),
-    (4, lambda t: True, JOINS), (6, _are_heads, ATTENTION), (4, lambda t: True, PICKS), (14, lambda t: True, WRITES),
+    (4, lambda t: True, JOINS), (6, lambda t: t.dim() > 1, PRODUCTS),
+    (6, _are_heads, ATTENTION), (4, lambda t: True, PICKS), (14, lambda t: True, WRITES),
     (2, lambda t: True, CASTS),
 )  # fmt: skip
 
