@@ -26,6 +26,11 @@ def is_weight(node: Any) -> bool:
     return "_parameters[" in name or "_buffers[" in name
 
 
+def is_buffer(node: fx.Node) -> bool:
+    """True for what is known to be a module's buffer (or a view of one), which is computed and not learnt: a Fourier basis, say."""
+    return "_buffers[" in _source(view_base(node))
+
+
 def weight_name(node: fx.Node) -> str:
     """A parameter's or buffer's name in its model, such as layers.0.q_proj.weight; the node's own where it is unknown."""
     parts = re.findall(r"\['([^']+)'\]", _source(view_base(node)))

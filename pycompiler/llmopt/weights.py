@@ -272,6 +272,9 @@ def _packed_codes(
                 codes = [round_weight(w, form) for w in weights]
             except ValueError as error:
                 raise ValueError(f"llmopt: cannot round {spec.what}: {error}") from error
+        codes = [c for c in codes if c.codes.shape[0]] or codes[
+            :1
+        ]  # of no rows there is nothing to pack
         n, groups = sum(c.codes.shape[0] for c in codes), codes[0].scales.shape[1]
         each = packing.code_bytes(n, groups, form, target.panel_width)
         if memory is None:

@@ -229,6 +229,46 @@ def test_an_edited_weight_is_rounded_again() -> None:
     assert relative(before, module(x)) > 0.1
 
 
+class Spectrum(nn.Module):
+    """A fixed basis, which is a buffer, in front of what is learnt."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        angles = torch.arange(64)[:, None] * torch.arange(64) * 2 * torch.pi / 64
+        self.register_buffer("basis", angles.cos())
+        self.last = nn.Linear(64, 32)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        power = (x @ self.basis.T).square()
+        return power, self.last((power + 1e-6).log())
+
+
+@pytest.mark.parametrize("precision", ["w8a8", "w4a16", "auto"])
+@torch.no_grad()
+def test_buffers_are_not_rounded(precision: str, caplog) -> None:
+    torch.manual_seed(0)
+    model, x = Spectrum().eval(), (torch.arange(64) * 0.3).sin()[None] + torch.zeros(3, 1)
+    run = torch.compile(model, backend="llmopt", options={"precision": precision})
+    got, want = run(x), model(x)
+    torch.testing.assert_close(got[0], want[0], rtol=1e-4, atol=1e-4)
+    assert precision == "auto" or "basis: a buffer" in caplog.text
+
+
+@pytest.mark.parametrize("precision", ["w8a8", "w4a16", "w4a8"])
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@torch.no_grad()
+def test_a_linear_without_outputs_beside_another(precision: str) -> None:
+    none, some = nn.Linear(64, 0), nn.Linear(64, 64)
+    x = torch.randn(2, 9, 64)
+    torch._dynamo.reset()
+    run = torch.compile(
+        lambda x: torch.cat([none(x), some(x)], -1),
+        backend="llmopt",
+        options={"precision": precision},
+    )
+    assert (run(x) - some(x)).norm() < 0.15 * some(x).norm()
+
+
 @torch.no_grad()
 def test_bad_weights_are_an_error() -> None:
     module = Mlp()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from pathlib import Path
 
 import llmopt
@@ -51,6 +53,57 @@ def test_hooks_stay(change, tmp_path: Path) -> None:
     skeleton = mlp()
     change(skeleton)
     assert torch.equal(llmopt.load_quantized(tmp_path, skeleton)(X), twin(X))
+
+
+@torch.no_grad()
+def test_a_handle_of_a_hook_is_the_twins() -> None:
+    model = mlp()
+    plain = model(X)
+    model.handle = model[0].register_forward_hook(lambda module, args, output: output * 3)
+    twin = llmopt.quantize(model, "w8a16")
+    copied = copy.deepcopy(twin)
+    assert distance(twin(X), model(X)) < 0.02
+    for module in (twin, copied):
+        module.handle.remove()
+        assert distance(module(X), plain) < 0.02
+    assert distance(model(X), plain) > 0.3
+
+
+class Held(nn.Module):
+    """Runs a linear that it finds where no module is looked for."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.a, self.b, self.where = nn.Linear(64, 64), nn.Linear(64, 64), where
+        self.__dict__["itself"] = self.a
+        self.listed, self.method = {"some": [self.a]}, self.a.forward
+        if where == "partial":
+            self.method = functools.partial(self.a)
+        for name in {"itself", "listed", "method"} - {where if where != "partial" else "method"}:
+            delattr(self, name) if name != "itself" else vars(self).pop(name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.where == "itself":
+            return self.b(vars(self)["itself"](x))
+        return self.b(self.listed["some"][0](x) if self.where == "listed" else self.method(x))
+
+
+@pytest.mark.parametrize("where", ["itself", "listed", "method", "partial"])
+@pytest.mark.parametrize("calibration", [None, [X, 30 * X]], ids=["round", "smoothquant"])
+@torch.no_grad()
+def test_linears_that_attributes_hold_are_left(
+    where: str, calibration, tmp_path: Path, caplog
+) -> None:
+    torch.manual_seed(0)
+    model = Held(where).eval()
+    twin = llmopt.quantize(model, "w8a8", calibration=calibration)
+    assert "plain attributes hold them: a" in caplog.text
+    assert type(twin.a) is nn.Linear
+    assert isinstance(twin.b, QuantizedLinear)
+    assert distance(twin(X), model(X)) < 0.02
+    llmopt.save_quantized(twin, tmp_path)
+    loaded = llmopt.load_quantized(tmp_path, lambda: Held(where).eval())
+    assert torch.equal(loaded(X), twin(X))
 
 
 @torch.no_grad()

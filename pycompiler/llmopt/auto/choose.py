@@ -33,7 +33,7 @@ from llmopt.auto.timing import LayerClock
 from llmopt.auto.trial import PARTS, Layers, Trial
 from llmopt.graph import FLOATS, fake, kind, map_fakes, view_base
 from llmopt.ops.attention import APPENDS
-from llmopt.parameters import is_weight, weight_name
+from llmopt.parameters import is_buffer, is_weight, weight_name
 from llmopt.passes.quantize import chooses
 from llmopt.quant.budget import DEFAULT_BUDGET, Choice, Decision, all_exact, decide
 from llmopt.quant.rounding import why_not
@@ -131,7 +131,7 @@ def _layers(graph: fx.Graph) -> Layers:
         if kind(node) not in PARTS or chooses(node):
             continue
         weights = PARTS[kind(node)](node)["weights"]
-        if all(is_weight(w) and fake(w).dtype in FLOATS for w in weights):
+        if all(is_weight(w) and not is_buffer(w) and fake(w).dtype in FLOATS for w in weights):
             names = dict.fromkeys(weight_name(w).removesuffix(".weight") for w in weights)
             layers["+".join(names)].append(node)
     return layers

@@ -29,7 +29,7 @@ from llmopt.graph import (
     unreadable,
 )
 from llmopt.ops.linear import given, parts
-from llmopt.parameters import is_weight, weight_name
+from llmopt.parameters import is_buffer, is_weight, weight_name
 from llmopt.passes.simplify import erase_unused
 from llmopt.quant.schemes import Scheme, of_head
 
@@ -94,7 +94,8 @@ def _with_scheme(graph: fx.Graph, mode: Any, node: fx.Node, scheme: Scheme) -> s
     """Returns why the node cannot have the scheme, "" when it has it now."""
     weights = parts(node)["weights"]
     k = fake(weights[0]).shape[1]
-    reason = scheme.reject(k)
+    reason = "a buffer: parameters are rounded" if any(map(is_buffer, weights)) else ""
+    reason = reason or scheme.reject(k)
     if reason:
         node.meta[NOTE] = f"exact: {reason}"
         return reason

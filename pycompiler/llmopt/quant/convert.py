@@ -66,7 +66,8 @@ def quantize(model: Model, recipe: Recipe, samples: list[Sample] | None = None) 
     twin = twin_of(model)
     linears, experts = linears_of(twin), projections_of(twin)
     if changed := changed_linears(twin):
-        log.warning("left as they are, because their forward or weight is not a linear's own: %s", _some(changed))  # fmt: skip
+        log.warning("left as they are, because their forward or weight is not a linear's own, or plain attributes "
+                    "hold them: %s", _some(changed))  # fmt: skip
     head = of_head(wanted, recipe.symmetric)
     schemes = _schemes(twin, {**linears, **experts}, wanted, head, recipe.layers or {})
     linears = {name: linear for name, linear in linears.items() if name in schemes}

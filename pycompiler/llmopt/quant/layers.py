@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
 from itertools import groupby
 from typing import Any, TypeVar
 
@@ -29,9 +31,38 @@ def _is_changed(module: nn.Module) -> bool:
 
 
 def changed_linears(model: nn.Module) -> list[str]:
-    """The names of linears that do something else than their class says, and are left as they are."""
-    named = model.named_modules()
-    return [name for name, m in named if _is_linear_class(m) and _is_changed(m)]
+    """The names of linears that do something else than their class says, or that plain attributes hold too, and are left as they are."""
+    held = held_by_attributes(model)
+    linears = [(name, m) for name, m in model.named_modules() if _is_linear_class(m)]
+    return [name for name, m in linears if _is_changed(m) or m in held]
+
+
+def held_by_attributes(model: nn.Module) -> set[nn.Module]:
+    """The linears that a module of the model refers to by something else than a child: in a list, a dictionary, by one of its methods."""
+    found: set[nn.Module] = set()
+    seen: set[int] = set()
+    for module in model.modules():
+        waiting = [v for name, v in vars(module).items() if name not in _REGISTERED]
+        while waiting:
+            value = waiting.pop()
+            if id(value) in seen:
+                continue
+            seen.add(id(value))
+            if isinstance(value, nn.Module):
+                if _is_linear_class(value):
+                    found.add(value)
+            elif isinstance(value, dict):
+                waiting += value.values()
+            elif isinstance(value, (list, tuple, set, frozenset)):
+                waiting += value
+            elif isinstance(value, functools.partial):
+                waiting += (value.func, value.args, value.keywords)
+            elif inspect.ismethod(value):
+                waiting.append(value.__self__)
+    return found
+
+
+_REGISTERED = ("_modules", "_parameters", "_buffers")
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -43,15 +74,17 @@ def is_conv1d(module: nn.Module) -> bool:
 def linears_of(model: nn.Module) -> dict[str, nn.Module]:
     """Every linear inside a model by its first name, in the model's order.
 
-    Parts of nn.MultiheadAttention are left out: it reads weights.
+    Left out are parts of nn.MultiheadAttention, which reads weights, and what plain attributes hold too: there nothing else can be put in
+    their place.
     """
+    held = held_by_attributes(model)
     inside = tuple(
         f"{name}." for name, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)
     )
     return {
         name: module
         for name, module in model.named_modules()
-        if name and is_linear(module) and not name.startswith(inside)
+        if name and is_linear(module) and not name.startswith(inside) and module not in held
     }
 
 
@@ -81,8 +114,8 @@ _HOOKS = (
 def replace_modules(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:
     """Puts each replacement wherever the module stands, under all of its names, with the hooks around its forward."""
     for old, new in replacements.items():
-        for name in _HOOKS:
-            getattr(new, name).update(getattr(old, name))
+        for name in _HOOKS:  # the same dictionary: who has a hook's handle removes it there
+            setattr(new, name, getattr(old, name))
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):  # named_children leaves out second names
             if child is not None and child in replacements:
