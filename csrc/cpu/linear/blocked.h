@@ -35,12 +35,13 @@ struct FloatPanels {
   }
 };
 
-// `local` is the thread's scratch: kSumBytes of sums, then kWideBytes of widened panels.
+// a: the rows, prepared or as they lie. `local` is the thread's scratch: kSumBytes of sums, then kWideBytes of widened
+// panels.
 template <class Weights>
 void run_blocked(const Problem& p, const Weights& weights, const Schedule& s, const Chunk& c, int64_t next_panel,
                  const float* a, float* local) {
   const int64_t tiles = c.tile1 - c.tile0, panels = c.panel1 - c.panel0;
-  const bool is_f32 = weights.is_f32();
+  const bool is_f32 = weights.is_f32(), in_place = p.rows_in_place();
   float* wide = local + kSumBytes / 4;
   const char* blocks[kMaxSpan];
   for (int64_t block = 0; block < s.k_blocks; ++block) {
@@ -56,13 +57,14 @@ void run_blocked(const Problem& p, const Weights& weights, const Schedule& s, co
     }
     TileArgs args{};
     args.steps = weights.steps(k);
+    args.a_stride = p.x.stride[0];
     args.accumulate = block > 0;
     args.ahead_stride = ceil_div(bytes, tiles * max64(1, args.steps));
     for (int64_t tile = c.tile0; tile < c.tile1; ++tile) {
       const int64_t row0 = p.tile_row(tile);
       const int rows = static_cast<int>(p.tile_row(tile + 1) - row0);
-      const TileFunction run = weights.tile(rows);
-      args.a = a + p.tile_offset(tile) + k0 * rows;
+      const TileFunction run = in_place ? in_place_tile(rows) : weights.tile(rows);
+      args.a = in_place ? a + row0 * args.a_stride + k0 : a + p.tile_offset(tile) + k0 * rows;
       for (int64_t i = 0; i < panels; ++i) {
         args.sums = local + (s.k_blocks == 1 ? 0 : (tile - c.tile0) * panels + i) * kTileSums;
         args.b = blocks[i];

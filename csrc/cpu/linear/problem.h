@@ -5,6 +5,8 @@
 
 namespace {
 
+constexpr int64_t kPage = 4096;  // bytes
+
 struct Problem {
   const Tensor &x, &w, &bias, &residual, &y, &norm_weight, &norm_bias;
   const int64_t M, N, K;
@@ -40,8 +42,16 @@ struct Problem {
   int64_t outputs() const { return gated ? N / 2 : N; }
   int64_t panels() const { return ceil_div(N, kPanel); }
   int64_t padded_k() const { return ::padded_k(K, weight); }
-  // A row of f32 that needs no norm and no zero pad is read where it lies.
-  bool prepared() const { return M > 1 || x.dtype != DType::f32 || norm != kNormNone || padded_k() != K; }
+  // A row of f32 that needs no norm and no zero pad is read where it lies; so are many, for weights that stay in L2.
+  bool prepared() const {
+    const bool as_it_is = x.dtype == DType::f32 && norm == kNormNone && padded_k() == K;
+    return !as_it_is || (M > 1 && !rows_in_place());
+  }
+  // Rows that are a multiple of a page apart would share lines of L1.
+  bool rows_in_place() const {
+    return x.dtype == DType::f32 && weight == DType::f32 && norm == kNormNone && M > 1 && !streams() &&
+           x.stride[0] % (kPage / 4) != 0;
+  }
 
   // Rows are cut into tiles of nearly equal height, so that no short tile runs at low efficiency.
   int64_t tiles() const { return ceil_div(M, tuning.rows ? tuning.rows : kMaxRows); }

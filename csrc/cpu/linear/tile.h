@@ -5,7 +5,7 @@
 namespace {
 
 struct TileArgs {
-  const float* a;     // [steps * kSteps][rows]
+  const float* a;     // [steps * kSteps][rows], or rows that are a_stride apart
   const char* b;      // the panel, from the first k of the block on
   int64_t steps;      // of the weight's kSteps values of k each
   const char* ahead;  // weights wanted next: a stream's own or its successor's, otherwise those of the next chunk ...
@@ -13,11 +13,45 @@ struct TileArgs {
   float* sums;           // [panels][rows][kPanel]
   bool accumulate;       // start from `sums` instead of zero
   int64_t panel_bytes;   // from one panel of several to the next
+  int64_t a_stride = 0;
+};
+
+// One step's values of the rows of a tile, as prepared: [k][rows].
+template <int kRows>
+struct PreparedRows {
+  const float* a;
+
+  explicit PreparedRows(const TileArgs& args) : a(args.a) {}
+  Vec value(int i, int m) const { return vset(a[i * kRows + m]); }
+  void advance(int steps) { a += steps * kRows; }
+  void read_anew() { a = read_again(a); }
+};
+
+// The same where the rows lie. A pointer for four of them, so that all fit the registers.
+template <int kRows>
+struct RowsInPlace {
+  static constexpr int kPointers = (kRows + 3) / 4;
+  const float* a[kPointers];
+  const int64_t stride, thrice;
+
+  explicit RowsInPlace(const TileArgs& args) : stride(args.a_stride), thrice(3 * args.a_stride) {
+#pragma GCC unroll 4
+    for (int p = 0; p < kPointers; ++p) a[p] = args.a + 4 * p * stride;
+  }
+  inline __attribute__((always_inline)) Vec value(int i, int m) const {
+    const float* row = a[m / 4] + i;
+    return vset(m % 4 == 0 ? *row : m % 4 == 1 ? row[stride] : m % 4 == 2 ? row[2 * stride] : row[thrice]);
+  }
+  inline __attribute__((always_inline)) void advance(int steps) {
+#pragma GCC unroll 4
+    for (int p = 0; p < kPointers; ++p) a[p] += steps;
+  }
+  void read_anew() {}
 };
 
 // kStream: the weights come from DRAM, are used once and are widened on the way; kPanels of them side by side.
 // Otherwise they are f32 in L2 already, and the next ones are fetched while these are used.
-template <class Weight, int kRows, bool kStream, int kPanels = 1>
+template <class Weight, template <int> class Rows, int kRows, bool kStream, int kPanels = 1>
 void tile(const TileArgs& args) {
   static_assert(kStream || kPanels == 1);
   // Few rows have few sums: several k in flight keep the FMA pipes busy over their latency.
@@ -29,27 +63,27 @@ void tile(const TileArgs& args) {
 #pragma GCC unroll 4
     for (int s = 1; s < kSets; ++s) acc[p][s][m][v] = vzero();
   });
-  const float* a = args.a;
+  Rows<kRows> rows(args);
   const char* b = args.b;
   const char* ahead = args.ahead;
   auto step = [&](int u) __attribute__((always_inline)) {
 #pragma GCC unroll 4
     for (int p = 0; p < kPanels; ++p) {
       const int64_t at = p * args.panel_bytes;
-      const float* x = kPanels > 1 ? read_again(a) : a;
+      if (kPanels > 1) rows.read_anew();
       __builtin_prefetch(ahead + at, 0, kStream ? 3 : 2);
       if (kStream && Weight::kStepBytes > 64) __builtin_prefetch(ahead + at + 64);
       Weight::step(b + at, [&](int i, Vec b0, Vec b1) __attribute__((always_inline)) {
         const int s = (u * Weight::kSteps + i) % kSets;
 #pragma GCC unroll 16
         for (int m = 0; m < kRows; ++m) {
-          const Vec value = vset(x[i * kRows + m]);
+          const Vec value = rows.value(i, m);
           vfma_acc(acc[p][s][m][0], value, b0);
           vfma_acc(acc[p][s][m][1], value, b1);
         }
       });
     }
-    a += Weight::kSteps * kRows;
+    rows.advance(Weight::kSteps);
     b += Weight::kStepBytes;
     ahead += kStream ? Weight::kStepBytes : args.ahead_stride;
   };
@@ -77,31 +111,38 @@ TileFunction panels_function(int64_t panels) {
   if constexpr (kPanels > 1) {
     if (panels < kPanels) return panels_function<Weight, kRows, kPanels - 1>(panels);
   }
-  return tile<Weight, kRows, true, kPanels>;
+  return tile<Weight, PreparedRows, kRows, true, kPanels>;
 }
 
 // The kernel for a height of kRows or less; rows >= 1.
-template <class Weight, bool kStream, int kRows = kMaxRows>
-TileFunction tile_function(int64_t rows, int64_t panels) {
+template <class Weight, int kRows = kMaxRows>
+TileFunction stream_function(int64_t rows, int64_t panels) {
   if constexpr (kRows > 1) {
-    if (rows < kRows) return tile_function<Weight, kStream, kRows - 1>(rows, panels);
+    if (rows < kRows) return stream_function<Weight, kRows - 1>(rows, panels);
   }
-  if constexpr (kStream) return panels_function<Weight, kRows>(panels);
-  return tile<Weight, kRows, false>;
+  return panels_function<Weight, kRows>(panels);
+}
+template <template <int> class Rows, int kRows = kMaxRows>
+TileFunction blocked_function(int64_t rows) {
+  if constexpr (kRows > 1) {
+    if (rows < kRows) return blocked_function<Rows, kRows - 1>(rows);
+  }
+  return tile<WeightF32, Rows, kRows, false>;
 }
 
 // panels: 1 to stream_panels(rows).
 inline TileFunction stream_tile(DType weight, int64_t rows, int64_t panels = 1) {
   switch (weight) {
     case DType::f16:
-      return tile_function<WeightF16, true>(rows, panels);
+      return stream_function<WeightF16>(rows, panels);
     case DType::bf16:
-      return tile_function<WeightBF16, true>(rows, panels);
+      return stream_function<WeightBF16>(rows, panels);
     default:
-      return tile_function<WeightF32, true>(rows, panels);
+      return stream_function<WeightF32>(rows, panels);
   }
 }
-inline TileFunction blocked_tile(int64_t rows) { return tile_function<WeightF32, false>(rows, 1); }
+inline TileFunction blocked_tile(int64_t rows) { return blocked_function<PreparedRows>(rows); }
+inline TileFunction in_place_tile(int64_t rows) { return blocked_function<RowsInPlace>(rows); }
 inline int steps_of(DType weight) { return weight == DType::bf16 ? WeightBF16::kSteps : WeightF32::kSteps; }
 
 // `steps` steps of a 16-bit panel as f32. Many tiles share the work, which in each of them would take FMA slots.
