@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections import deque
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import llmopt
 import pytest
@@ -69,26 +72,31 @@ def test_a_handle_of_a_hook_is_the_twins() -> None:
     assert distance(model(X), plain) > 0.3
 
 
+HOLDERS: dict[str, Callable[[nn.Linear], Any]] = {
+    "listed": lambda a: {"some": [(a,)]},
+    "queued": lambda a: deque([a]),
+    "its method": lambda a: a.forward,
+    "partial": lambda a: functools.partial(a),
+    "a container of its own": lambda a: [nn.Sequential(a)],
+}
+
+
 class Held(nn.Module):
     """Runs a linear that it finds where no module is looked for."""
 
     def __init__(self, where: str) -> None:
         super().__init__()
-        self.a, self.b, self.where = nn.Linear(64, 64), nn.Linear(64, 64), where
-        self.__dict__["itself"] = self.a
-        self.listed, self.method = {"some": [self.a]}, self.a.forward
-        if where == "partial":
-            self.method = functools.partial(self.a)
-        for name in {"itself", "listed", "method"} - {where if where != "partial" else "method"}:
-            delattr(self, name) if name != "itself" else vars(self).pop(name)
+        self.a, self.b = nn.Linear(64, 64), nn.Linear(64, 64)
+        self.held = HOLDERS[where](self.a)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.where == "itself":
-            return self.b(vars(self)["itself"](x))
-        return self.b(self.listed["some"][0](x) if self.where == "listed" else self.method(x))
+        held: Any = self.held
+        while not callable(held):
+            held = held["some"] if isinstance(held, dict) else held[0]
+        return self.b(held(x))
 
 
-@pytest.mark.parametrize("where", ["itself", "listed", "method", "partial"])
+@pytest.mark.parametrize("where", HOLDERS)
 @pytest.mark.parametrize("calibration", [None, [X, 30 * X]], ids=["round", "smoothquant"])
 @torch.no_grad()
 def test_linears_that_attributes_hold_are_left(

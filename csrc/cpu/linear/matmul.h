@@ -11,6 +11,8 @@ namespace {
 // Of a chunk, behind the scratch memory of a linear.
 constexpr int64_t kPackedBytes = int64_t(kMostLocalBytes - kLocalBytes) / 2, kPreparedBytes = kPackedBytes;
 constexpr int64_t kPackedSpan = 256 << 10;  // bytes of panels of a chunk that has several
+// Of a product whose rows are cut. So many run on the same kernel as all rows do, whatever the number of threads is.
+constexpr int64_t kMinBlockRows = 112;
 
 // How a step is cut: the rows of each product into blocks, its columns into spans of panels.
 struct MatmulCut {
@@ -31,7 +33,7 @@ struct MatmulCut {
     // Enough chunks for all threads, and rows that stay in L2 beside the panels. Every block packs those again.
     const int64_t shared = ceil_div(wanted, max64(1, spans));
     const int64_t fitting = spans == 1 ? ceil_div(M * K * 4, kPreparedBytes / 2) : 1;
-    blocks = max64(1, min64(max64(shared, fitting), M / kMaxRows / kMinBlockTiles));
+    blocks = max64(1, min64(max64(shared, fitting), M / kMinBlockRows));
   }
   static int64_t batch_of(const Tensor& y) {
     int64_t count = 1;

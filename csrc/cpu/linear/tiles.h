@@ -2,6 +2,7 @@
 // only term.
 #pragma once
 #include "cpu/linear/gemm.h"
+#include "cpu/linear/matmul.h"
 #include "cpu/linear/terms.h"
 
 namespace {
@@ -17,6 +18,7 @@ inline int terms_of(const Problem& p) {
 // means one of the FMA kernels.
 inline bool runs_on_tiles(const Problem& p) {
   constexpr int64_t kLeastRows[] = {0, 8, 20, 96};  // by terms
+  static_assert(kLeastRows[3] <= kMinBlockRows);
   return p.tuning.family == LinearFamily::automatic && p.K > 0 && p.M >= kLeastRows[terms_of(p)];
 }
 

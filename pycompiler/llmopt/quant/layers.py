@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+from collections import deque
 from itertools import groupby
 from typing import Any, TypeVar
 
@@ -41,7 +42,8 @@ def held_by_attributes(model: nn.Module) -> set[nn.Module]:
     """The linears that a module of the model refers to by something else than a child: in a list, a dictionary, by one of its methods."""
     found: set[nn.Module] = set()
     seen: set[int] = set()
-    for module in model.modules():
+    children = set(model.modules())
+    for module in children:
         waiting = [v for name, v in vars(module).items() if name not in _REGISTERED]
         while waiting:
             value = waiting.pop()
@@ -49,11 +51,11 @@ def held_by_attributes(model: nn.Module) -> set[nn.Module]:
                 continue
             seen.add(id(value))
             if isinstance(value, nn.Module):
-                if _is_linear_class(value):
-                    found.add(value)
+                inside = [value] if value in children else value.modules()
+                found.update(m for m in inside if _is_linear_class(m))
             elif isinstance(value, dict):
                 waiting += value.values()
-            elif isinstance(value, (list, tuple, set, frozenset)):
+            elif isinstance(value, (list, tuple, set, frozenset, deque)):
                 waiting += value
             elif isinstance(value, functools.partial):
                 waiting += (value.func, value.args, value.keywords)
