@@ -42,16 +42,13 @@ struct Problem {
   int64_t outputs() const { return gated ? N / 2 : N; }
   int64_t panels() const { return ceil_div(N, kPanel); }
   int64_t padded_k() const { return ::padded_k(K, weight); }
-  // A row of f32 that needs no norm and no zero pad is read where it lies; so are many, for weights that stay in L2.
-  bool prepared() const {
-    const bool as_it_is = x.dtype == DType::f32 && norm == kNormNone && padded_k() == K;
-    return !as_it_is || (M > 1 && !rows_in_place());
-  }
+  // Rows of f32 that need no norm and no zero pad may be read where they lie: one, and many beside weights in L2.
+  bool is_plain() const { return x.dtype == DType::f32 && norm == kNormNone && padded_k() == K; }
   // Rows that are a multiple of a page apart would share lines of L1.
   bool rows_in_place() const {
-    return x.dtype == DType::f32 && weight == DType::f32 && norm == kNormNone && M > 1 && !streams() &&
-           x.stride[0] % (kPage / 4) != 0;
+    return is_plain() && weight == DType::f32 && !streams() && x.stride[0] % (kPage / 4) != 0;
   }
+  bool prepared() const { return !is_plain() || (M > 1 && !rows_in_place()); }
 
   // Rows are cut into tiles of nearly equal height, so that no short tile runs at low efficiency.
   int64_t tiles() const { return ceil_div(M, tuning.rows ? tuning.rows : kMaxRows); }
