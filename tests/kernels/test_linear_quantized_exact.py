@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
 import torch
 from llmopt import _C
 
+from tests.kernels.test_linear import randn
 from tests.kernels.test_linear_quantized import (
     FORMS,
     TIERS,
     QuantizedCase,
     Weights,
+    case,
     weights,
 )
 
@@ -121,3 +124,20 @@ def test_tiers_agree(tier, bits, offsets):
         assert want.abs().max() < 2**21  # in quarters, less than float32 holds
         assert torch.equal(got, c.run("scalar", 1))
         assert torch.equal(got.double(), want)
+
+
+@pytest.mark.parametrize("planes", [1, 3])
+@pytest.mark.parametrize(("bits", "group", "offsets"), FORMS, ids=str)
+@pytest.mark.parametrize("tier", TIERS)
+def test_rows_in_blocks_give_the_bits_of_few_rows(tier, bits, group, offsets, planes):
+    """With enough rows every chunk prepares its own; few rows are prepared once for all panels."""
+    k = 256
+    for m, threads in ((61, 1), (130, 2), (203, 3)):
+        c = case(m, 70, k, bits, group, offsets, planes, norm=1 + m % 2)
+        c.bias, c.residual = randn(70), randn(m, 70, seed=2)
+        got = c.run(tier, threads)
+        if c.on_terms(tier):
+            continue  # fewer rows do not run on them
+        for rows in torch.arange(m).split(21):
+            few = replace(c, x=c.x[rows], residual=c.residual[rows])
+            assert torch.equal(got[rows], few.run(tier, threads))

@@ -1,5 +1,5 @@
-// The op `linear_quantized`: phase 0 rounds the rows of x, phase 1 runs tiles over panels. Rows that each thread rounds
-// alone have one phase: the tiles.
+// The op `linear_quantized`: phase 0 rounds the rows of x, phase 1 runs tiles over panels. There is one phase only
+// where each thread rounds all of few rows for itself, or every chunk the rows that are its own.
 #pragma once
 #include "cpu/linear/epilogue.h"
 #include "cpu/linear_quantized/prepare.h"
@@ -25,12 +25,20 @@ inline int64_t longer_span(int64_t panels, int64_t span, int64_t most, int at_on
   return best;
 }
 
+constexpr int64_t kLeastRowTiles = 2;        // of a chunk that has rows of its own
+constexpr int64_t kOwnRowBytes = 256 << 10;  // of its codes, which stay in L2 while all panels pass
+static_assert(kQuantizedSums + kOwnRowBytes + 4 * kBatchValues < int64_t(kLocalBytes));
+
 // A chunk is `span` panels by `tiles_per_block` tiles. A panel has all of K: it stays in L2 while the tiles pass.
 struct QuantizedSchedule : Cut {
+  bool owns_rows;  // a chunk has all panels, so that nobody else needs its rows
+
   QuantizedSchedule(const QuantizedProblem& p, int threads) {
     panels = p.panels(), tiles = p.tiles();
     const int64_t wanted = kChunksPerThread * threads;
     const LinearTuning& given = p.tuning;
+    owns_rows = cut_into_rows(p, wanted, threads);
+    if (owns_rows) return;
     blocks = 1;
     tiles_per_block = given.tiles ? min64(given.tiles, tiles) : tiles;
     span = max64(1, panels / wanted);
@@ -47,6 +55,21 @@ struct QuantizedSchedule : Cut {
       blocks = ceil_div(tiles, tiles_per_block);
     else
       cut_rows(wanted, tiles);
+  }
+
+ private:
+  // Rows that go through one core need not be waited for, and stay in its L2. Every chunk reads all weights, which pays
+  // for as many rows as this asks for, but not for unpacking them.
+  bool cut_into_rows(const QuantizedProblem& p, int64_t wanted, int threads) {
+    const LinearTuning& given = p.tuning;
+    if (p.streamed || given.tiles || given.span || p.unpacked_bytes() > 0 || panels == 0) return false;
+    const int64_t fit = kOwnRowBytes / max64(1, p.row_bytes() * p.tallest_tile());
+    const int64_t most = min64(fit, tiles / (2 * threads));
+    if (most < kLeastRowTiles) return false;
+    span = panels;
+    tiles_per_block = min64(most, max64(kLeastRowTiles, tiles / wanted));
+    blocks = ceil_div(tiles, tiles_per_block);
+    return true;
   }
 };
 
@@ -90,7 +113,8 @@ inline const char* column_factors(const Form& form, const char* panel) {
 
 // Weights are read once, straight through the panels, some side by side. At the end of the chunk the start of this
 // thread's next one is asked for.
-void stream_panels(const QuantizedProblem& p, const Chunk& c, int64_t next_panel, char* shared, float* sums) {
+void stream_panels(const QuantizedProblem& p, const Chunk& c, int64_t next_panel, const CodeMemory& prepared,
+                   float* sums) {
   const int64_t bytes = p.form.panel_bytes();
   const int64_t distance = p.tuning.ahead ? p.tuning.ahead : kQuantizedAhead;
   const int64_t at_once = quantized_stream_panels(p.tallest_tile());
@@ -99,7 +123,7 @@ void stream_panels(const QuantizedProblem& p, const Chunk& c, int64_t next_panel
     const char* b = p.w.data + panel * bytes;
     for (int64_t tile = c.tile0; tile < c.tile1; ++tile) {
       const int64_t token0 = p.tile_row(tile), tokens = p.tile_row(tile + 1) - token0, rows = tokens * p.planes;
-      QuantizedTileArgs args = tile_args(p, prepared_tile(p, shared, tile), sums);
+      QuantizedTileArgs args = tile_args(p, prepared_tile(p, prepared, tile), sums);
       args.b = b;
       args.ahead = b + min64(distance, bytes);
       args.ahead_end = b + bytes;
@@ -116,8 +140,8 @@ void stream_panels(const QuantizedProblem& p, const Chunk& c, int64_t next_panel
 }
 
 // Panel after panel, unpacked where tiles want that, all tiles pass over it while the next one is fetched.
-void block_panels(const QuantizedProblem& p, const Chunk& c, int64_t next_panel, char* shared, float* sums,
-                  char* unpacked) {
+void block_panels(const QuantizedProblem& p, const Chunk& c, int64_t next_panel, const CodeMemory& prepared,
+                  float* sums, char* unpacked) {
   const int64_t bytes = p.form.panel_bytes(), tiles = c.tile1 - c.tile0;
   const int64_t ahead_stride = ceil_div(bytes, max64(1, tiles * p.form.groups() * p.form.steps()));
   for (int64_t panel = c.panel0; panel < c.panel1; ++panel) {
@@ -126,7 +150,7 @@ void block_panels(const QuantizedProblem& p, const Chunk& c, int64_t next_panel,
     const char* codes = tile_codes(p.form, b, unpacked);
     for (int64_t tile = c.tile0; tile < c.tile1; ++tile) {
       const int64_t token0 = p.tile_row(tile), tokens = p.tile_row(tile + 1) - token0;
-      QuantizedTileArgs args = tile_args(p, prepared_tile(p, shared, tile), sums);
+      QuantizedTileArgs args = tile_args(p, prepared_tile(p, prepared, tile), sums);
       args.b = codes;
       args.ahead = ahead + (tile - c.tile0) * bytes / tiles;
       args.ahead_stride = ahead_stride;
@@ -143,18 +167,16 @@ bool rounds_alone(const QuantizedProblem& p) {
   return p.is_alone && p.tiles() == 1 && p.streamed && p.M * p.K <= kAloneValues;
 }
 
-// Where a thread that rounds alone has its rows, and behind them memory to round them in.
-Scratch own_rows(const QuantizedProblem& p, char* local) {
-  char* rows = local + kQuantizedSums;
-  return {rows, rows + ceil_div(static_cast<int64_t>(prepared_bytes(p)), 64) * 64};
+int linear_phases(const Step& s, int threads) {
+  const QuantizedProblem p(s);
+  return rounds_alone(p) || QuantizedSchedule(p, threads).owns_rows ? 1 : 2;
 }
-
-int linear_phases(const Step& s, int) { return rounds_alone(QuantizedProblem(s)) ? 1 : 2; }
 
 int64_t linear_chunks(const Step& s, int phase, int threads) {
   const QuantizedProblem p(s);
-  return phase == 0 && !rounds_alone(p) ? p.tiles() * quantize_parts(p, threads)
-                                        : QuantizedSchedule(p, threads).chunks();
+  const QuantizedSchedule schedule(p, threads);
+  return phase == 0 && !rounds_alone(p) && !schedule.owns_rows ? p.tiles() * quantize_parts(p, threads)
+                                                               : schedule.chunks();
 }
 
 // A stream begins with the panels of the thread's first chunk.
@@ -166,20 +188,26 @@ Span linear_first_read(const Step& s, int, int threads, int thread) {
   return {p.w.data + c.panel0 * p.form.panel_bytes(), (c.panel1 - c.panel0) * p.form.panel_bytes()};
 }
 
-size_t linear_workspace(const Step& s, int) {
+size_t linear_workspace(const Step& s, int threads) {
   const QuantizedProblem p(s);
-  return rounds_alone(p) ? 0 : prepared_bytes(p);
+  return linear_phases(s, threads) == 1 ? 0 : prepared_bytes(p, p.M * p.planes);
 }
 
 void linear_run(const Step& s, int phase, int64_t chunk, int threads, const Scratch& scratch) {
   const QuantizedProblem p(s);
-  const bool alone = rounds_alone(p);
-  if (phase == 0 && !alone) return quantize_tile(p, chunk, threads, scratch);
-  const Scratch own = own_rows(p, scratch.local);
-  if (alone && chunk < threads) quantize_tile(p, 0, 1, own);
-  char* rows = alone ? own.shared : scratch.shared;
   const QuantizedSchedule schedule(p, threads);
+  const bool alone = rounds_alone(p), owns = alone || schedule.owns_rows;
+  if (phase == 0 && !owns) {
+    const int64_t parts = quantize_parts(p, threads);
+    return quantize_tile(p, {p, scratch.shared}, chunk / parts, chunk % parts, parts, scratch.local);
+  }
   const Chunk c = schedule.chunk(chunk);
+  const CodeMemory rows =
+      owns ? CodeMemory(p, scratch.local + kQuantizedSums, c.tile0, c.tile1) : CodeMemory(p, scratch.shared);
+  if (schedule.owns_rows || (alone && chunk < threads)) {
+    char* memory = rows.memory + ceil_div(static_cast<int64_t>(prepared_bytes(p, rows.rows)), 64) * 64;
+    for (int64_t tile = c.tile0; tile < c.tile1; ++tile) quantize_tile(p, rows, tile, 0, 1, memory);
+  }
   const int64_t next_panel = schedule.next_panel(chunk, threads);
   float* sums = reinterpret_cast<float*>(scratch.local);
   if (p.streamed) return stream_panels(p, c, next_panel, rows, sums);

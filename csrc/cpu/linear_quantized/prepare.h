@@ -114,12 +114,13 @@ void quantize_tokens(const QuantizedProblem& p, const Prepared& out, int64_t fir
   }
 }
 
-void quantize_tile(const QuantizedProblem& p, int64_t chunk, int threads, const Scratch& scratch) {
-  const int64_t parts = quantize_parts(p, threads), tile = chunk / parts, part = chunk % parts;
+// Groups of a tile: the part-th of so many parts. memory: to round in.
+void quantize_tile(const QuantizedProblem& p, const CodeMemory& rows, int64_t tile, int64_t part, int64_t parts,
+                   char* memory) {
   const int64_t group0 = part * p.form.groups() / parts, group1 = (part + 1) * p.form.groups() / parts;
   const int64_t token0 = p.tile_row(tile);
-  quantize_tokens(p, prepared_tile(p, scratch.shared, tile), token0, token0, p.tile_row(tile + 1) - token0, group0,
-                  group1, reinterpret_cast<float*>(scratch.local));
+  quantize_tokens(p, prepared_tile(p, rows, tile), token0, token0, p.tile_row(tile + 1) - token0, group0, group1,
+                  reinterpret_cast<float*>(memory));
 }
 
 }  // namespace

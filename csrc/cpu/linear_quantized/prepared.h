@@ -23,8 +23,17 @@ struct Prepared {
   }
 };
 
-inline size_t prepared_bytes(const QuantizedProblem& p) {
-  const int64_t rows = p.M * p.planes;
+// Where the rows of tiles [tile0, tile1) lie, prepared.
+struct CodeMemory {
+  char* memory;
+  int64_t row0, rows;
+
+  CodeMemory(const QuantizedProblem& p, char* at, int64_t tile0, int64_t tile1)
+      : memory(at), row0(p.tile_row(tile0) * p.planes), rows(p.tile_row(tile1) * p.planes - row0) {}
+  CodeMemory(const QuantizedProblem& p, char* at) : memory(at), row0(0), rows(p.M * p.planes) {}
+};
+
+inline size_t prepared_bytes(const QuantizedProblem& p, int64_t rows) {
   return static_cast<size_t>(ceil_div(rows * p.row_bytes(), 64) * 64 + 3 * 4 * rows * p.form.groups());
 }
 
@@ -32,14 +41,14 @@ inline size_t prepared_bytes(const QuantizedProblem& p) {
 // sums beyond f32.
 inline float scale_unit(const QuantizedProblem& p) { return p.form.bits == 4 && p.streamed ? 1 / kScaleTop : 1.0f; }
 
-inline Prepared prepared_tile(const QuantizedProblem& p, char* shared, int64_t tile) {
-  const int64_t rows = p.M * p.planes, row0 = p.tile_row(tile) * p.planes, groups = p.form.groups();
-  const int64_t tile_rows = p.tile_row(tile + 1) * p.planes - row0, quad_bytes = tile_rows * p.form.quad_bytes();
-  float* tables = reinterpret_cast<float*>(shared + ceil_div(rows * p.row_bytes(), 64) * 64);
-  return {shared + row0 * p.row_bytes(),
+inline Prepared prepared_tile(const QuantizedProblem& p, const CodeMemory& at, int64_t tile) {
+  const int64_t first = p.tile_row(tile) * p.planes, row0 = first - at.row0, groups = p.form.groups();
+  const int64_t tile_rows = p.tile_row(tile + 1) * p.planes - first, quad_bytes = tile_rows * p.form.quad_bytes();
+  float* tables = reinterpret_cast<float*>(at.memory + ceil_div(at.rows * p.row_bytes(), 64) * 64);
+  return {at.memory + row0 * p.row_bytes(),
           tables + row0 * groups,
-          reinterpret_cast<int32_t*>(tables + rows * groups) + row0 * groups,
-          tables + 2 * rows * groups + row0 * groups,
+          reinterpret_cast<int32_t*>(tables + at.rows * groups) + row0 * groups,
+          tables + 2 * at.rows * groups + row0 * groups,
           tile_rows,
           2 * p.form.steps() * quad_bytes,
           quad_bytes,
