@@ -4,53 +4,76 @@
 
 namespace {
 
-// A panel that is in L2; the next one is fetched meanwhile.
+// The rows of a tile, which lie one behind the other. A pointer for four of them, so that all fit the registers.
 template <int kRows>
+struct CodeRows {
+  static constexpr int kPointers = (kRows + 3) / 4;
+  const char* a[kPointers];
+  const int64_t stride, thrice;
+
+  explicit CodeRows(const QuantizedTileArgs& args) : stride(args.a_stride), thrice(3 * args.a_stride) {
+#pragma GCC unroll 4
+    for (int p = 0; p < kPointers; ++p) a[p] = args.a + 4 * p * stride;
+  }
+  inline __attribute__((always_inline)) auto quad(int m, int at) const {
+    const char* row = a[m / 4] + at * kQuadBytes;
+    return quad_row(m % 4 == 0 ? row : m % 4 == 1 ? row + stride : m % 4 == 2 ? row + 2 * stride : row + thrice);
+  }
+  inline __attribute__((always_inline)) void advance(int quads) {
+#pragma GCC unroll 4
+    for (int p = 0; p < kPointers; ++p) a[p] += quads * kQuadBytes;
+  }
+};
+
+// A panel that is in L2; the next one is fetched meanwhile. More than kQuantizedRows rows have one group.
+template <int kRows, bool kOffsets>
 void quantized_tile(const QuantizedTileArgs& args) {
   constexpr int kVectorBytes = 4 * kLanes, kScaleBytes = kPanel * 4;
-  const char *a = args.a, *b = args.b, *ahead = args.ahead;
-  constexpr bool kHeld = kVecRegisters == 32;  // f32 sums in registers too
+  const char *b = args.b, *ahead = args.ahead;
+  constexpr bool kOneGroup = kRows > kQuantizedRows,
+                 kHeld = kVecRegisters == 32 && !kOneGroup;  // f32 sums in registers
   Vec held[kRows][2];
   each_sum<1, kRows>([&](int, int m, int v) __attribute__((always_inline)) {
     held[m][v] = vzero();
-    if (!kHeld) vstore(args.sums + m * kPanel + v * kLanes, vzero());
+    if (!kHeld && !kOneGroup) vstore(args.sums + m * kPanel + v * kLanes, vzero());
   });
+  CodeRows<kRows> rows(args);
   auto fold = [&](int64_t group, IntVec(&acc)[kRows][2]) __attribute__((always_inline)) {
     const float *scale = args.scale + group * kRows, *sum = args.sum + group * kRows;
     const Vec w[2] = {load_factor<8>(b, 0), load_factor<8>(b, 1)};
     Vec offset[2] = {vzero(), vzero()};
-    if (args.offsets) offset[0] = load_factor<8>(b + kScaleBytes, 0), offset[1] = load_factor<8>(b + kScaleBytes, 1);
+    if (kOffsets) offset[0] = load_factor<8>(b + kScaleBytes, 0), offset[1] = load_factor<8>(b + kScaleBytes, 1);
     each_sum<1, kRows>([&](int, int m, int v) __attribute__((always_inline)) {
       float* at = args.sums + m * kPanel + v * kLanes;
-      Vec total = kHeld ? held[m][v] : vload(at);
+      Vec total = kHeld ? held[m][v] : kOneGroup ? vzero() : vload(at);
       total = vfma(vfrom_int(acc[m][v]), vmul(w[v], vset(scale[m])), total);
-      if (args.offsets) total = vfma(offset[v], vset(sum[m]), total);
+      if (kOffsets) total = vfma(offset[v], vset(sum[m]), total);
       held[m][v] = total;
       if (!kHeld) vstore(at, total);
     });
   };
-  for (int64_t group = 0; group < args.groups; ++group) {
+  for (int64_t group = 0; group < (kOneGroup ? 1 : args.groups); ++group) {
     IntVec acc[kRows][2];
 #pragma GCC unroll 16
     for (int m = 0; m < kRows; ++m) acc[m][0] = acc[m][1] = iset(args.start[group * kRows + m]);
-    auto multiply = [&](const Quad& b0, const Quad& b1) __attribute__((always_inline)) {
+    auto multiply = [&](int at, const Quad& b0, const Quad& b1) __attribute__((always_inline)) {
 #pragma GCC unroll 16
       for (int m = 0; m < kRows; ++m) {
-        const auto x = quad_row(a + m * kQuadBytes);
+        const auto x = rows.quad(m, at);
         quad_dot(acc[m][0], b0, x);
         quad_dot(acc[m][1], b1, x);
       }
-      a += kRows * kQuadBytes;
     };
     for (int64_t step = args.steps; step > 0; --step, b += 4 * kVectorBytes) {
       __builtin_prefetch(ahead, 0, 2);
       __builtin_prefetch(ahead + args.ahead_stride / 2, 0, 2);
       ahead += args.ahead_stride;
-      multiply(quad(load_quads(b)), quad(load_quads(b + kVectorBytes)));
-      multiply(quad(load_quads(b + 2 * kVectorBytes)), quad(load_quads(b + 3 * kVectorBytes)));
+      multiply(0, quad(load_quads(b)), quad(load_quads(b + kVectorBytes)));
+      multiply(1, quad(load_quads(b + 2 * kVectorBytes)), quad(load_quads(b + 3 * kVectorBytes)));
+      rows.advance(2);
     }
     fold(group, acc);
-    b += args.offsets ? 2 * kScaleBytes : kScaleBytes;
+    b += kOffsets ? 2 * kScaleBytes : kScaleBytes;
   }
   if (kHeld)
     each_sum<1, kRows>([&](int, int m, int v)
@@ -58,15 +81,17 @@ void quantized_tile(const QuantizedTileArgs& args) {
 }
 
 // The kernel for a height of kRows or less; rows >= 1.
-template <int kRows = kQuantizedRows>
-QuantizedTileFunction quantized_tile_function(int64_t rows) {
+template <int kRows = kOneGroupRows>
+QuantizedTileFunction quantized_tile_function(int64_t rows, bool offsets) {
   if constexpr (kRows > 1) {
-    if (rows < kRows) return quantized_tile_function<kRows - 1>(rows);
+    if (rows < kRows) return quantized_tile_function<kRows - 1>(rows, offsets);
   }
-  return quantized_tile<kRows>;
+  return offsets ? quantized_tile<kRows, true> : quantized_tile<kRows, false>;
 }
 
-QuantizedTileFunction code_tile_function(const Form&, int64_t rows) { return quantized_tile_function(rows); }
+QuantizedTileFunction code_tile_function(const Form& form, int64_t rows) {
+  return quantized_tile_function(rows, form.offsets);
+}
 QuantizedTileFunction code_stream_function(const Form& form, int64_t rows, int64_t panels) {
   return form.bits == 8 ? quantized_stream_function<8>(rows, panels) : quantized_stream_function<4>(rows, panels);
 }

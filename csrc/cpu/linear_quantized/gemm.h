@@ -25,20 +25,22 @@ inline int64_t longer_span(int64_t panels, int64_t span, int64_t most, int at_on
   return best;
 }
 
-constexpr int64_t kLeastRowTiles = 2;        // of a chunk that has rows of its own
-constexpr int64_t kOwnRowBytes = 256 << 10;  // of its codes, which stay in L2 while all panels pass
-static_assert(kQuantizedSums + kOwnRowBytes + 4 * kBatchValues < int64_t(kLocalBytes));
+// Rows that go through one core need not be waited for, and stay in its L2. Their chunk reads all weights, from L3 as a
+// rule, which takes less time than the products of so many rows.
+constexpr int64_t kLeastOwnRows = 28;
+constexpr int64_t kOwnRowBytes = 256 << 10;  // of their codes
+static_assert(kQuantizedSums + kOwnRowBytes * 5 / 2 + 4 * (kBatchValues + kLanes) <= int64_t(kLocalBytes),
+              "tables take 12 bytes for at least 8 of codes");
 
-// A chunk is `span` panels by `tiles_per_block` tiles. A panel has all of K: it stays in L2 while the tiles pass.
+// A chunk is `span` panels by `tiles_per_block` tiles. A panel has all of K: it stays in L2 while the tiles pass. Or it
+// is all panels by rows of its own.
 struct QuantizedSchedule : Cut {
-  bool owns_rows;  // a chunk has all panels, so that nobody else needs its rows
+  const int64_t row_blocks;  // 0: rows belong to no chunk
 
-  QuantizedSchedule(const QuantizedProblem& p, int threads) {
+  QuantizedSchedule(const QuantizedProblem& p, int threads) : row_blocks(row_blocks_of(p, threads)) {
     panels = p.panels(), tiles = p.tiles();
     const int64_t wanted = kChunksPerThread * threads;
     const LinearTuning& given = p.tuning;
-    owns_rows = cut_into_rows(p, wanted, threads);
-    if (owns_rows) return;
     blocks = 1;
     tiles_per_block = given.tiles ? min64(given.tiles, tiles) : tiles;
     span = max64(1, panels / wanted);
@@ -57,19 +59,20 @@ struct QuantizedSchedule : Cut {
       cut_rows(wanted, tiles);
   }
 
+  int64_t chunks() const { return row_blocks ? row_blocks : Cut::chunks(); }
+  TokenTiles own_tiles(const QuantizedProblem& p, int64_t chunk) const {
+    const int64_t token0 = chunk * p.M / row_blocks;
+    return p.tiles_of(token0, (chunk + 1) * p.M / row_blocks - token0);
+  }
+
  private:
-  // Rows that go through one core need not be waited for, and stay in its L2. Every chunk reads all weights, which pays
-  // for as many rows as this asks for, but not for unpacking them.
-  bool cut_into_rows(const QuantizedProblem& p, int64_t wanted, int threads) {
-    const LinearTuning& given = p.tuning;
-    if (p.streamed || given.tiles || given.span || p.unpacked_bytes() > 0 || panels == 0) return false;
-    const int64_t fit = kOwnRowBytes / max64(1, p.row_bytes() * p.tallest_tile());
-    const int64_t most = min64(fit, tiles / (2 * threads));
-    if (most < kLeastRowTiles) return false;
-    span = panels;
-    tiles_per_block = min64(most, max64(kLeastRowTiles, tiles / wanted));
-    blocks = ceil_div(tiles, tiles_per_block);
-    return true;
+  // As many for each thread. Panels that are unpacked first would be so for every block.
+  static int64_t row_blocks_of(const QuantizedProblem& p, int threads) {
+    if (p.streamed || p.tuning.tiles || p.tuning.span || p.unpacked_bytes() > 0 || p.panels() == 0) return 0;
+    const int64_t fit = kOwnRowBytes / max64(1, p.row_stride() * p.planes);  // tokens
+    const int64_t most = p.M * p.planes / kLeastOwnRows / threads;
+    const int64_t each = max64(min64(most, kChunksPerThread), ceil_div(p.M, threads * max64(1, fit)));
+    return each < 2 || each > most ? 0 : each * threads;
   }
 };
 
@@ -97,6 +100,7 @@ void settle(const QuantizedProblem& p, const char* factors, int64_t tokens, floa
 QuantizedTileArgs tile_args(const QuantizedProblem& p, const Prepared& tile, float* sums) {
   QuantizedTileArgs args{};
   args.a = tile.codes;
+  args.a_stride = tile.row_stride;
   args.scale = tile.scale;
   args.start = tile.start;
   args.sum = tile.sum;
@@ -113,8 +117,7 @@ inline const char* column_factors(const Form& form, const char* panel) {
 
 // Weights are read once, straight through the panels, some side by side. At the end of the chunk the start of this
 // thread's next one is asked for.
-void stream_panels(const QuantizedProblem& p, const Chunk& c, int64_t next_panel, const CodeMemory& prepared,
-                   float* sums) {
+void stream_panels(const QuantizedProblem& p, const Chunk& c, int64_t next_panel, const CodeMemory& rows, float* sums) {
   const int64_t bytes = p.form.panel_bytes();
   const int64_t distance = p.tuning.ahead ? p.tuning.ahead : kQuantizedAhead;
   const int64_t at_once = quantized_stream_panels(p.tallest_tile());
@@ -122,16 +125,17 @@ void stream_panels(const QuantizedProblem& p, const Chunk& c, int64_t next_panel
     const int64_t count = min64(at_once, c.panel1 - panel);
     const char* b = p.w.data + panel * bytes;
     for (int64_t tile = c.tile0; tile < c.tile1; ++tile) {
-      const int64_t token0 = p.tile_row(tile), tokens = p.tile_row(tile + 1) - token0, rows = tokens * p.planes;
-      QuantizedTileArgs args = tile_args(p, prepared_tile(p, prepared, tile), sums);
+      const int64_t token0 = rows.tiles.token(tile), tokens = rows.tiles.token(tile + 1) - token0;
+      const int64_t height = tokens * p.planes;
+      QuantizedTileArgs args = tile_args(p, prepared_tile(p, rows, tile), sums);
       args.b = b;
       args.ahead = b + min64(distance, bytes);
       args.ahead_end = b + bytes;
       args.next = p.w.data + (panel + count < c.panel1 ? panel + count : next_panel) * bytes;
       args.panel_bytes = bytes;
-      code_stream_function(p.form, rows, count)(args);
+      code_stream_function(p.form, height, count)(args);
       for (int64_t i = 0; i < count; ++i) {
-        float* tile_sums = sums + i * rows * kPanel;
+        float* tile_sums = sums + i * height * kPanel;
         settle(p, column_factors(p.form, b + i * bytes), tokens, tile_sums);
         finish_tile(p, panel + i, token0, static_cast<int>(tokens), tile_sums);
       }
@@ -140,8 +144,8 @@ void stream_panels(const QuantizedProblem& p, const Chunk& c, int64_t next_panel
 }
 
 // Panel after panel, unpacked where tiles want that, all tiles pass over it while the next one is fetched.
-void block_panels(const QuantizedProblem& p, const Chunk& c, int64_t next_panel, const CodeMemory& prepared,
-                  float* sums, char* unpacked) {
+void block_panels(const QuantizedProblem& p, const Chunk& c, int64_t next_panel, const CodeMemory& rows, float* sums,
+                  char* unpacked) {
   const int64_t bytes = p.form.panel_bytes(), tiles = c.tile1 - c.tile0;
   const int64_t ahead_stride = ceil_div(bytes, max64(1, tiles * p.form.groups() * p.form.steps()));
   for (int64_t panel = c.panel0; panel < c.panel1; ++panel) {
@@ -149,8 +153,8 @@ void block_panels(const QuantizedProblem& p, const Chunk& c, int64_t next_panel,
     const char* ahead = p.w.data + (panel + 1 < c.panel1 ? panel + 1 : next_panel) * bytes;
     const char* codes = tile_codes(p.form, b, unpacked);
     for (int64_t tile = c.tile0; tile < c.tile1; ++tile) {
-      const int64_t token0 = p.tile_row(tile), tokens = p.tile_row(tile + 1) - token0;
-      QuantizedTileArgs args = tile_args(p, prepared_tile(p, prepared, tile), sums);
+      const int64_t token0 = rows.tiles.token(tile), tokens = rows.tiles.token(tile + 1) - token0;
+      QuantizedTileArgs args = tile_args(p, prepared_tile(p, rows, tile), sums);
       args.b = codes;
       args.ahead = ahead + (tile - c.tile0) * bytes / tiles;
       args.ahead_stride = ahead_stride;
@@ -169,14 +173,13 @@ bool rounds_alone(const QuantizedProblem& p) {
 
 int linear_phases(const Step& s, int threads) {
   const QuantizedProblem p(s);
-  return rounds_alone(p) || QuantizedSchedule(p, threads).owns_rows ? 1 : 2;
+  return rounds_alone(p) || QuantizedSchedule(p, threads).row_blocks ? 1 : 2;
 }
 
 int64_t linear_chunks(const Step& s, int phase, int threads) {
   const QuantizedProblem p(s);
-  const QuantizedSchedule schedule(p, threads);
-  return phase == 0 && !rounds_alone(p) && !schedule.owns_rows ? p.tiles() * quantize_parts(p, threads)
-                                                               : schedule.chunks();
+  if (phase == 0 && linear_phases(s, threads) == 2) return p.tiles() * quantize_parts(p, threads);
+  return QuantizedSchedule(p, threads).chunks();
 }
 
 // A stream begins with the panels of the thread's first chunk.
@@ -196,19 +199,20 @@ size_t linear_workspace(const Step& s, int threads) {
 void linear_run(const Step& s, int phase, int64_t chunk, int threads, const Scratch& scratch) {
   const QuantizedProblem p(s);
   const QuantizedSchedule schedule(p, threads);
-  const bool alone = rounds_alone(p), owns = alone || schedule.owns_rows;
-  if (phase == 0 && !owns) {
+  const bool alone = rounds_alone(p), owns = schedule.row_blocks > 0;
+  if (phase == 0 && !alone && !owns) {
     const int64_t parts = quantize_parts(p, threads);
-    return quantize_tile(p, {p, scratch.shared}, chunk / parts, chunk % parts, parts, scratch.local);
+    return quantize_tile(p, {scratch.shared, p.all_tiles()}, chunk / parts, chunk % parts, parts, scratch.local);
   }
-  const Chunk c = schedule.chunk(chunk);
-  const CodeMemory rows =
-      owns ? CodeMemory(p, scratch.local + kQuantizedSums, c.tile0, c.tile1) : CodeMemory(p, scratch.shared);
-  if (schedule.owns_rows || (alone && chunk < threads)) {
-    char* memory = rows.memory + ceil_div(static_cast<int64_t>(prepared_bytes(p, rows.rows)), 64) * 64;
-    for (int64_t tile = c.tile0; tile < c.tile1; ++tile) quantize_tile(p, rows, tile, 0, 1, memory);
+  const CodeMemory rows{alone || owns ? scratch.local + kQuantizedSums : scratch.shared,
+                        owns ? schedule.own_tiles(p, chunk) : p.all_tiles()};
+  if (owns || (alone && chunk < threads)) {
+    const size_t bytes = prepared_bytes(p, rows.tiles.tokens * p.planes);
+    char* behind = rows.at + ceil_div(static_cast<int64_t>(bytes), 64) * 64;
+    for (int64_t tile = 0; tile < rows.tiles.count; ++tile) quantize_tile(p, rows, tile, 0, 1, behind);
   }
-  const int64_t next_panel = schedule.next_panel(chunk, threads);
+  const Chunk c = owns ? Chunk{0, p.panels(), 0, rows.tiles.count} : schedule.chunk(chunk);
+  const int64_t next_panel = owns ? 0 : schedule.next_panel(chunk, threads);
   float* sums = reinterpret_cast<float*>(scratch.local);
   if (p.streamed) return stream_panels(p, c, next_panel, rows, sums);
   block_panels(p, c, next_panel, rows, sums, scratch.local + kQuantizedSums);

@@ -20,6 +20,16 @@ constexpr float kScaleTop = 1 << 14;
 constexpr int kNibbleRows = kVecRegisters == 32 ? kQuantizedRows : 4;
 constexpr int kLoneRows = kVecRegisters == 32 ? 2 * kQuantizedRows : 4;
 constexpr int64_t kQuantizedSums = (kLoneRows > kQuantizedRows ? kLoneRows : kQuantizedRows) * kPanel * 4;  // bytes
+// Tiles over weights in one group keep no f32 sums beside those of integers. Where 16-bit pairs are multiplied the sums
+// lie in memory anyway.
+#ifdef LLMOPT_ISA_PAIRS
+constexpr bool kCodesByRows = false;
+constexpr int kOneGroupRows = kQuantizedRows;
+#else
+constexpr bool kCodesByRows = true;
+constexpr int kOneGroupRows = kVecRegisters == 32 ? 2 * kQuantizedRows : kQuantizedRows;
+#endif
+static_assert(kOneGroupRows <= kLoneRows || kOneGroupRows == kQuantizedRows);
 
 // As stream_panels, of the integer sums.
 constexpr int quantized_stream_panels(int64_t rows) {
@@ -58,6 +68,13 @@ constexpr int64_t kMostWideGroup = 512;
 constexpr int64_t kMostWideGroup = 0;
 #endif
 
+// Tokens [token0, token0 + tokens), cut into tiles of nearly equal height.
+struct TokenTiles {
+  int64_t token0, tokens, count;
+
+  int64_t token(int64_t tile) const { return token0 + tile * tokens / count; }
+};
+
 // A linear step over such weights. A plane of a token is a row of its own to the micro-kernels.
 struct QuantizedProblem : Problem {
   const Form form;
@@ -86,13 +103,21 @@ struct QuantizedProblem : Problem {
   int64_t stream_rows() const { return form.bits == 8 ? kLoneRows : kNibbleRows; }
   bool has_room() const { return unpacked_bytes() + kQuantizedSums <= int64_t(kLocalBytes); }
   int64_t most_tokens() const {  // of a tile
-    const int64_t most = streamed ? min64(kQuantizedRows, stream_rows()) : kQuantizedRows;
+    const int64_t most = streamed             ? min64(kQuantizedRows, stream_rows())
+                         : form.groups() == 1 ? kOneGroupRows
+                                              : kQuantizedRows;
     return (tuning.rows ? min64(tuning.rows, most) : most) / planes;
   }
-  int64_t tiles() const { return M == 0 ? 0 : is_lone ? 1 : ceil_div(M, most_tokens()); }
-  int64_t tile_row(int64_t tile) const { return tile * M / tiles(); }
+  TokenTiles tiles_of(int64_t token0, int64_t tokens) const {
+    return {token0, tokens, tokens == 0 ? 0 : is_lone ? 1 : ceil_div(tokens, most_tokens())};
+  }
+  TokenTiles all_tiles() const { return tiles_of(0, M); }
+  int64_t tiles() const { return all_tiles().count; }
   int64_t tallest_tile() const { return tiles() ? ceil_div(M, tiles()) * planes : 0; }  // in rows
   int64_t row_bytes() const { return form.groups() * form.steps() * 2 * form.quad_bytes(); }
+  // Prepared rows lie one behind the other (prepared.h), an odd number of lines apart: they share no set of L1.
+  bool by_rows() const { return kCodesByRows && !streamed; }
+  int64_t row_stride() const { return by_rows() ? (ceil_div(row_bytes(), 64) | 1) * 64 : row_bytes(); }
 };
 
 }  // namespace

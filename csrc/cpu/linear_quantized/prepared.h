@@ -1,6 +1,6 @@
-// Rows of x → the left operand: normalised, rounded to planes of signed codes group by group, in the order the tiles
-// read.
-//   codes   [tiles][groups][steps][2 quads][rows] kQuadBytes each
+// Rows of x → the left operand: normalised, rounded to planes of signed codes group by group.
+//   codes   [tiles][groups][steps][2 quads][rows] kQuadBytes each, or row after row, as is cheaper to write, where
+//           tiles multiply bytes of panels that stay in L2
 //   then per tile three tables [groups][rows]: scale f32, start i32 (what the sums begin at, for the zero point of the
 //   weights) and scaled sum f32 (scale * sum of codes, for their offsets).
 // A row is a token, or one plane of it.
@@ -23,36 +23,35 @@ struct Prepared {
   }
 };
 
-// Where the rows of tiles [tile0, tile1) lie, prepared.
+// Where the rows of so many tiles lie, prepared.
 struct CodeMemory {
-  char* memory;
-  int64_t row0, rows;
-
-  CodeMemory(const QuantizedProblem& p, char* at, int64_t tile0, int64_t tile1)
-      : memory(at), row0(p.tile_row(tile0) * p.planes), rows(p.tile_row(tile1) * p.planes - row0) {}
-  CodeMemory(const QuantizedProblem& p, char* at) : memory(at), row0(0), rows(p.M * p.planes) {}
+  char* at;
+  TokenTiles tiles;
 };
 
+inline int64_t code_bytes(const QuantizedProblem& p, int64_t rows) { return ceil_div(rows * p.row_stride(), 64) * 64; }
 inline size_t prepared_bytes(const QuantizedProblem& p, int64_t rows) {
-  return static_cast<size_t>(ceil_div(rows * p.row_bytes(), 64) * 64 + 3 * 4 * rows * p.form.groups());
+  return static_cast<size_t>(code_bytes(p, rows) + 3 * 4 * rows * p.form.groups());
 }
 
 // Streams multiply by f16 scales as they are packed, from kScaleTop on: in full, large activations would take their
 // sums beyond f32.
 inline float scale_unit(const QuantizedProblem& p) { return p.form.bits == 4 && p.streamed ? 1 / kScaleTop : 1.0f; }
 
-inline Prepared prepared_tile(const QuantizedProblem& p, const CodeMemory& at, int64_t tile) {
-  const int64_t first = p.tile_row(tile) * p.planes, row0 = first - at.row0, groups = p.form.groups();
-  const int64_t tile_rows = p.tile_row(tile + 1) * p.planes - first, quad_bytes = tile_rows * p.form.quad_bytes();
-  float* tables = reinterpret_cast<float*>(at.memory + ceil_div(at.rows * p.row_bytes(), 64) * 64);
-  return {at.memory + row0 * p.row_bytes(),
+inline Prepared prepared_tile(const QuantizedProblem& p, const CodeMemory& memory, int64_t tile) {
+  const TokenTiles& tiles = memory.tiles;
+  const int64_t rows = tiles.tokens * p.planes, row0 = (tiles.token(tile) - tiles.token0) * p.planes;
+  const int64_t tile_rows = (tiles.token(tile + 1) - tiles.token(tile)) * p.planes, groups = p.form.groups();
+  const int64_t quad_stride = p.by_rows() ? p.form.quad_bytes() : tile_rows * p.form.quad_bytes();
+  float* tables = reinterpret_cast<float*>(memory.at + code_bytes(p, rows));
+  return {memory.at + row0 * p.row_stride(),
           tables + row0 * groups,
-          reinterpret_cast<int32_t*>(tables + at.rows * groups) + row0 * groups,
-          tables + 2 * at.rows * groups + row0 * groups,
+          reinterpret_cast<int32_t*>(tables + rows * groups) + row0 * groups,
+          tables + 2 * rows * groups + row0 * groups,
           tile_rows,
-          2 * p.form.steps() * quad_bytes,
-          quad_bytes,
-          p.form.quad_bytes(),
+          2 * p.form.steps() * quad_stride,
+          quad_stride,
+          p.by_rows() ? p.row_stride() : p.form.quad_bytes(),
           scale_unit(p)};
 }
 

@@ -7,7 +7,8 @@
 namespace {
 
 struct QuantizedTileArgs {
-  const char* a;       // [groups][steps][2 quads][rows]
+  const char* a;  // [groups][steps][2 quads][rows], or rows that are a_stride apart
+  int64_t a_stride;
   const float* scale;  // the tables of prepare.h
   const int32_t* start;
   const float* sum;
