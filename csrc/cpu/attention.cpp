@@ -52,10 +52,10 @@ Span first_read(const Step& s, int phase, int threads, int thread) {
   const Problem p = parse(s);
   const Plan plan = make_plan(p, threads);
   if (!plan.decode || p.bounds || phase > 0 || plan.rows == 0) return {};
-  const int64_t splits = live_splits(p, plan);
-  if (thread >= plan.units * splits) return {};
+  const int64_t splits = live_splits(p, plan), first = first_chunk(plan.units * splits, threads, thread);
+  if (first >= plan.units * splits) return {};
   const KeyRange live = key_range(p, 0, 0, 0);
-  const DecodeChunk chunk(p, plan, thread, splits);
+  const DecodeChunk chunk(p, plan, first, splits);
   const int64_t lo = live.lo, length = live.hi - lo, item = itemsize(p.k->dtype);
   const int64_t row_bytes = (chunk.heads > 1 ? p.k->stride[2] : p.k->size[3]) * item;
   return {row_ptr(*p.k, chunk.b, chunk.head0, chunk.begin(lo, length)),

@@ -273,12 +273,15 @@ void Program::body(Team& team, int thread, void* context) {
                         reinterpret_cast<int32_t*>(c.counters.data())};
   const bool timed = thread == 0 && c.step_ns;
   auto last = std::chrono::steady_clock::now();
+  uint32_t phases = 0;  // of all steps so far
   for (size_t k = 0; k < c.steps.size(); ++k) {
     const Kernel& kernel = *p.kernels_[k];
     const Step& step = c.steps[k];
     for (int phase = 0; phase < c.phases[k]; ++phase) {
       const int64_t chunks = kernel.chunks(step, phase, team.threads());
-      for (int64_t i = thread; i < chunks; i = team.next_chunk()) kernel.run(step, phase, i, team.threads(), scratch);
+      ++phases;
+      for (int64_t i = -1; (i = team.next_chunk(thread, phases, chunks, i)) < chunks;)
+        kernel.run(step, phase, i, team.threads(), scratch);
       team.barrier([&] { return p.first_read_after(c, k, phase, team.threads(), thread); });
     }
     if (!timed) continue;

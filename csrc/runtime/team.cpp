@@ -20,15 +20,22 @@ inline void relax() {
 
 }  // namespace
 
-bool Team::arrive(uint32_t* generation) {
-  if (threads_ == 1) {
-    chunk_solo_ = 1;
-    return true;
+int64_t Team::take(int owner, uint32_t phase, int64_t chunks) {
+  const int64_t first = first_chunk(chunks, threads_, owner), length = first_chunk(chunks, threads_, owner + 1) - first;
+  std::atomic<uint64_t>& taken = ranges_[static_cast<size_t>(owner)].taken;
+  for (uint64_t seen = taken.load(std::memory_order_relaxed);;) {
+    const int64_t count = seen >> 32 == phase ? static_cast<int64_t>(seen & UINT32_MAX) : 1;
+    if (count >= length) return chunks;
+    const uint64_t next = uint64_t{phase} << 32 | static_cast<uint64_t>(count + 1);
+    if (taken.compare_exchange_weak(seen, next, std::memory_order_relaxed)) return first + count;
   }
+}
+
+bool Team::arrive(uint32_t* generation) {
+  if (threads_ == 1) return true;
   *generation = generation_.load(std::memory_order_relaxed);
   if (arrived_.fetch_add(1, std::memory_order_acq_rel) != threads_ - 1) return false;
   arrived_.store(0, std::memory_order_relaxed);
-  chunk_.store(threads_, std::memory_order_relaxed);
   generation_.store(*generation + 1, std::memory_order_release);
   return true;
 }

@@ -61,6 +61,18 @@ enum Activation : int64_t {
   kActRelu2 = 8,      // relu(x)^2
 };
 
+// The chunks of a phase are shared out in ranges, one a thread (runtime/team.h).
+static inline int64_t first_chunk(int64_t chunks, int threads, int thread) { return thread * chunks / threads; }
+// Whether a chunk is some thread's first.
+static inline bool is_first(int64_t chunks, int threads, int64_t chunk) {
+  const int64_t thread = (chunk * threads + chunks - 1) / chunks;
+  return first_chunk(chunks, threads, static_cast<int>(thread)) == chunk;
+}
+// Whether the thread that has a chunk in its range goes on with the one behind it.
+static inline bool is_followed(int64_t chunks, int threads, int64_t chunk) {
+  return chunk + 1 < chunks && !is_first(chunks, threads, chunk + 1);
+}
+
 // One resolved step of a program: operands and attributes in the order the op's file documents.
 struct Step {
   const Tensor* t;

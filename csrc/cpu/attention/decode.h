@@ -417,8 +417,8 @@ inline void decode(const Problem& p, const Plan& plan, int64_t chunk, int64_t sp
     write_new_rows(p, b, head0 + n, 0, p.new_len, split == 0 ? 0 : begin, split == splits - 1 ? p.kv_len : end);
   for (int64_t n = 0; p.k_mirror.codes && n < heads; ++n) round_new_slots(p, b, head0 + n, begin, end);
   // The chunk this thread likely takes next, whose live keys are most often the same. Nothing follows its last one.
-  const bool is_last = chunk + threads >= plan.units * splits;
-  const DecodeChunk next_chunk(p, plan, is_last ? chunk : chunk + threads, splits);
+  const bool is_last = !is_followed(plan.units * splits, threads, chunk);
+  const DecodeChunk next_chunk(p, plan, is_last ? chunk : chunk + 1, splits);
   const int64_t step = mine.block_keys(p, end - begin);
   Block later{};
   for (Block now = mine.first(p, lo, length); now.j < end; now = later) {

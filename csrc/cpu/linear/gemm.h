@@ -44,8 +44,9 @@ int64_t linear_chunks(const Step& s, int phase, int threads) {
 Span linear_first_read(const Step& s, int, int threads, int thread) {
   const Problem p(s);
   const Schedule schedule(p, threads);
-  if (!p.streams() || thread >= schedule.chunks()) return {};
-  const Chunk c = schedule.chunk(thread);
+  const int64_t first = first_chunk(schedule.chunks(), threads, thread);
+  if (!p.streams() || first >= schedule.chunks()) return {};
+  const Chunk c = schedule.chunk(first);
   const int64_t bytes = panel_bytes(p.K, p.weight);
   return {p.w.data + c.panel0 * bytes, (c.panel1 - c.panel0) * bytes};
 }
@@ -60,8 +61,8 @@ void linear_run(const Step& s, int phase, int64_t chunk, int threads, const Scra
   float* sums = reinterpret_cast<float*>(scratch.local);
   float* prepared = prepares_alone(p) ? sums + kTileSums : reinterpret_cast<float*>(scratch.shared);
   if (prepares_together(p) && phase == 0) return prepare_tile(p, chunk, threads, prepared);
-  if (prepares_alone(p) && chunk < threads) prepare_tile(p, 0, 1, prepared);
   const Schedule schedule(p, threads);
+  if (prepares_alone(p) && is_first(schedule.chunks(), threads, chunk)) prepare_tile(p, 0, 1, prepared);
   const Chunk c = schedule.chunk(chunk);
   const float* a = p.prepared() ? prepared : reinterpret_cast<const float*>(p.x.data);
   const int64_t next_panel = schedule.next_panel(chunk, threads);

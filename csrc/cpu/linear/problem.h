@@ -87,7 +87,9 @@ struct Cut {
     blocks = ceil_div(tiles, tiles_per_block);
   }
   // The first panel of the chunk that a thread likely takes after this one.
-  int64_t next_panel(int64_t i, int threads) const { return chunk(i + threads < chunks() ? i + threads : i).panel0; }
+  int64_t next_panel(int64_t i, int threads) const {
+    return chunk(is_followed(chunks(), threads, i) ? i + 1 : i).panel0;
+  }
 };
 
 // With more than one row tile the panels of a chunk stay in L2 while the tiles pass over them, K block after K block.
@@ -99,9 +101,8 @@ struct Schedule : Cut {
   Schedule(const Problem& p, int threads) : Schedule(p, threads, p.streams()) {}
 };
 
-// So few values of x that every thread prepares them for itself: that takes less than waiting for each other. A thread
-// begins a phase with the chunk of its own number, so chunks below the number of threads are the first of theirs, where
-// the phase has no chunks of other linears.
+// So few values of x that every thread prepares them for itself, with its first chunk: that takes less than waiting for
+// each other. Not where the phase has chunks of other linears.
 constexpr int64_t kAloneValues = 6144;
 constexpr int64_t kL2Weights = 384 << 10;    // bytes of f32 weights that stay in L2 beside the passing rows
 constexpr int64_t kChunksPerThread = 8;      // enough that a core at half speed does not hold up the others for long

@@ -186,8 +186,9 @@ int64_t linear_chunks(const Step& s, int phase, int threads) {
 Span linear_first_read(const Step& s, int, int threads, int thread) {
   const QuantizedProblem p(s);
   const QuantizedSchedule schedule(p, threads);
-  if (!p.streamed || thread >= schedule.chunks()) return {};
-  const Chunk c = schedule.chunk(thread);
+  const int64_t first = first_chunk(schedule.chunks(), threads, thread);
+  if (!p.streamed || first >= schedule.chunks()) return {};
+  const Chunk c = schedule.chunk(first);
   return {p.w.data + c.panel0 * p.form.panel_bytes(), (c.panel1 - c.panel0) * p.form.panel_bytes()};
 }
 
@@ -206,7 +207,7 @@ void linear_run(const Step& s, int phase, int64_t chunk, int threads, const Scra
   }
   const CodeMemory rows{alone || owns ? scratch.local + kQuantizedSums : scratch.shared,
                         owns ? schedule.own_tiles(p, chunk) : p.all_tiles()};
-  if (owns || (alone && chunk < threads)) {
+  if (owns || (alone && is_first(schedule.chunks(), threads, chunk))) {
     const size_t bytes = prepared_bytes(p, rows.tiles.tokens * p.planes);
     char* behind = rows.at + ceil_div(static_cast<int64_t>(bytes), 64) * 64;
     for (int64_t tile = 0; tile < rows.tiles.count; ++tile) quantize_tile(p, rows, tile, 0, 1, behind);
