@@ -35,11 +35,11 @@ struct FloatPanels {
   }
 };
 
-// a: the rows, prepared or as they lie. `local` is the thread's scratch: kSumBytes of sums, then kWideBytes of widened
-// panels.
+// a: the rows, prepared, or all of them as they lie. The chunk's tiles are some of `all`. `local` is the thread's
+// scratch: kSumBytes of sums, then kWideBytes of widened panels.
 template <class Weights>
 void run_blocked(const Problem& p, const Weights& weights, const Schedule& s, const Chunk& c, int64_t next_panel,
-                 const float* a, float* local) {
+                 const RowTiles& all, const float* a, float* local) {
   const int64_t tiles = c.tile1 - c.tile0, panels = c.panel1 - c.panel0;
   const bool is_f32 = weights.is_f32(), in_place = p.rows_in_place();
   float* wide = local + kSumBytes / 4;
@@ -61,10 +61,10 @@ void run_blocked(const Problem& p, const Weights& weights, const Schedule& s, co
     args.accumulate = block > 0;
     args.ahead_stride = ceil_div(bytes, tiles * max64(1, args.steps));
     for (int64_t tile = c.tile0; tile < c.tile1; ++tile) {
-      const int64_t row0 = p.tile_row(tile);
-      const int rows = static_cast<int>(p.tile_row(tile + 1) - row0);
+      const int64_t row0 = all.row(tile);
+      const int rows = static_cast<int>(all.row(tile + 1) - row0);
       const TileFunction run = in_place ? in_place_tile(rows) : weights.tile(rows);
-      args.a = in_place ? a + row0 * args.a_stride + k0 : a + p.tile_offset(tile) + k0 * rows;
+      args.a = in_place ? a + row0 * args.a_stride + k0 : a + p.tile_offset(all, tile) + k0 * rows;
       for (int64_t i = 0; i < panels; ++i) {
         args.sums = local + (s.k_blocks == 1 ? 0 : (tile - c.tile0) * panels + i) * kTileSums;
         args.b = blocks[i];

@@ -15,14 +15,14 @@ inline bool prepares_alone(const Problem& p) {
 
 int64_t prepare_chunks(const Problem& p, int threads) { return p.tiles() * prepare_parts(p, threads); }
 
-void prepare_tile(const Problem& p, int64_t chunk, int threads, float* shared) {
-  const int64_t parts = prepare_parts(p, threads), tile = chunk / parts, part = chunk % parts;
+// The part-th of so many parts of a tile's K. memory: where the first of `tiles` begins.
+void prepare_tile(const Problem& p, const RowTiles& tiles, int64_t tile, int64_t part, int64_t parts, float* memory) {
   const int64_t vectors = ceil_div(p.padded_k(), kLanes);
   const int64_t k0 = part * vectors / parts * kLanes;
   const int64_t k1 = min64(p.padded_k(), (part + 1) * vectors / parts * kLanes);
-  const int64_t row0 = p.tile_row(tile);
-  const int rows = static_cast<int>(p.tile_row(tile + 1) - row0);
-  float* out = shared + p.tile_offset(tile);
+  const int64_t row0 = tiles.row(tile);
+  const int rows = static_cast<int>(tiles.row(tile + 1) - row0);
+  float* out = memory + p.tile_offset(tiles, tile);
   RowNorm norms[kMaxRows];
   for (int r = 0; r < rows; ++r) norms[r] = row_norm(p, row0 + r);
 
@@ -48,6 +48,10 @@ void prepare_tile(const Problem& p, int64_t chunk, int threads, float* shared) {
         vstore_n(to, turned[i], rows);
     }
   }
+}
+void prepare_chunk(const Problem& p, int64_t chunk, int threads, float* shared) {
+  const int64_t parts = prepare_parts(p, threads);
+  prepare_tile(p, p.all_tiles(), chunk / parts, chunk % parts, parts, shared);
 }
 
 }  // namespace

@@ -7,6 +7,13 @@ namespace {
 
 constexpr int64_t kPage = 4096;  // bytes
 
+// Rows [row0, row0 + rows), cut into tiles of nearly equal height, so that no short one runs at low efficiency.
+struct RowTiles {
+  int64_t row0, rows, count;
+
+  int64_t row(int64_t tile) const { return row0 + tile * rows / count; }
+};
+
 struct Problem {
   const Tensor &x, &w, &bias, &residual, &y, &norm_weight, &norm_bias;
   const int64_t M, N, K;
@@ -50,13 +57,17 @@ struct Problem {
   }
   bool prepared() const { return !is_plain() || (M > 1 && !rows_in_place()); }
 
-  // Rows are cut into tiles of nearly equal height, so that no short tile runs at low efficiency.
-  int64_t tiles() const { return ceil_div(M, tuning.rows ? tuning.rows : kMaxRows); }
-  int64_t tile_row(int64_t tile) const { return tile * M / tiles(); }
+  RowTiles tiles_of(int64_t row0, int64_t rows) const {
+    return {row0, rows, ceil_div(rows, tuning.rows ? tuning.rows : kMaxRows)};
+  }
+  RowTiles all_tiles() const { return tiles_of(0, M); }
+  int64_t tiles() const { return all_tiles().count; }
   int64_t tallest_tile() const { return tiles() ? ceil_div(M, tiles()) : 0; }
   // Start of a prepared tile in floats: [padded K][rows of the tile], and room for one vector store past its end.
-  int64_t tile_offset(int64_t tile) const { return tile_row(tile) * padded_k() + tile * kLanes; }
-  int64_t prepared_floats() const { return M * padded_k() + (tiles() + 1) * kLanes; }  // of all tiles
+  int64_t tile_offset(const RowTiles& tiles, int64_t tile) const {
+    return (tiles.row(tile) - tiles.row0) * padded_k() + tile * kLanes;
+  }
+  int64_t prepared_floats(const RowTiles& tiles) const { return tiles.rows * padded_k() + (tiles.count + 1) * kLanes; }
   bool streams() const {
     return tuning.family == LinearFamily::automatic ? tiles() <= 1 : tuning.family == LinearFamily::stream;
   }
@@ -92,6 +103,25 @@ struct Cut {
   }
 };
 
+constexpr int64_t kChunksPerThread = 8;  // enough that a core at half speed does not hold up the others for long
+
+// Rows that go through one core need not be waited for, and stay in its L2. A chunk of them reads all weights, from L3
+// as a rule, which takes less time than the products of so many rows.
+constexpr int64_t kLeastOwnRows = 28;
+
+// Blocks that M rows are cut into, as many for each thread; 0: too few rows. A row counts as `planes` of products;
+// `fit`: rows that a chunk has room for.
+inline int64_t own_row_blocks(int64_t M, int64_t planes, int64_t fit, int threads) {
+  const int64_t most = M * planes / kLeastOwnRows / threads;
+  const int64_t each = max64(min64(most, kChunksPerThread), ceil_div(M, threads * max64(1, fit)));
+  return each < 2 || each > most ? 0 : each * threads;
+}
+template <class P>  // a Problem
+inline RowTiles own_tiles(const P& p, int64_t blocks, int64_t block) {
+  const int64_t row0 = block * p.M / blocks;
+  return p.tiles_of(row0, (block + 1) * p.M / blocks - row0);
+}
+
 // With more than one row tile the panels of a chunk stay in L2 while the tiles pass over them, K block after K block.
 struct Schedule : Cut {
   int64_t k_block, k_blocks;
@@ -104,9 +134,8 @@ struct Schedule : Cut {
 // So few values of x that every thread prepares them for itself, with its first chunk: that takes less than waiting for
 // each other. Not where the phase has chunks of other linears.
 constexpr int64_t kAloneValues = 6144;
-constexpr int64_t kL2Weights = 384 << 10;    // bytes of f32 weights that stay in L2 beside the passing rows
-constexpr int64_t kChunksPerThread = 8;      // enough that a core at half speed does not hold up the others for long
-constexpr int64_t kStreamChunk = 512 << 10;  // bytes of weights in a chunk that reads them once
+constexpr int64_t kL2Weights = 384 << 10;         // bytes of f32 weights that stay in L2 beside the passing rows
+constexpr int64_t kStreamChunk = 512 << 10;       // bytes of weights in a chunk that reads them once
 constexpr int64_t kTileSums = kMaxRows * kPanel;  // floats
 static_assert(kMaxKBlock * kPanel * 4 <= kL2Weights && kL2Weights <= kWideBytes);
 

@@ -89,17 +89,17 @@ int64_t tier_chunks(const Step& s, int phase, int threads) {
 size_t tier_workspace(const Step& s, int threads) {
   const QuantizedProblem p(s);
   if (!runs_on_floats(p)) return linear_workspace(s, threads);
-  return static_cast<size_t>(p.prepared_floats()) * sizeof(float);
+  return static_cast<size_t>(p.prepared_floats(p.Problem::all_tiles())) * sizeof(float);
 }
 
 void tier_run(const Step& s, int phase, int64_t chunk, int threads, const Scratch& scratch) {
   const QuantizedProblem p(s);
   if (!runs_on_floats(p)) return linear_run(s, phase, chunk, threads, scratch);
   float* rows = reinterpret_cast<float*>(scratch.shared);
-  if (phase == 0) return prepare_tile(p, chunk, threads, rows);
+  if (phase == 0) return prepare_chunk(p, chunk, threads, rows);
   const Schedule schedule = float_schedule(p, threads);
-  run_blocked(p, CodePanels(p), schedule, schedule.chunk(chunk), schedule.next_panel(chunk, threads), rows,
-              reinterpret_cast<float*>(scratch.local));
+  run_blocked(p, CodePanels(p), schedule, schedule.chunk(chunk), schedule.next_panel(chunk, threads),
+              p.Problem::all_tiles(), rows, reinterpret_cast<float*>(scratch.local));
 }
 
 Span tier_first_read(const Step& s, int phase, int threads, int thread) {

@@ -25,10 +25,7 @@ inline int64_t longer_span(int64_t panels, int64_t span, int64_t most, int at_on
   return best;
 }
 
-// Rows that go through one core need not be waited for, and stay in its L2. Their chunk reads all weights, from L3 as a
-// rule, which takes less time than the products of so many rows.
-constexpr int64_t kLeastOwnRows = 28;
-constexpr int64_t kOwnRowBytes = 256 << 10;  // of their codes
+constexpr int64_t kOwnRowBytes = 256 << 10;  // of codes of rows that belong to one chunk
 static_assert(kQuantizedSums + kOwnRowBytes * 5 / 2 + 4 * (kBatchValues + kLanes) <= int64_t(kLocalBytes),
               "tables take 12 bytes for at least 8 of codes");
 
@@ -60,19 +57,12 @@ struct QuantizedSchedule : Cut {
   }
 
   int64_t chunks() const { return row_blocks ? row_blocks : Cut::chunks(); }
-  TokenTiles own_tiles(const QuantizedProblem& p, int64_t chunk) const {
-    const int64_t token0 = chunk * p.M / row_blocks;
-    return p.tiles_of(token0, (chunk + 1) * p.M / row_blocks - token0);
-  }
 
  private:
-  // As many for each thread. Panels that are unpacked first would be so for every block.
+  // Panels that are unpacked first would be so for every block.
   static int64_t row_blocks_of(const QuantizedProblem& p, int threads) {
     if (p.streamed || p.tuning.tiles || p.tuning.span || p.unpacked_bytes() > 0 || p.panels() == 0) return 0;
-    const int64_t fit = kOwnRowBytes / max64(1, p.row_stride() * p.planes);  // tokens
-    const int64_t most = p.M * p.planes / kLeastOwnRows / threads;
-    const int64_t each = max64(min64(most, kChunksPerThread), ceil_div(p.M, threads * max64(1, fit)));
-    return each < 2 || each > most ? 0 : each * threads;
+    return own_row_blocks(p.M, p.planes, kOwnRowBytes / max64(1, p.row_stride() * p.planes), threads);
   }
 };
 
@@ -125,7 +115,7 @@ void stream_panels(const QuantizedProblem& p, const Chunk& c, int64_t next_panel
     const int64_t count = min64(at_once, c.panel1 - panel);
     const char* b = p.w.data + panel * bytes;
     for (int64_t tile = c.tile0; tile < c.tile1; ++tile) {
-      const int64_t token0 = rows.tiles.token(tile), tokens = rows.tiles.token(tile + 1) - token0;
+      const int64_t token0 = rows.tiles.row(tile), tokens = rows.tiles.row(tile + 1) - token0;
       const int64_t height = tokens * p.planes;
       QuantizedTileArgs args = tile_args(p, prepared_tile(p, rows, tile), sums);
       args.b = b;
@@ -153,7 +143,7 @@ void block_panels(const QuantizedProblem& p, const Chunk& c, int64_t next_panel,
     const char* ahead = p.w.data + (panel + 1 < c.panel1 ? panel + 1 : next_panel) * bytes;
     const char* codes = tile_codes(p.form, b, unpacked);
     for (int64_t tile = c.tile0; tile < c.tile1; ++tile) {
-      const int64_t token0 = rows.tiles.token(tile), tokens = rows.tiles.token(tile + 1) - token0;
+      const int64_t token0 = rows.tiles.row(tile), tokens = rows.tiles.row(tile + 1) - token0;
       QuantizedTileArgs args = tile_args(p, prepared_tile(p, rows, tile), sums);
       args.b = codes;
       args.ahead = ahead + (tile - c.tile0) * bytes / tiles;
@@ -206,9 +196,9 @@ void linear_run(const Step& s, int phase, int64_t chunk, int threads, const Scra
     return quantize_tile(p, {scratch.shared, p.all_tiles()}, chunk / parts, chunk % parts, parts, scratch.local);
   }
   const CodeMemory rows{alone || owns ? scratch.local + kQuantizedSums : scratch.shared,
-                        owns ? schedule.own_tiles(p, chunk) : p.all_tiles()};
+                        owns ? own_tiles(p, schedule.row_blocks, chunk) : p.all_tiles()};
   if (owns || (alone && is_first(schedule.chunks(), threads, chunk))) {
-    const size_t bytes = prepared_bytes(p, rows.tiles.tokens * p.planes);
+    const size_t bytes = prepared_bytes(p, rows.tiles.rows * p.planes);
     char* behind = rows.at + ceil_div(static_cast<int64_t>(bytes), 64) * 64;
     for (int64_t tile = 0; tile < rows.tiles.count; ++tile) quantize_tile(p, rows, tile, 0, 1, behind);
   }

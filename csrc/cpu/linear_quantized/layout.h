@@ -68,13 +68,6 @@ constexpr int64_t kMostWideGroup = 512;
 constexpr int64_t kMostWideGroup = 0;
 #endif
 
-// Tokens [token0, token0 + tokens), cut into tiles of nearly equal height.
-struct TokenTiles {
-  int64_t token0, tokens, count;
-
-  int64_t token(int64_t tile) const { return token0 + tile * tokens / count; }
-};
-
 // A linear step over such weights. A plane of a token is a row of its own to the micro-kernels.
 struct QuantizedProblem : Problem {
   const Form form;
@@ -108,10 +101,10 @@ struct QuantizedProblem : Problem {
                                               : kQuantizedRows;
     return (tuning.rows ? min64(tuning.rows, most) : most) / planes;
   }
-  TokenTiles tiles_of(int64_t token0, int64_t tokens) const {
+  RowTiles tiles_of(int64_t token0, int64_t tokens) const {
     return {token0, tokens, tokens == 0 ? 0 : is_lone ? 1 : ceil_div(tokens, most_tokens())};
   }
-  TokenTiles all_tiles() const { return tiles_of(0, M); }
+  RowTiles all_tiles() const { return tiles_of(0, M); }
   int64_t tiles() const { return all_tiles().count; }
   int64_t tallest_tile() const { return tiles() ? ceil_div(M, tiles()) * planes : 0; }  // in rows
   int64_t row_bytes() const { return form.groups() * form.steps() * 2 * form.quad_bytes(); }

@@ -118,7 +118,7 @@ void quantize_tokens(const QuantizedProblem& p, const Prepared& out, int64_t fir
 void quantize_tile(const QuantizedProblem& p, const CodeMemory& rows, int64_t tile, int64_t part, int64_t parts,
                    char* memory) {
   const int64_t group0 = part * p.form.groups() / parts, group1 = (part + 1) * p.form.groups() / parts;
-  const int64_t token0 = rows.tiles.token(tile), tokens = rows.tiles.token(tile + 1) - token0;
+  const int64_t token0 = rows.tiles.row(tile), tokens = rows.tiles.row(tile + 1) - token0;
   quantize_tokens(p, prepared_tile(p, rows, tile), token0, token0, tokens, group0, group1,
                   reinterpret_cast<float*>(memory));
 }

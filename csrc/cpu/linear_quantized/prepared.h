@@ -26,7 +26,7 @@ struct Prepared {
 // Where the rows of so many tiles lie, prepared.
 struct CodeMemory {
   char* at;
-  TokenTiles tiles;
+  RowTiles tiles;
 };
 
 inline int64_t code_bytes(const QuantizedProblem& p, int64_t rows) { return ceil_div(rows * p.row_stride(), 64) * 64; }
@@ -39,9 +39,9 @@ inline size_t prepared_bytes(const QuantizedProblem& p, int64_t rows) {
 inline float scale_unit(const QuantizedProblem& p) { return p.form.bits == 4 && p.streamed ? 1 / kScaleTop : 1.0f; }
 
 inline Prepared prepared_tile(const QuantizedProblem& p, const CodeMemory& memory, int64_t tile) {
-  const TokenTiles& tiles = memory.tiles;
-  const int64_t rows = tiles.tokens * p.planes, row0 = (tiles.token(tile) - tiles.token0) * p.planes;
-  const int64_t tile_rows = (tiles.token(tile + 1) - tiles.token(tile)) * p.planes, groups = p.form.groups();
+  const RowTiles& tiles = memory.tiles;
+  const int64_t rows = tiles.rows * p.planes, row0 = (tiles.row(tile) - tiles.row0) * p.planes;
+  const int64_t tile_rows = (tiles.row(tile + 1) - tiles.row(tile)) * p.planes, groups = p.form.groups();
   const int64_t quad_stride = p.by_rows() ? p.form.quad_bytes() : tile_rows * p.form.quad_bytes();
   float* tables = reinterpret_cast<float*>(memory.at + code_bytes(p, rows));
   return {memory.at + row0 * p.row_stride(),
