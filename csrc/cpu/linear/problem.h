@@ -80,20 +80,24 @@ struct Chunk {
 
 constexpr int64_t kMinBlockTiles = 4;  // row tiles of a chunk, where rows are cut for the sake of more chunks
 
-// How a product is cut: a chunk is `span` panels by `tiles_per_block` row tiles.
+constexpr int64_t kThreadRows = 128;  // of a thread, that are worth panels which it alone unpacks or fetches
+
+// How a product is cut: a chunk is `span` panels by `tiles_per_block` row tiles. Chunks run over panels fastest, so
+// that a thread, which has a range of them, works on the rows it had in the steps before.
 struct Cut {
   int64_t panels, tiles;  // of the whole product
   int64_t span, tiles_per_block, blocks;
 
   int64_t chunks() const { return tiles == 0 ? 0 : ceil_div(panels, span) * blocks; }
   Chunk chunk(int64_t i) const {
-    const int64_t panel0 = i / blocks * span, tile0 = i % blocks * tiles_per_block;
+    const int64_t spans = ceil_div(panels, span);
+    const int64_t panel0 = i % spans * span, tile0 = i / spans * tiles_per_block;
     return {panel0, min64(panels, panel0 + span), tile0, min64(tiles, tile0 + tiles_per_block)};
   }
   // Few panels, or more row tiles than a chunk has room for: the rows are cut too. Neither panels nor tiles may be
   // none.
-  void cut_rows(int64_t wanted, int64_t most_tiles) {
-    blocks = min64(ceil_div(wanted, ceil_div(panels, span)), max64(1, tiles / kMinBlockTiles));
+  void cut_rows(int64_t wanted, int64_t most_tiles, int64_t least_blocks = 1) {
+    blocks = min64(max64(least_blocks, ceil_div(wanted, ceil_div(panels, span))), max64(1, tiles / kMinBlockTiles));
     tiles_per_block = ceil_div(tiles, max64(blocks, ceil_div(tiles, most_tiles)));
     blocks = ceil_div(tiles, tiles_per_block);
   }
@@ -174,7 +178,7 @@ inline Schedule::Schedule(const Problem& p, int threads, bool streams, int64_t u
   if (given.tiles)
     blocks = ceil_div(tiles, tiles_per_block);
   else
-    cut_rows(wanted, k_blocks > 1 ? kSumBytes / (span * kTileSums * 4) : tiles);
+    cut_rows(wanted, k_blocks > 1 ? kSumBytes / (span * kTileSums * 4) : tiles, min64(threads, p.M / kThreadRows));
 }
 
 }  // namespace

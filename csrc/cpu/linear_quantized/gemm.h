@@ -53,7 +53,7 @@ struct QuantizedSchedule : Cut {
     if (given.tiles)
       blocks = ceil_div(tiles, tiles_per_block);
     else
-      cut_rows(wanted, tiles);
+      cut_rows(wanted, tiles, min64(threads, p.M / kThreadRows));
   }
 
   int64_t chunks() const { return row_blocks ? row_blocks : Cut::chunks(); }
