@@ -51,9 +51,10 @@ struct Problem {
   int64_t padded_k() const { return ::padded_k(K, weight); }
   // Rows of f32 that need no norm and no zero pad may be read where they lie: one, and many beside weights in L2.
   bool is_plain() const { return x.dtype == DType::f32 && norm == kNormNone && padded_k() == K; }
-  // Rows that are a multiple of a page apart would share lines of L1.
+  // Tiles see f32 weights, or codes that became f32. Rows that are a multiple of a page apart would share lines of L1.
   bool rows_in_place() const {
-    return is_plain() && weight == DType::f32 && !streams() && x.stride[0] % (kPage / 4) != 0;
+    const bool is_f32 = weight == DType::f32 || weight == DType::u8;
+    return is_plain() && is_f32 && !streams() && x.stride[0] % (kPage / 4) != 0;
   }
   bool prepared() const { return !is_plain() || (M > 1 && !rows_in_place()); }
 

@@ -1,6 +1,7 @@
-// Weights of 8 or 4 bits beside activations as they are, where the CPU cannot multiply bytes: codes become f32 K block
-// by K block and the rows pass over them by FMA. The integer kernels would multiply up to three planes of each
-// activation; for one row they do, because their weights then come from DRAM and are used once.
+// Weights of 8 or 4 bits beside activations as they are: codes become f32 K block by K block and the rows pass over
+// them by FMA. The integer kernels would multiply up to three planes of each activation. Where the CPU does not
+// multiply bytes they do so for one row, because its weights then come from DRAM and are used once; where it does, they
+// are faster but for many rows over small groups, whose integer sums are folded often.
 #pragma once
 #include "cpu/linear/blocked.h"
 #include "cpu/linear/prepare.h"
@@ -8,12 +9,20 @@
 
 namespace {
 
+// Measured where bytes are multiplied: groups up to which FMA is faster, by bits of a code, and for how many rows.
+constexpr int64_t kSmallGroup8 = 32, kSmallGroup4 = 64, kLeastFloatRows = 64;
+
+inline bool floats_pay(const QuantizedProblem& p) {
+  if (!kMultipliesBytes) return p.M > 1;
+  return p.planes > 2 && p.M >= kLeastFloatRows && p.form.group <= (p.form.bits == 4 ? kSmallGroup4 : kSmallGroup8);
+}
+
 // Whatever a tuning asks for, it asks of the integer kernels. Every K block has to begin with a step of its group.
 inline bool runs_on_floats(const QuantizedProblem& p) {
   const LinearTuning& t = p.tuning;
   const bool tuned = t.family != LinearFamily::automatic || t.rows || t.k_block || t.span || t.tiles || t.ahead;
   const bool steps_align = p.form.group <= kMaxKBlock || p.form.group % kStepK == 0 || p.form.group == p.K;
-  return !kMultipliesBytes && !tuned && !p.rounds_inputs && p.M > 1 && p.K > 0 && steps_align;
+  return !tuned && !p.rounds_inputs && floats_pay(p) && p.K > 0 && steps_align;
 }
 static_assert(2 * kMaxKBlock * kPanel * 4 <= kWideBytes, "a K block is rounded up to whole groups");
 
@@ -77,26 +86,29 @@ struct CodePanels {
 };
 
 int tier_phases(const Step& s, int threads) {
-  return runs_on_floats(QuantizedProblem(s)) ? 2 : linear_phases(s, threads);
+  const QuantizedProblem p(s);
+  return !runs_on_floats(p) ? linear_phases(s, threads) : p.rows_in_place() ? 1 : 2;
 }
 
 int64_t tier_chunks(const Step& s, int phase, int threads) {
   const QuantizedProblem p(s);
   if (!runs_on_floats(p)) return linear_chunks(s, phase, threads);
-  return phase == 0 ? prepare_chunks(p, threads) : float_schedule(p, threads).chunks();
+  return phase == 0 && !p.rows_in_place() ? prepare_chunks(p, threads) : float_schedule(p, threads).chunks();
 }
 
 size_t tier_workspace(const Step& s, int threads) {
   const QuantizedProblem p(s);
   if (!runs_on_floats(p)) return linear_workspace(s, threads);
-  return static_cast<size_t>(p.prepared_floats(p.Problem::all_tiles())) * sizeof(float);
+  return p.rows_in_place() ? 0 : static_cast<size_t>(p.prepared_floats(p.Problem::all_tiles())) * sizeof(float);
 }
 
 void tier_run(const Step& s, int phase, int64_t chunk, int threads, const Scratch& scratch) {
   const QuantizedProblem p(s);
   if (!runs_on_floats(p)) return linear_run(s, phase, chunk, threads, scratch);
-  float* rows = reinterpret_cast<float*>(scratch.shared);
-  if (phase == 0) return prepare_chunk(p, chunk, threads, rows);
+  const bool in_place = p.rows_in_place();
+  float* prepared = reinterpret_cast<float*>(scratch.shared);
+  if (phase == 0 && !in_place) return prepare_chunk(p, chunk, threads, prepared);
+  const float* rows = in_place ? reinterpret_cast<const float*>(p.x.data) : prepared;
   const Schedule schedule = float_schedule(p, threads);
   run_blocked(p, CodePanels(p), schedule, schedule.chunk(chunk), schedule.next_panel(chunk, threads),
               p.Problem::all_tiles(), rows, reinterpret_cast<float*>(scratch.local));
