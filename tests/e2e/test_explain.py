@@ -15,6 +15,7 @@ from llmopt import _C, Report
 from llmopt import report as report_module
 from llmopt.native.probe import Probe
 from torch import nn
+from torch.nn import functional as F
 
 
 class Mixed(nn.Module):
@@ -72,6 +73,18 @@ def test_every_step_has_its_kernel_tier_shapes_and_costs(report: Report) -> None
     compute = linear.flops / report.probe.linear_peak("f32")
     memory = linear.bytes / report.probe.read_bytes
     assert linear.roof == pytest.approx(max(compute, memory) / seconds)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_scores_above_the_diagonal_are_no_work(causal: bool) -> None:
+    q, k, v = torch.randn(3, 2, 4, 24, 16)
+    attend = torch.compile(
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=causal), backend="llmopt"
+    )
+    report = llmopt.explain(attend, q, k, v)
+    (step,) = [s for s in report.steps if s.kernel == "attention.cpu"]
+    scores = 24 * 25 // 2 if causal else 24 * 24
+    assert step.flops == 4 * 2 * 4 * 16 * scores
 
 
 def test_fallbacks_say_why_and_where(report: Report) -> None:

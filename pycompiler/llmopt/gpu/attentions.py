@@ -250,9 +250,8 @@ def _lower(s: GpuSegmentBuilder, node: fx.Node) -> None:
     a = cpu.attention_settings(node, 3)
     detail = "causal" if a["causal"] else "full" if a["mask"] is None else "mask"
     detail += cpu.codes(fake(k)) + _qk(node)
-    record = cpu.attention_record(
-        node, q, (fake(k), fake(v)), detail, (q, k, v), (node,), impl="triton"
-    )
+    how = {"impl": "triton", "causal": a["causal"]}
+    record = cpu.attention_record(node, q, (fake(k), fake(v)), detail, (q, k, v), (node,), **how)
     s.launch(attention.launches, record)
 
 
@@ -285,9 +284,9 @@ def _lower_append(s: GpuSegmentBuilder, node: fx.Node) -> None:
     detail = "append" + (f"+rope_{append.rope_kind}" if append.rope_kind != "none" else "")
     detail += "+causal" if a["causal"] else "+mask" if a["mask"] is not None else ""
     detail += cpu.codes(grown[0]) + _qk(node)
-    record = cpu.attention_record(
-        node, q, (grown[0], grown[1]), detail, (q, k_new, v_new), (), impl="triton"
-    )
+    how = {"impl": "triton", "causal": a["causal"]}
+    kv = (grown[0], grown[1])
+    record = cpu.attention_record(node, q, kv, detail, (q, k_new, v_new), (), **how)
     s.launch(append.launches, record)
 
 

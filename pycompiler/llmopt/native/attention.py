@@ -184,9 +184,12 @@ def attention_record(
     impl: str = "cpu",
     is_mirrored: bool = False,
     note: str = "",
+    causal: bool = False,
 ) -> StepRecord:
+    """causal: the queries are the last of the keys, and scores above the diagonal are no work."""
     b, h, sq, d = fake(q).shape
-    flops = 4 * b * h * sq * kv[0].shape[2] * d
+    scores_twice = 2 * sq * kv[0].shape[2] - (sq * (sq - 1) if causal else 0)
+    flops = 2 * b * h * scores_twice * d
     size = num_bytes(q, q)
     for t in kv:  # as decoding reads them
         size += (
@@ -230,6 +233,7 @@ def _lower_attention(s: SegmentBuilder, node: fx.Node) -> None:
         (node,),
         is_mirrored=is_mirrored,
         note=note,
+        causal=a["causal"],
     )
     s.step("attention", operands, ints, [a["scale"], a["softcap"]], record)
 
@@ -270,7 +274,14 @@ def _lower_attention_append(s: SegmentBuilder, node: fx.Node) -> None:
     detail += "+causal" if a["causal"] else "+mask" if mask is not None else ""
     detail += _details(node, keys, is_mirrored)
     record = attention_record(
-        node, q, (keys, values), detail, (q, k_new, v_new), (), is_mirrored=is_mirrored
+        node,
+        q,
+        (keys, values),
+        detail,
+        (q, k_new, v_new),
+        (),
+        is_mirrored=is_mirrored,
+        causal=a["causal"],
     )
     s.step("attention", operands, ints, [a["scale"], a["softcap"]], record)
 
