@@ -102,9 +102,9 @@ struct Span {
 };
 
 // One op in one CPU tier. A step runs as `phases` rounds with a barrier after each; a round is cut into `chunks`:
-// thread t begins with chunk t, the others are taken dynamically, in any order. `run` does one chunk. `first_read`,
-// where an op has it, tells what a thread will read first in a phase or those after it: memory that no earlier step
-// writes, which a thread that waits may fetch. Functions must not throw and not allocate.
+// a thread has a range of them and helps others when it is through. `run` does one chunk. `first_read`, where an op has
+// it, tells what a thread will read first in a phase or those after it: memory that no earlier step writes, which a
+// thread that waits may fetch. Functions must not throw and not allocate.
 struct Kernel {
   const char* op;
   int (*phases)(const Step&, int threads);
