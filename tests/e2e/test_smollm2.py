@@ -158,6 +158,7 @@ def test_half_precision_is_as_near_as_eager(
     exact = eager.model(ids).logits
     half = models.load("smollm2", dtype).model
     theirs = half(ids, use_cache=False).logits.float() - exact
+    llmopt.mark_layers(half)
     half.compile(backend=backend)
     ours = half(ids, use_cache=False).logits.float() - exact
     assert rms(ours) <= rms(theirs)
