@@ -57,6 +57,30 @@ inline int64_t packed_index(int64_t k, int64_t column, DType weight) {
   return k * kPanel + column;
 }
 
+// The rows of a tile where they lie, `stride` bytes apart. A pointer for four of them, so that all fit the registers.
+template <int kRows>
+class RowPointers {
+ public:
+  RowPointers(const char* first, int64_t stride) : stride_(stride), thrice_(3 * stride) {
+#pragma GCC unroll 4
+    for (int p = 0; p < kPointers; ++p) at_[p] = first + 4 * p * stride;
+  }
+  // `offset` bytes into row m.
+  inline __attribute__((always_inline)) const char* row(int m, int offset) const {
+    const char* at = at_[m / 4] + offset;
+    return m % 4 == 0 ? at : m % 4 == 1 ? at + stride_ : m % 4 == 2 ? at + 2 * stride_ : at + thrice_;
+  }
+  inline __attribute__((always_inline)) void advance(int bytes) {
+#pragma GCC unroll 4
+    for (int p = 0; p < kPointers; ++p) at_[p] += bytes;
+  }
+
+ private:
+  static constexpr int kPointers = (kRows + 3) / 4;
+  const char* at_[kPointers];
+  const int64_t stride_, thrice_;
+};
+
 // How a micro-kernel reads weights: one `step` covers kSteps values of k and gives f(i, b0, b1) the two column vectors
 // of each.
 struct WeightF32 {

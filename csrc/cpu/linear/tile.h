@@ -27,25 +27,16 @@ struct PreparedRows {
   void read_anew() { a = read_again(a); }
 };
 
-// The same where the rows lie. A pointer for four of them, so that all fit the registers.
+// The same where the rows lie.
 template <int kRows>
 struct RowsInPlace {
-  static constexpr int kPointers = (kRows + 3) / 4;
-  const float* a[kPointers];
-  const int64_t stride, thrice;
+  RowPointers<kRows> rows;
 
-  explicit RowsInPlace(const TileArgs& args) : stride(args.a_stride), thrice(3 * args.a_stride) {
-#pragma GCC unroll 4
-    for (int p = 0; p < kPointers; ++p) a[p] = args.a + 4 * p * stride;
-  }
+  explicit RowsInPlace(const TileArgs& args) : rows(reinterpret_cast<const char*>(args.a), args.a_stride * 4) {}
   inline __attribute__((always_inline)) Vec value(int i, int m) const {
-    const float* row = a[m / 4] + i;
-    return vset(m % 4 == 0 ? *row : m % 4 == 1 ? row[stride] : m % 4 == 2 ? row[2 * stride] : row[thrice]);
+    return vset(*reinterpret_cast<const float*>(rows.row(m, 4 * i)));
   }
-  inline __attribute__((always_inline)) void advance(int steps) {
-#pragma GCC unroll 4
-    for (int p = 0; p < kPointers; ++p) a[p] += steps;
-  }
+  inline __attribute__((always_inline)) void advance(int steps) { rows.advance(4 * steps); }
   void read_anew() {}
 };
 

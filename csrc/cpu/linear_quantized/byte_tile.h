@@ -4,27 +4,6 @@
 
 namespace {
 
-// The rows of a tile, which lie one behind the other. A pointer for four of them, so that all fit the registers.
-template <int kRows>
-struct CodeRows {
-  static constexpr int kPointers = (kRows + 3) / 4;
-  const char* a[kPointers];
-  const int64_t stride, thrice;
-
-  explicit CodeRows(const QuantizedTileArgs& args) : stride(args.a_stride), thrice(3 * args.a_stride) {
-#pragma GCC unroll 4
-    for (int p = 0; p < kPointers; ++p) a[p] = args.a + 4 * p * stride;
-  }
-  inline __attribute__((always_inline)) auto quad(int m, int at) const {
-    const char* row = a[m / 4] + at * kQuadBytes;
-    return quad_row(m % 4 == 0 ? row : m % 4 == 1 ? row + stride : m % 4 == 2 ? row + 2 * stride : row + thrice);
-  }
-  inline __attribute__((always_inline)) void advance(int quads) {
-#pragma GCC unroll 4
-    for (int p = 0; p < kPointers; ++p) a[p] += quads * kQuadBytes;
-  }
-};
-
 // A panel that is in L2; the next one is fetched meanwhile. More than kQuantizedRows rows have one group.
 template <int kRows, bool kOffsets>
 void quantized_tile(const QuantizedTileArgs& args) {
@@ -37,7 +16,7 @@ void quantized_tile(const QuantizedTileArgs& args) {
     held[m][v] = vzero();
     if (!kHeld && !kOneGroup) vstore(args.sums + m * kPanel + v * kLanes, vzero());
   });
-  CodeRows<kRows> rows(args);
+  RowPointers<kRows> rows(args.a, args.a_stride);
   auto fold = [&](int64_t group, IntVec(&acc)[kRows][2]) __attribute__((always_inline)) {
     const float *scale = args.scale + group * kRows, *sum = args.sum + group * kRows;
     const Vec w[2] = {load_factor<8>(b, 0), load_factor<8>(b, 1)};
@@ -59,7 +38,7 @@ void quantized_tile(const QuantizedTileArgs& args) {
     auto multiply = [&](int at, const Quad& b0, const Quad& b1) __attribute__((always_inline)) {
 #pragma GCC unroll 16
       for (int m = 0; m < kRows; ++m) {
-        const auto x = rows.quad(m, at);
+        const auto x = quad_row(rows.row(m, at * kQuadBytes));
         quad_dot(acc[m][0], b0, x);
         quad_dot(acc[m][1], b1, x);
       }
@@ -70,7 +49,7 @@ void quantized_tile(const QuantizedTileArgs& args) {
       ahead += args.ahead_stride;
       multiply(0, quad(load_quads(b)), quad(load_quads(b + kVectorBytes)));
       multiply(1, quad(load_quads(b + 2 * kVectorBytes)), quad(load_quads(b + 3 * kVectorBytes)));
-      rows.advance(2);
+      rows.advance(2 * kQuadBytes);
     }
     fold(group, acc);
     b += kOffsets ? 2 * kScaleBytes : kScaleBytes;
