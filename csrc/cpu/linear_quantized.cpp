@@ -19,8 +19,9 @@
 //   planes: activations are a sum of that many signed bytes, each 1/254 of the one before: 1 rounds them to 8 bits, 2
 //   keep 15 bits of the largest in a group, 3 keep 23.  Integer sums are exact for groups of at most 65536.  Beside
 //   8-bit codes in groups of at most 512, tiers that multiply 16-bit pairs make 2 planes one of 16 bits, and 3 two of
-//   them. On AMX many rows are multiplied in bf16 instead where scales are per group (linear_quantized/terms.h). Tiers
-//   that do not multiply bytes multiply several rows that keep more than 8 bits in f32 (linear_quantized/floats.h).
+//   them. On AMX many rows are multiplied in bf16 instead where scales are per group (linear_quantized/terms.h).
+//   Several rows that keep more than 8 bits are multiplied in f32 where that is faster (linear_quantized/floats.h): in
+//   tiers that do not multiply bytes, and many rows over small groups.
 #include "cpu/family.h"
 #include "cpu/linear/grouped.h"
 #include "cpu/linear_quantized/gemm.h"

@@ -271,6 +271,7 @@ void Program::body(Team& team, int thread, void* context) {
   const Program& p = *c.program;
   const Scratch scratch{c.workspace.data(), c.local.data() + kMostLocalBytes * static_cast<size_t>(thread),
                         reinterpret_cast<int32_t*>(c.counters.data())};
+  const int threads = c.threads;  // that everything was planned for, however many came
   const bool timed = thread == 0 && c.step_ns;
   auto last = std::chrono::steady_clock::now();
   uint32_t phases = 0;  // of all steps so far
@@ -278,11 +279,11 @@ void Program::body(Team& team, int thread, void* context) {
     const Kernel& kernel = *p.kernels_[k];
     const Step& step = c.steps[k];
     for (int phase = 0; phase < c.phases[k]; ++phase) {
-      const int64_t chunks = kernel.chunks(step, phase, team.threads());
+      const int64_t chunks = kernel.chunks(step, phase, threads);
       ++phases;
       for (int64_t i = -1; (i = team.next_chunk(thread, phases, chunks, i)) < chunks;)
-        kernel.run(step, phase, i, team.threads(), scratch);
-      team.barrier([&] { return p.first_read_after(c, k, phase, team.threads(), thread); });
+        kernel.run(step, phase, i, threads, scratch);
+      team.barrier([&] { return p.first_read_after(c, k, phase, threads, thread); });
     }
     if (!timed) continue;
     auto now = std::chrono::steady_clock::now();

@@ -21,10 +21,11 @@ inline void relax() {
 }  // namespace
 
 int64_t Team::take(int owner, uint32_t phase, int64_t chunks) {
-  const int64_t first = first_chunk(chunks, threads_, owner), length = first_chunk(chunks, threads_, owner + 1) - first;
+  const int64_t first = first_chunk(chunks, num_ranges_, owner);
+  const int64_t length = first_chunk(chunks, num_ranges_, owner + 1) - first, begun = owner < threads_ ? 1 : 0;
   std::atomic<uint64_t>& taken = ranges_[static_cast<size_t>(owner)].taken;
   for (uint64_t seen = taken.load(std::memory_order_relaxed);;) {
-    const int64_t count = seen >> 32 == phase ? static_cast<int64_t>(seen & UINT32_MAX) : 1;
+    const int64_t count = seen >> 32 == phase ? static_cast<int64_t>(seen & UINT32_MAX) : begun;
     if (count >= length) return chunks;
     const uint64_t next = uint64_t{phase} << 32 | static_cast<uint64_t>(count + 1);
     if (taken.compare_exchange_weak(seen, next, std::memory_order_relaxed)) return first + count;
@@ -56,7 +57,7 @@ void Team::wait(uint32_t generation, Span wanted) {
 
 void parallel(int threads, void (*body)(Team&, int, void*), void* context) {
   if (threads <= 1 || omp_in_parallel()) {
-    Team team(1);
+    Team team(1, threads < 1 ? 1 : threads);
     body(team, 0, context);
     return;
   }
@@ -65,7 +66,7 @@ void parallel(int threads, void (*body)(Team&, int, void*), void* context) {
 #pragma omp parallel num_threads(threads)
   {
 #pragma omp master
-    team = std::make_unique<Team>(omp_get_num_threads());
+    team = std::make_unique<Team>(omp_get_num_threads(), threads);
 #pragma omp barrier
     body(*team, omp_get_thread_num(), context);
   }

@@ -8,21 +8,24 @@
 
 namespace llmopt {
 
-// Barrier and chunks of one team. In a phase every thread has a range of the chunks (first_chunk) and takes them from
-// the front, so that neighbours, and the same rows in one phase after the other, meet the caches of one core. Who is
-// through helps others, but for their first chunk, with which each thread begins: what a kernel does once a thread it
-// does there. Spins a bounded time, then yields the core.
+// Barrier and chunks of one team. In a phase there is a range of the chunks for every thread that the program was
+// planned for (first_chunk). A thread takes its own from the front, so that neighbours, and the same rows in one phase
+// after the other, meet the caches of one core; who is through helps others. But with the first chunk of a range its
+// own thread begins: what a kernel does once a thread it does there. The runtime may give fewer threads than were asked
+// for: the ranges without one are shared. Spins a bounded time, then yields the core.
 class Team {
  public:
-  explicit Team(int threads) : threads_(threads), ranges_(new Range[static_cast<size_t>(threads)]) {}
+  Team(int threads, int ranges)
+      : threads_(threads), num_ranges_(ranges), ranges_(new Range[static_cast<size_t>(ranges)]) {}
   int threads() const { return threads_; }
   // The chunk a thread runs after `last`, or after none (-1); `chunks` when all are taken. Phases count from 1.
   int64_t next_chunk(int thread, uint32_t phase, int64_t chunks, int64_t last) {
-    const int64_t first = first_chunk(chunks, threads_, thread);
-    if (last < 0 && first < first_chunk(chunks, threads_, thread + 1)) return first;
-    const int helped = threads_ < kMostHelped ? threads_ : kMostHelped;
-    for (int i = 0; i < helped; ++i) {
-      const int64_t chunk = take(thread + i < threads_ ? thread + i : thread + i - threads_, phase, chunks);
+    const int64_t first = first_chunk(chunks, num_ranges_, thread);
+    if (last < 0 && first < first_chunk(chunks, num_ranges_, thread + 1)) return first;
+    const int seen = threads_ < num_ranges_ || num_ranges_ < kMostHelped ? num_ranges_ : kMostHelped;
+    for (int i = 0; i < seen; ++i) {
+      const int owner = thread + i < num_ranges_ ? thread + i : thread + i - num_ranges_;
+      const int64_t chunk = take(owner, phase, chunks);
       if (chunk < chunks) return chunk;
     }
     return chunks;
@@ -37,7 +40,8 @@ class Team {
  private:
   static constexpr int kMostHelped = 8;  // looking at a range costs a cache line of another core
 
-  // How many chunks of a range were taken, and in which phase: one of an earlier phase means none but the first.
+  // How many chunks of a range were taken, and in which phase: one of an earlier phase means none but what its own
+  // thread begins with.
   struct alignas(128) Range {
     std::atomic<uint64_t> taken{0};
   };
@@ -47,7 +51,7 @@ class Team {
   bool arrive(uint32_t* generation);
   void wait(uint32_t generation, Span wanted);
 
-  const int threads_;
+  const int threads_, num_ranges_;
   const std::unique_ptr<Range[]> ranges_;
   alignas(128) std::atomic<int> arrived_{0};
   alignas(128) std::atomic<uint32_t> generation_{0};

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from tests.threads import threads_that_run
 
 TIER = _C.tiers()[0]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -359,3 +361,9 @@ def test_thread_count_follows_torch():
             assert torch.equal(x, y)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("limit", ["1", "3"])
+def test_fewer_threads_than_asked_for(limit):
+    command = [sys.executable, "-m", "tests.kernels.few_threads_run"]
+    subprocess.run(command, check=True, cwd=ROOT, env={**os.environ, "OMP_THREAD_LIMIT": limit})

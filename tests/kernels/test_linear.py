@@ -328,6 +328,8 @@ def test_threads_give_the_same_bits(tier, threads):
     for m in (1, 6, 90, 300):
         c = case(m, 200, 300, norm=2, bias=randn(200))
         assert torch.equal(c.run(tier, threads), c.run(tier, 1))
+        c = case(m, 200, 300, gated=True, act=5, residual=randn(m, 100))
+        assert torch.equal(c.run(tier, threads), c.run(tier, 1))
 
 
 @pytest.mark.parametrize("tier", TIERS)

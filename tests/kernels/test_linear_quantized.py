@@ -21,7 +21,7 @@ TIERS = _C.tiers()
 U8 = 6  # DType::u8 in csrc/runtime/tensor.h
 TERM_GROUP = 32  # kTileK of csrc/cpu/linear/terms.h
 HEIGHTS = {"amx": 14, "avx512_vnni": 14, "avx512": 12, "avx2": 4, "scalar": 4}  # kLoneRows
-# Tiers that multiply several rows of activations as they are in f32.
+# Tiers that multiply several rows of activations as they are in f32, whatever the group.
 FLOAT_TIERS = [t for t in TIERS if t in ("scalar", "avx2", "avx512")]
 
 

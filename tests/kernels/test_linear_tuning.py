@@ -106,6 +106,13 @@ def test_the_largest_configs_stay_in_their_scratch_memory(tier, dtype):
                 check(case, "linear", tier, LinearConfig("auto", 0, k_block, span, most))
 
 
+@pytest.mark.parametrize("tier", [t for t in TIERS if t in ("avx512", "avx512_vnni")])
+def test_sums_between_k_blocks_of_own_rows_stay_in_their_memory(tier):
+    """80 tiles a chunk, and four panels at once but for what the sums of all of them would take."""
+    c = floats.case(16 * 80 * _C.tile_rows(tier, "linear"), 64 * _C.panel_width(tier), 64, norm=1)
+    assert not check(c, "linear", tier, LinearConfig("auto", 0, 8, 0, 0))
+
+
 def test_the_row_of_the_height_counts():
     """Rows are for heights up to their own; above the last the kernel's own rules hold."""
     tier = TIERS[0]

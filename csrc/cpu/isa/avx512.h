@@ -34,6 +34,11 @@ inline Vec vsub(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
 inline Vec vmul(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline Vec vdiv(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
 inline Vec vfma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+// a, kept from becoming part of an FMA with the sum behind it: all copies of a loop round alike.
+inline __attribute__((always_inline)) Vec vrounded(Vec a) {
+  asm("" : "+v"(a.v));
+  return a;
+}
 // acc += a * b in the accumulator's own register. GCC 12 likes to turn the intrinsic into other forms of the
 // instruction, with copies and spills of accumulators in loops that have no register to spare.
 inline __attribute__((always_inline)) void vfma_acc(Vec& acc, Vec a, Vec b) {

@@ -59,6 +59,7 @@ inline Vec vmul(Vec a, Vec b) {
 inline Vec vdiv(Vec a, Vec b) {
   return each([&](int i) { return a.v[i] / b.v[i]; });
 }
+inline Vec vrounded(Vec a) { return a; }  // there is no FMA that a product could become part of
 inline Vec vfma(Vec a, Vec b, Vec c) {
   return each([&](int i) { return a.v[i] * b.v[i] + c.v[i]; });
 }

@@ -40,7 +40,8 @@ void finish_rows(const Problem& p, int64_t panel, int64_t row0, int rows, Sum su
   const char* const residual = p.residual.data;
   auto with_residual = [=](int m, int v, Vec out, int lanes) __attribute__((always_inline)) {
     if (!residual) return out;
-    return vadd(out, vload_as(residual_dtype, residual, (row0 + m) * residual_stride + n0 + v * kLanes, lanes));
+    const int64_t at = (row0 + m) * residual_stride + n0 + v * kLanes;
+    return vadd(vrounded(out), vload_as(residual_dtype, residual, at, lanes));
   };
   int m = 0;
   if (p.gated) {

@@ -31,12 +31,14 @@ void run_stream(const Problem& p, const Chunk& c, int64_t next_panel, const floa
   }
 }
 
+constexpr int64_t kOwnTiles = kSumBytes / (kTileSums * 4);  // whose sums of one panel wait between K blocks
+
 // Weights of 16 bits would be widened for every block of rows.
 inline int64_t row_blocks(const Problem& p, int threads) {
-  const LinearTuning& given = p.tuning;
-  if (p.streams() || p.weight != DType::f32 || given.tiles || given.span || p.panels() == 0) return 0;
+  if (p.streams() || p.weight != DType::f32) return 0;
   const int64_t room = kWideBytes / 4 - kLanes, a_row = p.padded_k() + kLanes;  // in floats
-  return own_row_blocks(p.M, 1, p.prepared() ? room / a_row : p.M, threads);
+  const int64_t fit = kOwnTiles * kMaxRows;
+  return own_row_blocks(p, 1, p.prepared() ? min64(fit, room / a_row) : fit, threads);
 }
 
 inline bool prepares_together(const Problem& p, int threads) {
@@ -69,8 +71,8 @@ size_t linear_workspace(const Step& s, int threads) {
   return static_cast<size_t>(p.prepared_floats(p.all_tiles())) * sizeof(float);
 }
 
-// All panels over rows that no other chunk needs, as many at once as stay in L2. `local` as for run_blocked, and in
-// place of widened panels the prepared rows.
+// All panels over rows that no other chunk needs, as many at once as stay in L2 and have room for their sums. `local`
+// as for run_blocked, and in place of widened panels the prepared rows.
 void run_own_rows(const Problem& p, const RowTiles& rows, const Schedule& s, float* local) {
   const FloatPanels weights(p, rows.count);
   const float* a = reinterpret_cast<const float*>(p.x.data);
@@ -79,8 +81,9 @@ void run_own_rows(const Problem& p, const RowTiles& rows, const Schedule& s, flo
     for (int64_t tile = 0; tile < rows.count; ++tile) prepare_tile(p, rows, tile, 0, 1, prepared);
     a = prepared;
   }
-  for (int64_t panel = 0; panel < s.panels; panel += s.span) {
-    const Chunk c{panel, min64(s.panels, panel + s.span), 0, rows.count};
+  const int64_t span = s.k_blocks == 1 ? s.span : min64(s.span, kOwnTiles / rows.count);
+  for (int64_t panel = 0; panel < s.panels; panel += span) {
+    const Chunk c{panel, min64(s.panels, panel + span), 0, rows.count};
     run_blocked(p, weights, s, c, c.panel1 < s.panels ? c.panel1 : 0, rows, a, local);
   }
 }

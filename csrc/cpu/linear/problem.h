@@ -114,11 +114,13 @@ constexpr int64_t kChunksPerThread = 8;  // enough that a core at half speed doe
 // as a rule, which takes less time than the products of so many rows.
 constexpr int64_t kLeastOwnRows = 28;
 
-// Blocks that M rows are cut into, as many for each thread; 0: too few rows. A row counts as `planes` of products;
-// `fit`: rows that a chunk has room for.
-inline int64_t own_row_blocks(int64_t M, int64_t planes, int64_t fit, int threads) {
-  const int64_t most = M * planes / kLeastOwnRows / threads;
-  const int64_t each = max64(min64(most, kChunksPerThread), ceil_div(M, threads * max64(1, fit)));
+// Blocks that rows are cut into, as many for each thread; 0: too few rows, or a tuning cuts them. A row counts as
+// `planes` of products; `fit`: rows that a chunk has room for. A thread that is alone waits for nobody.
+inline int64_t own_row_blocks(const Problem& p, int64_t planes, int64_t fit, int threads) {
+  const LinearTuning& given = p.tuning;
+  if (threads == 1 || given.rows || given.tiles || given.span || p.panels() == 0) return 0;
+  const int64_t most = p.M * planes / kLeastOwnRows / threads;
+  const int64_t each = max64(min64(most, kChunksPerThread), ceil_div(p.M, threads * max64(1, fit)));
   return each < 2 || each > most ? 0 : each * threads;
 }
 template <class P>  // a Problem

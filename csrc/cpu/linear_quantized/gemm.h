@@ -61,8 +61,8 @@ struct QuantizedSchedule : Cut {
  private:
   // Panels that are unpacked first would be so for every block.
   static int64_t row_blocks_of(const QuantizedProblem& p, int threads) {
-    if (p.streamed || p.tuning.tiles || p.tuning.span || p.unpacked_bytes() > 0 || p.panels() == 0) return 0;
-    return own_row_blocks(p.M, p.planes, kOwnRowBytes / max64(1, p.row_stride() * p.planes), threads);
+    if (p.streamed || p.unpacked_bytes() > 0) return 0;
+    return own_row_blocks(p, p.planes, kOwnRowBytes / max64(1, p.row_stride() * p.planes), threads);
   }
 };
 
@@ -204,7 +204,7 @@ void linear_run(const Step& s, int phase, int64_t chunk, int threads, const Scra
   }
   const Chunk c = owns ? Chunk{0, p.panels(), 0, rows.tiles.count} : schedule.chunk(chunk);
   const int64_t next_panel = owns ? 0 : schedule.next_panel(chunk, threads);
-  float* sums = reinterpret_cast<float*>(scratch.local);
+  float* sums = reinterpret_cast<float*>(scratch.local);  // behind them rows, or what is unpacked: never both
   if (p.streamed) return stream_panels(p, c, next_panel, rows, sums);
   block_panels(p, c, next_panel, rows, sums, scratch.local + kQuantizedSums);
 }

@@ -29,7 +29,7 @@ constexpr int kOneGroupRows = kQuantizedRows;
 constexpr bool kCodesByRows = true;
 constexpr int kOneGroupRows = kVecRegisters == 32 ? 2 * kQuantizedRows : kQuantizedRows;
 #endif
-static_assert(kOneGroupRows <= kLoneRows || kOneGroupRows == kQuantizedRows);
+static_assert(kOneGroupRows * kPanel * 4 <= kQuantizedSums);
 
 // As stream_panels, of the integer sums.
 constexpr int quantized_stream_panels(int64_t rows) {

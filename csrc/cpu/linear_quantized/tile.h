@@ -9,7 +9,7 @@ namespace {
 struct QuantizedTileArgs {
   const char* a;  // [groups][steps][2 quads][rows], or rows that are a_stride apart
   int64_t a_stride;
-  const float* scale;  // the tables of prepare.h
+  const float* scale;  // the tables of prepared.h
   const int32_t* start;
   const float* sum;
   const char* b;  // the panel
