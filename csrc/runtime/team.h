@@ -1,4 +1,4 @@
-// A team of threads for one parallel region: torch's OpenMP threads, our own barrier, dynamic chunks.
+// A team of threads for one parallel region: torch's OpenMP threads, our own barrier, a range of chunks for each.
 #pragma once
 #include <atomic>
 #include <cstdint>
@@ -17,7 +17,6 @@ class Team {
  public:
   Team(int threads, int ranges)
       : threads_(threads), num_ranges_(ranges), ranges_(new Range[static_cast<size_t>(ranges)]) {}
-  int threads() const { return threads_; }
   // The chunk a thread runs after `last`, or after none (-1); `chunks` when all are taken. Phases count from 1.
   int64_t next_chunk(int thread, uint32_t phase, int64_t chunks, int64_t last) {
     const int64_t first = first_chunk(chunks, num_ranges_, thread);

@@ -33,31 +33,42 @@ void run_stream(const Problem& p, const Chunk& c, int64_t next_panel, const floa
 
 constexpr int64_t kOwnTiles = kSumBytes / (kTileSums * 4);  // whose sums of one panel wait between K blocks
 
-// Weights of 16 bits would be widened for every block of rows.
-inline int64_t row_blocks(const Problem& p, int threads) {
-  if (p.streams() || p.weight != DType::f32) return 0;
-  const int64_t room = kWideBytes / 4 - kLanes, a_row = p.padded_k() + kLanes;  // in floats
-  const int64_t fit = kOwnTiles * kMaxRows;
-  return own_row_blocks(p, 1, p.prepared() ? min64(fit, room / a_row) : fit, threads);
+// Chunks of panels and row tiles, or all panels by rows of a chunk's own.
+struct LinearSchedule : Schedule {
+  const int64_t row_blocks;  // 0: rows belong to no chunk
+
+  LinearSchedule(const Problem& p, int threads) : Schedule(p, threads), row_blocks(row_blocks_of(p, threads)) {}
+  int64_t chunks() const { return row_blocks ? row_blocks : Schedule::chunks(); }
+
+ private:
+  // Weights of 16 bits would be widened for every block of rows.
+  static int64_t row_blocks_of(const Problem& p, int threads) {
+    if (p.streams() || p.weight != DType::f32) return 0;
+    const int64_t room = kWideBytes / 4 - kLanes, a_row = p.padded_k() + kLanes;  // in floats
+    const int64_t fit = kOwnTiles * kMaxRows;
+    return own_row_blocks(p, 1, p.prepared() ? min64(fit, room / a_row) : fit, threads);
+  }
+};
+
+inline bool prepares_together(const Problem& p, const LinearSchedule& schedule) {
+  return p.prepared() && !prepares_alone(p) && schedule.row_blocks == 0;
 }
 
-inline bool prepares_together(const Problem& p, int threads) {
-  return p.prepared() && !prepares_alone(p) && !row_blocks(p, threads);
+int linear_phases(const Step& s, int threads) {
+  const Problem p(s);
+  return prepares_together(p, {p, threads}) ? 2 : 1;
 }
-
-int linear_phases(const Step& s, int threads) { return prepares_together(Problem(s), threads) ? 2 : 1; }
 
 int64_t linear_chunks(const Step& s, int phase, int threads) {
   const Problem p(s);
-  if (phase == 0 && prepares_together(p, threads)) return prepare_chunks(p, threads);
-  const int64_t blocks = row_blocks(p, threads);
-  return blocks ? blocks : Schedule(p, threads).chunks();
+  const LinearSchedule schedule(p, threads);
+  return phase == 0 && prepares_together(p, schedule) ? prepare_chunks(p, threads) : schedule.chunks();
 }
 
 // A stream begins with the panels of the thread's first chunk.
 Span linear_first_read(const Step& s, int, int threads, int thread) {
   const Problem p(s);
-  const Schedule schedule(p, threads);
+  const LinearSchedule schedule(p, threads);
   const int64_t first = first_chunk(schedule.chunks(), threads, thread);
   if (!p.streams() || first >= schedule.chunks()) return {};
   const Chunk c = schedule.chunk(first);
@@ -67,7 +78,7 @@ Span linear_first_read(const Step& s, int, int threads, int thread) {
 
 size_t linear_workspace(const Step& s, int threads) {
   const Problem p(s);
-  if (!prepares_together(p, threads)) return 0;
+  if (!prepares_together(p, {p, threads})) return 0;
   return static_cast<size_t>(p.prepared_floats(p.all_tiles())) * sizeof(float);
 }
 
@@ -91,11 +102,10 @@ void run_own_rows(const Problem& p, const RowTiles& rows, const Schedule& s, flo
 void linear_run(const Step& s, int phase, int64_t chunk, int threads, const Scratch& scratch) {
   const Problem p(s);
   float* local = reinterpret_cast<float*>(scratch.local);
-  const Schedule schedule(p, threads);
-  if (const int64_t blocks = row_blocks(p, threads))
-    return run_own_rows(p, own_tiles(p, blocks, chunk), schedule, local);
+  const LinearSchedule schedule(p, threads);
+  if (schedule.row_blocks) return run_own_rows(p, own_tiles(p, schedule.row_blocks, chunk), schedule, local);
   float* prepared = prepares_alone(p) ? local + kTileSums : reinterpret_cast<float*>(scratch.shared);
-  if (phase == 0 && prepares_together(p, threads)) return prepare_chunk(p, chunk, threads, prepared);
+  if (phase == 0 && prepares_together(p, schedule)) return prepare_chunk(p, chunk, threads, prepared);
   if (prepares_alone(p) && is_first(schedule.chunks(), threads, chunk))
     prepare_tile(p, p.all_tiles(), 0, 0, 1, prepared);
   const Chunk c = schedule.chunk(chunk);

@@ -161,15 +161,20 @@ bool rounds_alone(const QuantizedProblem& p) {
   return p.is_alone && p.tiles() == 1 && p.streamed && p.M * p.K <= kAloneValues;
 }
 
+// Whether phase 0 rounds the rows for all chunks.
+bool rounds_together(const QuantizedProblem& p, const QuantizedSchedule& schedule) {
+  return !rounds_alone(p) && schedule.row_blocks == 0;
+}
+
 int linear_phases(const Step& s, int threads) {
   const QuantizedProblem p(s);
-  return rounds_alone(p) || QuantizedSchedule(p, threads).row_blocks ? 1 : 2;
+  return rounds_together(p, {p, threads}) ? 2 : 1;
 }
 
 int64_t linear_chunks(const Step& s, int phase, int threads) {
   const QuantizedProblem p(s);
-  if (phase == 0 && linear_phases(s, threads) == 2) return p.tiles() * quantize_parts(p, threads);
-  return QuantizedSchedule(p, threads).chunks();
+  const QuantizedSchedule schedule(p, threads);
+  return phase == 0 && rounds_together(p, schedule) ? p.tiles() * quantize_parts(p, threads) : schedule.chunks();
 }
 
 // A stream begins with the panels of the thread's first chunk.
@@ -184,14 +189,14 @@ Span linear_first_read(const Step& s, int, int threads, int thread) {
 
 size_t linear_workspace(const Step& s, int threads) {
   const QuantizedProblem p(s);
-  return linear_phases(s, threads) == 1 ? 0 : prepared_bytes(p, p.M * p.planes);
+  return rounds_together(p, {p, threads}) ? prepared_bytes(p, p.M * p.planes) : 0;
 }
 
 void linear_run(const Step& s, int phase, int64_t chunk, int threads, const Scratch& scratch) {
   const QuantizedProblem p(s);
   const QuantizedSchedule schedule(p, threads);
   const bool alone = rounds_alone(p), owns = schedule.row_blocks > 0;
-  if (phase == 0 && !alone && !owns) {
+  if (phase == 0 && rounds_together(p, schedule)) {
     const int64_t parts = quantize_parts(p, threads);
     return quantize_tile(p, {scratch.shared, p.all_tiles()}, chunk / parts, chunk % parts, parts, scratch.local);
   }
