@@ -23,10 +23,12 @@
 #include "cpu/linear/pack.h"
 #ifdef __AMX_TILE__
 #include "cpu/linear/tiles.h"
+#elif defined(LLMOPT_ISA_WORDS)
+#include "cpu/linear/word_tier.h"
 #endif
 
 namespace {
-#ifdef __AMX_TILE__
+#if defined(__AMX_TILE__) || defined(LLMOPT_ISA_WORDS)
 constexpr Kernel kLinear{"linear", tier_phases, tier_chunks, tier_workspace, tier_run, tier_first_read};
 #else
 constexpr Kernel kLinear{"linear", linear_phases, linear_chunks, linear_workspace, linear_run, linear_first_read};

@@ -14,8 +14,15 @@ from torch import nn
 from tests.e2e import zoo
 from tests.e2e.compare import assert_same_output
 
-# A decoder, products by addmm, norms in fp32 between linears, a bias of scores, images.
-ROWS = ("llama", "gpt2", "bert", "t5", "vit")
+# A decoder, products by addmm, norms in fp32 between linears, a bias of scores, images; and their sizes. With position biases as large as
+# by default some softmaxes of T5 are so steep that the last bit of a score decides them.
+ROWS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "gpt2": {},
+    "bert": {},
+    "t5": {"initializer_factor": 0.5},
+    "vit": {},
+}
 
 
 def newest(before: list[CompiledGraph]) -> CompiledGraph:
@@ -40,8 +47,8 @@ SHORT = {torch.bfloat16: "bf16", torch.float16: "f16"}
 @pytest.mark.parametrize("name", ROWS)
 @torch.no_grad()
 def test_models_are_as_near_as_eager(name: str, backend: str) -> None:
-    eager, compiled = zoo.pair(name, backend)
-    x = zoo.inputs(name, 1024 if zoo.row(name).kind == "vision" else 33, batch=4)
+    eager, compiled = zoo.pair(name, backend, **ROWS[name])
+    x = zoo.inputs(name, 1024 if zoo.row(name).kind == "vision" else 33, batch=32)
     exact, before = eager(**x)[0], alive()
     with torch.autocast("cpu", torch.bfloat16):
         want, got = eager(**x)[0], compiled(**x)[0]

@@ -234,6 +234,22 @@ inline __attribute__((always_inline)) void quad_dot(IntVec& acc, const Quad& w, 
   acc.v = _mm512_dpbusd_epi32(acc.v, w.bytes, a.bytes);
 #endif
 }
+// A pair of words is two neighbouring k of one column in one 32-bit lane; word_dot adds their two products.
+#define LLMOPT_ISA_WORDS
+inline IntVec load_pairs(const char* p) { return {_mm512_loadu_si512(p)}; }
+inline IntVec all_pairs(const char* p) { return iset(quad_word(p)); }
+// Two k of integral lanes, |a| <= 32767, as pairs.
+inline void store_pairs(char* p, Vec even, Vec odd) {
+  const __m512i low = _mm512_cvtps_epi32(even.v), high = _mm512_slli_epi32(_mm512_cvtps_epi32(odd.v), 16);
+  _mm512_storeu_si512(p, _mm512_mask_mov_epi16(low, 0xAAAAAAAAu, high));
+}
+inline __attribute__((always_inline)) void word_dot(IntVec& acc, IntVec w, IntVec a) {
+#if defined(__GNUC__) && !defined(__clang__)
+  asm("vpdpwssd %2, %1, %0" : "+v"(acc.v) : "v"(w.v), "v"(a.v));
+#else
+  acc.v = _mm512_dpwssd_epi32(acc.v, w.v, a.v);
+#endif
+}
 #else
 constexpr int kQuantizedRows = 6;  // MR: streams fold beside pairs of weights
 constexpr bool kMultipliesBytes = false;

@@ -1,0 +1,254 @@
+// Products of many rows as 16-bit fixed point. Pairs of words are multiplied and added to sums of 32 bits, exactly and
+// at twice the rate of FMA.
+//
+// In a block of kWordBlock k the values of a row, or of a column of weights, are words times a scale of their own. The
+// scale is chosen by their Euclidean norm: by the Cauchy-Schwarz inequality no sum of products is larger than the
+// product of two norms, which keeps it below 2^31, and values near the norm's share of each keep 11 to 13 bits, which
+// is finer than f16 and bf16 round them. Blocks whose norm is beyond kLeastSquares and kMostSquares, or is none, have
+// no such scale: their rows and panels are multiplied as floats.
+//
+//   rows      [M] words, an odd number of lines apart; then scales [row tiles][blocks][rows]; then a byte a row: it is
+//             multiplied as floats
+//   a panel   [k pairs][kPanel][2] words, then scales [blocks][kPanel]
+//
+// The weights are a class of the op that includes this:
+//   const char* at(panel, 0), int64_t bytes   what a panel is packed in: asked for ahead
+//   void widen(panel, k0, k, to)              f32 [k][kPanel]
+#pragma once
+#include "cpu/linear/epilogue.h"
+#include "cpu/linear/rows.h"
+#include "cpu/linear/tile.h"
+
+namespace {
+
+constexpr int64_t kWordBlock = 128;
+constexpr int kWordRows = 14;  // MR: integer sums, two vectors of weights and a broadcast fill the registers
+// Norms of words; rounding adds at most half a word each. A single value may be all of the norm of its row.
+constexpr float kRowNorm = 32760, kColumnNorm = 65500, kMostWord = 32767;
+static_assert((kRowNorm + 6) * double(kColumnNorm + 6) < double(1u << 31) && 6 * 6 > kWordBlock / 4);
+constexpr float kLeastSquares = 0x1p-100f, kMostSquares = 0x1p100f;
+constexpr int64_t kWordSums = kWordRows * kPanel, kWideBlock = kWordBlock * kPanel;  // floats
+constexpr int64_t kWordPanelBytes = int64_t(kLocalBytes) - 4 * (kWordSums + kWideBlock + kWordBlock);
+
+struct WordProblem {
+  const Problem& p;
+  const RowTiles tiles;
+
+  explicit WordProblem(const Problem& problem) : p(problem), tiles{0, p.M, ceil_div(p.M, kWordRows)} {}
+
+  int64_t blocks() const { return ceil_div(p.K, kWordBlock); }
+  int64_t pairs() const { return ceil_div(p.K, 2); }
+  int64_t panel_words() const { return pairs() * kPanel * 4; }  // bytes
+  bool has_room() const { return panel_words() + blocks() * kPanel * 4 <= kWordPanelBytes; }
+
+  int64_t row_stride() const { return (ceil_div(2 * p.K, 64) | 1) * 64; }
+  char* row(char* shared, int64_t m) const { return shared + m * row_stride(); }
+  float* scales(char* shared, int64_t tile) const {
+    return reinterpret_cast<float*>(row(shared, p.M)) + tiles.row(tile) * blocks();
+  }
+  char* lone(char* shared) const { return reinterpret_cast<char*>(scales(shared, tiles.count)); }
+  size_t workspace() const { return static_cast<size_t>(p.M * (row_stride() + blocks() * 4 + 1)); }
+
+  // Panels are made once a chunk.
+  Cut cut(int threads) const {
+    const int64_t wanted = kChunksPerThread * threads;
+    Cut c{p.panels(), tiles.count, max64(1, p.panels() / wanted), tiles.count, 1};
+    if (c.panels > 0) c.cut_rows(wanted, c.tiles, min64(threads, p.M / kThreadRows));
+    return c;
+  }
+};
+
+// ---- rows
+
+// A block of a row as words with their scale. False if it has none.
+inline bool make_row_words(const Vec* x, int vectors, char* to, float* scale) {
+  Vec squares[2] = {vzero(), vzero()}, largest = vzero();
+  for (int v = 0; v < vectors; ++v) {
+    squares[v % 2] = vfma(x[v], x[v], squares[v % 2]);
+    largest = vmax(largest, vabs(x[v]));
+  }
+  const float sum = vreduce_add(vadd(squares[0], squares[1]));
+  const bool fits = sum >= kLeastSquares && sum <= kMostSquares;
+  const float norm = fits ? __builtin_sqrtf(sum) : 0.0f, inverse = fits ? kRowNorm / norm : 0.0f;
+  *scale = norm * (1 / kRowNorm);
+  for (int v = 0; v < vectors; ++v) vstore_s16(reinterpret_cast<int16_t*>(to) + v * kLanes, vmul(x[v], vset(inverse)));
+  return fits || (sum == 0.0f && vreduce_max(largest) == 0.0f);
+}
+
+void prepare_words(const WordProblem& w, int64_t tile, char* shared) {
+  const Problem& p = w.p;
+  const int64_t row0 = w.tiles.row(tile), rows = w.tiles.row(tile + 1) - row0;
+  float* scales = w.scales(shared, tile);
+  for (int64_t r = 0; r < rows; ++r) {
+    const RowNorm norm = row_norm(p, row0 + r);
+    char* to = w.row(shared, row0 + r);
+    bool fits = true;
+    for (int64_t block = 0; block < w.blocks(); ++block, to += 2 * kWordBlock) {
+      Vec x[kWordBlock / kLanes];
+      const int64_t k0 = block * kWordBlock;
+      const int vectors = static_cast<int>(ceil_div(min64(kWordBlock, p.K - k0), kLanes));
+      for (int v = 0; v < vectors; ++v) load_block(p, &norm, row0 + r, 1, k0 + v * kLanes, x + v);
+      fits &= make_row_words(x, vectors, to, scales + block * rows + r);
+    }
+    w.lone(shared)[row0 + r] = !fits;
+  }
+}
+
+// ---- panels
+
+// f32 [k][kPanel], of which there may be one k more, as pairs with the scales of their columns. False if a column has
+// none.
+bool make_column_words(float* wide, int64_t k, char* to, float* scales) {
+  if (k % 2 != 0)
+    for (int v = 0; v < kPanel; v += kLanes) vstore(wide + k * kPanel + v, vzero());
+  bool fits = true;
+  for (int v = 0; v < kPanel; v += kLanes, to += 4 * kLanes) {
+    const float* column = wide + v;
+    Vec largest[2] = {vzero(), vzero()}, squares[2] = {vzero(), vzero()};
+    for (int64_t i = 0; i < k; ++i) largest[i % 2] = vmax(largest[i % 2], vabs(vload(column + i * kPanel)));
+    const Vec most = vmax(largest[0], largest[1]);
+    const Mask none = veq(most, vzero());
+    const Vec inverse = vselect(none, vzero(), vdiv(vset(1), most));
+    for (int64_t i = 0; i < k; ++i) {
+      const Vec share = vmul(vload(column + i * kPanel), inverse);
+      squares[i % 2] = vfma(share, share, squares[i % 2]);
+    }
+    const Vec sum = vadd(squares[0], squares[1]);
+    // A largest of none, or too small for an inverse, and all that is not finite make the sum NaN or infinite.
+    fits &= vreduce_max(vselect(vle(sum, vset(kMostSquares)), vzero(), vset(1))) == 0.0f;
+    const Vec top = vmin(vset(kMostWord), vdiv(vset(kColumnNorm), vsqrt(sum)));
+    vstore(scales + v, vselect(none, vzero(), vdiv(most, top)));
+    const Vec factor = vselect(none, vzero(), vmul(inverse, top));
+    for (int64_t i = 0; i < k; i += 2)
+      store_pairs(to + i * kPanel * 2, vmul(vload(column + i * kPanel), factor),
+                  vmul(vload(column + (i + 1) * kPanel), factor));
+  }
+  return fits;
+}
+
+template <class Weights>
+bool make_panel_words(const WordProblem& w, const Weights& weights, int64_t panel, float* wide, char* to) {
+  float* scales = reinterpret_cast<float*>(to + w.panel_words());
+  bool fits = true;
+  for (int64_t k0 = 0; k0 < w.p.K; k0 += kWordBlock, to += kWordBlock * kPanel * 2, scales += kPanel) {
+    const int64_t k = min64(kWordBlock, w.p.padded_k() - k0);
+    weights.widen(panel, k0, k, wide);
+    fits &= make_column_words(wide, k, to, scales);
+  }
+  return fits;
+}
+
+// ---- products
+
+struct WordArgs {
+  const char* a;  // rows that are a_stride apart
+  int64_t a_stride;
+  const float* a_scale;  // [blocks][rows]
+  const char* b;         // a panel
+  const float* b_scale;  // [blocks][kPanel]
+  int64_t pairs;
+  float* sums;  // [rows][kPanel]
+};
+
+template <int kRows>
+void word_tile(const WordArgs& args) {
+  constexpr int kVectorBytes = 4 * kLanes;
+  const char* b = args.b;
+  const float *a_scale = args.a_scale, *b_scale = args.b_scale;
+  RowPointers<kRows> rows(args.a, args.a_stride);
+  each_sum<1, kRows>([&](int, int m, int v)
+                         __attribute__((always_inline)) { vstore(args.sums + m * kPanel + v * kLanes, vzero()); });
+  for (int64_t left = args.pairs; left > 0; left -= kWordBlock / 2, a_scale += kRows, b_scale += kPanel) {
+    IntVec acc[kRows][2];
+#pragma GCC unroll 16
+    for (int m = 0; m < kRows; ++m) acc[m][0] = acc[m][1] = iset(0);
+    auto multiply = [&](int i) __attribute__((always_inline)) {
+      const IntVec b0 = load_pairs(b + 2 * i * kVectorBytes), b1 = load_pairs(b + (2 * i + 1) * kVectorBytes);
+#pragma GCC unroll 16
+      for (int m = 0; m < kRows; ++m) {
+        const IntVec x = all_pairs(rows.row(m, 4 * i));
+        word_dot(acc[m][0], b0, x);
+        word_dot(acc[m][1], b1, x);
+      }
+    };
+    int64_t pairs = min64(left, kWordBlock / 2);
+    for (; pairs >= 2; pairs -= 2, b += 4 * kVectorBytes) {
+      multiply(0);
+      multiply(1);
+      rows.advance(8);
+    }
+    if (pairs > 0) {
+      multiply(0);
+      rows.advance(4);
+      b += 2 * kVectorBytes;
+    }
+    const Vec scale[2] = {vload(b_scale), vload(b_scale + kLanes)};
+    each_sum<1, kRows>([&](int, int m, int v) __attribute__((always_inline)) {
+      float* at = args.sums + m * kPanel + v * kLanes;
+      vstore(at, vfma(vfrom_int(acc[m][v]), vmul(scale[v], vset(a_scale[m])), vload(at)));
+    });
+  }
+}
+
+using WordFunction = void (*)(const WordArgs&);
+
+// The kernel for a height of kRows or less; rows >= 1.
+template <int kRows = kWordRows>
+WordFunction word_function(int64_t rows) {
+  if constexpr (kRows > 1) {
+    if (rows < kRows) return word_function<kRows - 1>(rows);
+  }
+  return word_tile<kRows>;
+}
+
+// Row m of a panel by FMA. x: memory for a block.
+template <class Weights>
+void lone_sums(const Problem& p, const Weights& weights, int64_t panel, int64_t m, float* wide, float* x, float* sums) {
+  const RowNorm norm = row_norm(p, m);
+  for (int64_t k0 = 0; k0 < p.K; k0 += kWordBlock) {
+    const int64_t k = min64(kWordBlock, p.padded_k() - k0);
+    weights.widen(panel, k0, k, wide);
+    for (int64_t i = 0; i < k; i += kLanes) {
+      Vec block;
+      load_block(p, &norm, m, 1, k0 + i, &block);
+      vstore(x + i, block);
+    }
+    const char* b = reinterpret_cast<const char*>(wide);
+    blocked_tile(1)({x, b, k, b, 0, sums, k0 > 0, 0});
+  }
+}
+
+template <class Weights>
+void run_words(const WordProblem& w, const Weights& weights, const Cut& cut, int64_t chunk, int threads,
+               const Scratch& scratch) {
+  const Problem& p = w.p;
+  const Chunk c = cut.chunk(chunk);
+  const int64_t next_panel = cut.next_panel(chunk, threads), tiles = c.tile1 - c.tile0;
+  float *sums = reinterpret_cast<float*>(scratch.local), *wide = sums + kWordSums, *x = wide + kWideBlock;
+  char* words = reinterpret_cast<char*>(x + kWordBlock);
+  const char* lone = w.lone(scratch.shared);
+  for (int64_t panel = c.panel0; panel < c.panel1; ++panel) {
+    const bool fits = make_panel_words(w, weights, panel, wide, words);
+    const char* ahead = weights.at(panel + 1 < c.panel1 ? panel + 1 : next_panel, 0);
+    WordArgs args{};
+    args.a_stride = w.row_stride();
+    args.b = words;
+    args.b_scale = reinterpret_cast<const float*>(words + w.panel_words());
+    args.pairs = w.pairs();
+    args.sums = sums;
+    for (int64_t tile = c.tile0; tile < c.tile1; ++tile) {
+      const int64_t row0 = w.tiles.row(tile), rows = w.tiles.row(tile + 1) - row0, nth = tile - c.tile0;
+      for (int64_t line = nth * weights.bytes / tiles; line < (nth + 1) * weights.bytes / tiles; line += 64)
+        __builtin_prefetch(ahead + line, 0, 2);
+      fetch_outputs(p, panel, row0, static_cast<int>(rows));
+      args.a = w.row(scratch.shared, row0);
+      args.a_scale = w.scales(scratch.shared, tile);
+      word_function(rows)(args);
+      for (int64_t r = 0; r < rows; ++r)
+        if (!fits || lone[row0 + r]) lone_sums(p, weights, panel, row0 + r, wide, x, sums + r * kPanel);
+      finish_tile(p, panel, row0, static_cast<int>(rows), sums);
+    }
+  }
+}
+
+}  // namespace
