@@ -13,6 +13,10 @@ BF16_PRODUCTS = (
 
 SPLIT_F16 = "f16 as two bf16 numbers"  # of attention, its output in f32
 
+WORDS = (
+    "16-bit fixed point"  # products of rows and weights that have some 12 bits, their output in f32
+)
+
 # dtype: (largest relative error, RMS of the relative error)
 BOUNDS = {
     torch.float64: (1e-10, 1e-11),
@@ -21,6 +25,7 @@ BOUNDS = {
     torch.bfloat16: (4e-2, 8e-3),
     BF16_PRODUCTS: (1e-1, 1.6e-2),
     SPLIT_F16: (1e-3, 1e-4),
+    WORDS: (4e-3, 4e-4),
 }
 
 # RMS error of attention whose queries and keys are rounded to 8 bits, relative to the RMS of the exact result.

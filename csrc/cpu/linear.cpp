@@ -28,9 +28,7 @@
 #endif
 
 namespace {
-#if defined(__AMX_TILE__) || defined(LLMOPT_ISA_WORDS)
-constexpr Kernel kLinear{"linear", tier_phases, tier_chunks, tier_workspace, tier_run, tier_first_read};
-#else
+#if !defined(__AMX_TILE__) && !defined(LLMOPT_ISA_WORDS)
 constexpr Kernel kLinear{"linear", linear_phases, linear_chunks, linear_workspace, linear_run, linear_first_read};
 #endif
 inline int64_t weight_bytes(const Step& s) {

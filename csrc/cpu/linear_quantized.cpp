@@ -20,8 +20,8 @@
 //   keep 15 bits of the largest in a group, 3 keep 23.  Integer sums are exact for groups of at most 65536.  Beside
 //   8-bit codes in groups of at most 512, tiers that multiply 16-bit pairs make 2 planes one of 16 bits, and 3 two of
 //   them. On AMX many rows are multiplied in bf16 instead where scales are per group (linear_quantized/terms.h).
-//   Several rows that keep more than 8 bits are multiplied in f32 where that is faster (linear_quantized/floats.h): in
-//   tiers that do not multiply bytes, and many rows over small groups.
+//   Several rows that keep more than 8 bits are multiplied in f32 in tiers that do not multiply bytes
+//   (linear_quantized/floats.h), many of them as 16-bit fixed point where the tier has that (linear/words.h).
 #include "cpu/family.h"
 #include "cpu/linear/grouped.h"
 #include "cpu/linear_quantized/gemm.h"
@@ -29,12 +29,13 @@
 #include "cpu/linear_quantized/round.h"
 #ifdef __AMX_TILE__
 #include "cpu/linear_quantized/tiles.h"
+#elif defined(LLMOPT_ISA_WORDS)
+#include "cpu/linear_quantized/word_tier.h"
 #else
 #include "cpu/linear_quantized/floats.h"
 #endif
 
 namespace {
-constexpr Kernel kLinear{"linear_quantized", tier_phases, tier_chunks, tier_workspace, tier_run, tier_first_read};
 inline int64_t weight_bytes(const Step& s) {
   const QuantizedProblem p(s);
   return p.panels() * p.form.panel_bytes();

@@ -129,4 +129,6 @@ Span tier_first_read(const Step& s, int phase, int threads, int thread) {
   return runs_on_tiles(Problem(s)) ? Span{} : linear_first_read(s, phase, threads, thread);
 }
 
+constexpr Kernel kLinear{"linear", tier_phases, tier_chunks, tier_workspace, tier_run, tier_first_read};
+
 }  // namespace

@@ -20,6 +20,10 @@ struct LinearTuning {
   int64_t span;     // panels of a chunk
   int64_t tiles;    // register tiles of a chunk
   int64_t ahead;    // bytes a stream asks for its weights before it needs them
+
+  bool is_default() const {
+    return family == LinearFamily::automatic && !rows && !k_block && !span && !tiles && !ahead;
+  }
 };
 constexpr int kTuningRowInts = 7;
 constexpr int kLinearInts = 6, kLinearQuantizedInts = 10;  // of the ops themselves

@@ -38,7 +38,7 @@ struct WordProblem {
 
   int64_t blocks() const { return ceil_div(p.K, kWordBlock); }
   int64_t pairs() const { return ceil_div(p.K, 2); }
-  int64_t panel_words() const { return pairs() * kPanel * 4; }  // bytes
+  int64_t panel_words() const { return ceil_div(p.K, 4) * 4 * kPanel * 2; }  // bytes, K rounded up to whole chains
   bool has_room() const { return panel_words() + blocks() * kPanel * 4 <= kWordPanelBytes; }
 
   int64_t row_stride() const { return (ceil_div(2 * p.K, 64) | 1) * 64; }
@@ -60,18 +60,24 @@ struct WordProblem {
 
 // ---- rows
 
-// A block of a row as words with their scale. False if it has none.
-inline bool make_row_words(const Vec* x, int vectors, char* to, float* scale) {
-  Vec squares[2] = {vzero(), vzero()}, largest = vzero();
-  for (int v = 0; v < vectors; ++v) {
-    squares[v % 2] = vfma(x[v], x[v], squares[v % 2]);
+// `vectors` of a row from k0 on as words with their scale. False if they have none.
+template <int kVectors>
+inline bool make_row_words(const Problem& p, const RowNorm& norm, int64_t m, int64_t k0, int vectors, char* to,
+                           float* scale) {
+  const int count = kVectors ? kVectors : vectors;
+  Vec x[kWordBlock / kLanes], squares = vzero(), largest = vzero();
+#pragma GCC unroll 8
+  for (int v = 0; v < count; ++v) {
+    load_block(p, &norm, m, 1, k0 + v * kLanes, x + v);
+    squares = vfma(x[v], x[v], squares);
     largest = vmax(largest, vabs(x[v]));
   }
-  const float sum = vreduce_add(vadd(squares[0], squares[1]));
+  const float sum = vreduce_add(squares);
   const bool fits = sum >= kLeastSquares && sum <= kMostSquares;
-  const float norm = fits ? __builtin_sqrtf(sum) : 0.0f, inverse = fits ? kRowNorm / norm : 0.0f;
-  *scale = norm * (1 / kRowNorm);
-  for (int v = 0; v < vectors; ++v) vstore_s16(reinterpret_cast<int16_t*>(to) + v * kLanes, vmul(x[v], vset(inverse)));
+  const float length = fits ? __builtin_sqrtf(sum) : 0.0f, inverse = fits ? kRowNorm / length : 0.0f;
+  *scale = length * (1 / kRowNorm);
+#pragma GCC unroll 8
+  for (int v = 0; v < count; ++v) vstore_s16(reinterpret_cast<int16_t*>(to) + v * kLanes, vmul(x[v], vset(inverse)));
   return fits || (sum == 0.0f && vreduce_max(largest) == 0.0f);
 }
 
@@ -82,13 +88,13 @@ void prepare_words(const WordProblem& w, int64_t tile, char* shared) {
   for (int64_t r = 0; r < rows; ++r) {
     const RowNorm norm = row_norm(p, row0 + r);
     char* to = w.row(shared, row0 + r);
+    float* scale = scales + r;
     bool fits = true;
-    for (int64_t block = 0; block < w.blocks(); ++block, to += 2 * kWordBlock) {
-      Vec x[kWordBlock / kLanes];
-      const int64_t k0 = block * kWordBlock;
+    for (int64_t k0 = 0; k0 < p.K; k0 += kWordBlock, to += 2 * kWordBlock, scale += rows) {
       const int vectors = static_cast<int>(ceil_div(min64(kWordBlock, p.K - k0), kLanes));
-      for (int v = 0; v < vectors; ++v) load_block(p, &norm, row0 + r, 1, k0 + v * kLanes, x + v);
-      fits &= make_row_words(x, vectors, to, scales + block * rows + r);
+      fits &= vectors == kWordBlock / kLanes
+                  ? make_row_words<kWordBlock / kLanes>(p, norm, row0 + r, k0, vectors, to, scale)
+                  : make_row_words<0>(p, norm, row0 + r, k0, vectors, to, scale);
     }
     w.lone(shared)[row0 + r] = !fits;
   }
@@ -96,24 +102,31 @@ void prepare_words(const WordProblem& w, int64_t tile, char* shared) {
 
 // ---- panels
 
-// f32 [k][kPanel], of which there may be one k more, as pairs with the scales of their columns. False if a column has
-// none.
+// f32 [k][kPanel] as pairs with the scales of their columns. There is room for some k more, which become zeros. False
+// if a column has no scale.
 bool make_column_words(float* wide, int64_t k, char* to, float* scales) {
-  if (k % 2 != 0)
+  constexpr int kChains = 4;
+  for (; k % kChains != 0; ++k)
     for (int v = 0; v < kPanel; v += kLanes) vstore(wide + k * kPanel + v, vzero());
   bool fits = true;
   for (int v = 0; v < kPanel; v += kLanes, to += 4 * kLanes) {
     const float* column = wide + v;
-    Vec largest[2] = {vzero(), vzero()}, squares[2] = {vzero(), vzero()};
-    for (int64_t i = 0; i < k; ++i) largest[i % 2] = vmax(largest[i % 2], vabs(vload(column + i * kPanel)));
-    const Vec most = vmax(largest[0], largest[1]);
+    Vec chain[kChains];
+    auto each = [&](auto f) __attribute__((always_inline)) {
+      chain[0] = chain[1] = chain[2] = chain[3] = vzero();
+      for (int64_t i = 0; i < k; i += kChains)
+#pragma GCC unroll 4
+        for (int c = 0; c < kChains; ++c) chain[c] = f(chain[c], vload(column + (i + c) * kPanel));
+    };
+    each([](Vec largest, Vec w) __attribute__((always_inline)) { return vmax(largest, vabs(w)); });
+    const Vec most = vmax(vmax(chain[0], chain[1]), vmax(chain[2], chain[3]));
     const Mask none = veq(most, vzero());
     const Vec inverse = vselect(none, vzero(), vdiv(vset(1), most));
-    for (int64_t i = 0; i < k; ++i) {
-      const Vec share = vmul(vload(column + i * kPanel), inverse);
-      squares[i % 2] = vfma(share, share, squares[i % 2]);
-    }
-    const Vec sum = vadd(squares[0], squares[1]);
+    each([=](Vec squares, Vec w) __attribute__((always_inline)) {
+      const Vec share = vmul(w, inverse);
+      return vfma(share, share, squares);
+    });
+    const Vec sum = vadd(vadd(chain[0], chain[1]), vadd(chain[2], chain[3]));
     // A largest of none, or too small for an inverse, and all that is not finite make the sum NaN or infinite.
     fits &= vreduce_max(vselect(vle(sum, vset(kMostSquares)), vzero(), vset(1))) == 0.0f;
     const Vec top = vmin(vset(kMostWord), vdiv(vset(kColumnNorm), vsqrt(sum)));
@@ -250,5 +263,38 @@ void run_words(const WordProblem& w, const Weights& weights, const Cut& cut, int
     }
   }
 }
+
+// The kernel of an op where some of its problems P run by words, in phases of rows and of products, and `kOthers` has
+// the rest.
+template <class P, bool (*kRunsOnWords)(const P&), class Weights, const Kernel& kOthers>
+struct WordKernel {
+  static int phases(const Step& s, int threads) { return kRunsOnWords(P(s)) ? 2 : kOthers.phases(s, threads); }
+
+  static int64_t chunks(const Step& s, int phase, int threads) {
+    const P p(s);
+    if (!kRunsOnWords(p)) return kOthers.chunks(s, phase, threads);
+    const WordProblem w(p);
+    return phase == 0 ? w.tiles.count : w.cut(threads).chunks();
+  }
+
+  static size_t workspace(const Step& s, int threads) {
+    const P p(s);
+    return kRunsOnWords(p) ? WordProblem(p).workspace() : kOthers.workspace(s, threads);
+  }
+
+  static void run(const Step& s, int phase, int64_t chunk, int threads, const Scratch& scratch) {
+    const P p(s);
+    if (!kRunsOnWords(p)) return kOthers.run(s, phase, chunk, threads, scratch);
+    const WordProblem w(p);
+    if (phase == 0) return prepare_words(w, chunk, scratch.shared);
+    run_words(w, Weights(p), w.cut(threads), chunk, threads, scratch);
+  }
+
+  static Span first_read(const Step& s, int phase, int threads, int thread) {
+    return kRunsOnWords(P(s)) ? Span{} : kOthers.first_read(s, phase, threads, thread);
+  }
+
+  static constexpr Kernel kernel(const char* name) { return {name, phases, chunks, workspace, run, first_read}; }
+};
 
 }  // namespace

@@ -63,4 +63,6 @@ Span tier_first_read(const Step& s, int phase, int threads, int thread) {
   return tiles_of(CodeTiles(s)) == Tiles::none ? linear_first_read(s, phase, threads, thread) : Span{};
 }
 
+constexpr Kernel kLinear{"linear_quantized", tier_phases, tier_chunks, tier_workspace, tier_run, tier_first_read};
+
 }  // namespace

@@ -1,0 +1,20 @@
+// The op `linear_quantized` where words are multiplied: many rows of activations that keep more than 8 bits. The
+// integer kernels would multiply three planes of each.
+#pragma once
+#include "cpu/linear/words.h"
+#include "cpu/linear_quantized/code_panels.h"
+
+namespace {
+
+constexpr int64_t kLeastWordRows = 24;  // fewer do not pay for making words of a panel
+
+inline bool runs_on_words(const QuantizedProblem& p) {
+  return p.M >= kLeastWordRows && may_widen(p, p.K <= kWordBlock) && WordProblem(p).has_room();
+}
+
+constexpr Kernel kByCodes{"linear_quantized", linear_phases, linear_chunks,
+                          linear_workspace,   linear_run,    linear_first_read};
+constexpr Kernel kLinear =
+    WordKernel<QuantizedProblem, runs_on_words, CodePanels, kByCodes>::kernel("linear_quantized");
+
+}  // namespace
