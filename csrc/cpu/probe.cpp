@@ -6,6 +6,9 @@
 //              t: sink f32 [chunks].  i: iterations.  kChains * 8 * kLanes operations (a multiply or an add) per
 //              iteration and chunk: products of bytes with exact sums, in every tier but scalar; and those where one
 //              operand is below 16, in tiers that multiply these faster (isa/pairs.h).
+// probe_words  t: sink f32 [chunks].  i: iterations.  kChains * 4 * kLanes operations per iteration and chunk: products
+// of
+//              16-bit words with exact sums, in tiers that do two of them where FMA does one.
 // probe_tile_bf16, probe_tile_s8
 //              t: sink f32 [chunks].  i: iterations.  kTileSums products of two tile registers of ones per iteration
 //              and chunk: 16 * 16 * 32 * 2 flops each in bf16, 16 * 16 * 64 * 2 operations in s8. Only in tiers with
@@ -57,6 +60,13 @@ void bytes_run(const Step& s, int, int64_t chunk, int, const Scratch&) {
   const auto ones = iset(0x01010101).v;
   const Quad quads = quad(ones);
   integer_run(s, chunk, [&](IntVec& acc) __attribute__((always_inline)) { quad_dot(acc, quads, quads); });
+}
+#endif
+
+#ifdef LLMOPT_ISA_WORDS
+void words_run(const Step& s, int, int64_t chunk, int, const Scratch&) {
+  const IntVec ones = iset(0x00010001);
+  integer_run(s, chunk, [&](IntVec& acc) __attribute__((always_inline)) { word_dot(acc, ones, ones); });
 }
 #endif
 
@@ -135,6 +145,9 @@ const Kernel kKernels[] = {
     {"probe_read", one_phase, sink_chunks, nullptr, read_run},
 #ifndef LLMOPT_ISA_SCALAR
     {"probe_bytes", one_phase, sink_chunks, nullptr, bytes_run},
+#endif
+#ifdef LLMOPT_ISA_WORDS
+    {"probe_words", one_phase, sink_chunks, nullptr, words_run},
 #endif
 #ifdef LLMOPT_ISA_PAIRS
     {"probe_nibbles", one_phase, sink_chunks, nullptr, nibbles_run},

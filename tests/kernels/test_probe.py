@@ -10,6 +10,7 @@ from llmopt.program import OneOp, run_op
 
 TIERS = _C.tiers()
 BYTE_TIERS = [t for t in TIERS if t != "scalar"]
+WORD_TIERS = [t for t in TIERS if t in ("amx", "avx512_vnni")]
 NIBBLE_TIERS = [t for t in TIERS if t in ("avx2", "avx512")]
 TILE_TIERS = [t for t in TIERS if "probe_tile_bf16" in _C.tier_ops(t)]
 
@@ -22,7 +23,12 @@ def test_rates_are_those_of_a_computer(tier, threads):
     clock = 10e9  # no CPU issues more than four vectors in one of these cycles
     assert 1e7 < probe.fma_flops < threads * clock * 4 * 2 * lanes
     assert 1e7 < probe.read_bytes < 1e13
-    for rate, tiers in ((probe.byte_ops, BYTE_TIERS), (probe.nibble_ops, NIBBLE_TIERS)):
+    rates = (
+        (probe.byte_ops, BYTE_TIERS),
+        (probe.nibble_ops, NIBBLE_TIERS),
+        (probe.word_ops, WORD_TIERS),
+    )
+    for rate, tiers in rates:
         if tier in tiers:
             assert 1e7 < rate < threads * clock * 4 * lanes * LANE_OPS
         else:
@@ -52,6 +58,14 @@ def test_byte_probe_computes_its_sums(tier):
     assert torch.equal(sink, torch.full((4,), want))
 
 
+@pytest.mark.parametrize("tier", WORD_TIERS)
+def test_word_probe_computes_its_sums(tier):
+    sink, lanes = torch.zeros(4), _C.panel_width(tier) // 2
+    run_op("probe_words", [sink], [7], tier=tier, threads=2)
+    want = float(lanes * sum(7 * 2 + i for i in range(CHAINS)))
+    assert torch.equal(sink, torch.full((4,), want))
+
+
 @pytest.mark.parametrize("tier", NIBBLE_TIERS)
 def test_nibble_probe_computes_its_sums(tier):
     """Two sums of 16 bits in each lane, of two products an iteration each."""
@@ -77,6 +91,9 @@ def test_the_peak_of_a_linear_is_that_of_the_best_unit():
     assert [pairs.linear_peak(d, products=2) for d in ("s8", "s4")] == [4.0, 6.0]
     vnni = Probe(fma_flops=4.0, byte_ops=16.0, read_bytes=1.0)
     assert [vnni.linear_peak(d) for d in ("f32", "s8", "s4")] == [4.0, 16.0, 16.0]
+    words = Probe(fma_flops=4.0, byte_ops=16.0, read_bytes=1.0, word_ops=8.0)
+    assert [words.linear_peak(d) for d in ("f32", "f16", "bf16", "s8")] == [4.0, 8.0, 8.0, 16.0]
+    assert [words.linear_peak(d, products=3) for d in ("s8", "s4")] == [8.0, 8.0]
     tiles = Probe(fma_flops=4.0, byte_ops=16.0, read_bytes=1.0, tile_flops=60.0, tile_ops=120.0)
     assert [tiles.linear_peak(d) for d in ("f32", "f16", "bf16", "s8")] == [10.0, 20.0, 60.0, 120.0]
 

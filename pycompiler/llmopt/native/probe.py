@@ -25,6 +25,7 @@ ITERATIONS = 20_000
 REPEATS = 3
 CHAINS = 12  # kChains in csrc/cpu/probe.cpp
 LANE_OPS = 8  # of one 32-bit lane in a product of bytes: four multiplications and four additions
+WORD_LANE_OPS = 4  # in one of 16-bit words
 TILE_SUMS = 4  # kTileSums in csrc/cpu/probe.cpp
 TILE_ITERATIONS = 5_000
 TILE_FLOPS = 16 * 16 * 32 * 2  # of one product of bf16 tiles
@@ -45,6 +46,7 @@ class Probe:
     tile_flops: float = 0.0  # products of bf16 on tile registers
     tile_ops: float = 0.0  # products of bytes on tile registers
     nibble_ops: float = 0.0  # of codes below 16 with bytes, where that is faster
+    word_ops: float = 0.0  # exact products of 16-bit words, where they are faster than FMA
 
     def is_near(self, other: Probe) -> bool:
         """Nothing disturbed the machine between the two, or both of them."""
@@ -61,8 +63,9 @@ class Probe:
         if dtype in ("s8", "s4"):
             ops = max(self.byte_ops, self.tile_ops, self.nibble_ops if dtype == "s4" else 0.0)
             least = self.linear_peak(instead) if products > 1 or not ops else 0.0
-            return max(ops / products, least)
-        return max(self.fma_flops, self.tile_flops / TILE_PRODUCTS[dtype])
+            return max(ops / products, least, self.word_ops if products > 1 else 0.0)
+        words = 0.0 if dtype == "f32" else self.word_ops
+        return max(self.fma_flops, words, self.tile_flops / TILE_PRODUCTS[dtype])
 
 
 @functools.lru_cache(maxsize=1)
@@ -90,6 +93,7 @@ def _ops(tier: str, threads: int) -> dict[str, tuple[OneOp, float]]:
         "probe_fma": ([sink], [ITERATIONS], chunks * ITERATIONS * CHAINS * 2 * lanes),
         "probe_bytes": ([sink], [ITERATIONS], byte_ops),
         "probe_nibbles": ([sink], [ITERATIONS], byte_ops),
+        "probe_words": ([sink], [ITERATIONS], byte_ops / LANE_OPS * WORD_LANE_OPS),
         "probe_tile_bf16": (
             [sink],
             [TILE_ITERATIONS],
@@ -135,4 +139,5 @@ def _probe(rates: Mapping[str, float]) -> Probe:
         rates.get("probe_tile_bf16", 0.0),
         rates.get("probe_tile_s8", 0.0),
         rates.get("probe_nibbles", 0.0),
+        rates.get("probe_words", 0.0),
     )
