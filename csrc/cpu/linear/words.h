@@ -53,7 +53,7 @@ struct WordProblem {
   Cut cut(int threads) const {
     const int64_t wanted = kChunksPerThread * threads;
     Cut c{p.panels(), tiles.count, max64(1, p.panels() / wanted), tiles.count, 1};
-    if (c.panels > 0) c.cut_rows(wanted, c.tiles, min64(threads, p.M / kThreadRows));
+    if (c.panels > 0) c.cut_rows(wanted, c.tiles);
     return c;
   }
 };
@@ -102,36 +102,50 @@ void prepare_words(const WordProblem& w, int64_t tile, char* shared) {
 
 // ---- panels
 
+// kLanes columns of [k][kPanel] times `unit`, k being a multiple of 4: largest magnitudes, and sums of squares.
+struct ColumnSize {
+  Vec largest, squares;
+
+  ColumnSize(const float* column, int64_t k, Vec unit) {
+    Vec most[4] = {vzero(), vzero(), vzero(), vzero()}, sum[4] = {vzero(), vzero(), vzero(), vzero()};
+    for (int64_t i = 0; i < k; i += 4)
+#pragma GCC unroll 4
+      for (int c = 0; c < 4; ++c) {
+        const Vec w = vmul(vload(column + (i + c) * kPanel), unit);
+        most[c] = vmax(most[c], vabs(w));
+        sum[c] = vfma(w, w, sum[c]);
+      }
+    largest = vmax(vmax(most[0], most[1]), vmax(most[2], most[3]));
+    squares = vadd(vadd(sum[0], sum[1]), vadd(sum[2], sum[3]));
+  }
+  // Where there is nothing, or the squares tell the norm.
+  Mask fits() const {
+    const Vec in_range = vselect(vle(vset(kLeastSquares), squares), squares, vset(2 * kMostSquares));
+    return vle(vselect(veq(largest, vzero()), squares, in_range), vset(kMostSquares));
+  }
+};
+
+inline bool all_of(Mask m) { return vreduce_max(vselect(m, vzero(), vset(1))) == 0.0f; }
+
 // f32 [k][kPanel] as pairs with the scales of their columns. There is room for some k more, which become zeros. False
 // if a column has no scale.
 bool make_column_words(float* wide, int64_t k, char* to, float* scales) {
-  constexpr int kChains = 4;
-  for (; k % kChains != 0; ++k)
+  for (; k % 4 != 0; ++k)
     for (int v = 0; v < kPanel; v += kLanes) vstore(wide + k * kPanel + v, vzero());
   bool fits = true;
   for (int v = 0; v < kPanel; v += kLanes, to += 4 * kLanes) {
     const float* column = wide + v;
-    Vec chain[kChains];
-    auto each = [&](auto f) __attribute__((always_inline)) {
-      chain[0] = chain[1] = chain[2] = chain[3] = vzero();
-      for (int64_t i = 0; i < k; i += kChains)
-#pragma GCC unroll 4
-        for (int c = 0; c < kChains; ++c) chain[c] = f(chain[c], vload(column + (i + c) * kPanel));
-    };
-    each([](Vec largest, Vec w) __attribute__((always_inline)) { return vmax(largest, vabs(w)); });
-    const Vec most = vmax(vmax(chain[0], chain[1]), vmax(chain[2], chain[3]));
-    const Mask none = veq(most, vzero());
-    const Vec inverse = vselect(none, vzero(), vdiv(vset(1), most));
-    each([=](Vec squares, Vec w) __attribute__((always_inline)) {
-      const Vec share = vmul(w, inverse);
-      return vfma(share, share, squares);
-    });
-    const Vec sum = vadd(vadd(chain[0], chain[1]), vadd(chain[2], chain[3]));
-    // A largest of none, or too small for an inverse, and all that is not finite make the sum NaN or infinite.
-    fits &= vreduce_max(vselect(vle(sum, vset(kMostSquares)), vzero(), vset(1))) == 0.0f;
-    const Vec top = vmin(vset(kMostWord), vdiv(vset(kColumnNorm), vsqrt(sum)));
-    vstore(scales + v, vselect(none, vzero(), vdiv(most, top)));
-    const Vec factor = vselect(none, vzero(), vmul(inverse, top));
+    Vec unit = vset(1);
+    ColumnSize size(column, k, unit);
+    if (!all_of(size.fits())) {
+      unit = vselect(veq(size.largest, vzero()), vzero(), vdiv(vset(1), size.largest));
+      size = ColumnSize(column, k, unit);
+    }
+    fits &= all_of(size.fits());
+    const Mask none = veq(size.largest, vzero());
+    const Vec by_norm = vdiv(vset(kColumnNorm), vsqrt(size.squares)), by_word = vdiv(vset(kMostWord), size.largest);
+    const Vec factor = vselect(none, vzero(), vmul(vmin(by_word, by_norm), unit));
+    vstore(scales + v, vselect(none, vzero(), vdiv(vset(1), factor)));
     for (int64_t i = 0; i < k; i += 2)
       store_pairs(to + i * kPanel * 2, vmul(vload(column + i * kPanel), factor),
                   vmul(vload(column + (i + 1) * kPanel), factor));
