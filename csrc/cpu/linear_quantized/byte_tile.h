@@ -4,17 +4,17 @@
 
 namespace {
 
-// A panel that is in L2; the next one is fetched meanwhile. More than kQuantizedRows rows have one group.
+// A panel that is in L2; the next one is fetched meanwhile. The f32 sums of more than kQuantizedRows rows lie in
+// memory.
 template <int kRows, bool kOffsets>
 void quantized_tile(const QuantizedTileArgs& args) {
   constexpr int kVectorBytes = 4 * kLanes, kScaleBytes = kPanel * 4;
   const char *b = args.b, *ahead = args.ahead;
-  constexpr bool kOneGroup = kRows > kQuantizedRows,
-                 kHeld = kVecRegisters == 32 && !kOneGroup;  // f32 sums in registers
+  constexpr bool kHeld = kVecRegisters == 32 && kRows <= kQuantizedRows;
   Vec held[kRows][2];
   each_sum<1, kRows>([&](int, int m, int v) __attribute__((always_inline)) {
     held[m][v] = vzero();
-    if (!kHeld && !kOneGroup) vstore(args.sums + m * kPanel + v * kLanes, vzero());
+    if (!kHeld) vstore(args.sums + m * kPanel + v * kLanes, vzero());
   });
   RowPointers<kRows> rows(args.a, args.a_stride);
   auto fold = [&](int64_t group, IntVec(&acc)[kRows][2]) __attribute__((always_inline)) {
@@ -24,14 +24,14 @@ void quantized_tile(const QuantizedTileArgs& args) {
     if (kOffsets) offset[0] = load_factor<8>(b + kScaleBytes, 0), offset[1] = load_factor<8>(b + kScaleBytes, 1);
     each_sum<1, kRows>([&](int, int m, int v) __attribute__((always_inline)) {
       float* at = args.sums + m * kPanel + v * kLanes;
-      Vec total = kHeld ? held[m][v] : kOneGroup ? vzero() : vload(at);
+      Vec total = kHeld ? held[m][v] : vload(at);
       total = vfma(vfrom_int(acc[m][v]), vmul(w[v], vset(scale[m])), total);
       if (kOffsets) total = vfma(offset[v], vset(sum[m]), total);
       held[m][v] = total;
       if (!kHeld) vstore(at, total);
     });
   };
-  for (int64_t group = 0; group < (kOneGroup ? 1 : args.groups); ++group) {
+  for (int64_t group = 0; group < args.groups; ++group) {
     IntVec acc[kRows][2];
 #pragma GCC unroll 16
     for (int m = 0; m < kRows; ++m) acc[m][0] = acc[m][1] = iset(args.start[group * kRows + m]);
@@ -60,7 +60,7 @@ void quantized_tile(const QuantizedTileArgs& args) {
 }
 
 // The kernel for a height of kRows or less; rows >= 1.
-template <int kRows = kOneGroupRows>
+template <int kRows = kTallRows>
 QuantizedTileFunction quantized_tile_function(int64_t rows, bool offsets) {
   if constexpr (kRows > 1) {
     if (rows < kRows) return quantized_tile_function<kRows - 1>(rows, offsets);

@@ -20,16 +20,17 @@ constexpr float kScaleTop = 1 << 14;
 constexpr int kNibbleRows = kVecRegisters == 32 ? kQuantizedRows : 4;
 constexpr int kLoneRows = kVecRegisters == 32 ? 2 * kQuantizedRows : 4;
 constexpr int64_t kQuantizedSums = (kLoneRows > kQuantizedRows ? kLoneRows : kQuantizedRows) * kPanel * 4;  // bytes
-// Tiles over weights in one group keep no f32 sums beside those of integers. Where 16-bit pairs are multiplied the sums
-// lie in memory anyway.
+// Tiles over long groups fold so seldom that their f32 sums may lie in memory, which leaves registers to the integers
+// of more rows. Where 16-bit pairs are multiplied the sums lie in memory anyway.
+constexpr int64_t kLongGroup = 64;
 #ifdef LLMOPT_ISA_PAIRS
 constexpr bool kCodesByRows = false;
-constexpr int kOneGroupRows = kQuantizedRows;
+constexpr int kTallRows = kQuantizedRows;
 #else
 constexpr bool kCodesByRows = true;
-constexpr int kOneGroupRows = kVecRegisters == 32 ? 2 * kQuantizedRows : kQuantizedRows;
+constexpr int kTallRows = kVecRegisters == 32 ? 2 * kQuantizedRows : kQuantizedRows;
 #endif
-static_assert(kOneGroupRows * kPanel * 4 <= kQuantizedSums);
+static_assert(kTallRows * kPanel * 4 <= kQuantizedSums);
 
 // As stream_panels, of the integer sums.
 constexpr int quantized_stream_panels(int64_t rows) {
@@ -96,9 +97,9 @@ struct QuantizedProblem : Problem {
   int64_t stream_rows() const { return form.bits == 8 ? kLoneRows : kNibbleRows; }
   bool has_room() const { return unpacked_bytes() + kQuantizedSums <= int64_t(kLocalBytes); }
   int64_t most_tokens() const {  // of a tile
-    const int64_t most = streamed             ? min64(kQuantizedRows, stream_rows())
-                         : form.groups() == 1 ? kOneGroupRows
-                                              : kQuantizedRows;
+    const int64_t most = streamed                   ? min64(kQuantizedRows, stream_rows())
+                         : form.group >= kLongGroup ? kTallRows
+                                                    : kQuantizedRows;
     return (tuning.rows ? min64(tuning.rows, most) : most) / planes;
   }
   RowTiles tiles_of(int64_t token0, int64_t tokens) const {
