@@ -10,7 +10,7 @@ constexpr int64_t kLeastWordRows = 28;  // fewer do not pay for making words of 
 // Values of f32, coming or going, would lose bits.
 inline bool runs_on_words(const Problem& p) {
   const bool is_f32 = p.weight == DType::f32 || p.x.dtype == DType::f32 || p.y.dtype == DType::f32;
-  return !is_f32 && p.M >= kLeastWordRows && p.K > 0 && p.tuning.is_default() && WordProblem(p).has_room();
+  return !is_f32 && p.M >= kLeastWordRows && p.K > 0 && p.tuning.is_default();
 }
 
 struct WidePanels : FloatPanels {

@@ -7,13 +7,15 @@
 // is finer than f16 and bf16 round them. Blocks whose norm is beyond kLeastSquares and kMostSquares, or is none, have
 // no such scale: their rows and panels are multiplied as floats.
 //
+// A panel becomes words part by part of K, which all tiles of a chunk pass over while it stays in L1.
+//
 //   rows      [M] words, an odd number of lines apart; then scales [row tiles][blocks][rows]; then a byte a row: it is
 //             multiplied as floats
-//   a panel   [k pairs][kPanel][2] words, then scales [blocks][kPanel]
+//   a part    [k pairs][kPanel][2] words
 //
 // The weights are a class of the op that includes this:
-//   const char* at(panel, 0), int64_t bytes   what a panel is packed in: asked for ahead
-//   void widen(panel, k0, k, to)              f32 [k][kPanel]
+//   const char* at(panel, k), int64_t block_bytes(k)   what is packed from k on, and how long: asked for ahead
+//   void widen(panel, k0, k, to)                       f32 [k][kPanel]
 #pragma once
 #include "cpu/linear/epilogue.h"
 #include "cpu/linear/rows.h"
@@ -27,8 +29,17 @@ constexpr int kWordRows = 14;  // MR: integer sums, two vectors of weights and a
 constexpr float kRowNorm = 32760, kColumnNorm = 65500, kMostWord = 32767;
 static_assert((kRowNorm + 6) * double(kColumnNorm + 6) < double(1u << 31) && 6 * 6 > kWordBlock / 4);
 constexpr float kLeastSquares = 0x1p-100f, kMostSquares = 0x1p100f;
+constexpr int64_t kPartBlocks = 3;  // of a part: with the rows of a tile they take half of L1
 constexpr int64_t kWordSums = kWordRows * kPanel, kWideBlock = kWordBlock * kPanel;  // floats
-constexpr int64_t kWordPanelBytes = int64_t(kLocalBytes) - 4 * (kWordSums + kWideBlock + kWordBlock);
+constexpr int64_t kWordTiles = kSumBytes / (4 * kWordSums);                          // of a chunk, whose sums wait
+
+// Of a thread: sums of its tiles, then what a panel is made in.
+struct WordMemory {
+  float sums[kWordTiles][kWordSums];
+  float wide[kWideBlock], x[kWordBlock], scales[kPartBlocks][kPanel];
+  char words[kPartBlocks * kWideBlock * 2];
+};
+static_assert(sizeof(WordMemory) <= kLocalBytes);
 
 struct WordProblem {
   const Problem& p;
@@ -37,9 +48,7 @@ struct WordProblem {
   explicit WordProblem(const Problem& problem) : p(problem), tiles{0, p.M, ceil_div(p.M, kWordRows)} {}
 
   int64_t blocks() const { return ceil_div(p.K, kWordBlock); }
-  int64_t pairs() const { return ceil_div(p.K, 2); }
-  int64_t panel_words() const { return ceil_div(p.K, 4) * 4 * kPanel * 2; }  // bytes, K rounded up to whole chains
-  bool has_room() const { return panel_words() + blocks() * kPanel * 4 <= kWordPanelBytes; }
+  int64_t part_blocks() const { return ceil_div(blocks(), ceil_div(blocks(), kPartBlocks)); }
 
   int64_t row_stride() const { return (ceil_div(2 * p.K, 64) | 1) * 64; }
   char* row(char* shared, int64_t m) const { return shared + m * row_stride(); }
@@ -53,7 +62,7 @@ struct WordProblem {
   Cut cut(int threads) const {
     const int64_t wanted = kChunksPerThread * threads;
     Cut c{p.panels(), tiles.count, max64(1, p.panels() / wanted), tiles.count, 1};
-    if (c.panels > 0) c.cut_rows(wanted, c.tiles);
+    if (c.panels > 0) c.cut_rows(wanted, kWordTiles);
     return c;
   }
 };
@@ -153,14 +162,14 @@ bool make_column_words(float* wide, int64_t k, char* to, float* scales) {
   return fits;
 }
 
+// [k0, k1) of a panel. False if it has none.
 template <class Weights>
-bool make_panel_words(const WordProblem& w, const Weights& weights, int64_t panel, float* wide, char* to) {
-  float* scales = reinterpret_cast<float*>(to + w.panel_words());
+bool make_part(const Weights& weights, int64_t panel, int64_t k0, int64_t k1, WordMemory& memory) {
   bool fits = true;
-  for (int64_t k0 = 0; k0 < w.p.K; k0 += kWordBlock, to += kWordBlock * kPanel * 2, scales += kPanel) {
-    const int64_t k = min64(kWordBlock, w.p.padded_k() - k0);
-    weights.widen(panel, k0, k, wide);
-    fits &= make_column_words(wide, k, to, scales);
+  for (int64_t k = k0, block = 0; k < k1; k += kWordBlock, ++block) {
+    const int64_t count = min64(kWordBlock, k1 - k);
+    weights.widen(panel, k, count, memory.wide);
+    fits &= make_column_words(memory.wide, count, memory.words + block * kWideBlock * 2, memory.scales[block]);
   }
   return fits;
 }
@@ -171,10 +180,11 @@ struct WordArgs {
   const char* a;  // rows that are a_stride apart
   int64_t a_stride;
   const float* a_scale;  // [blocks][rows]
-  const char* b;         // a panel
+  const char* b;         // a part
   const float* b_scale;  // [blocks][kPanel]
   int64_t pairs;
-  float* sums;  // [rows][kPanel]
+  bool accumulate;  // start from `sums` instead of zero
+  float* sums;      // [rows][kPanel]
 };
 
 template <int kRows>
@@ -183,8 +193,9 @@ void word_tile(const WordArgs& args) {
   const char* b = args.b;
   const float *a_scale = args.a_scale, *b_scale = args.b_scale;
   RowPointers<kRows> rows(args.a, args.a_stride);
-  each_sum<1, kRows>([&](int, int m, int v)
-                         __attribute__((always_inline)) { vstore(args.sums + m * kPanel + v * kLanes, vzero()); });
+  if (!args.accumulate)
+    each_sum<1, kRows>([&](int, int m, int v)
+                           __attribute__((always_inline)) { vstore(args.sums + m * kPanel + v * kLanes, vzero()); });
   for (int64_t left = args.pairs; left > 0; left -= kWordBlock / 2, a_scale += kRows, b_scale += kPanel) {
     IntVec acc[kRows][2];
 #pragma GCC unroll 16
@@ -228,21 +239,27 @@ WordFunction word_function(int64_t rows) {
   return word_tile<kRows>;
 }
 
-// Row m of a panel by FMA. x: memory for a block.
+// Row m of a panel by FMA.
 template <class Weights>
-void lone_sums(const Problem& p, const Weights& weights, int64_t panel, int64_t m, float* wide, float* x, float* sums) {
+void lone_sums(const Problem& p, const Weights& weights, int64_t panel, int64_t m, WordMemory& memory, float* sums) {
   const RowNorm norm = row_norm(p, m);
   for (int64_t k0 = 0; k0 < p.K; k0 += kWordBlock) {
     const int64_t k = min64(kWordBlock, p.padded_k() - k0);
-    weights.widen(panel, k0, k, wide);
+    weights.widen(panel, k0, k, memory.wide);
     for (int64_t i = 0; i < k; i += kLanes) {
       Vec block;
       load_block(p, &norm, m, 1, k0 + i, &block);
-      vstore(x + i, block);
+      vstore(memory.x + i, block);
     }
-    const char* b = reinterpret_cast<const char*>(wide);
-    blocked_tile(1)({x, b, k, b, 0, sums, k0 > 0, 0});
+    const char* b = reinterpret_cast<const char*>(memory.wide);
+    blocked_tile(1)({memory.x, b, k, b, 0, sums, k0 > 0, 0});
   }
+}
+
+// The nth of so many pieces of what is wanted next.
+inline void fetch_piece(const char* from, int64_t bytes, int64_t nth, int64_t pieces) {
+  for (int64_t at = nth * bytes / pieces; at < (nth + 1) * bytes / pieces; at += 64)
+    __builtin_prefetch(from + at, 0, 2);
 }
 
 template <class Weights>
@@ -251,29 +268,35 @@ void run_words(const WordProblem& w, const Weights& weights, const Cut& cut, int
   const Problem& p = w.p;
   const Chunk c = cut.chunk(chunk);
   const int64_t next_panel = cut.next_panel(chunk, threads), tiles = c.tile1 - c.tile0;
-  float *sums = reinterpret_cast<float*>(scratch.local), *wide = sums + kWordSums, *x = wide + kWideBlock;
-  char* words = reinterpret_cast<char*>(x + kWordBlock);
+  const int64_t part = w.part_blocks(), k_part = part * kWordBlock, K = p.padded_k();
+  auto& memory = *reinterpret_cast<WordMemory*>(scratch.local);
   const char* lone = w.lone(scratch.shared);
+  WordArgs args{};
+  args.a_stride = w.row_stride();
+  args.b = memory.words;
+  args.b_scale = memory.scales[0];
   for (int64_t panel = c.panel0; panel < c.panel1; ++panel) {
-    const bool fits = make_panel_words(w, weights, panel, wide, words);
-    const char* ahead = weights.at(panel + 1 < c.panel1 ? panel + 1 : next_panel, 0);
-    WordArgs args{};
-    args.a_stride = w.row_stride();
-    args.b = words;
-    args.b_scale = reinterpret_cast<const float*>(words + w.panel_words());
-    args.pairs = w.pairs();
-    args.sums = sums;
-    for (int64_t tile = c.tile0; tile < c.tile1; ++tile) {
-      const int64_t row0 = w.tiles.row(tile), rows = w.tiles.row(tile + 1) - row0, nth = tile - c.tile0;
-      for (int64_t line = nth * weights.bytes / tiles; line < (nth + 1) * weights.bytes / tiles; line += 64)
-        __builtin_prefetch(ahead + line, 0, 2);
-      fetch_outputs(p, panel, row0, static_cast<int>(rows));
-      args.a = w.row(scratch.shared, row0);
-      args.a_scale = w.scales(scratch.shared, tile);
-      word_function(rows)(args);
-      for (int64_t r = 0; r < rows; ++r)
-        if (!fits || lone[row0 + r]) lone_sums(p, weights, panel, row0 + r, wide, x, sums + r * kPanel);
-      finish_tile(p, panel, row0, static_cast<int>(rows), sums);
+    bool fits = true;
+    for (int64_t k0 = 0; k0 < K; k0 += k_part) {
+      const int64_t k1 = min64(K, k0 + k_part);
+      const bool last = k1 == K;
+      const char* ahead = last ? weights.at(panel + 1 < c.panel1 ? panel + 1 : next_panel, 0) : weights.at(panel, k1);
+      fits &= make_part(weights, panel, k0, k1, memory);
+      args.pairs = ceil_div(k1 - k0, 2);
+      args.accumulate = k0 > 0;
+      for (int64_t tile = c.tile0; tile < c.tile1; ++tile) {
+        const int64_t row0 = w.tiles.row(tile), rows = w.tiles.row(tile + 1) - row0;
+        fetch_piece(ahead, weights.block_bytes(min64(K, k_part)), tile - c.tile0, tiles);
+        if (last) fetch_outputs(p, panel, row0, static_cast<int>(rows));
+        args.a = w.row(scratch.shared, row0) + 2 * k0;
+        args.a_scale = w.scales(scratch.shared, tile) + k0 / kWordBlock * rows;
+        args.sums = memory.sums[tile - c.tile0];
+        word_function(rows)(args);
+        if (!last) continue;
+        for (int64_t r = 0; r < rows; ++r)
+          if (!fits || lone[row0 + r]) lone_sums(p, weights, panel, row0 + r, memory, args.sums + r * kPanel);
+        finish_tile(p, panel, row0, static_cast<int>(rows), args.sums);
+      }
     }
   }
 }

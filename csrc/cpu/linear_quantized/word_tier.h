@@ -9,7 +9,7 @@ namespace {
 constexpr int64_t kLeastWordRows = 24;  // fewer do not pay for making words of a panel
 
 inline bool runs_on_words(const QuantizedProblem& p) {
-  return p.M >= kLeastWordRows && may_widen(p, p.K <= kWordBlock) && WordProblem(p).has_room();
+  return p.M >= kLeastWordRows && may_widen(p, p.K <= kWordBlock);
 }
 
 constexpr Kernel kByCodes{"linear_quantized", linear_phases, linear_chunks,
