@@ -29,7 +29,7 @@ constexpr int kWordRows = 14;  // MR: integer sums, two vectors of weights and a
 constexpr float kRowNorm = 32760, kColumnNorm = 65500, kMostWord = 32767;
 static_assert((kRowNorm + 6) * double(kColumnNorm + 6) < double(1u << 31) && 6 * 6 > kWordBlock / 4);
 constexpr float kLeastSquares = 0x1p-100f, kMostSquares = 0x1p100f;
-constexpr int64_t kPartBlocks = 3;  // of a part: with the rows of a tile they take half of L1
+constexpr int64_t kPartBlocks = 3;  // of a part: with the rows of a tile they take three quarters of L1
 constexpr int64_t kWordSums = kWordRows * kPanel, kWideBlock = kWordBlock * kPanel;  // floats
 constexpr int64_t kWordTiles = kSumBytes / (4 * kWordSums);                          // of a chunk, whose sums wait
 
