@@ -8,7 +8,8 @@
 //               norm bias [K] | none; last dimensions contiguous, row strides free, any float dtype each.
 //               i: N, K, weight dtype, activation, gated, norm kind (0 none, 1 RMS, 2 layer), tuning (linear/tuning.h).
 //               f: eps, alpha, norm weight offset.
-//               gated: N counts gate and up, Nout = N / 2, y = act(gate) * up + residual. y may be the residual.
+//               gated: N counts gate and up, Nout = N / 2, y = act(gate) * up + residual. y may be the residual, which
+//               x is not. f16 and bf16 in many rows may be multiplied as 16-bit fixed point (linear/words.h).
 // grouped_linear  rows [end of the expert before, own end) of x and y are a linear with an expert's weight and bias;
 //               those from the last end on are zeros.
 //               t: as of linear, without residual and norm; packed w: E of them one behind the other, bias [E, N] or

@@ -21,7 +21,8 @@
 //   8-bit codes in groups of at most 512, tiers that multiply 16-bit pairs make 2 planes one of 16 bits, and 3 two of
 //   them. On AMX many rows are multiplied in bf16 instead where scales are per group (linear_quantized/terms.h).
 //   Several rows that keep more than 8 bits are multiplied in f32 in tiers that do not multiply bytes
-//   (linear_quantized/floats.h), many of them as 16-bit fixed point where the tier has that (linear/words.h).
+//   (linear_quantized/floats.h), many of them as 16-bit fixed point where the tier has that (linear/words.h),
+//   which keeps 11 to 13 bits of ordinary values.
 #include "cpu/family.h"
 #include "cpu/linear/grouped.h"
 #include "cpu/linear_quantized/gemm.h"

@@ -7,8 +7,7 @@
 //              iteration and chunk: products of bytes with exact sums, in every tier but scalar; and those where one
 //              operand is below 16, in tiers that multiply these faster (isa/pairs.h).
 // probe_words  t: sink f32 [chunks].  i: iterations.  kChains * 4 * kLanes operations per iteration and chunk: products
-// of
-//              16-bit words with exact sums, in tiers that do two of them where FMA does one.
+//              of 16-bit words with exact sums, in tiers that do two of them where FMA does one.
 // probe_tile_bf16, probe_tile_s8
 //              t: sink f32 [chunks].  i: iterations.  kTileSums products of two tile registers of ones per iteration
 //              and chunk: 16 * 16 * 32 * 2 flops each in bf16, 16 * 16 * 64 * 2 operations in s8. Only in tiers with

@@ -4,8 +4,9 @@
 // In a block of kWordBlock k the values of a row, or of a column of weights, are words times a scale of their own. The
 // scale is chosen by their Euclidean norm: by the Cauchy-Schwarz inequality no sum of products is larger than the
 // product of two norms, which keeps it below 2^31, and values near the norm's share of each keep 11 to 13 bits, which
-// is finer than f16 and bf16 round them. Blocks whose norm is beyond kLeastSquares and kMostSquares, or is none, have
-// no such scale: their rows and panels are multiplied as floats.
+// is finer than f16 and bf16 round them; beside one some hundred times as large they keep fewer. Rows and panels with a
+// block beyond kLeastValue and kMostValue, or with what is no number, are multiplied as floats, and what their words
+// are does not matter.
 //
 // A panel becomes words part by part of K, which all tiles of a chunk pass over while it stays in L1.
 //
@@ -26,10 +27,13 @@ namespace {
 constexpr int64_t kWordBlock = 128;
 constexpr int kWordRows = 14;  // MR: integer sums, two vectors of weights and a broadcast fill the registers
 // Norms of words; rounding adds at most half a word each. A single value may be all of the norm of its row.
-constexpr float kRowNorm = 32760, kColumnNorm = 65500, kMostWord = 32767;
+constexpr float kRowNorm = 32760, kColumnNorm = 65500, kLargestWord = 32767;
 static_assert((kRowNorm + 6) * double(kColumnNorm + 6) < double(1u << 31) && 6 * 6 > kWordBlock / 4);
-constexpr float kLeastSquares = 0x1p-100f, kMostSquares = 0x1p100f;
-constexpr int64_t kPartBlocks = 3;  // of a part: with the rows of a tile they take three quarters of L1
+constexpr float kLeastSquares = 0x1p-100f, kMostSquares = 0x1p100f;  // whose square root is the norm
+// Largest values of a block: of less and more, scales or sums times scales would leave f32.
+constexpr float kLeastValue = 0x1p-100f, kMostValue = 0x1p60f;
+constexpr float kMostBesideTiny = 0x1p-60f;  // of a row in which smaller ones than kLeastValue count
+constexpr int64_t kPartBlocks = 3;           // of a part: with the rows of a tile they take 35 KiB of L1
 constexpr int64_t kWordSums = kWordRows * kPanel, kWideBlock = kWordBlock * kPanel;  // floats
 constexpr int64_t kWordTiles = kSumBytes / (4 * kWordSums);                          // of a chunk, whose sums wait
 
@@ -69,10 +73,28 @@ struct WordProblem {
 
 // ---- rows
 
-// `vectors` of a row from k0 on as words with their scale. False if they have none.
+// What a block of a row is as words.
+enum class Words { fit, tiny, none };  // tiny: zeros that stand for less than kLeastValue
+
+// The squares of values leave f32, or they are no numbers: their scale by way of the largest.
+__attribute__((noinline)) Words rare_row_words(const Vec* x, int count, Vec largest, float squares, float* length) {
+  const float most = vreduce_max(largest);
+  *length = 0.0f;
+  if (squares == squares && most < kLeastValue) return most == 0.0f ? Words::fit : Words::tiny;
+  if (!(most <= kMostValue)) return Words::none;
+  Vec sum = vzero();
+  for (int v = 0; v < count; ++v) {
+    const Vec share = vmul(x[v], vset(1 / most));
+    sum = vfma(share, share, sum);
+  }
+  *length = most * __builtin_sqrtf(vreduce_add(sum));
+  return *length == *length ? Words::fit : Words::none;
+}
+
+// `vectors` of a row from k0 on as words with their scale.
 template <int kVectors>
-inline bool make_row_words(const Problem& p, const RowNorm& norm, int64_t m, int64_t k0, int vectors, char* to,
-                           float* scale) {
+inline Words make_row_words(const Problem& p, const RowNorm& norm, int64_t m, int64_t k0, int vectors, char* to,
+                            float* scale, Vec* top) {
   const int count = kVectors ? kVectors : vectors;
   Vec x[kWordBlock / kLanes], squares = vzero(), largest = vzero();
 #pragma GCC unroll 8
@@ -81,13 +103,19 @@ inline bool make_row_words(const Problem& p, const RowNorm& norm, int64_t m, int
     squares = vfma(x[v], x[v], squares);
     largest = vmax(largest, vabs(x[v]));
   }
+  *top = vmax(*top, largest);
   const float sum = vreduce_add(squares);
-  const bool fits = sum >= kLeastSquares && sum <= kMostSquares;
-  const float length = fits ? __builtin_sqrtf(sum) : 0.0f, inverse = fits ? kRowNorm / length : 0.0f;
+  float length;
+  Words words = Words::fit;
+  if (sum >= kLeastSquares && sum <= kMostSquares)
+    length = __builtin_sqrtf(sum);
+  else
+    words = rare_row_words(x, count, largest, sum, &length);
+  const float inverse = length > 0.0f ? kRowNorm / length : 0.0f;
   *scale = length * (1 / kRowNorm);
 #pragma GCC unroll 8
   for (int v = 0; v < count; ++v) vstore_s16(reinterpret_cast<int16_t*>(to) + v * kLanes, vmul(x[v], vset(inverse)));
-  return fits || (sum == 0.0f && vreduce_max(largest) == 0.0f);
+  return words;
 }
 
 void prepare_words(const WordProblem& w, int64_t tile, char* shared) {
@@ -98,14 +126,16 @@ void prepare_words(const WordProblem& w, int64_t tile, char* shared) {
     const RowNorm norm = row_norm(p, row0 + r);
     char* to = w.row(shared, row0 + r);
     float* scale = scales + r;
-    bool fits = true;
+    Vec top = vzero();
+    bool has_none = false, has_tiny = false;
     for (int64_t k0 = 0; k0 < p.K; k0 += kWordBlock, to += 2 * kWordBlock, scale += rows) {
       const int vectors = static_cast<int>(ceil_div(min64(kWordBlock, p.K - k0), kLanes));
-      fits &= vectors == kWordBlock / kLanes
-                  ? make_row_words<kWordBlock / kLanes>(p, norm, row0 + r, k0, vectors, to, scale)
-                  : make_row_words<0>(p, norm, row0 + r, k0, vectors, to, scale);
+      const Words words = vectors == kWordBlock / kLanes
+                              ? make_row_words<kWordBlock / kLanes>(p, norm, row0 + r, k0, vectors, to, scale, &top)
+                              : make_row_words<0>(p, norm, row0 + r, k0, vectors, to, scale, &top);
+      has_none |= words == Words::none, has_tiny |= words == Words::tiny;
     }
-    w.lone(shared)[row0 + r] = !fits;
+    w.lone(shared)[row0 + r] = has_none || (has_tiny && vreduce_max(top) < kMostBesideTiny);
   }
 }
 
@@ -127,14 +157,14 @@ struct ColumnSize {
     largest = vmax(vmax(most[0], most[1]), vmax(most[2], most[3]));
     squares = vadd(vadd(sum[0], sum[1]), vadd(sum[2], sum[3]));
   }
-  // Where there is nothing, or the squares tell the norm.
-  Mask fits() const {
-    const Vec in_range = vselect(vle(vset(kLeastSquares), squares), squares, vset(2 * kMostSquares));
-    return vle(vselect(veq(largest, vzero()), squares, in_range), vset(kMostSquares));
-  }
 };
 
 inline bool all_of(Mask m) { return vreduce_max(vselect(m, vzero(), vset(1))) == 0.0f; }
+// Nothing, or from `least` to `most`.
+inline Mask none_or_within(Vec x, float least, float most) {
+  const Vec known = vselect(vle(vset(least), x), x, vset(2 * most));
+  return vle(vselect(veq(x, vzero()), vzero(), known), vset(most));
+}
 
 // f32 [k][kPanel] as pairs with the scales of their columns. There is room for some k more, which become zeros. False
 // if a column has no scale.
@@ -146,13 +176,17 @@ bool make_column_words(float* wide, int64_t k, char* to, float* scales) {
     const float* column = wide + v;
     Vec unit = vset(1);
     ColumnSize size(column, k, unit);
-    if (!all_of(size.fits())) {
-      unit = vselect(veq(size.largest, vzero()), vzero(), vdiv(vset(1), size.largest));
-      size = ColumnSize(column, k, unit);
-    }
-    fits &= all_of(size.fits());
     const Mask none = veq(size.largest, vzero());
-    const Vec by_norm = vdiv(vset(kColumnNorm), vsqrt(size.squares)), by_word = vdiv(vset(kMostWord), size.largest);
+    fits &= all_of(none_or_within(size.largest, kLeastValue, kMostValue));
+    // Those of tiny values may be nothing, which is a norm only where there is nothing.
+    const Vec squares = vselect(none, size.squares, vselect(veq(size.squares, vzero()), vset(-1), size.squares));
+    if (!all_of(none_or_within(squares, kLeastSquares, kMostSquares))) {
+      unit = vselect(none, vzero(), vdiv(vset(1), size.largest));
+      size = ColumnSize(column, k, unit);
+      fits &= all_of(none_or_within(size.squares, kLeastSquares, kMostSquares));
+    }
+    const Vec by_norm = vdiv(vset(kColumnNorm), vsqrt(size.squares));
+    const Vec by_word = vdiv(vset(kLargestWord), size.largest);
     const Vec factor = vselect(none, vzero(), vmul(vmin(by_word, by_norm), unit));
     vstore(scales + v, vselect(none, vzero(), vdiv(vset(1), factor)));
     for (int64_t i = 0; i < k; i += 2)
@@ -162,7 +196,6 @@ bool make_column_words(float* wide, int64_t k, char* to, float* scales) {
   return fits;
 }
 
-// [k0, k1) of a panel. False if it has none.
 template <class Weights>
 bool make_part(const Weights& weights, int64_t panel, int64_t k0, int64_t k1, WordMemory& memory) {
   bool fits = true;
@@ -223,7 +256,7 @@ void word_tile(const WordArgs& args) {
     const Vec scale[2] = {vload(b_scale), vload(b_scale + kLanes)};
     each_sum<1, kRows>([&](int, int m, int v) __attribute__((always_inline)) {
       float* at = args.sums + m * kPanel + v * kLanes;
-      vstore(at, vfma(vfrom_int(acc[m][v]), vmul(scale[v], vset(a_scale[m])), vload(at)));
+      vstore(at, vfma(vmul(vfrom_int(acc[m][v]), scale[v]), vset(a_scale[m]), vload(at)));
     });
   }
 }

@@ -59,10 +59,11 @@ struct CodePanels {
   }
 };
 
-// Whether rows may pass over such panels in blocks of k_block or of whole groups. Blocks begin with a step of a group.
+// Whether rows may pass over such panels block by block. A block begins with a step of a group: where blocks do so
+// anyway, or wherever a group is whole steps.
 // Whatever a tuning asks for, it asks of the integer kernels.
-inline bool may_widen(const QuantizedProblem& p, bool blocks_are_groups) {
-  const bool steps_align = blocks_are_groups || p.form.group % kStepK == 0 || p.form.group == p.K;
+inline bool may_widen(const QuantizedProblem& p, bool blocks_align) {
+  const bool steps_align = blocks_align || p.form.group % kStepK == 0 || p.form.group == p.K;
   return p.tuning.is_default() && !p.rounds_inputs && p.K > 0 && steps_align;
 }
 

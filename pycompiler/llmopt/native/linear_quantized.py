@@ -24,7 +24,8 @@ from llmopt.parameters import weight_name
 from llmopt.program import DTYPE_CODES
 from llmopt.quant.schemes import CodeForm, Scheme
 
-# Signed bytes an activation is as exact as the sum of: one is 8 bits, three keep 23 bits of the largest in a group, as many as float32 has.
+# Signed bytes an activation is as exact as the sum of: one is 8 bits, three keep 23 bits of the largest in a group, as many as float32
+# has. Of many rows kernels may keep fewer than three do: docs/quantization.md.
 PLANES = {"int8": 1, "same": 3}
 MAX_GROUP = 1 << 16  # products that an int32 sum holds
 
