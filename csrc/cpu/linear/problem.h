@@ -115,20 +115,13 @@ constexpr int64_t kChunksPerThread = 8;  // enough that a core at half speed doe
 constexpr int64_t kLeastOwnRows = 28;
 
 // Blocks that rows are cut into, as many for each thread; 0: too few rows, or a tuning cuts them. A row counts as
-// `planes` of products; `fit`: rows that a chunk has room for. A thread that is alone waits for nobody. Of some numbers
-// of blocks the one whose tiles are highest: blocks a little lower than a multiple of a tile.
-template <class P>  // a Problem
-inline int64_t own_row_blocks(const P& p, int64_t planes, int64_t fit, int threads) {
+// `planes` of products; `fit`: rows that a chunk has room for. A thread that is alone waits for nobody.
+inline int64_t own_row_blocks(const Problem& p, int64_t planes, int64_t fit, int threads) {
   const LinearTuning& given = p.tuning;
   if (threads == 1 || given.rows || given.tiles || given.span || p.panels() == 0) return 0;
-  const int64_t most = p.M * planes / kLeastOwnRows / threads, least = ceil_div(p.M, threads * max64(1, fit));
-  const int64_t wanted = max64(min64(most, kChunksPerThread), least);
-  if (wanted < 2 || wanted > most) return 0;
-  const auto tiles = [&](int64_t each) { return each * p.tiles_of(0, ceil_div(p.M, threads * each)).count; };
-  int64_t best = wanted;
-  for (int64_t each = wanted - 1; each >= max64(least, wanted / 2) && each >= 2; --each)
-    if (tiles(each) < tiles(best)) best = each;
-  return best * threads;
+  const int64_t most = p.M * planes / kLeastOwnRows / threads;
+  const int64_t each = max64(min64(most, kChunksPerThread), ceil_div(p.M, threads * max64(1, fit)));
+  return each < 2 || each > most ? 0 : each * threads;
 }
 template <class P>  // a Problem
 inline RowTiles own_tiles(const P& p, int64_t blocks, int64_t block) {
