@@ -101,15 +101,16 @@ def test_infinities_and_nans_stay_in_their_rows(tier: str, rows: int) -> None:
     check(tier, x, w)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rows", [1, 3, 33])
 @pytest.mark.parametrize("tier", TIERS)
-def test_threads_change_nothing(tier: str, rows: int) -> None:
+def test_threads_change_nothing(tier: str, rows: int, dtype: torch.dtype) -> None:
     """Nor does another product beside it: sums do not depend on how a step is cut."""
     torch.manual_seed(0)
-    x, w = torch.randn(5, rows, 200), torch.randn(5, 130, 200)
+    x, w = torch.randn(5, rows, 200).to(dtype), torch.randn(5, 130, 200).to(dtype)
     results = []
     for threads in (1, 2, 5):
-        y = torch.empty(5, rows, 130)
+        y = torch.empty(5, rows, 130, dtype=dtype)
         run_op("matmul", [x, w, None, y], tier=tier, threads=threads)
         results.append(y)
     assert all(torch.equal(y, results[0]) for y in results)
