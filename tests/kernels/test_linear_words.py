@@ -10,9 +10,8 @@ import torch
 from tests.kernels import test_linear
 from tests.kernels.test_linear import Case, randn
 
-TIERS = [
-    t for t in test_linear.TIERS if t != "amx"
-]  # where such rows are on tiles, which count denormals as zeros
+# On AMX such rows are on tiles, which count denormals as zeros.
+TIERS = [t for t in test_linear.TIERS if t != "amx"]
 HALVES = (torch.float16, torch.bfloat16)
 # Sums end in blocks of 128 k, row tiles in 14 rows.
 SIZES = (
