@@ -26,12 +26,11 @@
 #include "cpu/linear/tiles.h"
 #elif defined(LLMOPT_ISA_WORDS)
 #include "cpu/linear/word_tier.h"
+#else
+#include "cpu/linear/fma_tier.h"
 #endif
 
 namespace {
-#if !defined(__AMX_TILE__) && !defined(LLMOPT_ISA_WORDS)
-constexpr Kernel kLinear{"linear", linear_phases, linear_chunks, linear_workspace, linear_run, linear_first_read};
-#endif
 inline int64_t weight_bytes(const Step& s) {
   const Problem p(s);
   return p.panels() * panel_bytes(p.K, p.weight);

@@ -50,19 +50,15 @@ def test_fma_probe_computes_its_recurrence(tier):
     assert torch.equal(sink, torch.full((5,), want))
 
 
-@pytest.mark.parametrize("tier", BYTE_TIERS)
-def test_byte_probe_computes_its_sums(tier):
+@pytest.mark.parametrize(
+    ("tier", "op", "products"),
+    [(t, "probe_bytes", 4) for t in BYTE_TIERS] + [(t, "probe_words", 2) for t in WORD_TIERS],
+)
+def test_integer_probes_compute_their_sums(tier, op, products):
+    """Of a lane: so many products of ones an iteration."""
     sink, lanes = torch.zeros(4), _C.panel_width(tier) // 2
-    run_op("probe_bytes", [sink], [7], tier=tier, threads=2)
-    want = float(lanes * sum(7 * 4 + i for i in range(CHAINS)))
-    assert torch.equal(sink, torch.full((4,), want))
-
-
-@pytest.mark.parametrize("tier", WORD_TIERS)
-def test_word_probe_computes_its_sums(tier):
-    sink, lanes = torch.zeros(4), _C.panel_width(tier) // 2
-    run_op("probe_words", [sink], [7], tier=tier, threads=2)
-    want = float(lanes * sum(7 * 2 + i for i in range(CHAINS)))
+    run_op(op, [sink], [7], tier=tier, threads=2)
+    want = float(lanes * sum(7 * products + i for i in range(CHAINS)))
     assert torch.equal(sink, torch.full((4,), want))
 
 
