@@ -23,6 +23,8 @@
 #include "cpu/attention/prefill.h"
 #ifdef __AMX_TILE__
 #include "cpu/attention/tiles.h"
+#elif defined(LLMOPT_ISA_WORDS)
+#include "cpu/attention/words.h"
 #endif
 
 namespace {
@@ -99,8 +101,10 @@ inline void attend(const Problem& p, const Plan& plan, int64_t chunk, int64_t sp
   if (plan.decode) return decode(p, plan, chunk, splits, threads, scratch);
 #ifdef __AMX_TILE__
   if (plan.terms > 0) return prefill_tiles(p, plan, chunk, splits, scratch);
+#elif defined(LLMOPT_ISA_WORDS)
+  if (plan.words) return prefill_words(p, plan, chunk, splits, scratch);
 #endif
-  prefill_rows(p, plan, RowChunk(p, plan, chunk, splits), scratch);
+  prefill_panels(p, plan, RowChunk(p, plan, chunk, splits), scratch);
 }
 
 __attribute__((noinline)) void merge(const Problem& p, const Plan& plan, int64_t chunk, int64_t splits, char* shared) {

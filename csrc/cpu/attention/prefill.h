@@ -8,7 +8,8 @@
 
 namespace {
 
-constexpr int64_t kBlock = 192;  // keys per block: a multiple of both tile heights
+constexpr int64_t kBlock = 96;      // keys per block: a multiple of both tile heights
+constexpr int64_t kMostKeys = 128;  // of a block of any kind of prefill
 constexpr int64_t kRowLd = (kMaxHeadDim > kBlock ? kMaxHeadDim : kBlock) + kLanes;  // of rows on their way to lanes
 constexpr int64_t kMinSegment = 16;  // keys worth a tile call of their own on the causal diagonal
 
@@ -110,8 +111,8 @@ __attribute__((noinline)) void mask_scores(const Problem& p, const Panel& a, int
   alignas(64) float lo[kLanes], hi[kLanes];
   for (int l = 0; l < kLanes; ++l) {  // relative to the block, so that they are exact as floats
     const KeyRange& r = a.range[v * kLanes + l];
-    lo[l] = static_cast<float>(max64(-1, min64(kBlock, r.lo - j0)));
-    hi[l] = static_cast<float>(max64(-1, min64(kBlock, r.hi - j0)));
+    lo[l] = static_cast<float>(max64(-1, min64(kMostKeys, r.lo - j0)));
+    hi[l] = static_cast<float>(max64(-1, min64(kMostKeys, r.hi - j0)));
   }
   const Vec first = vload(lo), last = vload(hi), dead = vset(kNegInf), cap = vset(p.softcap);
   Vec top = *block_max;
@@ -201,7 +202,7 @@ inline void add_nonfinite(const Problem& p, const Panel& a, int v0, int v1, cons
   }
 }
 
-// Keys [j0, j0 + keys) that only vectors v0.. may see; v1 is the end for the whole block.
+// Keys [j0, j0 + keys) that only vectors v0.. may see, pairs of keys together; v1 is the end for the whole block.
 struct Segment {
   int64_t begin, end;
   int v0;
@@ -210,7 +211,7 @@ inline Segment next_segment(const Panel& a, int v1, int64_t block0, int64_t begi
   int v0 = 0;
   while (v0 + 1 < v1 && a.vec_hi[v0] <= block0 + begin) ++v0;
   int64_t end = keys;
-  if (v0 + 1 < v1) end = min64(keys, max64(a.vec_hi[v0] - block0, begin + kMinSegment));
+  if (v0 + 1 < v1) end = min64(keys, max64(ceil_div(a.vec_hi[v0] - block0, 2) * 2, begin + kMinSegment));
   return {begin, end, v0};
 }
 
@@ -231,16 +232,18 @@ inline void attend_block(const Problem& p, Panel& a, int64_t j0, int64_t keys) {
   for (int64_t j = 0; j < keys;) {
     const Segment s = next_segment(a, v1, j0, j, keys);
     if (j == 0) v0 = s.v0;
-    scores(v1 - s.v0, k + j * k_stride, k_stride, s.end - j, a.qt + s.v0 * kLanes, p.head_dim,
-           a.st + j * kLd + s.v0 * kLanes);
+    const Scores scores{k + j * k_stride, k_stride, a.qt + s.v0 * kLanes, p.head_dim, a.st + j * kLd + s.v0 * kLanes};
+    multiply(v1 - s.v0, scores, s.end - j);
     j = s.end;
   }
 
   alignas(64) float alpha[kLd];
   if (a.masked) load_bias_block(p, a, v0, v1, j0, keys);
   for (int v = v0; v < v1; ++v) {
-    const Vec top = finish_scores(p, a, v, j0, keys, 1.0f, a.max[v]);
-    exponentiate(a, v, keys, has_dead, top, alpha);
+    const int64_t seen = max64(0, min64(keys, a.vec_hi[v] - j0));
+    const Vec top = finish_scores(p, a, v, j0, seen, 1.0f, a.max[v]);
+    exponentiate(a, v, seen, has_dead, top, alpha);
+    for (int64_t j = seen; j < keys; ++j) vstore(a.st + j * kLd + v * kLanes, vset(-0.0f));
   }
 
   const char* v_base = row_ptr(*p.v, a.b, a.kv_head, j0);
@@ -258,8 +261,9 @@ inline void attend_block(const Problem& p, Panel& a, int64_t j0, int64_t keys) {
   for (int64_t j = 0; j < keys;) {
     Segment s = next_segment(a, v1, j0, j, keys);
     if (next_bad < num_bad) s.end = min64(s.end, bad[next_bad]);
-    values(v1 - s.v0, value + j * v_stride, v_stride, p.v_dim, a.st + j * kLd + s.v0 * kLanes, s.end - j,
-           alpha + s.v0 * kLanes, a.ot + s.v0 * kLanes);
+    const int64_t first = s.v0 * kLanes;
+    const Values values{value + j * v_stride, v_stride, a.st + j * kLd + first, s.end - j, alpha + first, a.ot + first};
+    multiply(v1 - s.v0, values, p.v_dim);
     for (int l = s.v0 * kLanes; l < v1 * kLanes; ++l) alpha[l] = 1.0f;
     j = s.end;
     if (next_bad < num_bad && j == bad[next_bad]) {
@@ -339,25 +343,35 @@ struct RowChunk {
   }
 };
 
-// At most kLd rows.
-inline void prefill_rows(const Problem& p, const Plan& plan, const RowChunk& chunk, const Scratch& scratch) {
-  Panel a;
+// Panel n of a chunk.
+inline void place_rows(Panel& a, const RowChunk& chunk, int n) {
   a.b = chunk.b, a.kv_head = chunk.kv_head;
-  a.row0 = chunk.row0, a.rows = chunk.rows;
+  a.row0 = chunk.row0 + n * kLd, a.rows = min64(kLd, chunk.rows - n * kLd);
+}
+
+// The same, before any key.
+inline void start_panel(const Problem& p, Panel& a, const RowChunk& chunk, int n) {
+  place_rows(a, chunk, n);
   a.nv = static_cast<int>(ceil_div(a.rows, kLanes));
-  place_scratch(a, scratch.local);
   find_ranges(p, a);
-  load_queries(p, a);
-  int64_t lo = p.kv_len, hi = 0;
-  for (int v = 0; v < a.nv; ++v) {
-    lo = min64(lo, a.vec_lo[v]), hi = max64(hi, a.vec_hi[v]);
-    a.max[v] = vset(kNegInf), a.sum[v] = vzero();
-  }
+  for (int v = 0; v < a.nv; ++v) a.max[v] = vset(kNegInf), a.sum[v] = vzero();
   for (int64_t d = 0; d < p.v_dim; ++d)
-    for (int v = 0; v < a.nv; ++v) vstore(a.ot + d * kLd + v * kLanes, vzero());
-  const KeySpan span = chunk.keys(lo, hi);
-  for (int64_t j = span.begin; j < span.end; j += kBlock) attend_block(p, a, j, min64(kBlock, span.end - j));
-  store_panel(p, plan, a, chunk.split, chunk.splits, scratch.shared);
+    for (int v = 0; v < a.nv; ++v) vstore(a.ot + d * a.row_ld + v * a.vec_ld, vzero());
+}
+
+// A chunk's rows by FMA.
+inline void prefill_panels(const Problem& p, const Plan& plan, const RowChunk& chunk, const Scratch& scratch) {
+  Panel a;
+  place_scratch(a, scratch.local);
+  for (int n = 0; n * kLd < chunk.rows; ++n) {
+    start_panel(p, a, chunk, n);
+    load_queries(p, a);
+    int64_t lo = p.kv_len, hi = 0;
+    for (int v = 0; v < a.nv; ++v) lo = min64(lo, a.vec_lo[v]), hi = max64(hi, a.vec_hi[v]);
+    const KeySpan span = chunk.keys(lo, hi);
+    for (int64_t j = span.begin; j < span.end; j += kBlock) attend_block(p, a, j, min64(kBlock, span.end - j));
+    store_panel(p, plan, a, chunk.split, chunk.splits, scratch.shared);
+  }
 }
 
 }  // namespace

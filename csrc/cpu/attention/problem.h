@@ -16,11 +16,17 @@ constexpr int64_t kHeadsPerChunk = 8;                // of kv heads whose rows l
 constexpr int64_t kTileDecodeRows = 8;               // more rows of several queries are worth tiles
 constexpr int64_t kRoundedTileRows = 31;             // of operands that are rounded first
 constexpr int64_t kSplitTileRows = 63;               // of operands that are split into terms
-constexpr int kTileVectors = 16;                     // vectors of query rows in one chunk on tiles: whole panels
+constexpr int64_t kFloatRows = 31;                   // more are worth making words of their keys
+constexpr int kTileVectors = 16;                     // vectors of query rows in one chunk of several panels
 #ifdef __AMX_TILE__
-constexpr bool kHasTiles = true;
+constexpr bool kHasTiles = true, kHasWords = false;
 #else
 constexpr bool kHasTiles = false;
+#ifdef LLMOPT_ISA_WORDS
+constexpr bool kHasWords = true;
+#else
+constexpr bool kHasWords = false;
+#endif
 #endif
 
 // Codes kept beside keys or values of floats, and which of them are up to date (attention/mirror.h).
@@ -100,6 +106,7 @@ inline float inverse_sum(const Problem& p, float sum) { return sum == 0.0f ? p.n
 struct Plan {
   bool decode;                // few rows: dot products along the head dimension; else panels of rows in vector lanes
   int terms;                  // of numbers that prefill by attention/tiles.h multiplies; 0: not by tiles
+  bool words;                 // prefill by attention/words.h
   bool write_first;           // new keys and values get a phase of their own; decode writes them in its chunks
   int nv;                     // vectors of rows in one chunk of prefill
   int64_t rows, panels;       // of one kv head: rows, and chunks that they make
@@ -120,6 +127,12 @@ inline int tile_terms(const Problem& p) {
   if (!kHasTiles || p.head_dim == 0 || p.v_dim == 0 || !(p.scale > 0.0f)) return 0;
   if (p.bf16_products && p.q_len > 1) return 1;
   return all_of(p, DType::bf16, DType::bf16) ? 1 : all_of(p, DType::f16, DType::bf16) ? 2 : 0;
+}
+
+// Whether words may stand for the operands.
+inline bool may_be_words(const Problem& p) {
+  if (!kHasWords || p.head_dim == 0 || p.v_dim == 0) return false;
+  return (p.bf16_products && p.q_len > 1) || all_of(p, DType::f16, DType::bf16);
 }
 
 // More rows than these are worth the preparation of tiles.
@@ -167,13 +180,14 @@ inline Plan make_plan(const Problem& p, int threads) {
   plan.decode = few_rows(p);
   plan.write_first = (p.k_new || p.v_new) && !plan.decode;
   plan.terms = plan.rows > most_rows_without_tiles(p, terms) ? terms : 0;
-  const bool tiles = plan.terms > 0;
-  plan.nv = tiles ? kTileVectors : kMaxNv;
+  plan.words = !plan.decode && plan.rows > kFloatRows && may_be_words(p);
+  const bool shared = plan.terms > 0 || plan.words;  // blocks of keys, by the panels of a chunk
+  plan.nv = shared ? kTileVectors : kMaxNv;
   plan.heads = 1;
   // With [B,S,H,D] memory a chunk takes neighbouring heads together, so that it reads whole stretches of memory.
   if (plan.decode && p.k->stride[1] < p.k->stride[2]) plan.heads = max64(1, min64(p.kv_heads, kHeadsPerChunk));
   const int64_t head_groups = p.batch * ceil_div(p.kv_heads, plan.heads);
-  const int least = tiles ? kMaxNv : 1, step = tiles ? kMaxNv : 1, chunks = (tiles ? 4 : 2) * threads;
+  const int least = shared ? kMaxNv : 1, step = least, chunks = (shared ? 4 : 2) * threads;
   if (!plan.decode)
     while (plan.nv > least && head_groups * ceil_div(plan.rows, plan.nv * kLanes) < chunks) plan.nv -= step;
   plan.panels = plan.decode ? 1 : ceil_div(plan.rows, plan.nv * kLanes);

@@ -16,7 +16,7 @@ constexpr int64_t kTileKeys = 128;                       // keys per block
 constexpr int64_t kKeySteps = kTileKeys / kTileStep;     // of a block
 constexpr int64_t kColumn = (kMaxHeadDim + 8) * kLanes;  // floats of one vector's scores or outputs, off a power of two
 constexpr int kTilePanels = kTileVectors / kMaxNv;       // of a chunk
-static_assert(kTileVectors % kMaxNv == 0 && kMaxNv % 2 == 0 && kTileKeys <= kBlock && kLanes == kTileRows);
+static_assert(kTileVectors % kMaxNv == 0 && kMaxNv % 2 == 0 && kTileKeys <= kMostKeys && kLanes == kTileRows);
 
 struct TileChunk {
   Panel panel[kTilePanels];

@@ -187,8 +187,7 @@ bool prefill_chunk(const Problem& p, const Plan& plan, const RowChunk& chunk, co
   int64_t lo = p.kv_len, hi = 0;
   for (int n = 0; n < c.panels; ++n) {
     Panel& a = c.panel[n];
-    a.b = chunk.b, a.kv_head = chunk.kv_head;
-    a.row0 = chunk.row0 + n * kLd, a.rows = min64(kLd, chunk.rows - n * kLd);
+    place_rows(a, chunk, n);
     a.nv = 2 * static_cast<int>(ceil_div(a.rows, 2 * kLanes));
     find_ranges(p, a);
     for (int v = 0; v < a.nv; ++v) {
@@ -219,11 +218,7 @@ inline void prefill_tiles(const Problem& p, const Plan& plan, int64_t number, in
   const RowChunk chunk(p, plan, number, splits);
   const auto run = plan.terms == 1 ? prefill_chunk<1> : prefill_chunk<2>;
   if (run(p, plan, chunk, scratch)) return;
-  RowChunk part = chunk;
-  for (part.row0 = chunk.row0; part.row0 < chunk.row0 + chunk.rows; part.row0 += kLd) {
-    part.rows = min64(kLd, chunk.row0 + chunk.rows - part.row0);
-    prefill_rows(p, plan, part, scratch);
-  }
+  prefill_panels(p, plan, chunk, scratch);
 }
 
 }  // namespace

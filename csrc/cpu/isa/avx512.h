@@ -245,7 +245,9 @@ inline void store_pairs(char* p, Vec even, Vec odd) {
 }
 inline __attribute__((always_inline)) void word_dot(IntVec& acc, IntVec w, IntVec a) {
 #if defined(__GNUC__) && !defined(__clang__)
-  asm("vpdpwssd %2, %1, %0" : "+v"(acc.v) : "v"(w.v), "v"(a.v));
+  __m512i sum = acc.v;  // of an array that an asm writes to, GCC keeps no element in a register
+  asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(w.v), "v"(a.v));
+  acc.v = sum;
 #else
   acc.v = _mm512_dpwssd_epi32(acc.v, w.v, a.v);
 #endif

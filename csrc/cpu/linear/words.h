@@ -1,12 +1,5 @@
-// Products of many rows as 16-bit fixed point. Pairs of words are multiplied and added to sums of 32 bits, exactly and
-// at twice the rate of FMA.
-//
-// In a block of kWordBlock k the values of a row, or of a column of weights, are words times a scale of their own. The
-// scale is chosen by their Euclidean norm: by the Cauchy-Schwarz inequality no sum of products is larger than the
-// product of two norms, which keeps it below 2^31, and values near the norm's share of each keep 11 to 13 bits, which
-// is finer than f16 and bf16 round them; beside one some hundred times as large they keep fewer. Rows and panels with a
-// block beyond kLeastValue and kMostValue, or with what is no number, are multiplied as floats, and what their words
-// are does not matter.
+// Products of many rows as 16-bit fixed point (cpu/fixed_point.h), which costs half of FMA. Rows and panels with a
+// block that has no scale are multiplied as floats, and what their words are does not matter.
 //
 // A panel becomes words part by part of K, which all tiles of a chunk pass over while it stays in L1.
 //
@@ -18,20 +11,14 @@
 //   const char* at(panel, k), int64_t block_bytes(k)   what is packed from k on, and how long: asked for ahead
 //   void widen(panel, k0, k, to)                       f32 [k][kPanel]
 #pragma once
+#include "cpu/fixed_point.h"
 #include "cpu/linear/epilogue.h"
 #include "cpu/linear/rows.h"
 #include "cpu/linear/tile.h"
 
 namespace {
 
-constexpr int64_t kWordBlock = 128;
 constexpr int kWordRows = 14;  // MR: integer sums, two vectors of weights and a broadcast fill the registers
-// Norms of words; rounding adds at most half a word each. A single value may be all of the norm of its row.
-constexpr float kRowNorm = 32760, kColumnNorm = 65500, kLargestWord = 32767;
-static_assert((kRowNorm + 6) * double(kColumnNorm + 6) < double(1u << 31) && 6 * 6 > kWordBlock / 4);
-constexpr float kLeastSquares = 0x1p-100f, kMostSquares = 0x1p100f;  // whose square root is the norm
-// Largest values of a block: of less and more, scales or sums times scales would leave f32.
-constexpr float kLeastValue = 0x1p-100f, kMostValue = 0x1p60f;
 constexpr float kMostBesideTiny = 0x1p-60f;  // of a row in which smaller ones than kLeastValue count
 constexpr int64_t kPartBlocks = 3;           // of a part: with the rows of a tile they take 35 KiB of L1
 constexpr int64_t kWordSums = kWordRows * kPanel, kWideBlock = kWordBlock * kPanel;  // floats
@@ -141,68 +128,13 @@ void prepare_words(const WordProblem& w, int64_t tile, char* shared) {
 
 // ---- panels
 
-// kLanes columns of [k][kPanel] times `unit`, k being a multiple of 4: largest magnitudes, and sums of squares.
-struct ColumnSize {
-  Vec largest, squares;
-
-  ColumnSize(const float* column, int64_t k, Vec unit) {
-    Vec most[4] = {vzero(), vzero(), vzero(), vzero()}, sum[4] = {vzero(), vzero(), vzero(), vzero()};
-    for (int64_t i = 0; i < k; i += 4)
-#pragma GCC unroll 4
-      for (int c = 0; c < 4; ++c) {
-        const Vec w = vmul(vload(column + (i + c) * kPanel), unit);
-        most[c] = vmax(most[c], vabs(w));
-        sum[c] = vfma(w, w, sum[c]);
-      }
-    largest = vmax(vmax(most[0], most[1]), vmax(most[2], most[3]));
-    squares = vadd(vadd(sum[0], sum[1]), vadd(sum[2], sum[3]));
-  }
-};
-
-inline bool all_of(Mask m) { return vreduce_max(vselect(m, vzero(), vset(1))) == 0.0f; }
-// Nothing, or from `least` to `most`.
-inline Mask none_or_within(Vec x, float least, float most) {
-  const Vec known = vselect(vle(vset(least), x), x, vset(2 * most));
-  return vle(vselect(veq(x, vzero()), vzero(), known), vset(most));
-}
-
-// f32 [k][kPanel] as pairs with the scales of their columns. There is room for some k more, which become zeros. False
-// if a column has no scale.
-bool make_column_words(float* wide, int64_t k, char* to, float* scales) {
-  for (; k % 4 != 0; ++k)
-    for (int v = 0; v < kPanel; v += kLanes) vstore(wide + k * kPanel + v, vzero());
-  bool fits = true;
-  for (int v = 0; v < kPanel; v += kLanes, to += 4 * kLanes) {
-    const float* column = wide + v;
-    Vec unit = vset(1);
-    ColumnSize size(column, k, unit);
-    const Mask none = veq(size.largest, vzero());
-    fits &= all_of(none_or_within(size.largest, kLeastValue, kMostValue));
-    // Those of tiny values may be nothing, which is a norm only where there is nothing.
-    const Vec squares = vselect(none, size.squares, vselect(veq(size.squares, vzero()), vset(-1), size.squares));
-    if (!all_of(none_or_within(squares, kLeastSquares, kMostSquares))) {
-      unit = vselect(none, vzero(), vdiv(vset(1), size.largest));
-      size = ColumnSize(column, k, unit);
-      fits &= all_of(none_or_within(size.squares, kLeastSquares, kMostSquares));
-    }
-    const Vec by_norm = vdiv(vset(kColumnNorm), vsqrt(size.squares));
-    const Vec by_word = vdiv(vset(kLargestWord), size.largest);
-    const Vec factor = vselect(none, vzero(), vmul(vmin(by_word, by_norm), unit));
-    vstore(scales + v, vselect(none, vzero(), vdiv(vset(1), factor)));
-    for (int64_t i = 0; i < k; i += 2)
-      store_pairs(to + i * kPanel * 2, vmul(vload(column + i * kPanel), factor),
-                  vmul(vload(column + (i + 1) * kPanel), factor));
-  }
-  return fits;
-}
-
 template <class Weights>
 bool make_part(const Weights& weights, int64_t panel, int64_t k0, int64_t k1, WordMemory& memory) {
   bool fits = true;
   for (int64_t k = k0, block = 0; k < k1; k += kWordBlock, ++block) {
     const int64_t count = min64(kWordBlock, k1 - k);
     weights.widen(panel, k, count, memory.wide);
-    fits &= make_column_words(memory.wide, count, memory.words + block * kWideBlock * 2, memory.scales[block]);
+    fits &= make_column_words(memory.wide, kPanel, count, memory.words + block * kWideBlock * 2, memory.scales[block]);
   }
   return fits;
 }

@@ -1,0 +1,298 @@
+// Prefill as 16-bit fixed point (cpu/fixed_point.h), which costs half of FMA: f16 and bf16, and any others where they
+// may be rounded to bf16. Queries and keys have a scale per row, values one per dimension in a block of keys, softmax
+// weights one per row in a block. Sums of a block, masks and softmax are f32.
+//
+// As in prefill.h a vector holds one key for kLanes query rows. A chunk is several panels, for which each block of keys
+// and values becomes words once.
+//
+//   queries  [panel][d pairs][kLd][2]
+//   keys     [keys][d]
+//   weights  [key pairs][kLd][2], where their scores were
+//   values   [key pairs][v dims][2]
+#pragma once
+#include "cpu/attention/prefill.h"
+#include "cpu/fixed_point.h"
+
+namespace {
+
+constexpr int64_t kWordKeys = kWordBlock;             // keys per block
+constexpr int64_t kWordStep = 2 * kLanes;             // words of a row that make one vector of pairs
+constexpr int kWordPanels = kTileVectors / kMaxNv;    // of a chunk
+constexpr int64_t kPairLine = kLd * 4;                // bytes of one pair of a panel's rows
+constexpr int64_t kWordRowLd = kMaxHeadDim + kLanes;  // of a row as floats, then as words
+static_assert(kTileVectors % kMaxNv == 0 && kWordKeys <= kMostKeys);
+static_assert((kRowNorm + 0.5 * 23) * (kRowNorm + 0.5 * 23) < double(1u << 31) && 23 * 23 > kMaxHeadDim);
+
+struct WordChunk {
+  Panel panel[kWordPanels];
+  int panels;
+  int64_t dim, v_dim;  // whole steps, whole vectors
+  char *queries, *keys, *values;
+  float *query_scale, *key_scale, *value_scale, *wide;
+
+  int64_t query_bytes() const { return dim / 2 * kPairLine; }  // of a panel
+  int64_t key_bytes() const { return dim * 2; }
+};
+
+constexpr int64_t word_chunk_bytes(int64_t panels, int64_t dim) {
+  return panels * (dim / 2 * kPairLine + kLd * 4 + dim * kLd * 4) +
+         kWordKeys * (dim * 2 + 4 + dim * 2 + dim * 4 + kLd * 8) + dim * 4 + kLanes * kRowLd * 4;
+}
+static_assert(word_chunk_bytes(kWordPanels, kMaxHeadDim) <= int64_t(kMostLocalBytes),
+              "a chunk of words must fit the local scratch");
+
+inline void place_scratch(WordChunk& c, char* local) {
+  char* p = local;
+  auto take = [&p](int64_t bytes) {
+    char* r = p;
+    p += bytes;
+    return r;
+  };
+  auto floats = [&](int64_t n) { return reinterpret_cast<float*>(take(n * 4)); };
+  c.queries = take(c.panels * c.query_bytes());
+  c.keys = take(kWordKeys * c.key_bytes());
+  c.values = take(kWordKeys * c.v_dim * 2);
+  c.query_scale = floats(c.panels * kLd), c.key_scale = floats(kWordKeys), c.value_scale = floats(c.v_dim);
+  c.wide = floats(kWordKeys * c.v_dim);
+  float *st = floats(kWordKeys * kLd), *bias = floats(kWordKeys * kLd), *row = floats(kLanes * kRowLd);
+  for (int n = 0; n < c.panels; ++n) {
+    Panel& a = c.panel[n];
+    a.st = st, a.bias = bias, a.row = row, a.ot = floats(c.v_dim * kLd);
+    a.row_ld = kLd, a.vec_ld = kLanes;
+  }
+}
+
+// A row of n floats, which are whole vectors, as words with their scale; false if it has none.
+inline bool make_row_words(const float* x, int64_t n, char* to, float* scale) {
+  Vec squares = vzero();
+  for (int64_t i = 0; i < n; i += kLanes) squares = vfma(vload(x + i), vload(x + i), squares);
+  const float sum = vreduce_add(squares);
+  *scale = 0.0f;
+  if (!(sum >= kLeastSquares && sum <= kMostSquares)) {
+    for (int64_t i = 0; i < n; ++i)
+      if (x[i] != 0.0f) return false;
+    __builtin_memset(to, 0, n * 2);
+    return true;
+  }
+  const float length = __builtin_sqrtf(sum);
+  *scale = length * (1 / kRowNorm);
+  const Vec inverse = vset(kRowNorm / length);
+  for (int64_t i = 0; i < n; i += kLanes) vstore_s16(reinterpret_cast<int16_t*>(to) + i, vmul(vload(x + i), inverse));
+  return true;
+}
+
+// Queries of a panel, rotated and scaled; padding lanes are zero.
+inline bool load_word_queries(const Problem& p, const WordChunk& c, const Panel& a, int n) {
+  alignas(64) float wide[kWordRowLd];
+  char *to = c.queries + n * c.query_bytes(), *words = reinterpret_cast<char*>(a.row);
+  float* scale = c.query_scale + n * kLd;
+  const int64_t whole = ceil_div(p.head_dim, kLanes) * kLanes;
+  for (int64_t i = whole; i < c.dim; ++i) wide[i] = 0.0f;
+  for (int v = 0; v < a.nv; ++v, scale += kLanes) {
+    for (int l = 0; l < kLanes; ++l) {
+      const int lane = v * kLanes + l;
+      scale[l] = 0.0f;
+      if (lane >= a.rows) {
+        __builtin_memset(words + l * c.key_bytes(), 0, c.key_bytes());
+        continue;
+      }
+      load_query(p, a.b, a.head[lane], a.pos[lane], wide);
+      if (!make_row_words(wide, c.dim, words + l * c.key_bytes(), scale + l)) return false;
+    }
+    for (int64_t d = 0; d < c.dim; d += kWordStep) {
+      Vec t[kLanes];
+      for (int l = 0; l < kLanes; ++l) t[l] = vload(reinterpret_cast<float*>(words + l * c.key_bytes() + d * 2));
+      vtranspose(t);
+      for (int l = 0; l < kLanes; ++l)
+        vstore(reinterpret_cast<float*>(to + (d / 2 + l) * kPairLine) + v * kLanes, t[l]);
+    }
+  }
+  return true;
+}
+
+// Keys and values of a block.
+inline bool load_word_block(const Problem& p, const WordChunk& c, int64_t j0, int64_t keys) {
+  const Panel& a = c.panel[0];
+  alignas(64) float wide[kWordRowLd];
+  const int64_t whole = ceil_div(p.head_dim, kLanes) * kLanes;
+  for (int64_t j = 0; j < keys; ++j) {
+    load_row(p.k->dtype, row_ptr(*p.k, a.b, a.kv_head, j0 + j), p.head_dim, wide);
+    if (!make_row_words(wide, whole, c.keys + j * c.key_bytes(), c.key_scale + j)) return false;
+    load_row(p.v->dtype, row_ptr(*p.v, a.b, a.kv_head, j0 + j), p.v_dim, c.wide + j * c.v_dim);
+  }
+  return make_column_words(c.wide, c.v_dim, keys, c.values, c.value_scale);
+}
+
+// s[i][:] = k_scale[i] * q_scale[:] * sum over d of k[i][d] * q[d][:].
+struct WordScores {
+  const char* k;
+  int64_t k_stride;  // bytes
+  const char* q;
+  int64_t pairs;
+  const float *k_scale, *q_scale;
+  float* s;
+
+  template <int NV, int MR>
+  void tile(int64_t row) const {
+    const char* key_row = k + row * k_stride;
+    IntVec acc[MR][NV];
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; ++v) acc[i][v] = iset(0);
+    for (int64_t d = 0; d < pairs; ++d) {
+      IntVec x[NV];
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; ++v) x[v] = load_pairs(q + d * kPairLine + v * kLanes * 4);
+#pragma GCC unroll 8
+      for (int i = 0; i < MR; ++i) {
+        const IntVec key = all_pairs(key_row + i * k_stride + 4 * d);
+#pragma GCC unroll 8
+        for (int v = 0; v < NV; ++v) word_dot(acc[i][v], x[v], key);
+      }
+    }
+    each_of_tile<NV, MR>([&](int i, int v) __attribute__((always_inline)) {
+      const Vec sum = vmul(vfrom_int(acc[i][v]), vset(k_scale[row + i]));
+      vstore(s + (row + i) * kLd + v * kLanes, vmul(sum, vload(q_scale + v * kLanes)));
+    });
+  }
+};
+
+// o[i][:] = o[i][:] * alpha[:] + v_scale[i] * w_scale[:] * sum over j of value[j][i] * w[j][:].
+struct WordValues {
+  const char* value;
+  int64_t v_stride;  // bytes from pair to pair
+  const char* w;
+  int64_t pairs;
+  const float *v_scale, *w_scale, *alpha;
+  float* o;
+
+  template <int NV, int MR>
+  void tile(int64_t row) const {
+    const char* from = value + row * 4;
+    IntVec acc[MR][NV];
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; ++v) acc[i][v] = iset(0);
+    for (int64_t j = 0; j < pairs; ++j, from += v_stride) {
+      IntVec x[NV];
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; ++v) x[v] = load_pairs(w + j * kPairLine + v * kLanes * 4);
+#pragma GCC unroll 8
+      for (int i = 0; i < MR; ++i) {
+        const IntVec pair = all_pairs(from + 4 * i);
+#pragma GCC unroll 8
+        for (int v = 0; v < NV; ++v) word_dot(acc[i][v], x[v], pair);
+      }
+    }
+    each_of_tile<NV, MR>([&](int i, int v) __attribute__((always_inline)) {
+      float* out = o + (row + i) * kLd + v * kLanes;
+      const Vec sum = vmul(vfrom_int(acc[i][v]), vset(v_scale[row + i]));
+      vstore(out, vfma(sum, vload(w_scale + v * kLanes), vmul(vload(alpha + v * kLanes), vload(out))));
+    });
+  }
+};
+
+// P = exp(S - max) of the keys that a vector sees, as words where their scores were, and zeros up to `keys`; their sum,
+// of what they are as words, and how much the rows' earlier sums shrink.
+inline void weigh_words(Panel& a, int v, int64_t seen, int64_t keys, Vec new_max, float* scale, float* alpha) {
+  const Vec ninf = vset(kNegInf), log2e = vset(kLog2e);
+  const Vec shift = vselect(veq(new_max, ninf), vzero(), new_max), start = vmul(shift, vset(-kLog2e));
+  const Vec shrink = vexp2_normal(vmul(vsub(a.max[v], shift), log2e));
+  float* s = a.st + v * kLanes;
+  Vec squares = vzero();
+  for (int64_t j = 0; j < seen; ++j) {
+    const Vec w = vexp2_normal(vfma(vload(s + j * kLd), log2e, start));
+    vstore(s + j * kLd, w);
+    squares = vfma(w, w, squares);
+  }
+  if (seen % 2 != 0) vstore(s + seen * kLd, vzero());
+  // Less than this is nothing beside the rows' largest weights, which are 1.
+  const Vec length = vsqrt(vselect(vlt(squares, vset(kLeastSquares)), vzero(), squares));
+  const Vec inverse = vselect(veq(length, vzero()), vzero(), vdiv(vset(kRowNorm), length));
+  const Vec unit = vmul(length, vset(1 / kRowNorm));
+  IntVec total = iset(0);
+  const IntVec ones = iset(0x00010001);
+  int64_t j = 0;
+  for (; j < seen; j += 2) {
+    char* to = reinterpret_cast<char*>(s + j / 2 * kLd);
+    store_pairs(to, vmul(vload(s + j * kLd), inverse), vmul(vload(s + (j + 1) * kLd), inverse));
+    word_dot(total, load_pairs(to), ones);
+  }
+  for (; j < keys; j += 2) vstore(s + j / 2 * kLd, vzero());
+  a.sum[v] = vfma(a.sum[v], shrink, vmul(vfrom_int(total), unit));
+  a.max[v] = new_max;
+  vstore(scale + v * kLanes, unit);
+  vstore(alpha + v * kLanes, shrink);
+}
+
+// One block of keys for panel n.
+inline void attend_words(const Problem& p, WordChunk& c, int n, int64_t j0, int64_t keys) {
+  Panel& a = c.panel[n];
+  int v0 = 0, v1 = a.nv;  // of the vectors that see any of it
+  while (v0 < v1 && a.vec_hi[v0] <= j0) ++v0;
+  while (v0 < v1 && a.vec_lo[v1 - 1] >= j0 + keys) --v1;
+  if (v0 == v1) return;
+  for (int64_t j = 0; j < keys;) {
+    const Segment s = next_segment(a, v1, j0, j, keys);
+    const int64_t first = s.v0 * kLanes;
+    const WordScores scores{c.keys + j * c.key_bytes(), c.key_bytes(),   c.queries + n * c.query_bytes() + first * 4,
+                            ceil_div(p.head_dim, 2),    c.key_scale + j, c.query_scale + n * kLd + first,
+                            a.st + j * kLd + first};
+    multiply(v1 - s.v0, scores, s.end - j);
+    j = s.end;
+  }
+  alignas(64) float alpha[kLd], scale[kLd];
+  if (a.masked) load_bias_block(p, a, v0, v1, j0, keys);
+  for (int v = v0; v < v1; ++v) {
+    const int64_t seen = max64(0, min64(keys, a.vec_hi[v] - j0));
+    const Vec top = finish_scores(p, a, v, j0, seen, 1.0f, a.max[v]);
+    weigh_words(a, v, seen, keys, top, scale, alpha);
+  }
+  for (int64_t j = 0; j < keys;) {
+    const Segment s = next_segment(a, v1, j0, j, keys);
+    const int64_t first = s.v0 * kLanes;
+    const WordValues values{c.values + j / 2 * c.v_dim * 4,
+                            c.v_dim * 4,
+                            reinterpret_cast<const char*>(a.st + j / 2 * kLd + first),
+                            ceil_div(s.end - j, 2),
+                            c.value_scale,
+                            scale + first,
+                            alpha + first,
+                            a.ot + first};
+    multiply(v1 - s.v0, values, p.v_dim);
+    for (int64_t l = first; l < v1 * kLanes; ++l) alpha[l] = 1.0f;
+    j = s.end;
+  }
+}
+
+// The rows of a chunk; false if a row or a column has no scale: nothing is written then.
+inline bool prefill_chunk(const Problem& p, const Plan& plan, const RowChunk& chunk, const Scratch& scratch) {
+  WordChunk c;
+  c.panels = static_cast<int>(ceil_div(chunk.rows, kLd));
+  c.dim = ceil_div(p.head_dim, kWordStep) * kWordStep, c.v_dim = ceil_div(p.v_dim, kLanes) * kLanes;
+  place_scratch(c, scratch.local);
+  int64_t lo = p.kv_len, hi = 0;
+  for (int n = 0; n < c.panels; ++n) {
+    Panel& a = c.panel[n];
+    start_panel(p, a, chunk, n);
+    if (!load_word_queries(p, c, a, n)) return false;
+    for (int v = 0; v < a.nv; ++v) lo = min64(lo, a.vec_lo[v]), hi = max64(hi, a.vec_hi[v]);
+  }
+  const KeySpan span = chunk.keys(lo, hi);
+  for (int64_t j = span.begin; j < span.end; j += kWordKeys) {
+    const int64_t keys = min64(kWordKeys, span.end - j);
+    if (!load_word_block(p, c, j, keys)) return false;
+    for (int n = 0; n < c.panels; ++n) attend_words(p, c, n, j, keys);
+  }
+  for (int n = 0; n < c.panels; ++n) store_panel(p, plan, c.panel[n], chunk.split, chunk.splits, scratch.shared);
+  return true;
+}
+
+inline void prefill_words(const Problem& p, const Plan& plan, int64_t number, int64_t splits, const Scratch& scratch) {
+  const RowChunk chunk(p, plan, number, splits);
+  if (!prefill_chunk(p, plan, chunk, scratch)) prefill_panels(p, plan, chunk, scratch);
+}
+
+}  // namespace
