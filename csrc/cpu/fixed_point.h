@@ -43,23 +43,28 @@ inline Mask none_or_within(Vec x, float least, float most) {
   return vle(vselect(veq(x, vzero()), vzero(), known), vset(most));
 }
 
-// f32 [k][columns], which are whole vectors, as pairs [k / 2][columns][2] with the scales of the columns. There is room
-// for k rounded up to 4, which become zeros. False if a column has no scale.
-inline bool make_column_words(float* wide, int64_t columns, int64_t k, char* to, float* scales) {
+// Rows of zeros up to a multiple of 4; returns how many there are.
+inline int64_t pad_rows(float* wide, int64_t columns, int64_t k) {
   for (; k % 4 != 0; ++k)
     for (int64_t v = 0; v < columns; v += kLanes) vstore(wide + k * columns + v, vzero());
+  return k;
+}
+
+// `columns` of f32 [k][stride] as pairs [k / 2][columns][2] with the scales of the columns, in whole vectors; k is a
+// multiple of 4. False if a column has no scale.
+inline bool make_column_words(const float* wide, int64_t stride, int64_t columns, int64_t k, char* to, float* scales) {
   bool fits = true;
   for (int64_t v = 0; v < columns; v += kLanes, to += 4 * kLanes) {
     const float* column = wide + v;
     Vec unit = vset(1);
-    ColumnSize size(column, columns, k, unit);
+    ColumnSize size(column, stride, k, unit);
     const Mask none = veq(size.largest, vzero());
     fits &= all_lanes(none_or_within(size.largest, kLeastValue, kMostValue));
     // Those of tiny values may be nothing, which is a norm only where there is nothing.
     const Vec squares = vselect(none, size.squares, vselect(veq(size.squares, vzero()), vset(-1), size.squares));
     if (!all_lanes(none_or_within(squares, kLeastSquares, kMostSquares))) {
       unit = vselect(none, vzero(), vdiv(vset(1), size.largest));
-      size = ColumnSize(column, columns, k, unit);
+      size = ColumnSize(column, stride, k, unit);
       fits &= all_lanes(none_or_within(size.squares, kLeastSquares, kMostSquares));
     }
     const Vec by_norm = vdiv(vset(kColumnNorm), vsqrt(size.squares));
@@ -67,8 +72,8 @@ inline bool make_column_words(float* wide, int64_t columns, int64_t k, char* to,
     const Vec factor = vselect(none, vzero(), vmul(vmin(by_word, by_norm), unit));
     vstore(scales + v, vselect(none, vzero(), vdiv(vset(1), factor)));
     for (int64_t i = 0; i < k; i += 2)
-      store_pairs(to + i * columns * 2, vmul(vload(column + i * columns), factor),
-                  vmul(vload(column + (i + 1) * columns), factor));
+      store_pairs(to + i * columns * 2, vmul(vload(column + i * stride), factor),
+                  vmul(vload(column + (i + 1) * stride), factor));
   }
   return fits;
 }

@@ -33,20 +33,6 @@ struct DecodeHead {
   DecodeRow row[kLanes];
 };
 
-template <DType T>
-inline Vec load_lanes(const char* p, int64_t i) {
-  if constexpr (T == DType::f32) return vload(reinterpret_cast<const float*>(p) + i);
-  if constexpr (T == DType::f16) return vload_f16(reinterpret_cast<const uint16_t*>(p) + i);
-  if constexpr (T == DType::s8) return vload_s8(reinterpret_cast<const int8_t*>(p) + i);
-  return vload_bf16(reinterpret_cast<const uint16_t*>(p) + i);
-}
-// The last, with n lanes.
-template <DType T>
-inline Vec load_tail(const char* p, int64_t i, int n) {
-  if constexpr (T == DType::s8) return vload_s8_n(reinterpret_cast<const int8_t*>(p) + i, n);
-  return vload_as(T, p, i, n);
-}
-
 // Rows of keys or values as they lie in memory, and rows that will be needed later, of `later_row` bytes each: reading
 // row j fetches row j of those.
 struct Stream {

@@ -4,11 +4,33 @@
 
 namespace {
 
+template <DType T>
+inline Vec load_lanes(const char* p, int64_t i) {
+  if constexpr (T == DType::f32) return vload(reinterpret_cast<const float*>(p) + i);
+  if constexpr (T == DType::f16) return vload_f16(reinterpret_cast<const uint16_t*>(p) + i);
+  if constexpr (T == DType::s8) return vload_s8(reinterpret_cast<const int8_t*>(p) + i);
+  return vload_bf16(reinterpret_cast<const uint16_t*>(p) + i);
+}
+// The last, with n lanes.
+template <DType T>
+inline Vec load_tail(const char* p, int64_t i, int n) {
+  if constexpr (T == DType::s8) return vload_s8_n(reinterpret_cast<const int8_t*>(p) + i, n);
+  return vload_as(T, p, i, n);
+}
+
 // Whole vectors are stored, so `to` has room for n rounded up to kLanes; what is past n becomes zero. (A masked store
 // is slow on some CPUs and cannot be forwarded to the loads that follow.)
+template <DType T>
+inline void load_row_of(const char* p, int64_t n, float* to) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) vstore(to + i, load_lanes<T>(p, i));
+  if (i < n) vstore(to + i, load_tail<T>(p, i, static_cast<int>(n - i)));
+}
 inline void load_row(DType d, const char* p, int64_t n, float* to) {
   if (d == DType::s8) return load_codes(p, n, to);
-  for (int64_t i = 0; i < n; i += kLanes) vstore(to + i, vload_as(d, p, i, static_cast<int>(min64(kLanes, n - i))));
+  if (d == DType::f32) return load_row_of<DType::f32>(p, n, to);
+  if (d == DType::f16) return load_row_of<DType::f16>(p, n, to);
+  load_row_of<DType::bf16>(p, n, to);
 }
 inline void store_row(DType d, char* p, int64_t n, const float* from) {
   if (d == DType::s8) return store_codes(p, n, from);
@@ -53,12 +75,14 @@ inline void rotate(const Problem& p, int64_t b, int64_t i, float* x) {
     rotate_interleaved(x, cos, sin, r);
 }
 
-// One query row in fp32 (padded with zeros to whole vectors), rotated and scaled so that its dot product with a key is
-// the score (with a softcap: the argument of the tanh).
+// What a product of a query and a key is scaled with to be the score (with a softcap: the argument of the tanh).
+inline float score_scale(const Problem& p) { return p.softcap > 0 ? p.scale / p.softcap : p.scale; }
+
+// One query row in fp32 (padded with zeros to whole vectors), rotated and scaled.
 inline void load_query(const Problem& p, int64_t b, int64_t h, int64_t i, float* to) {
   load_row(p.q->dtype, row_ptr(*p.q, b, h, i), p.head_dim, to);
   rotate(p, b, i, to);
-  const Vec scale = vset(p.softcap > 0 ? p.scale / p.softcap : p.scale);
+  const Vec scale = vset(score_scale(p));
   for (int64_t d = 0; d < p.head_dim; d += kLanes) vstore(to + d, vmul(vload(to + d), scale));
 }
 

@@ -107,7 +107,7 @@ void weigh_pair(const Problem& p, TileChunk& c, const TilePair& t, int slot, int
   Panel& a = c.panel[t.n];
   a.st = c.scores_of(slot) - t.v * kColumn;
   const bool adjusted = a.masked || p.softcap > 0;  // scores are scaled before the softmax
-  const float scale = p.softcap > 0 ? p.scale / p.softcap : p.scale, factor = adjusted ? 1.0f : scale;
+  const float scale = score_scale(p), factor = adjusted ? 1.0f : scale;
   const int64_t padded = t.steps * kTileStep, pieces = ceil_div(queue.left, padded / 8);
   if (a.masked) load_bias_block(p, a, t.v, t.v + 2, j0, t.keys);
   for (int v = t.v; v < t.v + 2; ++v) {

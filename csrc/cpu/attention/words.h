@@ -15,19 +15,18 @@
 
 namespace {
 
-constexpr int64_t kWordKeys = kWordBlock;             // keys per block
-constexpr int64_t kWordStep = 2 * kLanes;             // words of a row that make one vector of pairs
-constexpr int kWordPanels = kTileVectors / kMaxNv;    // of a chunk
-constexpr int64_t kPairLine = kLd * 4;                // bytes of one pair of a panel's rows
-constexpr int64_t kWordRowLd = kMaxHeadDim + kLanes;  // of a row as floats, then as words
+constexpr int64_t kWordKeys = kWordBlock;           // keys per block
+constexpr int64_t kWordStep = 2 * kLanes;           // words of a row that make one vector of pairs
+constexpr int kWordPanels = kTileVectors / kMaxNv;  // of a chunk
+constexpr int64_t kPairLine = kLd * 4;              // bytes of one pair of a panel's rows
 static_assert(kTileVectors % kMaxNv == 0 && kWordKeys <= kMostKeys);
 static_assert((kRowNorm + 0.5 * 23) * (kRowNorm + 0.5 * 23) < double(1u << 31) && 23 * 23 > kMaxHeadDim);
 
 struct WordChunk {
   Panel panel[kWordPanels];
   int panels;
-  int64_t dim, v_dim;  // whole steps, whole vectors
-  char *queries, *keys, *values;
+  int64_t dim, v_dim;                    // whole steps, whole vectors
+  char *queries, *keys, *values, *rows;  // rows: of queries on their way to lanes
   float *query_scale, *key_scale, *value_scale, *wide;
 
   int64_t query_bytes() const { return dim / 2 * kPairLine; }  // of a panel
@@ -36,7 +35,7 @@ struct WordChunk {
 
 constexpr int64_t word_chunk_bytes(int64_t panels, int64_t dim) {
   return panels * (dim / 2 * kPairLine + kLd * 4 + dim * kLd * 4) +
-         kWordKeys * (dim * 2 + 4 + dim * 2 + dim * 4 + kLd * 8) + dim * 4 + kLanes * kRowLd * 4;
+         kWordKeys * (dim * 2 + 4 + dim * 2 + dim * 4 + kLd * 8) + dim * 4 + kLanes * (dim * 2 + kRowLd * 4);
 }
 static_assert(word_chunk_bytes(kWordPanels, kMaxHeadDim) <= int64_t(kMostLocalBytes),
               "a chunk of words must fit the local scratch");
@@ -50,7 +49,7 @@ inline void place_scratch(WordChunk& c, char* local) {
   };
   auto floats = [&](int64_t n) { return reinterpret_cast<float*>(take(n * 4)); };
   c.queries = take(c.panels * c.query_bytes());
-  c.keys = take(kWordKeys * c.key_bytes());
+  c.keys = take(kWordKeys * c.key_bytes()), c.rows = take(kLanes * c.key_bytes());
   c.values = take(kWordKeys * c.v_dim * 2);
   c.query_scale = floats(c.panels * kLd), c.key_scale = floats(kWordKeys), c.value_scale = floats(c.v_dim);
   c.wide = floats(kWordKeys * c.v_dim);
@@ -62,46 +61,65 @@ inline void place_scratch(WordChunk& c, char* local) {
   }
 }
 
-// A row of n floats, which are whole vectors, as words with their scale; false if it has none.
-inline bool make_row_words(const float* x, int64_t n, char* to, float* scale) {
-  Vec squares = vzero();
-  for (int64_t i = 0; i < n; i += kLanes) squares = vfma(vload(x + i), vload(x + i), squares);
-  const float sum = vreduce_add(squares);
-  *scale = 0.0f;
-  if (!(sum >= kLeastSquares && sum <= kMostSquares)) {
-    for (int64_t i = 0; i < n; ++i)
-      if (x[i] != 0.0f) return false;
-    __builtin_memset(to, 0, n * 2);
-    return true;
+// kLanes rows at most of n floats, which are whole vectors, as words `to_bytes` apart, with their scales. False if one
+// has none.
+inline bool make_word_rows(const float* const* rows, int64_t count, int64_t n, char* to, int64_t to_bytes,
+                           Vec* scales) {
+  Vec squares[kLanes];
+  for (int64_t r = 0; r < kLanes; ++r) {
+    squares[r] = vzero();
+    for (int64_t i = 0; r < count && i < n; i += kLanes)
+      squares[r] = vfma(vload(rows[r] + i), vload(rows[r] + i), squares[r]);
   }
-  const float length = __builtin_sqrtf(sum);
-  *scale = length * (1 / kRowNorm);
-  const Vec inverse = vset(kRowNorm / length);
-  for (int64_t i = 0; i < n; i += kLanes) vstore_s16(reinterpret_cast<int16_t*>(to) + i, vmul(vload(x + i), inverse));
+  const Vec sums = vsum_lanes(squares);
+  const Mask fit = none_or_within(sums, kLeastSquares, kMostSquares), none = veq(sums, vzero());
+  if (!all_lanes(fit)) return false;
+  alignas(64) float is_none[kLanes], inverse[kLanes];
+  vstore(is_none, vselect(none, vset(1), vzero()));
+  for (int64_t r = 0; r < count; ++r) {
+    if (is_none[r] == 0.0f) continue;
+    Vec largest = vzero();  // squares of tiny numbers are zeros too
+    for (int64_t i = 0; i < n; i += kLanes) largest = vmax(largest, vabs(vload(rows[r] + i)));
+    if (vreduce_max(largest) != 0.0f) return false;
+  }
+  const Vec length = vsqrt(sums);
+  *scales = vmul(length, vset(1 / kRowNorm));
+  vstore(inverse, vselect(none, vzero(), vdiv(vset(kRowNorm), length)));
+  for (int64_t r = 0; r < count; ++r, to += to_bytes)
+    for (int64_t i = 0; i < n; i += kLanes)
+      vstore_s16(reinterpret_cast<int16_t*>(to) + i, vmul(vload(rows[r] + i), vset(inverse[r])));
   return true;
 }
 
-// Queries of a panel, rotated and scaled; padding lanes are zero.
+// Whether rows of n numbers can be read as whole vectors of floats where they lie.
+inline bool lies_as_floats(DType dtype, int64_t n, int64_t step) { return dtype == DType::f32 && n % step == 0; }
+
+// Queries of a panel, rotated; padding lanes are zero.
 inline bool load_word_queries(const Problem& p, const WordChunk& c, const Panel& a, int n) {
-  alignas(64) float wide[kWordRowLd];
-  char *to = c.queries + n * c.query_bytes(), *words = reinterpret_cast<char*>(a.row);
-  float* scale = c.query_scale + n * kLd;
-  const int64_t whole = ceil_div(p.head_dim, kLanes) * kLanes;
-  for (int64_t i = whole; i < c.dim; ++i) wide[i] = 0.0f;
-  for (int v = 0; v < a.nv; ++v, scale += kLanes) {
-    for (int l = 0; l < kLanes; ++l) {
-      const int lane = v * kLanes + l;
-      scale[l] = 0.0f;
-      if (lane >= a.rows) {
-        __builtin_memset(words + l * c.key_bytes(), 0, c.key_bytes());
-        continue;
-      }
-      load_query(p, a.b, a.head[lane], a.pos[lane], wide);
-      if (!make_row_words(wide, c.dim, words + l * c.key_bytes(), scale + l)) return false;
+  const bool in_place = p.rope_kind == kRopeNone && lies_as_floats(p.q->dtype, p.head_dim, kWordStep);
+  const Vec scale = vset(score_scale(p));
+  char* to = c.queries + n * c.query_bytes();
+  for (int v = 0; v < a.nv; ++v) {
+    const int64_t lanes = min64(kLanes, a.rows - v * kLanes);
+    const float* rows[kLanes];
+    for (int64_t l = 0; l < lanes; ++l) {
+      const int64_t lane = v * kLanes + l;
+      const char* from = row_ptr(*p.q, a.b, a.head[lane], a.pos[lane]);
+      rows[l] = reinterpret_cast<const float*>(from);
+      if (in_place) continue;
+      float* own = a.row + l * kRowLd;
+      load_row(p.q->dtype, from, p.head_dim, own);
+      rotate(p, a.b, a.pos[lane], own);
+      if (c.dim - p.head_dim >= kLanes) vstore(own + c.dim - kLanes, vzero());
+      rows[l] = own;
     }
+    Vec scales;
+    if (!make_word_rows(rows, lanes, c.dim, c.rows, c.key_bytes(), &scales)) return false;
+    __builtin_memset(c.rows + lanes * c.key_bytes(), 0, (kLanes - lanes) * c.key_bytes());
+    vstore(c.query_scale + n * kLd + v * kLanes, vmul(scales, scale));
     for (int64_t d = 0; d < c.dim; d += kWordStep) {
       Vec t[kLanes];
-      for (int l = 0; l < kLanes; ++l) t[l] = vload(reinterpret_cast<float*>(words + l * c.key_bytes() + d * 2));
+      for (int l = 0; l < kLanes; ++l) t[l] = vload(reinterpret_cast<float*>(c.rows + l * c.key_bytes() + d * 2));
       vtranspose(t);
       for (int l = 0; l < kLanes; ++l)
         vstore(reinterpret_cast<float*>(to + (d / 2 + l) * kPairLine) + v * kLanes, t[l]);
@@ -110,17 +128,37 @@ inline bool load_word_queries(const Problem& p, const WordChunk& c, const Panel&
   return true;
 }
 
-// Keys and values of a block.
-inline bool load_word_block(const Problem& p, const WordChunk& c, int64_t j0, int64_t keys) {
+// Keys of a block.
+inline bool load_word_keys(const Problem& p, const WordChunk& c, int64_t j0, int64_t keys) {
   const Panel& a = c.panel[0];
-  alignas(64) float wide[kWordRowLd];
-  const int64_t whole = ceil_div(p.head_dim, kLanes) * kLanes;
-  for (int64_t j = 0; j < keys; ++j) {
-    load_row(p.k->dtype, row_ptr(*p.k, a.b, a.kv_head, j0 + j), p.head_dim, wide);
-    if (!make_row_words(wide, whole, c.keys + j * c.key_bytes(), c.key_scale + j)) return false;
-    load_row(p.v->dtype, row_ptr(*p.v, a.b, a.kv_head, j0 + j), p.v_dim, c.wide + j * c.v_dim);
+  const bool in_place = lies_as_floats(p.k->dtype, p.head_dim, kLanes);
+  for (int64_t j = 0; j < keys; j += kLanes) {
+    const int64_t count = min64(kLanes, keys - j);
+    const float* rows[kLanes];
+    for (int64_t r = 0; r < count; ++r) {
+      const char* from = row_ptr(*p.k, a.b, a.kv_head, j0 + j + r);
+      rows[r] = reinterpret_cast<const float*>(from);
+      if (in_place) continue;
+      load_row(p.k->dtype, from, p.head_dim, a.row + r * kRowLd);
+      rows[r] = a.row + r * kRowLd;
+    }
+    Vec scales;
+    const int64_t whole = ceil_div(p.head_dim, kLanes) * kLanes;
+    if (!make_word_rows(rows, count, whole, c.keys + j * c.key_bytes(), c.key_bytes(), &scales)) return false;
+    vstore(c.key_scale + j, scales);
   }
-  return make_column_words(c.wide, c.v_dim, keys, c.values, c.value_scale);
+  return true;
+}
+
+// Values of a block.
+inline bool load_word_values(const Problem& p, const WordChunk& c, int64_t j0, int64_t keys) {
+  const char* from = row_ptr(*p.v, c.panel[0].b, c.panel[0].kv_head, j0);
+  if (lies_as_floats(p.v->dtype, p.v_dim, kLanes) && keys % 4 == 0)
+    return make_column_words(reinterpret_cast<const float*>(from), p.v->stride[2], c.v_dim, keys, c.values,
+                             c.value_scale);
+  const int64_t row_bytes = p.v->stride[2] * itemsize(p.v->dtype);
+  for (int64_t j = 0; j < keys; ++j) load_row(p.v->dtype, from + j * row_bytes, p.v_dim, c.wide + j * c.v_dim);
+  return make_column_words(c.wide, c.v_dim, c.v_dim, pad_rows(c.wide, c.v_dim, keys), c.values, c.value_scale);
 }
 
 // s[i][:] = k_scale[i] * q_scale[:] * sum over d of k[i][d] * q[d][:].
@@ -283,7 +321,7 @@ inline bool prefill_chunk(const Problem& p, const Plan& plan, const RowChunk& ch
   const KeySpan span = chunk.keys(lo, hi);
   for (int64_t j = span.begin; j < span.end; j += kWordKeys) {
     const int64_t keys = min64(kWordKeys, span.end - j);
-    if (!load_word_block(p, c, j, keys)) return false;
+    if (!load_word_keys(p, c, j, keys) || !load_word_values(p, c, j, keys)) return false;
     for (int n = 0; n < c.panels; ++n) attend_words(p, c, n, j, keys);
   }
   for (int n = 0; n < c.panels; ++n) store_panel(p, plan, c.panel[n], chunk.split, chunk.splits, scratch.shared);

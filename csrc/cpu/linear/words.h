@@ -134,7 +134,9 @@ bool make_part(const Weights& weights, int64_t panel, int64_t k0, int64_t k1, Wo
   for (int64_t k = k0, block = 0; k < k1; k += kWordBlock, ++block) {
     const int64_t count = min64(kWordBlock, k1 - k);
     weights.widen(panel, k, count, memory.wide);
-    fits &= make_column_words(memory.wide, kPanel, count, memory.words + block * kWideBlock * 2, memory.scales[block]);
+    const int64_t rows = pad_rows(memory.wide, kPanel, count);
+    fits &= make_column_words(memory.wide, kPanel, kPanel, rows, memory.words + block * kWideBlock * 2,
+                              memory.scales[block]);
   }
   return fits;
 }
