@@ -107,7 +107,7 @@ inline void load_bias_block(const Problem& p, const Panel& a, int v0, int v1, in
 // Scale (of scores that still want one), softcap, bias and the lanes' own ranges for keys [begin, end) of the block at
 // j0; dead scores become -inf. Returns the running max including these.
 __attribute__((noinline)) void mask_scores(const Problem& p, const Panel& a, int v, int64_t j0, int64_t begin,
-                                           int64_t end, float scale, bool ragged, Vec* block_max) {
+                                           int64_t end, Vec scale, bool ragged, Vec* block_max) {
   alignas(64) float lo[kLanes], hi[kLanes];
   for (int l = 0; l < kLanes; ++l) {  // relative to the block, so that they are exact as floats
     const KeyRange& r = a.range[v * kLanes + l];
@@ -118,8 +118,7 @@ __attribute__((noinline)) void mask_scores(const Problem& p, const Panel& a, int
   Vec top = *block_max;
   for (int64_t j = begin; j < end; ++j) {
     float* at = a.st + j * a.row_ld + v * a.vec_ld;
-    Vec s = vload(at);
-    if (scale != 1.0f) s = vmul(vset(scale), s);
+    Vec s = vmul(scale, vload(at));
     if (p.softcap > 0) s = vmul(cap, vtanh(s));
     if (a.masked) {
       const Vec bias = vload(a.bias + j * kLd + v * kLanes);
@@ -147,18 +146,21 @@ inline Vec column_max(const float* s, int64_t stride, int64_t begin, int64_t end
   return vmax(other, top);
 }
 
+// Whether scores get biases or a softcap, before which they are scaled.
+inline bool adjusts_scores(const Problem& p, const Panel& a) { return a.masked || p.softcap > 0; }
+
 // A block's scores of one vector, ready for the softmax: scaled where they are adjusted at all, dead ones -inf. Returns
 // their largest, or `top`.
-inline Vec finish_scores(const Problem& p, const Panel& a, int v, int64_t j0, int64_t keys, float scale, Vec top) {
+inline Vec finish_scores(const Problem& p, const Panel& a, int v, int64_t j0, int64_t keys, Vec scale, Vec top) {
   const int64_t clean0 = min64(keys, max64(0, a.common_lo - j0));
   const int64_t clean1 = min64(keys, max64(clean0, a.common_hi - j0));
-  if (a.masked || p.softcap > 0) {
+  if (adjusts_scores(p, a)) {
     mask_scores(p, a, v, j0, 0, keys, scale, clean0 > 0 || clean1 < keys, &top);
     return top;
   }
-  if (clean0 > 0) mask_scores(p, a, v, j0, 0, clean0, 1.0f, true, &top);
+  if (clean0 > 0) mask_scores(p, a, v, j0, 0, clean0, vset(1.0f), true, &top);
   top = column_max(a.st + v * a.vec_ld, a.row_ld, clean0, clean1, top);
-  if (clean1 < keys) mask_scores(p, a, v, j0, clean1, keys, 1.0f, true, &top);
+  if (clean1 < keys) mask_scores(p, a, v, j0, clean1, keys, vset(1.0f), true, &top);
   return top;
 }
 
@@ -241,7 +243,7 @@ inline void attend_block(const Problem& p, Panel& a, int64_t j0, int64_t keys) {
   if (a.masked) load_bias_block(p, a, v0, v1, j0, keys);
   for (int v = v0; v < v1; ++v) {
     const int64_t seen = max64(0, min64(keys, a.vec_hi[v] - j0));
-    const Vec top = finish_scores(p, a, v, j0, seen, 1.0f, a.max[v]);
+    const Vec top = finish_scores(p, a, v, j0, seen, vset(1.0f), a.max[v]);
     exponentiate(a, v, seen, has_dead, top, alpha);
     for (int64_t j = seen; j < keys; ++j) vstore(a.st + j * kLd + v * kLanes, vset(-0.0f));
   }

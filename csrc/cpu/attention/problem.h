@@ -131,7 +131,7 @@ inline int tile_terms(const Problem& p) {
 
 // Whether words may stand for the operands.
 inline bool may_be_words(const Problem& p) {
-  if (!kHasWords || p.head_dim == 0 || p.v_dim == 0) return false;
+  if (!kHasWords || p.head_dim == 0 || p.v_dim == 0 || !(p.scale > 0.0f)) return false;
   return (p.bf16_products && p.q_len > 1) || all_of(p, DType::f16, DType::bf16);
 }
 

@@ -106,13 +106,13 @@ template <int T>
 void weigh_pair(const Problem& p, TileChunk& c, const TilePair& t, int slot, int64_t j0, TileQueue<T>& queue) {
   Panel& a = c.panel[t.n];
   a.st = c.scores_of(slot) - t.v * kColumn;
-  const bool adjusted = a.masked || p.softcap > 0;  // scores are scaled before the softmax
+  const bool adjusted = adjusts_scores(p, a);
   const float scale = score_scale(p), factor = adjusted ? 1.0f : scale;
   const int64_t padded = t.steps * kTileStep, pieces = ceil_div(queue.left, padded / 8);
   if (a.masked) load_bias_block(p, a, t.v, t.v + 2, j0, t.keys);
   for (int v = t.v; v < t.v + 2; ++v) {
     float* s = a.st + v * kColumn;
-    const Vec top = finish_scores(p, a, v, j0, t.keys, scale, vset(kNegInf));
+    const Vec top = finish_scores(p, a, v, j0, t.keys, vset(scale), vset(kNegInf));
     for (int64_t j = t.keys; j < padded; ++j) vstore(s + j * kLanes, vset(kNegInf));
 
     const Vec new_max = vmax(vmul(vset(factor), top), a.max[v]), ninf = vset(kNegInf);

@@ -20,6 +20,7 @@ constexpr int64_t kWordStep = 2 * kLanes;           // words of a row that make 
 constexpr int kWordPanels = kTileVectors / kMaxNv;  // of a chunk
 constexpr int64_t kPairLine = kLd * 4;              // bytes of one pair of a panel's rows
 static_assert(kTileVectors % kMaxNv == 0 && kWordKeys <= kMostKeys);
+constexpr float kLeastScale = 0x1p-100f;  // of queries: nothing, which dead scores may be multiplied with
 static_assert((kRowNorm + 0.5 * 23) * (kRowNorm + 0.5 * 23) < double(1u << 31) && 23 * 23 > kMaxHeadDim);
 
 struct WordChunk {
@@ -94,8 +95,10 @@ inline bool make_word_rows(const float* const* rows, int64_t count, int64_t n, c
 // Whether rows of n numbers can be read as whole vectors of floats where they lie.
 inline bool lies_as_floats(DType dtype, int64_t n, int64_t step) { return dtype == DType::f32 && n % step == 0; }
 
+// The parts of a chunk are functions of their own: inlined into one, they take registers from each other.
+
 // Queries of a panel, rotated; padding lanes are zero.
-inline bool load_word_queries(const Problem& p, const WordChunk& c, const Panel& a, int n) {
+__attribute__((noinline)) bool load_word_queries(const Problem& p, const WordChunk& c, const Panel& a, int n) {
   const bool in_place = p.rope_kind == kRopeNone && lies_as_floats(p.q->dtype, p.head_dim, kWordStep);
   const Vec scale = vset(score_scale(p));
   char* to = c.queries + n * c.query_bytes();
@@ -116,7 +119,7 @@ inline bool load_word_queries(const Problem& p, const WordChunk& c, const Panel&
     Vec scales;
     if (!make_word_rows(rows, lanes, c.dim, c.rows, c.key_bytes(), &scales)) return false;
     __builtin_memset(c.rows + lanes * c.key_bytes(), 0, (kLanes - lanes) * c.key_bytes());
-    vstore(c.query_scale + n * kLd + v * kLanes, vmul(scales, scale));
+    vstore(c.query_scale + n * kLd + v * kLanes, vmax(vmul(scales, scale), vset(kLeastScale)));
     for (int64_t d = 0; d < c.dim; d += kWordStep) {
       Vec t[kLanes];
       for (int l = 0; l < kLanes; ++l) t[l] = vload(reinterpret_cast<float*>(c.rows + l * c.key_bytes() + d * 2));
@@ -129,7 +132,7 @@ inline bool load_word_queries(const Problem& p, const WordChunk& c, const Panel&
 }
 
 // Keys of a block.
-inline bool load_word_keys(const Problem& p, const WordChunk& c, int64_t j0, int64_t keys) {
+__attribute__((noinline)) bool load_word_keys(const Problem& p, const WordChunk& c, int64_t j0, int64_t keys) {
   const Panel& a = c.panel[0];
   const bool in_place = lies_as_floats(p.k->dtype, p.head_dim, kLanes);
   for (int64_t j = 0; j < keys; j += kLanes) {
@@ -151,7 +154,7 @@ inline bool load_word_keys(const Problem& p, const WordChunk& c, int64_t j0, int
 }
 
 // Values of a block.
-inline bool load_word_values(const Problem& p, const WordChunk& c, int64_t j0, int64_t keys) {
+__attribute__((noinline)) bool load_word_values(const Problem& p, const WordChunk& c, int64_t j0, int64_t keys) {
   const char* from = row_ptr(*p.v, c.panel[0].b, c.panel[0].kv_head, j0);
   if (lies_as_floats(p.v->dtype, p.v_dim, kLanes) && keys % 4 == 0)
     return make_column_words(reinterpret_cast<const float*>(from), p.v->stride[2], c.v_dim, keys, c.values,
@@ -161,13 +164,13 @@ inline bool load_word_values(const Problem& p, const WordChunk& c, int64_t j0, i
   return make_column_words(c.wide, c.v_dim, c.v_dim, pad_rows(c.wide, c.v_dim, keys), c.values, c.value_scale);
 }
 
-// s[i][:] = k_scale[i] * q_scale[:] * sum over d of k[i][d] * q[d][:].
+// s[i][:] = k_scale[i] * sum over d of k[i][d] * q[d][:].
 struct WordScores {
   const char* k;
   int64_t k_stride;  // bytes
   const char* q;
   int64_t pairs;
-  const float *k_scale, *q_scale;
+  const float* k_scale;
   float* s;
 
   template <int NV, int MR>
@@ -190,8 +193,7 @@ struct WordScores {
       }
     }
     each_of_tile<NV, MR>([&](int i, int v) __attribute__((always_inline)) {
-      const Vec sum = vmul(vfrom_int(acc[i][v]), vset(k_scale[row + i]));
-      vstore(s + (row + i) * kLd + v * kLanes, vmul(sum, vload(q_scale + v * kLanes)));
+      vstore(s + (row + i) * kLd + v * kLanes, vmul(vfrom_int(acc[i][v]), vset(k_scale[row + i])));
     });
   }
 };
@@ -232,16 +234,18 @@ struct WordValues {
   }
 };
 
-// P = exp(S - max) of the keys that a vector sees, as words where their scores were, and zeros up to `keys`; their sum,
-// of what they are as words, and how much the rows' earlier sums shrink.
-inline void weigh_words(Panel& a, int v, int64_t seen, int64_t keys, Vec new_max, float* scale, float* alpha) {
+// P = exp(factor * S - max) of the keys that a vector sees, as words where their scores were, and zeros up to `keys`;
+// their sum, of what they are as words, and how much the rows' earlier sums shrink.
+__attribute__((noinline)) void weigh_words(Panel& a, int v, int64_t seen, int64_t keys, Vec factor, Vec new_max, float* scale,
+                        float* alpha) {
   const Vec ninf = vset(kNegInf), log2e = vset(kLog2e);
   const Vec shift = vselect(veq(new_max, ninf), vzero(), new_max), start = vmul(shift, vset(-kLog2e));
+  const Vec power = vmul(factor, log2e);
   const Vec shrink = vexp2_normal(vmul(vsub(a.max[v], shift), log2e));
   float* s = a.st + v * kLanes;
   Vec squares = vzero();
   for (int64_t j = 0; j < seen; ++j) {
-    const Vec w = vexp2_normal(vfma(vload(s + j * kLd), log2e, start));
+    const Vec w = vexp2_rough(vfma(vload(s + j * kLd), power, start));
     vstore(s + j * kLd, w);
     squares = vfma(w, w, squares);
   }
@@ -276,8 +280,7 @@ inline void attend_words(const Problem& p, WordChunk& c, int n, int64_t j0, int6
     const Segment s = next_segment(a, v1, j0, j, keys);
     const int64_t first = s.v0 * kLanes;
     const WordScores scores{c.keys + j * c.key_bytes(), c.key_bytes(),   c.queries + n * c.query_bytes() + first * 4,
-                            ceil_div(p.head_dim, 2),    c.key_scale + j, c.query_scale + n * kLd + first,
-                            a.st + j * kLd + first};
+                            ceil_div(p.head_dim, 2),    c.key_scale + j, a.st + j * kLd + first};
     multiply(v1 - s.v0, scores, s.end - j);
     j = s.end;
   }
@@ -285,8 +288,9 @@ inline void attend_words(const Problem& p, WordChunk& c, int n, int64_t j0, int6
   if (a.masked) load_bias_block(p, a, v0, v1, j0, keys);
   for (int v = v0; v < v1; ++v) {
     const int64_t seen = max64(0, min64(keys, a.vec_hi[v] - j0));
-    const Vec top = finish_scores(p, a, v, j0, seen, 1.0f, a.max[v]);
-    weigh_words(a, v, seen, keys, top, scale, alpha);
+    const Vec own = vload(c.query_scale + n * kLd + v * kLanes), factor = adjusts_scores(p, a) ? vset(1.0f) : own;
+    const Vec top = finish_scores(p, a, v, j0, seen, own, vset(kNegInf));
+    weigh_words(a, v, seen, keys, factor, vmax(vmul(factor, top), a.max[v]), scale, alpha);
   }
   for (int64_t j = 0; j < keys;) {
     const Segment s = next_segment(a, v1, j0, j, keys);

@@ -65,15 +65,6 @@ inline __m512i round_pairs(Vec& even, Vec& odd) {
   return _mm512_or_si512(_mm512_srli_epi32(low, 16), high);
 }
 
-// vexp2_normal within 8e-5 of itself, for results that become bf16; 0 below 2^-126.
-inline Vec vexp2_rough(Vec x) {
-  const Vec r{_mm512_reduce_ps(x.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)};  // x - floor(x)
-  Vec p = vfma(r, vset(0.0780245166f), vset(0.226067239f));
-  p = vfma(p, r, vset(0.695833468f));
-  p = vfma(p, r, vset(0.99992523f));
-  return vscale2_from(vset(-126.0f), p, x);  // takes floor(x)
-}
-
 // Collects whether any of the words it has seen is an infinity or a NaN.
 struct FiniteWords {
   __m512i largest = _mm512_setzero_si512();

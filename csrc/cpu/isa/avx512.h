@@ -172,6 +172,15 @@ inline void vtranspose(Vec* r) {
   }
 }
 
+// 2^x within 8e-5 of itself, for results that are rounded to fewer bits; 0 below 2^-126.
+inline Vec vexp2_rough(Vec x) {
+  const Vec r{_mm512_reduce_ps(x.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)};  // x - floor(x)
+  Vec p = vfma(r, vset(0.0780245166f), vset(0.226067239f));
+  p = vfma(p, r, vset(0.695833468f));
+  p = vfma(p, r, vset(0.99992523f));
+  return vscale2_from(vset(-126.0f), p, x);  // takes floor(x)
+}
+
 // Integers. A quad is four neighbouring k of one column in one 32-bit lane: weights as unsigned bytes, activations
 // signed, |a| <= 127. quad_dot adds the four products to each lane, exactly.
 struct IntVec {
