@@ -19,6 +19,11 @@ ROPE_NONE, ROPE_HALF, ROPE_INTERLEAVED = 0, 1, 2
 ALL = -1  # of an index: every batch or head
 
 
+def has_words(tier: str) -> bool:
+    """Whether prompts are multiplied as 16-bit fixed point there."""
+    return tier == "avx512_vnni"
+
+
 @dataclass(frozen=True)
 class Case:
     """One attention problem; `make` fills it with numbers."""

@@ -11,6 +11,7 @@ namespace {
 constexpr int64_t kBlock = 96;      // keys per block: a multiple of both tile heights
 constexpr int64_t kMostKeys = 128;  // of a block of any kind of prefill
 constexpr int64_t kRowLd = (kMaxHeadDim > kBlock ? kMaxHeadDim : kBlock) + kLanes;  // of rows on their way to lanes
+constexpr float kFarScore = 0x1p20f;
 constexpr int64_t kMinSegment = 16;  // keys worth a tile call of their own on the causal diagonal
 
 struct Panel {
@@ -44,7 +45,7 @@ static_assert(sizeof(float) * (kMaxHeadDim * kLd * 2 + kBlock * kLd * 2 + kBlock
               "a prefill panel must fit the local scratch");
 
 // Qᵀ, rotated and scaled; padding lanes are zero.
-inline void load_queries(const Problem& p, Panel& a) {
+__attribute__((noinline)) void load_queries(const Problem& p, Panel& a) {
   const int64_t dim = ceil_div(p.head_dim, kLanes) * kLanes;
   for (int v = 0; v < a.nv; ++v) {
     for (int l = 0; l < kLanes; ++l) {
@@ -64,7 +65,7 @@ inline void load_queries(const Problem& p, Panel& a) {
   }
 }
 
-inline void find_ranges(const Problem& p, Panel& a) {
+__attribute__((noinline)) void find_ranges(const Problem& p, Panel& a) {
   int64_t pos = a.row0 / p.group, g = a.row0 % p.group;
   for (int lane = 0; lane < a.nv * kLanes; ++lane) {
     a.head[lane] = a.kv_head * p.group + g, a.pos[lane] = pos;
@@ -164,9 +165,23 @@ inline Vec finish_scores(const Problem& p, const Panel& a, int v, int64_t j0, in
   return top;
 }
 
+// Weights exp(factor * score - max) are FMAs and powers, but not where another rounding of the max would make the
+// largest infinite: there the max is taken from scores as they were compared, which are multiplied with their factor
+// now if they are not adjusted. (A bias may be finfo.min.) Returns whether this is such a place.
+inline bool takes_shift_first(const Problem& p, const Panel& a, int v, int64_t keys, Vec factor, Vec max) {
+  if (adjusts_scores(p, a)) return true;
+  const Vec far = vselect(vle(vabs(max), vset(kFarScore)), vzero(), vset(1.0f));
+  if (vreduce_max(vselect(veq(max, vset(kNegInf)), vzero(), far)) == 0.0f) return false;
+  for (int64_t j = 0; j < keys; ++j) {
+    float* at = a.st + j * a.row_ld + v * a.vec_ld;
+    vstore(at, vmul(factor, vload(at)));
+  }
+  return true;
+}
+
 // P = exp(S - max) in place, its sum, and how much the rows' earlier sums shrink. A dead key's weight is stored as -0,
 // which adds nothing and tells it from a live key whose weight underflowed.
-inline void exponentiate(Panel& a, int v, int64_t keys, bool has_dead, Vec new_max, float* alpha) {
+__attribute__((noinline)) void exponentiate(Panel& a, int v, int64_t keys, bool has_dead, Vec new_max, float* alpha) {
   const Vec ninf = vset(kNegInf), minus_zero = vset(-0.0f), log2e = vset(kLog2e);
   const Vec shift = vselect(veq(new_max, ninf), vzero(), new_max);
   const Vec shrink = vexp2_normal(vmul(vsub(a.max[v], shift), log2e));
@@ -290,7 +305,8 @@ inline Vec inverse_sums(const Problem& p, const Panel& a, int v) {
 }
 
 // O of kLanes rows at once: back to rows, divided by the sums.
-inline void store_panel(const Problem& p, const Plan& plan, Panel& a, int64_t split, int64_t splits, char* shared) {
+__attribute__((noinline)) void store_panel(const Problem& p, const Plan& plan, Panel& a, int64_t split, int64_t splits,
+                                           char* shared) {
   for (int v = 0; v < a.nv; ++v) {
     alignas(64) float max[kLanes], sum[kLanes];
     vstore(max, a.max[v]);

@@ -16,7 +16,7 @@ constexpr int64_t kHeadsPerChunk = 8;                // of kv heads whose rows l
 constexpr int64_t kTileDecodeRows = 8;               // more rows of several queries are worth tiles
 constexpr int64_t kRoundedTileRows = 31;             // of operands that are rounded first
 constexpr int64_t kSplitTileRows = 63;               // of operands that are split into terms
-constexpr int64_t kFloatRows = 31;                   // more are worth making words of their keys
+constexpr int64_t kFloatRows = 39;                   // more are worth making words of their keys
 constexpr int kTileVectors = 16;                     // vectors of query rows in one chunk of several panels
 #ifdef __AMX_TILE__
 constexpr bool kHasTiles = true, kHasWords = false;

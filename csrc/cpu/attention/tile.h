@@ -29,7 +29,7 @@ struct Scores {
   float* s;
 
   template <int NV, int MR>
-  void tile(int64_t row) const {
+  __attribute__((noinline)) void tile(int64_t row) const {
     const float* key_row = k + row * k_stride;
     Vec acc[MR][NV];
     each_of_tile<NV, MR>([&](int i, int v) __attribute__((always_inline)) { acc[i][v] = vzero(); });
@@ -59,7 +59,7 @@ struct Values {
   float* o;
 
   template <int NV, int MR>
-  void tile(int64_t row) const {
+  __attribute__((noinline)) void tile(int64_t row) const {
     float* out = o + row * kLd;
     Vec acc[MR][NV];
     each_of_tile<NV, MR>([&](int i, int v) __attribute__((always_inline)) {

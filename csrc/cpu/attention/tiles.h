@@ -10,17 +10,16 @@
 
 namespace {
 
-// Weights exp(factor * score - shift) of the scores in a column, as bf16 pairs of each term; returns their sum. A lone
-// term is summed as it was rounded: what the weights of a row have in common of their roundings then leaves its
-// outputs alone. Scores with biases lose the shift before anything multiplies them: a row of finfo.min must not
-// overflow. `pieces` of the waiting products go between every 16 keys.
-template <int T, bool kBiased>
+// Weights exp(factor * score - shift), or exp(score - shift), of the scores in a column, as bf16 pairs of each term;
+// returns their sum. A lone term is summed as it was rounded: what the weights of a row have in common of their
+// roundings then leaves its outputs alone. `pieces` of the waiting products go between every 16 keys.
+template <int T, bool kShiftFirst>
 __attribute__((noinline)) Vec weigh_column(const float* s, int64_t keys, float factor, Vec shift, char* weights,
                                            TileQueue<T>& queue, int64_t pieces) {
   const Vec log2e = vset(kLog2e), scale = vset(factor * kLog2e), start = vneg(vmul(shift, log2e));
   auto weight = [&](int64_t j) __attribute__((always_inline)) {
     const Vec score = vload(s + j * kLanes);
-    const Vec power = kBiased ? vmul(vsub(score, shift), log2e) : vfma(score, scale, start);
+    const Vec power = kShiftFirst ? vmul(vsub(score, shift), log2e) : vfma(score, scale, start);
     return T == 1 ? vexp2_rough(power) : vexp2_normal(power);
   };
   Vec total = vzero(), other = vzero(), nan = vzero();  // nan: rounding may lose that of a bias
@@ -33,7 +32,7 @@ __attribute__((noinline)) Vec weigh_column(const float* s, int64_t keys, float f
     for (int64_t j = j0; j < j0 + 16; j += 2, weights += kTileBytes) {
       Vec even = weight(j), odd = weight(j + 1);
       if (T > 1) add(even, odd);
-      if (T == 1 && kBiased) nan = vfma(vzero(), vadd(even, odd), nan);
+      if (T == 1 && kShiftFirst) nan = vfma(vzero(), vadd(even, odd), nan);
       char* at = weights;
 #pragma GCC unroll 2
       for (int n = 0; n + 1 < T; ++n, at += kKeySteps * kTileSize) _mm512_store_si512(at, split_pairs(even, odd));
@@ -106,8 +105,7 @@ template <int T>
 void weigh_pair(const Problem& p, TileChunk& c, const TilePair& t, int slot, int64_t j0, TileQueue<T>& queue) {
   Panel& a = c.panel[t.n];
   a.st = c.scores_of(slot) - t.v * kColumn;
-  const bool adjusted = adjusts_scores(p, a);
-  const float scale = score_scale(p), factor = adjusted ? 1.0f : scale;
+  const float scale = score_scale(p), factor = adjusts_scores(p, a) ? 1.0f : scale;
   const int64_t padded = t.steps * kTileStep, pieces = ceil_div(queue.left, padded / 8);
   if (a.masked) load_bias_block(p, a, t.v, t.v + 2, j0, t.keys);
   for (int v = t.v; v < t.v + 2; ++v) {
@@ -119,8 +117,9 @@ void weigh_pair(const Problem& p, TileChunk& c, const TilePair& t, int slot, int
     const Vec shift = vselect(veq(new_max, ninf), vzero(), new_max);
     const Vec alpha = vexp2_normal(vmul(vsub(a.max[v], shift), vset(kLog2e)));
     char* weights = c.weights_of(slot) + (v - t.v) * c.weight_bytes();
-    const Vec total =
-        (adjusted ? weigh_column<T, true> : weigh_column<T, false>)(s, padded, factor, shift, weights, queue, pieces);
+    const auto weigh =
+        takes_shift_first(p, a, v, padded, vset(factor), new_max) ? weigh_column<T, true> : weigh_column<T, false>;
+    const Vec total = weigh(s, padded, factor, shift, weights, queue, pieces);
     a.sum[v] = vfma(a.sum[v], alpha, total);
     a.max[v] = new_max;
     shrink_outputs(a.ot + v * kColumn, p.v_dim, alpha);

@@ -174,7 +174,7 @@ struct WordScores {
   float* s;
 
   template <int NV, int MR>
-  void tile(int64_t row) const {
+  __attribute__((noinline)) void tile(int64_t row) const {
     const char* key_row = k + row * k_stride;
     IntVec acc[MR][NV];
 #pragma GCC unroll 8
@@ -208,7 +208,7 @@ struct WordValues {
   float* o;
 
   template <int NV, int MR>
-  void tile(int64_t row) const {
+  __attribute__((noinline)) void tile(int64_t row) const {
     const char* from = value + row * 4;
     IntVec acc[MR][NV];
 #pragma GCC unroll 8
@@ -234,18 +234,20 @@ struct WordValues {
   }
 };
 
-// P = exp(factor * S - max) of the keys that a vector sees, as words where their scores were, and zeros up to `keys`;
-// their sum, of what they are as words, and how much the rows' earlier sums shrink.
-__attribute__((noinline)) void weigh_words(Panel& a, int v, int64_t seen, int64_t keys, Vec factor, Vec new_max, float* scale,
-                        float* alpha) {
+// P = exp(factor * S - max), or exp(S - max), of the keys that a vector sees, as words where their scores were, and
+// zeros up to `keys`; their sum, of what they are as words, and how much the rows' earlier sums shrink.
+template <bool kShiftFirst>
+__attribute__((noinline)) void weigh_words(Panel& a, int v, int64_t seen, int64_t keys, Vec factor, Vec new_max,
+                                           float* scale, float* alpha) {
   const Vec ninf = vset(kNegInf), log2e = vset(kLog2e);
-  const Vec shift = vselect(veq(new_max, ninf), vzero(), new_max), start = vmul(shift, vset(-kLog2e));
-  const Vec power = vmul(factor, log2e);
+  const Vec shift = vselect(veq(new_max, ninf), vzero(), new_max);
   const Vec shrink = vexp2_normal(vmul(vsub(a.max[v], shift), log2e));
+  const Vec start = vneg(vmul(shift, log2e)), slope = vmul(factor, log2e);
   float* s = a.st + v * kLanes;
   Vec squares = vzero();
   for (int64_t j = 0; j < seen; ++j) {
-    const Vec w = vexp2_rough(vfma(vload(s + j * kLd), power, start));
+    const Vec score = vload(s + j * kLd);
+    const Vec w = vexp2_rough(kShiftFirst ? vmul(vsub(score, shift), log2e) : vfma(score, slope, start));
     vstore(s + j * kLd, w);
     squares = vfma(w, w, squares);
   }
@@ -290,7 +292,9 @@ inline void attend_words(const Problem& p, WordChunk& c, int n, int64_t j0, int6
     const int64_t seen = max64(0, min64(keys, a.vec_hi[v] - j0));
     const Vec own = vload(c.query_scale + n * kLd + v * kLanes), factor = adjusts_scores(p, a) ? vset(1.0f) : own;
     const Vec top = finish_scores(p, a, v, j0, seen, own, vset(kNegInf));
-    weigh_words(a, v, seen, keys, factor, vmax(vmul(factor, top), a.max[v]), scale, alpha);
+    const Vec new_max = vmax(vmul(factor, top), a.max[v]);
+    const auto weigh = takes_shift_first(p, a, v, seen, factor, new_max) ? weigh_words<true> : weigh_words<false>;
+    weigh(a, v, seen, keys, factor, new_max, scale, alpha);
   }
   for (int64_t j = 0; j < keys;) {
     const Segment s = next_segment(a, v1, j0, j, keys);

@@ -1,0 +1,162 @@
+"""Prompts that some tiers multiply as 16-bit fixed point: no tier may be further off than f16 rounds, whatever the sizes of the numbers."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.kernels.attention_problem import TIERS, Case, Tensors, make, reference, run
+from tests.tolerance import WORDS, assert_close
+
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+# On AMX f16 is split into terms, which have bounds of their own.
+NO_TILES = [t for t in TIERS if t != "amx"]
+PROMPT = Case(heads=6, q_len=130, kv_len=300, dim=64, is_causal=True, dtype=torch.float16)
+
+
+@pytest.fixture(params=NO_TILES)
+def tier(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def compare(c: Case, t: Tensors, tier: str) -> None:
+    """An output in f32 shows what one in f16 would hide."""
+    assert_close(run(c, t, tier, torch.float32), reference(c, t)[0], WORDS)
+
+
+@pytest.mark.parametrize("dim", [2, 31, 32, 33, 64, 130, 512])
+@pytest.mark.parametrize("kv_len", [41, 127, 128, 129, 385])
+def test_sizes(tier: str, kv_len: int, dim: int) -> None:
+    """Blocks of 128 keys, pairs of keys and dimensions, steps of 32 dimensions: whole and not."""
+    c = replace(PROMPT, heads=3, kv_heads=1, q_len=41, kv_len=kv_len, dim=dim, v_dim=dim // 3 + 1)
+    compare(c, make(c), tier)
+    c = replace(c, is_causal=False, seq_first=True, threads=1)
+    compare(c, make(c), tier)
+
+
+@pytest.mark.parametrize("period", [1, 2, 7, 64])
+def test_sums_as_large_as_can_be(tier: str, period: int) -> None:
+    """All products have one sign, and a row and a column every share of their norm: one value, some, all."""
+    c = replace(PROMPT, is_causal=False, kv_len=256)
+    t = make(c)
+    signs = torch.where(torch.randn(64) > 0, 1.0, -1.0) * (torch.arange(64) % period == 0)
+    t.q.copy_(signs.expand_as(t.q)).mul_(0.5)
+    t.k.copy_(signs.expand_as(t.k))
+    t.v.copy_((torch.arange(256) % period == 0).half()[:, None].expand_as(t.v)).mul_(-3.0)
+    compare(c, t, tier)
+    t.k[:, :, 1::2] *= -1  # every second key has no weight
+    compare(c, t, tier)
+
+
+@pytest.mark.parametrize("score", [3, 6, 12])
+def test_a_key_that_takes_nearly_all(tier: str, score: int) -> None:
+    """What lies beside it in a block keeps fewer bits: errors are small beside values, not beside what is left of them."""
+    c = replace(PROMPT, is_causal=False, kv_len=384)
+    t = make(c)
+    t.q[..., 0], t.k[..., 0] = 8.0, 0.0
+    t.k[:, :, 0, 0] = score  # the others have about 0
+    error = run(c, t, tier, torch.float32) - reference(c, t)[0]
+    assert error.pow(2).mean().sqrt() < 1e-4
+    t.v[:, :, 0] = 0.0
+    error = run(c, t, tier, torch.float32) - reference(c, t)[0]
+    assert error.abs().max() < 5e-4
+    assert error.pow(2).mean().sqrt() < 1e-4
+
+
+def test_maxima_that_grow_and_fall_from_block_to_block(tier: str) -> None:
+    c = replace(PROMPT, is_causal=False, kv_len=640)
+    t = make(c)
+    t.q[..., 0] = 8.0
+    for block, height in enumerate((0, 9, 3, 14, -20)):
+        t.k[:, :, block * 128 : (block + 1) * 128, 0] = height
+    compare(c, t, tier)
+    compare(replace(c, softcap=4.0), t, tier)
+
+
+@pytest.mark.parametrize("bias", ["steep", "far", "half"])
+def test_biases(tier: str, bias: str) -> None:
+    """Weights that fall to nothing, scores beside which those of the products vanish, and masks in f16."""
+    c = replace(PROMPT, is_causal=False)
+    t = make(c)
+    distance = torch.arange(c.kv_len) - (torch.arange(c.q_len)[:, None] + c.causal_offset)
+    t.mask = {
+        "steep": -0.5 * distance.abs().float(),
+        "far": torch.full((c.q_len, c.kv_len), -3e4),
+        "half": torch.randn(c.q_len, c.kv_len).half(),
+    }[bias][None, None]
+    if bias == "far":
+        t.mask[..., 17] = 0.0
+    compare(c, t, tier)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-18, 1e-12, 1e12, 1e17])
+@pytest.mark.parametrize("where", ["q", "k", "v"])
+def test_numbers_of_any_size(tier: str, where: str, size: float) -> None:
+    """Rows and columns far from 1 have scales or are multiplied as floats; the other side brings the scores back."""
+    c = replace(PROMPT, dtype=torch.bfloat16)
+    t = make(c)
+    getattr(t, where).mul_(size)
+    if where != "v":
+        (t.k if where == "q" else t.q).mul_(1 / size)
+    compare(c, t, tier)
+    if where == "v":
+        t.v[:, :, ::2].mul_(1e-8)  # small beside large in a column
+        compare(c, t, tier)
+
+
+@pytest.mark.parametrize("where", ["q", "k", "v"])
+def test_rows_and_columns_of_zeros(tier: str, where: str) -> None:
+    c = replace(PROMPT, mask="random")
+    t = make(c)
+    getattr(t, where)[:, :, 5:40] = 0.0
+    getattr(t, where)[:, 1] = 0.0
+    compare(c, t, tier)
+    t.mask = None
+    compare(replace(c, mask=""), t, tier)
+
+
+def test_weights_add_up_to_one(tier: str) -> None:
+    """They are divided by the sum of their words: values that are all alike come out alike."""
+    c = replace(PROMPT, q_len=90, kv_len=128, is_causal=False)
+    t = make(c)
+    t.v.fill_(0.7)
+    got = run(c, t, tier, torch.float32)
+    assert (got / got[0, 0, 0, 0] - 1).abs().max() < 1e-6
+    assert (got / t.v[0, 0, 0, 0] - 1).abs().max() < 1e-4
+
+
+def test_tiny_numbers_are_no_zeros(tier: str) -> None:
+    """Their squares are none in f32, and they are all that a column, or a row, has."""
+    c = replace(PROMPT, dtype=torch.bfloat16)
+    t = make(c)
+    t.v[:, 0] *= 1e-35
+    t.k[:, 1, 17] *= 1e-30
+    t.q[:, 3] *= 1e30
+    want = reference(c, t)[0]
+    got = run(c, t, tier, torch.float32)
+    for head in range(c.heads):
+        assert_close(got[:, head], want[:, head], WORDS)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("where", ["k", "v"])
+def test_keys_that_nobody_may_see(tier: str, where: str, value: float) -> None:
+    c = replace(PROMPT, mask="left", batch=2, is_causal=False)
+    t = make(c)
+    assert t.mask is not None
+    dead = ~t.mask[:, 0, 0]
+    want = reference(c, t)[0]
+    getattr(t, where).masked_fill_(dead[:, None, :, None], value)
+    assert_close(run(c, t, tier, torch.float32), want, WORDS)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 8])
+def test_threads_change_nothing(tier: str, threads: int) -> None:
+    """As long as they do not split keys: there are chunks enough."""
+    c = replace(PROMPT, heads=48, kv_heads=48, q_len=60, kv_len=90)
+    t = make(c)
+    want = run(replace(c, threads=2), t, tier)
+    assert torch.equal(run(replace(c, threads=threads), t, tier), want)
