@@ -127,6 +127,7 @@ FAST_CORES = Probe(1e9, 1e9, 100.0)
         (Form("s8", 3, 0.5, 1.0), 50 + 10 + 4 * 9, 6 / 8 + 1 / 2),
         (Form("s8", 24, 0.5), 55 + 4 * 9, 6 / 2 + 1 / 2),  # f32 would be faster than 24 products
         (Form("f16", weight_bytes=2.0, kv_bytes=2.0), 220 + 16 + 4, 6 / 4 + 1 / 2),
+        (Form("s8", weight_bytes=1.0, attention="bf16"), 110 + 4 * 9, 6 / 24 + 1 / 12),
     ],
     ids=str,
 )
@@ -144,6 +145,14 @@ def test_bytes_of_a_scheme_are_those_of_packed_weights():
         packed = code_bytes(n, k // scheme.group, form, 32) / (n * k)
         assert form_of(scheme).weight_bytes == pytest.approx(packed, rel=0.01)
         assert form_of(scheme).head_bytes == 1 + 4 / scheme.group
+
+
+def test_attention_of_a_scheme_is_bounded_as_it_is_computed():
+    assert [name for name, s in SCHEMES.items() if form_of(s).attention == "bf16"] == [
+        "w8a8",
+        "w4a8",
+    ]
+    assert form_of(SCHEMES["w8a16"]).attention is None
 
 
 # accuracy

@@ -123,7 +123,8 @@ def test_the_text_tells_all_of_it(report: Report) -> None:
     text = str(report)
     assert max(map(len, text.splitlines())) <= 120
     assert f"linear.cpu:{llmopt.target().tier} 192x64" in text
-    assert re.search(r"\d us +\d+% of (compute|memory) +442\.4 kFLOP 67\.6 kB", text)
+    # No share is told where other work disturbed the probe.
+    assert re.search(r"\d us +(\d+%|–) of (compute|memory) +442\.4 kFLOP 67\.6 kB", text)
     assert "avg_pool1d: no kernel for avg_pool1d" in text
     assert "compile seconds beyond Dynamo:" in text
     for phase in ("fuse_linear", "plan", "build"):

@@ -33,6 +33,7 @@ class Form:
     weight_bytes: float | None = None  # of one weight, with its share of scales and offsets
     head_bytes: float | None = None  # of one weight of a language model's output head
     kv_bytes: float | None = None  # of one number in the cache
+    attention: str | None = None  # what attention multiplies, as `multiplies`
 
 
 EXACT = Form()
@@ -46,6 +47,7 @@ def form_of(scheme: Scheme, channel: int = 1024) -> Form:
         products,
         _code_bytes(scheme, channel),
         _code_bytes(of_head(scheme), channel),
+        attention="bf16" if scheme.activations == "int8" else None,
     )
 
 
@@ -81,7 +83,8 @@ class Work:
         peak = own
         if form.multiplies is not None:
             peak = probe.linear_peak(form.multiplies, form.products, instead=self.dtype)
-        compute = self.linear_flops / peak + self.attention_flops / own
+        attention = own if form.attention is None else probe.linear_peak(form.attention)
+        compute = self.linear_flops / peak + self.attention_flops / attention
         return max(compute, self.num_bytes(form) / probe.read_bytes)
 
 

@@ -18,7 +18,14 @@ from llmopt.native.operands import (
     num_bytes,
     reject_angles,
 )
-from llmopt.native.segment import KvSpec, MirrorSpec, SegmentBuilder, StepRecord, describe
+from llmopt.native.segment import (
+    SHORT_DTYPES,
+    KvSpec,
+    MirrorSpec,
+    SegmentBuilder,
+    StepRecord,
+    describe,
+)
 from llmopt.ops.kv_codes import SCALE_BYTES
 from llmopt.ops.rope import KINDS as ROPE_KINDS
 from llmopt.program import View
@@ -206,6 +213,7 @@ def attention_record(
         flops,
         size,
         node,
+        multiplies="bf16" if _bf16_products(node) else SHORT_DTYPES[fake(q).dtype],
         note=note,
     )
 

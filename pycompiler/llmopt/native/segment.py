@@ -111,9 +111,7 @@ class StepRecord:
     config_source: str = (
         ""  # where it comes from, or why there is none; "" where nothing can be tuned
     )
-    multiplies: str = (
-        ""  # of a linear: dtype of its multiplications, as `Probe.linear_peak` takes it
-    )
+    multiplies: str = ""  # of linears and attention: dtype of the multiplications, as `Probe.linear_peak` takes it
     products: int = 1  # of that dtype that one product is made of
     note: str = ""  # what a pass allowed and the kernel does not do, and why
 
