@@ -18,21 +18,36 @@ constexpr float kLeastSquares = 0x1p-100f, kMostSquares = 0x1p100f;  // whose sq
 // Largest values of a block: of less and more, scales or sums times scales would leave f32.
 constexpr float kLeastValue = 0x1p-100f, kMostValue = 0x1p60f;
 
-// kLanes columns of [k][stride] times `unit`, k being a multiple of 4: largest magnitudes, and sums of squares.
+// Columns of floats [k][stride], in whole vectors. What becomes words is such a class: `load` gives kLanes columns from
+// v on of two k, the first of them even.
+struct FloatColumns {
+  const float* at;
+  int64_t stride;
+  __attribute__((always_inline)) void load(int64_t k, int64_t v, Vec& even, Vec& odd) const {
+    even = vload(at + k * stride + v), odd = vload(at + (k + 1) * stride + v);
+  }
+};
+
+// kLanes columns from v on, k being a multiple of 4: largest magnitudes, and sums of squares; of numbers times `unit`
+// if they are scaled.
 struct ColumnSize {
   Vec largest, squares;
 
-  ColumnSize(const float* column, int64_t stride, int64_t k, Vec unit) {
+  template <bool kScaled, class Columns>
+  static ColumnSize of(const Columns& columns, int64_t v, int64_t k, Vec unit) {
     Vec most[4] = {vzero(), vzero(), vzero(), vzero()}, sum[4] = {vzero(), vzero(), vzero(), vzero()};
-    for (int64_t i = 0; i < k; i += 4)
+    for (int64_t i = 0; i < k; i += 4) {
+      Vec w[4];
+      columns.load(i, v, w[0], w[1]);
+      columns.load(i + 2, v, w[2], w[3]);
 #pragma GCC unroll 4
       for (int c = 0; c < 4; ++c) {
-        const Vec w = vmul(vload(column + (i + c) * stride), unit);
-        most[c] = vmax(most[c], vabs(w));
-        sum[c] = vfma(w, w, sum[c]);
+        if (kScaled) w[c] = vmul(w[c], unit);
+        most[c] = vmax(most[c], vabs(w[c]));
+        sum[c] = vfma(w[c], w[c], sum[c]);
       }
-    largest = vmax(vmax(most[0], most[1]), vmax(most[2], most[3]));
-    squares = vadd(vadd(sum[0], sum[1]), vadd(sum[2], sum[3]));
+    }
+    return {vmax(vmax(most[0], most[1]), vmax(most[2], most[3])), vadd(vadd(sum[0], sum[1]), vadd(sum[2], sum[3]))};
   }
 };
 
@@ -50,30 +65,32 @@ inline int64_t pad_rows(float* wide, int64_t columns, int64_t k) {
   return k;
 }
 
-// `columns` of f32 [k][stride] as pairs [k / 2][columns][2] with the scales of the columns, in whole vectors; k is a
-// multiple of 4. False if a column has no scale.
-inline bool make_column_words(const float* wide, int64_t stride, int64_t columns, int64_t k, char* to, float* scales) {
+// `count` columns as pairs [k / 2][count][2] with their scales, in whole vectors; k is a multiple of 4. False if a
+// column has no scale.
+template <class Columns>
+bool make_column_words(const Columns& columns, int64_t count, int64_t k, char* to, float* scales) {
   bool fits = true;
-  for (int64_t v = 0; v < columns; v += kLanes, to += 4 * kLanes) {
-    const float* column = wide + v;
+  for (int64_t v = 0; v < count; v += kLanes, to += 4 * kLanes) {
     Vec unit = vset(1);
-    ColumnSize size(column, stride, k, unit);
+    ColumnSize size = ColumnSize::of<false>(columns, v, k, unit);
     const Mask none = veq(size.largest, vzero());
     fits &= all_lanes(none_or_within(size.largest, kLeastValue, kMostValue));
     // Those of tiny values may be nothing, which is a norm only where there is nothing.
     const Vec squares = vselect(none, size.squares, vselect(veq(size.squares, vzero()), vset(-1), size.squares));
     if (!all_lanes(none_or_within(squares, kLeastSquares, kMostSquares))) {
       unit = vselect(none, vzero(), vdiv(vset(1), size.largest));
-      size = ColumnSize(column, stride, k, unit);
+      size = ColumnSize::of<true>(columns, v, k, unit);
       fits &= all_lanes(none_or_within(size.squares, kLeastSquares, kMostSquares));
     }
     const Vec by_norm = vdiv(vset(kColumnNorm), vsqrt(size.squares));
     const Vec by_word = vdiv(vset(kLargestWord), size.largest);
     const Vec factor = vselect(none, vzero(), vmul(vmin(by_word, by_norm), unit));
     vstore(scales + v, vselect(none, vzero(), vdiv(vset(1), factor)));
-    for (int64_t i = 0; i < k; i += 2)
-      store_pairs(to + i * columns * 2, vmul(vload(column + i * stride), factor),
-                  vmul(vload(column + (i + 1) * stride), factor));
+    for (int64_t i = 0; i < k; i += 2) {
+      Vec even, odd;
+      columns.load(i, v, even, odd);
+      store_pairs(to + i * count * 2, vmul(even, factor), vmul(odd, factor));
+    }
   }
   return fits;
 }

@@ -153,15 +153,30 @@ __attribute__((noinline)) bool load_word_keys(const Problem& p, const WordChunk&
   return true;
 }
 
+// Columns of rows as they lie in memory.
+template <DType T>
+struct RowColumns {
+  const char* at;
+  int64_t row_bytes;
+  __attribute__((always_inline)) void load(int64_t k, int64_t v, Vec& even, Vec& odd) const {
+    even = load_lanes<T>(at + k * row_bytes, v), odd = load_lanes<T>(at + (k + 1) * row_bytes, v);
+  }
+};
+
 // Values of a block.
 __attribute__((noinline)) bool load_word_values(const Problem& p, const WordChunk& c, int64_t j0, int64_t keys) {
   const char* from = row_ptr(*p.v, c.panel[0].b, c.panel[0].kv_head, j0);
-  if (lies_as_floats(p.v->dtype, p.v_dim, kLanes) && keys % 4 == 0)
-    return make_column_words(reinterpret_cast<const float*>(from), p.v->stride[2], c.v_dim, keys, c.values,
-                             c.value_scale);
   const int64_t row_bytes = p.v->stride[2] * itemsize(p.v->dtype);
+  auto make = [&](auto columns, int64_t rows) {
+    return make_column_words(columns, c.v_dim, rows, c.values, c.value_scale);
+  };
+  if (p.v_dim == c.v_dim && keys % 4 == 0) {
+    if (p.v->dtype == DType::f32) return make(RowColumns<DType::f32>{from, row_bytes}, keys);
+    if (p.v->dtype == DType::f16) return make(RowColumns<DType::f16>{from, row_bytes}, keys);
+    if (p.v->dtype == DType::bf16) return make(RowColumns<DType::bf16>{from, row_bytes}, keys);
+  }
   for (int64_t j = 0; j < keys; ++j) load_row(p.v->dtype, from + j * row_bytes, p.v_dim, c.wide + j * c.v_dim);
-  return make_column_words(c.wide, c.v_dim, c.v_dim, pad_rows(c.wide, c.v_dim, keys), c.values, c.value_scale);
+  return make(FloatColumns{c.wide, c.v_dim}, pad_rows(c.wide, c.v_dim, keys));
 }
 
 // s[i][:] = k_scale[i] * sum over d of k[i][d] * q[d][:].

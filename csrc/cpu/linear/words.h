@@ -10,6 +10,7 @@
 // The weights are a class of the op that includes this:
 //   const char* at(panel, k), int64_t block_bytes(k)   what is packed from k on, and how long: asked for ahead
 //   void widen(panel, k0, k, to)                       f32 [k][kPanel]
+//   bool make_words(panel, k0, k, wide, to, scales)    as make_column_words; there is room for f32 [k][kPanel]
 #pragma once
 #include "cpu/fixed_point.h"
 #include "cpu/linear/epilogue.h"
@@ -128,16 +129,20 @@ void prepare_words(const WordProblem& w, int64_t tile, char* shared) {
 
 // ---- panels
 
+// k of a panel's columns by way of floats.
+template <class Weights>
+bool make_wide_words(const Weights& weights, int64_t panel, int64_t k0, int64_t k, float* wide, char* to,
+                     float* scales) {
+  weights.widen(panel, k0, k, wide);
+  return make_column_words(FloatColumns{wide, kPanel}, kPanel, pad_rows(wide, kPanel, k), to, scales);
+}
+
 template <class Weights>
 bool make_part(const Weights& weights, int64_t panel, int64_t k0, int64_t k1, WordMemory& memory) {
   bool fits = true;
-  for (int64_t k = k0, block = 0; k < k1; k += kWordBlock, ++block) {
-    const int64_t count = min64(kWordBlock, k1 - k);
-    weights.widen(panel, k, count, memory.wide);
-    const int64_t rows = pad_rows(memory.wide, kPanel, count);
-    fits &= make_column_words(memory.wide, kPanel, kPanel, rows, memory.words + block * kWideBlock * 2,
-                              memory.scales[block]);
-  }
+  for (int64_t k = k0, block = 0; k < k1; k += kWordBlock, ++block)
+    fits &= weights.make_words(panel, k, min64(kWordBlock, k1 - k), memory.wide, memory.words + block * kWideBlock * 2,
+                               memory.scales[block]);
   return fits;
 }
 

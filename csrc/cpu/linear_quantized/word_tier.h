@@ -12,9 +12,17 @@ inline bool runs_on_words(const QuantizedProblem& p) {
   return p.M >= kLeastWordRows && may_widen(p, p.K <= kWordBlock);
 }
 
+struct WordPanels : CodePanels {
+  using CodePanels::CodePanels;
+
+  bool make_words(int64_t panel, int64_t k0, int64_t k, float* wide, char* to, float* scales) const {
+    return make_wide_words(*this, panel, k0, k, wide, to, scales);
+  }
+};
+
 constexpr Kernel kByCodes{"linear_quantized", linear_phases, linear_chunks,
                           linear_workspace,   linear_run,    linear_first_read};
 constexpr Kernel kLinear =
-    WordKernel<QuantizedProblem, runs_on_words, CodePanels, kByCodes>::kernel("linear_quantized");
+    WordKernel<QuantizedProblem, runs_on_words, WordPanels, kByCodes>::kernel("linear_quantized");
 
 }  // namespace
