@@ -51,19 +51,19 @@ def test_sums_as_large_as_can_be(tier: str, period: int) -> None:
     compare(c, t, tier)
 
 
-@pytest.mark.parametrize("score", [3, 6, 12])
+@pytest.mark.parametrize("score", [3, 6, 9, 12])
 def test_a_key_that_takes_nearly_all(tier: str, score: int) -> None:
-    """What lies beside it in a block keeps fewer bits: errors are small beside values, not beside what is left of them."""
+    """What lies beside it in a block keeps few bits: errors are small beside values, not beside what is left of them. Weights
+    too small to be rounded to anything still take their share of what is divided by their sum."""
     c = replace(PROMPT, is_causal=False, kv_len=384)
     t = make(c)
     t.q[..., 0], t.k[..., 0] = 8.0, 0.0
     t.k[:, :, 0, 0] = score  # the others have about 0
-    error = run(c, t, tier, torch.float32) - reference(c, t)[0]
-    assert error.pow(2).mean().sqrt() < 1.5e-4
-    t.v[:, :, 0] = 0.0
-    error = run(c, t, tier, torch.float32) - reference(c, t)[0]
-    assert error.abs().max() < 5e-4
-    assert error.pow(2).mean().sqrt() < 1.5e-4
+    for value in (1.0, 0.0):
+        t.v[:, :, 0] = value
+        error = run(c, t, tier, torch.float32) - reference(c, t)[0]
+        assert error.abs().max() < 1e-3
+        assert error.pow(2).mean().sqrt() < 2e-4
 
 
 def test_maxima_that_grow_and_fall_from_block_to_block(tier: str) -> None:

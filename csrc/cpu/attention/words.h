@@ -249,6 +249,20 @@ struct WordValues {
   }
 };
 
+// What is added to a weight before it is rounded, by its key: evenly spread, every few keys. Many weights of less than
+// half a word then count as much together as they are; rounded alike, all of them would be nothing.
+constexpr int64_t kSpread = 32;
+constexpr struct RoundingSpread {
+  float of[kSpread];
+  constexpr RoundingSpread() : of() {
+    for (int j = 0; j < kSpread; ++j) {
+      int reversed = 0;
+      for (int bit = 0; bit < 5; ++bit) reversed |= (j >> bit & 1) << (4 - bit);
+      of[j] = (reversed + 0.5f) / kSpread - 0.5f;
+    }
+  }
+} kRoundingSpread;
+
 // P = exp(factor * S - max), or exp(S - max), of the keys that a vector sees, as words where their scores were, and
 // zeros up to `keys`; their sum, of what they are as words, and how much the rows' earlier sums shrink.
 template <bool kShiftFirst>
@@ -276,7 +290,9 @@ __attribute__((noinline)) void weigh_words(Panel& a, int v, int64_t seen, int64_
   int64_t j = 0;
   for (; j < seen; j += 2) {
     char* to = reinterpret_cast<char*>(s + j / 2 * kLd);
-    store_pairs(to, vmul(vload(s + j * kLd), inverse), vmul(vload(s + (j + 1) * kLd), inverse));
+    const float* spread = kRoundingSpread.of + j % kSpread;
+    store_pairs(to, vfma(vload(s + j * kLd), inverse, vset(spread[0])),
+                vfma(vload(s + (j + 1) * kLd), inverse, vset(spread[1])));
     word_dot(total, load_pairs(to), ones);
   }
   for (; j < keys; j += 2) vstore(s + j / 2 * kLd, vzero());
