@@ -11,7 +11,8 @@
 // ints: is_causal, causal_offset, window (0: none), rope_kind (0 none, 1 half, 2 interleaved), write_kv, bf16_products
 //   (1: products of several queries may round what they multiply to bf16), nan_rows
 // Many queries of f16, bf16, or what may be rounded, are multiplied on tiles (attention/tiles.h) or as 16-bit fixed
-// point (attention/words.h) where the tier has one of these.
+// point (attention/words.h) where the tier has one of these, whatever `out` is: the first keeps all bits of f16 and
+// bf16, the second some 12 of each.
 // floats: scale, softcap (0: none)
 //   H is a multiple of Hkv; D and Dv are at most 512. Key j is allowed for row i when j <= i + causal_offset (causal),
 //   j > i + causal_offset - window (window) and the mask lets it. A row with no allowed key gives zeros, with nan_rows

@@ -97,6 +97,17 @@ def test_magnitudes(tier: str) -> None:
         assert (got[:, 9] == 0).all()
 
 
+@pytest.mark.parametrize("size", [1e-20, 1e-23, 1e-26])
+@pytest.mark.parametrize("tier", TIERS)
+def test_weights_whose_squares_are_nothing(tier: str, size: float) -> None:
+    """All of a column are as large, so that its norm is what bounds its sums."""
+    for k in (64, 128, 200):
+        c = Case(
+            torch.ones(40, k).bfloat16(), torch.full((40, k), size).bfloat16(), out=torch.bfloat16
+        )
+        assert (c.run(tier, 2).double() / c.reference() - 1).abs().max() <= 2**-8
+
+
 @pytest.mark.parametrize("tier", TIERS)
 def test_scales_meet_in_the_middle(tier: str) -> None:
     """The smallest weights beside large rows and the largest beside small ones, each alone in its row: exact in every tier."""

@@ -180,7 +180,7 @@ inline Plan make_plan(const Problem& p, int threads) {
   plan.decode = few_rows(p);
   plan.write_first = (p.k_new || p.v_new) && !plan.decode;
   plan.terms = plan.rows > most_rows_without_tiles(p, terms) ? terms : 0;
-  plan.words = !plan.decode && plan.rows > kFloatRows && may_be_words(p);
+  plan.words = plan.rows > kFloatRows && may_be_words(p);
   const bool shared = plan.terms > 0 || plan.words;  // blocks of keys, by the panels of a chunk
   plan.nv = shared ? kTileVectors : kMaxNv;
   plan.heads = 1;
@@ -194,7 +194,7 @@ inline Plan make_plan(const Problem& p, int threads) {
   plan.units = head_groups * plan.panels;
   const int64_t wanted = threads > 1 ? 4 * threads : 1, per = max64(1, plan.units);
   // The parts of a chunk's keys are those of each of its panels only where it is one panel: any of them may leave
-  // tiles.
+  // tiles or words.
   const bool whole = per >= min64(wanted, kCounters) || plan.nv > kMaxNv;
   plan.max_splits = whole ? 1 : max64(1, min64(ceil_div(wanted, per), p.kv_len * plan.heads / kMinSplitKeys));
   plan.even_splits = 1;

@@ -1,6 +1,8 @@
 // Prefill as 16-bit fixed point (cpu/fixed_point.h), which costs half of FMA: f16 and bf16, and any others where they
-// may be rounded to bf16. Queries and keys have a scale per row, values one per dimension in a block of keys, softmax
-// weights one per row in a block. Sums of a block, masks and softmax are f32.
+// may be rounded to bf16. Each query, key and value has a scale of its own. Those of values go to the softmax weights,
+// which then have one scale for each row in a block of keys: what a row gives no weight, or may not see, takes nothing
+// from the others, and small values leave the bits to the weights of large ones. Sums of a block, masks and softmax are
+// f32. Blocks begin at multiples of their length, so that what shares a scale does not depend on the rows of a chunk.
 //
 // As in prefill.h a vector holds one key for kLanes query rows. A chunk is several panels, for which each block of keys
 // and values becomes words once.
@@ -22,21 +24,30 @@ constexpr int64_t kPairLine = kLd * 4;              // bytes of one pair of a pa
 static_assert(kTileVectors % kMaxNv == 0 && kWordKeys <= kMostKeys);
 constexpr float kLeastScale = 0x1p-100f;  // of queries: nothing, which dead scores may be multiplied with
 static_assert((kRowNorm + 0.5 * 23) * (kRowNorm + 0.5 * 23) < double(1u << 31) && 23 * 23 > kMaxHeadDim);
+// The largest word of a value, and the norm of a row's weights. In a block each value of a dimension may be the largest
+// of its key; rounding moves weights by less than 1.
+constexpr float kValueWord = 5785, kWeightNorm = 32700;
+constexpr double kBlockRoot = 11.32;
+static_assert((kValueWord + 0.5) * kBlockRoot * (kWeightNorm + kBlockRoot) < double(1u << 31) &&
+              kBlockRoot * kBlockRoot > kWordKeys);
+// Scales of the values of a block: smaller ones beside the largest would leave the range of squares.
+constexpr float kLeastValueShare = 0x1p-32f, kLeastWeightSquares = 0x1p-120f;
 
 struct WordChunk {
   Panel panel[kWordPanels];
   int panels;
   int64_t dim, v_dim;                    // whole steps, whole vectors
   char *queries, *keys, *values, *rows;  // rows: of queries on their way to lanes
-  float *query_scale, *key_scale, *value_scale, *wide;
+  float *query_scale, *key_scale, *value_scale;
+  float value_unit;  // of the scales of a block's values: a power of two
 
   int64_t query_bytes() const { return dim / 2 * kPairLine; }  // of a panel
   int64_t key_bytes() const { return dim * 2; }
 };
 
 constexpr int64_t word_chunk_bytes(int64_t panels, int64_t dim) {
-  return panels * (dim / 2 * kPairLine + kLd * 4 + dim * kLd * 4) +
-         kWordKeys * (dim * 2 + 4 + dim * 2 + dim * 4 + kLd * 8) + dim * 4 + kLanes * (dim * 2 + kRowLd * 4);
+  return panels * (dim / 2 * kPairLine + kLd * 4 + dim * kLd * 4) + kWordKeys * (dim * 2 + 4 + dim * 2 + 4 + kLd * 8) +
+         kLanes * (dim * 2 + kRowLd * 4);
 }
 static_assert(word_chunk_bytes(kWordPanels, kMaxHeadDim) <= int64_t(kMostLocalBytes),
               "a chunk of words must fit the local scratch");
@@ -52,8 +63,7 @@ inline void place_scratch(WordChunk& c, char* local) {
   c.queries = take(c.panels * c.query_bytes());
   c.keys = take(kWordKeys * c.key_bytes()), c.rows = take(kLanes * c.key_bytes());
   c.values = take(kWordKeys * c.v_dim * 2);
-  c.query_scale = floats(c.panels * kLd), c.key_scale = floats(kWordKeys), c.value_scale = floats(c.v_dim);
-  c.wide = floats(kWordKeys * c.v_dim);
+  c.query_scale = floats(c.panels * kLd), c.key_scale = floats(kWordKeys), c.value_scale = floats(kWordKeys);
   float *st = floats(kWordKeys * kLd), *bias = floats(kWordKeys * kLd), *row = floats(kLanes * kRowLd);
   for (int n = 0; n < c.panels; ++n) {
     Panel& a = c.panel[n];
@@ -63,7 +73,7 @@ inline void place_scratch(WordChunk& c, char* local) {
 }
 
 // kLanes rows at most of n floats, which are whole vectors, as words `to_bytes` apart, with their scales. False if one
-// has none.
+// has none. A norm whose square is zero is no norm: products with such rows are.
 inline bool make_word_rows(const float* const* rows, int64_t count, int64_t n, char* to, int64_t to_bytes,
                            Vec* scales) {
   Vec squares[kLanes];
@@ -72,23 +82,41 @@ inline bool make_word_rows(const float* const* rows, int64_t count, int64_t n, c
     for (int64_t i = 0; r < count && i < n; i += kLanes)
       squares[r] = vfma(vload(rows[r] + i), vload(rows[r] + i), squares[r]);
   }
-  const Vec sums = vsum_lanes(squares);
-  const Mask fit = none_or_within(sums, kLeastSquares, kMostSquares), none = veq(sums, vzero());
-  if (!all_lanes(fit)) return false;
-  alignas(64) float is_none[kLanes], inverse[kLanes];
-  vstore(is_none, vselect(none, vset(1), vzero()));
-  for (int64_t r = 0; r < count; ++r) {
-    if (is_none[r] == 0.0f) continue;
-    Vec largest = vzero();  // squares of tiny numbers are zeros too
-    for (int64_t i = 0; i < n; i += kLanes) largest = vmax(largest, vabs(vload(rows[r] + i)));
-    if (vreduce_max(largest) != 0.0f) return false;
-  }
-  const Vec length = vsqrt(sums);
+  const Vec sums = vsum_lanes(squares), length = vsqrt(sums);
+  if (!all_lanes(none_or_within(sums, kLeastSquares, kMostSquares))) return false;
   *scales = vmul(length, vset(1 / kRowNorm));
-  vstore(inverse, vselect(none, vzero(), vdiv(vset(kRowNorm), length)));
+  alignas(64) float inverse[kLanes];
+  vstore(inverse, vselect(veq(sums, vzero()), vzero(), vdiv(vset(kRowNorm), length)));
   for (int64_t r = 0; r < count; ++r, to += to_bytes)
     for (int64_t i = 0; i < n; i += kLanes)
       vstore_s16(reinterpret_cast<int16_t*>(to) + i, vmul(vload(rows[r] + i), vset(inverse[r])));
+  return true;
+}
+
+// kLanes rows at most of n values, which are whole vectors, as pairs of neighbouring rows [n][2], with their scales.
+// False if one has none.
+template <DType T>
+bool make_word_pairs(const char* const* rows, int64_t count, int64_t n, char* to, float* scales) {
+  Vec most[kLanes];
+  for (int64_t r = 0; r < kLanes; ++r) {
+    most[r] = vzero();
+    for (int64_t i = 0; r < count && i < n; i += kLanes)
+      most[r] = vmax_magnitude(most[r], vabs(load_lanes<T>(rows[r], i)));
+  }
+  vtranspose(most);
+  Vec top = most[0];
+  for (int r = 1; r < kLanes; ++r) top = vmax_magnitude(top, most[r]);
+  if (!all_lanes(none_or_within(top, kLeastValue, kMostValue))) return false;
+  vstore(scales, vmul(top, vset(1 / kValueWord)));
+  alignas(64) float inverse[kLanes];
+  vstore(inverse, vselect(veq(top, vzero()), vzero(), vdiv(vset(kValueWord), top)));
+  for (int64_t r = 0; r < count; r += 2) {
+    const bool whole = r + 1 < count;
+    const char *even = rows[r], *odd = rows[whole ? r + 1 : r];
+    const Vec by_even = vset(inverse[r]), by_odd = vset(whole ? inverse[r + 1] : 0.0f);
+    for (int64_t i = 0; i < n; i += kLanes, to += 4 * kLanes)
+      store_pairs(to, vmul(load_lanes<T>(even, i), by_even), vmul(load_lanes<T>(odd, i), by_odd));
+  }
   return true;
 }
 
@@ -97,8 +125,9 @@ inline bool lies_as_floats(DType dtype, int64_t n, int64_t step) { return dtype 
 
 // The parts of a chunk are functions of their own: inlined into one, they take registers from each other.
 
-// Queries of a panel, rotated; padding lanes are zero.
-__attribute__((noinline)) bool load_word_queries(const Problem& p, const WordChunk& c, const Panel& a, int n) {
+// Queries of a panel, rotated; what padding lanes hold does not matter.
+__attribute__((noinline)) bool load_word_queries(const Problem& p, const WordChunk& c, int n) {
+  const Panel& a = c.panel[n];
   const bool in_place = p.rope_kind == kRopeNone && lies_as_floats(p.q->dtype, p.head_dim, kWordStep);
   const Vec scale = vset(score_scale(p));
   char* to = c.queries + n * c.query_bytes();
@@ -118,7 +147,6 @@ __attribute__((noinline)) bool load_word_queries(const Problem& p, const WordChu
     }
     Vec scales;
     if (!make_word_rows(rows, lanes, c.dim, c.rows, c.key_bytes(), &scales)) return false;
-    __builtin_memset(c.rows + lanes * c.key_bytes(), 0, (kLanes - lanes) * c.key_bytes());
     vstore(c.query_scale + n * kLd + v * kLanes, vmax(vmul(scales, scale), vset(kLeastScale)));
     for (int64_t d = 0; d < c.dim; d += kWordStep) {
       Vec t[kLanes];
@@ -135,6 +163,7 @@ __attribute__((noinline)) bool load_word_queries(const Problem& p, const WordChu
 __attribute__((noinline)) bool load_word_keys(const Problem& p, const WordChunk& c, int64_t j0, int64_t keys) {
   const Panel& a = c.panel[0];
   const bool in_place = lies_as_floats(p.k->dtype, p.head_dim, kLanes);
+  const int64_t whole = ceil_div(p.head_dim, kLanes) * kLanes;
   for (int64_t j = 0; j < keys; j += kLanes) {
     const int64_t count = min64(kLanes, keys - j);
     const float* rows[kLanes];
@@ -146,37 +175,51 @@ __attribute__((noinline)) bool load_word_keys(const Problem& p, const WordChunk&
       rows[r] = a.row + r * kRowLd;
     }
     Vec scales;
-    const int64_t whole = ceil_div(p.head_dim, kLanes) * kLanes;
     if (!make_word_rows(rows, count, whole, c.keys + j * c.key_bytes(), c.key_bytes(), &scales)) return false;
     vstore(c.key_scale + j, scales);
   }
   return true;
 }
 
-// Columns of rows as they lie in memory.
-template <DType T>
-struct RowColumns {
-  const char* at;
-  int64_t row_bytes;
-  __attribute__((always_inline)) void load(int64_t k, int64_t v, Vec& even, Vec& odd) const {
-    even = load_lanes<T>(at + k * row_bytes, v), odd = load_lanes<T>(at + (k + 1) * row_bytes, v);
+// Brings the scales of a block's values to a common unit; false if they are too far apart.
+inline bool share_unit(WordChunk& c, int64_t keys) {
+  Vec most = vzero(), least = vset(__builtin_inff());
+  for (int64_t j = 0; j < keys; j += kLanes) {
+    const Vec s = vload(c.value_scale + j);
+    most = vmax(most, s), least = vmin(least, vselect(veq(s, vzero()), least, s));
   }
-};
+  const float largest = vreduce_max(most);
+  if (largest == 0.0f) return c.value_unit = 0.0f, true;
+  if (vreduce_min(least) < kLeastValueShare * largest) return false;
+  uint32_t bits;
+  __builtin_memcpy(&bits, &largest, 4);
+  bits &= 0x7F800000u;  // the power of two below it
+  __builtin_memcpy(&c.value_unit, &bits, 4);
+  const Vec inverse = vset(1 / c.value_unit);
+  for (int64_t j = 0; j < keys; j += kLanes) vstore(c.value_scale + j, vmul(vload(c.value_scale + j), inverse));
+  return true;
+}
 
 // Values of a block.
-__attribute__((noinline)) bool load_word_values(const Problem& p, const WordChunk& c, int64_t j0, int64_t keys) {
-  const char* from = row_ptr(*p.v, c.panel[0].b, c.panel[0].kv_head, j0);
-  const int64_t row_bytes = p.v->stride[2] * itemsize(p.v->dtype);
-  auto make = [&](auto columns, int64_t rows) {
-    return make_column_words(columns, c.v_dim, rows, c.values, c.value_scale);
-  };
-  if (p.v_dim == c.v_dim && keys % 4 == 0) {
-    if (p.v->dtype == DType::f32) return make(RowColumns<DType::f32>{from, row_bytes}, keys);
-    if (p.v->dtype == DType::f16) return make(RowColumns<DType::f16>{from, row_bytes}, keys);
-    if (p.v->dtype == DType::bf16) return make(RowColumns<DType::bf16>{from, row_bytes}, keys);
+__attribute__((noinline)) bool load_word_values(const Problem& p, WordChunk& c, int64_t j0, int64_t keys) {
+  const Panel& a = c.panel[0];
+  const bool in_place = p.v_dim == c.v_dim && p.v->dtype != DType::s8;
+  const auto make = !in_place || p.v->dtype == DType::f32 ? make_word_pairs<DType::f32>
+                    : p.v->dtype == DType::f16            ? make_word_pairs<DType::f16>
+                                                          : make_word_pairs<DType::bf16>;
+  for (int64_t j = 0; j < keys; j += kLanes) {
+    const int64_t count = min64(kLanes, keys - j);
+    const char* rows[kLanes];
+    for (int64_t r = 0; r < count; ++r) {
+      rows[r] = row_ptr(*p.v, a.b, a.kv_head, j0 + j + r);
+      if (in_place) continue;
+      float* own = a.row + r * kRowLd;
+      load_row(p.v->dtype, rows[r], p.v_dim, own);
+      rows[r] = reinterpret_cast<const char*>(own);
+    }
+    if (!make(rows, count, c.v_dim, c.values + j * c.v_dim * 2, c.value_scale + j)) return false;
   }
-  for (int64_t j = 0; j < keys; ++j) load_row(p.v->dtype, from + j * row_bytes, p.v_dim, c.wide + j * c.v_dim);
-  return make(FloatColumns{c.wide, c.v_dim}, pad_rows(c.wide, c.v_dim, keys));
+  return share_unit(c, keys);
 }
 
 // s[i][:] = k_scale[i] * sum over d of k[i][d] * q[d][:].
@@ -213,13 +256,13 @@ struct WordScores {
   }
 };
 
-// o[i][:] = o[i][:] * alpha[:] + v_scale[i] * w_scale[:] * sum over j of value[j][i] * w[j][:].
+// o[i][:] = o[i][:] * alpha[:] + w_scale[:] * sum over j of value[j][i] * w[j][:].
 struct WordValues {
   const char* value;
   int64_t v_stride;  // bytes from pair to pair
   const char* w;
   int64_t pairs;
-  const float *v_scale, *w_scale, *alpha;
+  const float *w_scale, *alpha;
   float* o;
 
   template <int NV, int MR>
@@ -243,62 +286,61 @@ struct WordValues {
     }
     each_of_tile<NV, MR>([&](int i, int v) __attribute__((always_inline)) {
       float* out = o + (row + i) * kLd + v * kLanes;
-      const Vec sum = vmul(vfrom_int(acc[i][v]), vset(v_scale[row + i]));
-      vstore(out, vfma(sum, vload(w_scale + v * kLanes), vmul(vload(alpha + v * kLanes), vload(out))));
+      const Vec old = vmul(vload(alpha + v * kLanes), vload(out));
+      vstore(out, vfma(vfrom_int(acc[i][v]), vload(w_scale + v * kLanes), old));
     });
   }
 };
 
-// What is added to a weight before it is rounded, by its key: evenly spread, every few keys. Many weights of less than
-// half a word then count as much together as they are; rounded alike, all of them would be nothing.
-constexpr int64_t kSpread = 32;
+// What is added to a weight before it is rounded, by its key: evenly spread, whichever keys one looks at (the multiples
+// of the golden ratio, less their whole parts). Many weights of less than half a word then count as much together as
+// they are; rounded alike, all of them would be nothing.
 constexpr struct RoundingSpread {
-  float of[kSpread];
+  float of[kWordKeys];
   constexpr RoundingSpread() : of() {
-    for (int j = 0; j < kSpread; ++j) {
-      int reversed = 0;
-      for (int bit = 0; bit < 5; ++bit) reversed |= (j >> bit & 1) << (4 - bit);
-      of[j] = (reversed + 0.5f) / kSpread - 0.5f;
+    double at = 0;
+    for (float& x : of) {
+      x = static_cast<float>(at - 0.5) * 0.99f;
+      at += 0.6180339887498949;
+      if (at >= 1) at -= 1;
     }
   }
 } kRoundingSpread;
 
-// P = exp(factor * S - max), or exp(S - max), of the keys that a vector sees, as words where their scores were, and
-// zeros up to `keys`; their sum, of what they are as words, and how much the rows' earlier sums shrink.
+// Weights P = exp(factor * S - max), or exp(S - max), of the keys [j0, j0 + seen) that a vector sees: their sum, and
+// how much the rows' earlier sums shrink. P times the scales of the values become words where their scores were, and
+// zeros up to `keys`.
 template <bool kShiftFirst>
-__attribute__((noinline)) void weigh_words(Panel& a, int v, int64_t seen, int64_t keys, Vec factor, Vec new_max,
-                                           float* scale, float* alpha) {
+__attribute__((noinline)) void weigh_words(const WordChunk& c, Panel& a, int v, int64_t j0, int64_t seen, int64_t keys,
+                                           Vec factor, Vec new_max, float* scale, float* alpha) {
   const Vec ninf = vset(kNegInf), log2e = vset(kLog2e);
   const Vec shift = vselect(veq(new_max, ninf), vzero(), new_max);
   const Vec shrink = vexp2_normal(vmul(vsub(a.max[v], shift), log2e));
   const Vec start = vneg(vmul(shift, log2e)), slope = vmul(factor, log2e);
   float* s = a.st + v * kLanes;
-  Vec squares = vzero();
+  Vec squares = vzero(), total = vzero();
   for (int64_t j = 0; j < seen; ++j) {
     const Vec score = vload(s + j * kLd);
     const Vec w = vexp2_rough(kShiftFirst ? vmul(vsub(score, shift), log2e) : vfma(score, slope, start));
-    vstore(s + j * kLd, w);
-    squares = vfma(w, w, squares);
+    const Vec share = vmul(w, vset(c.value_scale[j]));
+    vstore(s + j * kLd, share);
+    total = vadd(total, w);
+    squares = vfma(share, share, squares);
   }
   if (seen % 2 != 0) vstore(s + seen * kLd, vzero());
-  // Less than this is nothing beside the rows' largest weights, which are 1.
-  const Vec length = vsqrt(vselect(vlt(squares, vset(kLeastSquares)), vzero(), squares));
-  const Vec inverse = vselect(veq(length, vzero()), vzero(), vdiv(vset(kRowNorm), length));
-  const Vec unit = vmul(length, vset(1 / kRowNorm));
-  IntVec total = iset(0);
-  const IntVec ones = iset(0x00010001);
+  const Vec length = vsqrt(vselect(vlt(squares, vset(kLeastWeightSquares)), vzero(), squares));
+  const Vec inverse = vselect(veq(length, vzero()), vzero(), vdiv(vset(kWeightNorm), length));
   int64_t j = 0;
   for (; j < seen; j += 2) {
-    char* to = reinterpret_cast<char*>(s + j / 2 * kLd);
-    const float* spread = kRoundingSpread.of + j % kSpread;
-    store_pairs(to, vfma(vload(s + j * kLd), inverse, vset(spread[0])),
-                vfma(vload(s + (j + 1) * kLd), inverse, vset(spread[1])));
-    word_dot(total, load_pairs(to), ones);
+    const float *spread = kRoundingSpread.of + (j0 + j) % kWordKeys,
+                *next = kRoundingSpread.of + (j0 + j + 1) % kWordKeys;
+    store_pairs(reinterpret_cast<char*>(s + j / 2 * kLd), vfma(vload(s + j * kLd), inverse, vset(*spread)),
+                vfma(vload(s + (j + 1) * kLd), inverse, vset(*next)));
   }
   for (; j < keys; j += 2) vstore(s + j / 2 * kLd, vzero());
-  a.sum[v] = vfma(a.sum[v], shrink, vmul(vfrom_int(total), unit));
+  a.sum[v] = vfma(a.sum[v], shrink, total);
   a.max[v] = new_max;
-  vstore(scale + v * kLanes, unit);
+  vstore(scale + v * kLanes, vmul(length, vset(c.value_unit / kWeightNorm)));
   vstore(alpha + v * kLanes, shrink);
 }
 
@@ -325,7 +367,7 @@ inline void attend_words(const Problem& p, WordChunk& c, int n, int64_t j0, int6
     const Vec top = finish_scores(p, a, v, j0, seen, own, vset(kNegInf));
     const Vec new_max = vmax(vmul(factor, top), a.max[v]);
     const auto weigh = takes_shift_first(p, a, v, seen, factor, new_max) ? weigh_words<true> : weigh_words<false>;
-    weigh(a, v, seen, keys, factor, new_max, scale, alpha);
+    weigh(c, a, v, j0, seen, keys, factor, new_max, scale, alpha);
   }
   for (int64_t j = 0; j < keys;) {
     const Segment s = next_segment(a, v1, j0, j, keys);
@@ -334,7 +376,6 @@ inline void attend_words(const Problem& p, WordChunk& c, int n, int64_t j0, int6
                             c.v_dim * 4,
                             reinterpret_cast<const char*>(a.st + j / 2 * kLd + first),
                             ceil_div(s.end - j, 2),
-                            c.value_scale,
                             scale + first,
                             alpha + first,
                             a.ot + first};
@@ -354,12 +395,13 @@ inline bool prefill_chunk(const Problem& p, const Plan& plan, const RowChunk& ch
   for (int n = 0; n < c.panels; ++n) {
     Panel& a = c.panel[n];
     start_panel(p, a, chunk, n);
-    if (!load_word_queries(p, c, a, n)) return false;
+    if (!load_word_queries(p, c, n)) return false;
     for (int v = 0; v < a.nv; ++v) lo = min64(lo, a.vec_lo[v]), hi = max64(hi, a.vec_hi[v]);
   }
   const KeySpan span = chunk.keys(lo, hi);
-  for (int64_t j = span.begin; j < span.end; j += kWordKeys) {
-    const int64_t keys = min64(kWordKeys, span.end - j);
+  for (int64_t j = span.begin, end; j < span.end; j = end) {
+    end = min64(span.end, (j / kWordKeys + 1) * kWordKeys);
+    const int64_t keys = end - j;
     if (!load_word_keys(p, c, j, keys) || !load_word_values(p, c, j, keys)) return false;
     for (int n = 0; n < c.panels; ++n) attend_words(p, c, n, j, keys);
   }

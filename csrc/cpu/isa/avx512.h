@@ -50,6 +50,10 @@ inline __attribute__((always_inline)) void vfma_acc(Vec& acc, Vec a, Vec b) {
 }
 // Like the instruction: where either side is NaN the result is b.
 inline Vec vmax(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
+// The larger of two magnitudes; NaN is larger than all.
+inline Vec vmax_magnitude(Vec a, Vec b) {
+  return {_mm512_castsi512_ps(_mm512_max_epu32(_mm512_castps_si512(a.v), _mm512_castps_si512(b.v)))};
+}
 inline Vec vmin(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
 inline Vec vsqrt(Vec a) { return {_mm512_sqrt_ps(a.v)}; }
 inline Vec vabs(Vec a) { return {_mm512_abs_ps(a.v)}; }
