@@ -177,6 +177,19 @@ def test_values_that_get_no_weight(tier: str, value: float) -> None:
     compare(c, t, tier)
 
 
+@pytest.mark.parametrize("size", [1e-2, 1e-4, 1e-7, 0.0])
+def test_dimensions_far_smaller_than_others(tier: str, size: float) -> None:
+    """They are results of their own: none is rounded to what another one leaves."""
+    c = replace(PROMPT, dtype=torch.bfloat16, v_dim=50)
+    t = make(c)
+    t.v[..., 7] *= size
+    t.v[..., 40:] *= size
+    got, want = run(c, t, tier, torch.float32), reference(c, t)[0]
+    for d in range(50):
+        error, rms = (got - want)[..., d].abs().max(), want[..., d].pow(2).mean().sqrt()
+        assert error <= 1e-2 * rms, d
+
+
 def test_what_earlier_calls_left_in_scratch_memory(tier: str) -> None:
     """Rows are padded to steps of 32, whatever lay there."""
     large = replace(PROMPT, dim=512, mask="bias", is_causal=False)

@@ -33,6 +33,10 @@ static_assert((kValueWord + 0.5) * kBlockRoot * (kWeightNorm + kBlockRoot) < dou
 // Scales of the values of a block: smaller ones beside the largest would leave the range of squares.
 constexpr float kLeastValueShare = 0x1p-32f, kLeastWeightSquares = 0x1p-120f;
 
+// A dimension of values should come within a 64th of the largest of its key; of less, words keep fewer than 6 bits.
+constexpr float kLeastTop = kValueWord / 64;
+constexpr int64_t kTellingKeys = 32;
+
 struct WordChunk {
   Panel panel[kWordPanels];
   int panels;
@@ -200,6 +204,26 @@ inline bool share_unit(WordChunk& c, int64_t keys) {
   return true;
 }
 
+// Whether words keep enough of each dimension of a block's values: some of its keys have it above kLeastTop, or none
+// has anything. Few keys say nothing about that.
+__attribute__((noinline)) bool keeps_dims(const Problem& p, const WordChunk& c, int64_t j0, int64_t keys) {
+  const Panel& a = c.panel[0];
+  for (int64_t d = 0; d < p.v_dim && keys >= kTellingKeys; d += kLanes) {
+    IntVec most = iset(0);
+    for (int64_t j = 0; j < keys; j += 2) most = most_words(most, load_pairs(c.values + (j / 2 * c.v_dim + d) * 4));
+    Vec low = vselect(vlt(larger_word(most), vset(kLeastTop)), vset(1), vzero());
+    low = vkeep(low, static_cast<int>(min64(kLanes, p.v_dim - d)));
+    if (vreduce_max(low) == 0.0f) continue;
+    Vec top = vzero();
+    for (int64_t j = 0; j < keys; ++j) {
+      load_row(p.v->dtype, row_ptr(*p.v, a.b, a.kv_head, j0 + j), p.v_dim, a.row);
+      top = vmax(top, vabs(vmul(low, vload(a.row + d))));
+    }
+    if (vreduce_max(top) != 0.0f) return false;
+  }
+  return true;
+}
+
 // Values of a block.
 __attribute__((noinline)) bool load_word_values(const Problem& p, WordChunk& c, int64_t j0, int64_t keys) {
   const Panel& a = c.panel[0];
@@ -219,7 +243,7 @@ __attribute__((noinline)) bool load_word_values(const Problem& p, WordChunk& c, 
     }
     if (!make(rows, count, c.v_dim, c.values + j * c.v_dim * 2, c.value_scale + j)) return false;
   }
-  return share_unit(c, keys);
+  return keeps_dims(p, c, j0, keys) && share_unit(c, keys);
 }
 
 // s[i][:] = k_scale[i] * sum over d of k[i][d] * q[d][:].

@@ -256,6 +256,13 @@ inline void store_pairs(char* p, Vec even, Vec odd) {
   const __m512i low = _mm512_cvtps_epi32(even.v), high = _mm512_slli_epi32(_mm512_cvtps_epi32(odd.v), 16);
   _mm512_storeu_si512(p, _mm512_mask_mov_epi16(low, 0xAAAAAAAAu, high));
 }
+// The magnitudes of words where they are larger, and the larger one of each pair.
+inline IntVec most_words(IntVec most, IntVec pairs) { return {_mm512_max_epi16(most.v, _mm512_abs_epi16(pairs.v))}; }
+inline Vec larger_word(IntVec magnitudes) {
+  const __m512i odd = _mm512_srli_epi32(magnitudes.v, 16),
+                even = _mm512_and_si512(magnitudes.v, _mm512_set1_epi32(0xFFFF));
+  return {_mm512_cvtepi32_ps(_mm512_max_epi32(odd, even))};
+}
 inline __attribute__((always_inline)) void word_dot(IntVec& acc, IntVec w, IntVec a) {
 #if defined(__GNUC__) && !defined(__clang__)
   __m512i sum = acc.v;  // of an array that an asm writes to, GCC keeps no element in a register
