@@ -16,7 +16,7 @@ constexpr int64_t kHeadsPerChunk = 8;                // of kv heads whose rows l
 constexpr int64_t kTileDecodeRows = 8;               // more rows of several queries are worth tiles
 constexpr int64_t kRoundedTileRows = 31;             // of operands that are rounded first
 constexpr int64_t kSplitTileRows = 63;               // of operands that are split into terms
-constexpr int64_t kFloatRows = 39;                   // more are worth making words of their keys
+constexpr int64_t kFloatRows = 39, kFloatKeys = 31;  // more are worth making words of keys
 constexpr int kTileVectors = 16;                     // vectors of query rows in one chunk of several panels
 #ifdef __AMX_TILE__
 constexpr bool kHasTiles = true, kHasWords = false;
@@ -180,7 +180,7 @@ inline Plan make_plan(const Problem& p, int threads) {
   plan.decode = few_rows(p);
   plan.write_first = (p.k_new || p.v_new) && !plan.decode;
   plan.terms = plan.rows > most_rows_without_tiles(p, terms) ? terms : 0;
-  plan.words = plan.rows > kFloatRows && may_be_words(p);
+  plan.words = plan.rows > kFloatRows && p.kv_len > kFloatKeys && may_be_words(p);
   const bool shared = plan.terms > 0 || plan.words;  // blocks of keys, by the panels of a chunk
   plan.nv = shared ? kTileVectors : kMaxNv;
   plan.heads = 1;

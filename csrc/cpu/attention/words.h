@@ -35,7 +35,7 @@ constexpr float kLeastValueShare = 0x1p-32f, kLeastWeightSquares = 0x1p-120f;
 
 // A dimension of values should come within a 64th of the largest of its key; of less, words keep fewer than 6 bits.
 constexpr float kLeastTop = kValueWord / 64;
-constexpr int64_t kTellingKeys = 32;
+constexpr int64_t kTellingKeys = 8;
 
 struct WordChunk {
   Panel panel[kWordPanels];
