@@ -1,4 +1,4 @@
-"""Prompts that some tiers multiply as 16-bit fixed point: no tier may be much further off than f16 rounds, whatever the sizes of the numbers."""
+"""Prompts that some tiers multiply as 16-bit fixed point: none may be much further off than f16 rounds, whatever the sizes of numbers."""
 
 from __future__ import annotations
 
