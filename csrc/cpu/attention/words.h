@@ -174,7 +174,7 @@ inline void attend_words(const Problem& p, WordChunk& c, int n, int64_t j0, int6
   }
 }
 
-// The rows of a chunk; false if a row or a column has no scale: nothing is written then.
+// The rows of a chunk; false if words do not stand for some of its numbers: nothing is written then.
 inline bool prefill_chunk(const Problem& p, const Plan& plan, const RowChunk& chunk, const Scratch& scratch) {
   WordChunk c;
   c.panels = static_cast<int>(ceil_div(chunk.rows, kLd));
