@@ -27,17 +27,23 @@ struct Panel {
   Vec max[kMaxNv], sum[kMaxNv];
 };
 
-inline void place_scratch(Panel& a, char* local) {
-  float* p = reinterpret_cast<float*>(local);
-  auto take = [&p](int64_t n) {
-    float* r = p;
-    p += n;
+// Hands out a thread's scratch.
+struct LocalMemory {
+  char* at;
+  char* bytes(int64_t n) {
+    char* r = at;
+    at += n;
     return r;
-  };
-  a.qt = take(kMaxHeadDim * kLd), a.ot = take(kMaxHeadDim * kLd);
-  a.st = take(kBlock * kLd), a.bias = take(kBlock * kLd);
-  a.k_block = take(kBlock * kMaxHeadDim), a.v_block = take(kBlock * kMaxHeadDim);
-  a.row = take(kLanes * kRowLd);
+  }
+  float* floats(int64_t n) { return reinterpret_cast<float*>(bytes(n * static_cast<int64_t>(sizeof(float)))); }
+};
+
+inline void place_scratch(Panel& a, char* local) {
+  LocalMemory memory{local};
+  a.qt = memory.floats(kMaxHeadDim * kLd), a.ot = memory.floats(kMaxHeadDim * kLd);
+  a.st = memory.floats(kBlock * kLd), a.bias = memory.floats(kBlock * kLd);
+  a.k_block = memory.floats(kBlock * kMaxHeadDim), a.v_block = memory.floats(kBlock * kMaxHeadDim);
+  a.row = memory.floats(kLanes * kRowLd);
   a.row_ld = kLd, a.vec_ld = kLanes;
 }
 static_assert(sizeof(float) * (kMaxHeadDim * kLd * 2 + kBlock * kLd * 2 + kBlock * kMaxHeadDim * 2 + kLanes * kRowLd) <=

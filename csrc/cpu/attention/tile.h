@@ -20,6 +20,22 @@ inline __attribute__((always_inline)) void each_of_tile(F f) {
     for (int v = 0; v < NV; ++v) f(i, v);
 }
 
+inline __attribute__((always_inline)) void add_product(Vec& sum, Vec a, Vec b) { sum = vfma(a, b, sum); }
+
+// One step of all sums of a tile: `row(i)`, the same in every lane, times `lanes(v)`.
+template <class V, int NV, int MR, class Lanes, class Row>
+inline __attribute__((always_inline)) void add_products(V (&sums)[MR][NV], Lanes lanes, Row row) {
+  V x[NV];
+#pragma GCC unroll 8
+  for (int v = 0; v < NV; ++v) x[v] = lanes(v);
+#pragma GCC unroll 8
+  for (int i = 0; i < MR; ++i) {
+    const V y = row(i);
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) add_product(sums[i][v], x[v], y);
+  }
+}
+
 // s[i][:] = sum over d of k[i][d] * qt[d][:].
 struct Scores {
   const float* k;
@@ -33,17 +49,10 @@ struct Scores {
     const float* key_row = k + row * k_stride;
     Vec acc[MR][NV];
     each_of_tile<NV, MR>([&](int i, int v) __attribute__((always_inline)) { acc[i][v] = vzero(); });
-    for (int64_t d = 0; d < depth; ++d) {
-      Vec x[NV];
-#pragma GCC unroll 8
-      for (int v = 0; v < NV; ++v) x[v] = vload(qt + d * kLd + v * kLanes);
-#pragma GCC unroll 8
-      for (int i = 0; i < MR; ++i) {
-        const Vec key = vset(key_row[i * k_stride + d]);
-#pragma GCC unroll 8
-        for (int v = 0; v < NV; ++v) acc[i][v] = vfma(key, x[v], acc[i][v]);
-      }
-    }
+    for (int64_t d = 0; d < depth; ++d)
+      add_products(
+          acc, [&](int v) __attribute__((always_inline)) { return vload(qt + d * kLd + v * kLanes); },
+          [&](int i) __attribute__((always_inline)) { return vset(key_row[i * k_stride + d]); });
     each_of_tile<NV, MR>([&](int i, int v)
                              __attribute__((always_inline)) { vstore(s + (row + i) * kLd + v * kLanes, acc[i][v]); });
   }
@@ -66,17 +75,10 @@ struct Values {
       acc[i][v] = vmul(vload(alpha + v * kLanes), vload(out + i * kLd + v * kLanes));
     });
     const float* from = value + row;
-    for (int64_t j = 0; j < keys; ++j, from += v_stride) {
-      Vec x[NV];
-#pragma GCC unroll 8
-      for (int v = 0; v < NV; ++v) x[v] = vload(pt + j * kLd + v * kLanes);
-#pragma GCC unroll 8
-      for (int i = 0; i < MR; ++i) {
-        const Vec w = vset(from[i]);
-#pragma GCC unroll 8
-        for (int v = 0; v < NV; ++v) acc[i][v] = vfma(w, x[v], acc[i][v]);
-      }
-    }
+    for (int64_t j = 0; j < keys; ++j, from += v_stride)
+      add_products(
+          acc, [&](int v) __attribute__((always_inline)) { return vload(pt + j * kLd + v * kLanes); },
+          [&](int i) __attribute__((always_inline)) { return vset(from[i]); });
     each_of_tile<NV, MR>([&](int i, int v)
                              __attribute__((always_inline)) { vstore(out + i * kLd + v * kLanes, acc[i][v]); });
   }

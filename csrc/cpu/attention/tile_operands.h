@@ -46,23 +46,18 @@ static_assert(tile_chunk_bytes(kTileVectors, 1, kMaxHeadDim) <= int64_t(kMostLoc
               "a chunk on tiles must fit the local scratch");
 
 inline void place_scratch(TileChunk& c, char* local) {
-  char* p = local;
-  auto take = [&p](int64_t bytes) {
-    char* r = p;
-    p += bytes;
-    return r;
-  };
-  c.queries = take(c.panels * kMaxNv * c.query_bytes());
-  c.keys = take(c.terms * c.dim_steps * c.key_step_bytes());
-  c.values = take(c.terms * c.value_bytes());
-  c.weights = take(4 * c.weight_bytes());
-  c.scores = reinterpret_cast<float*>(take(4 * kColumn * sizeof(float)));
-  float* bias = reinterpret_cast<float*>(take(kTileKeys * kLd * sizeof(float)));
-  float* row = reinterpret_cast<float*>(take(kLanes * kRowLd * sizeof(float)));
+  LocalMemory memory{local};
+  c.queries = memory.bytes(c.panels * kMaxNv * c.query_bytes());
+  c.keys = memory.bytes(c.terms * c.dim_steps * c.key_step_bytes());
+  c.values = memory.bytes(c.terms * c.value_bytes());
+  c.weights = memory.bytes(4 * c.weight_bytes());
+  c.scores = memory.floats(4 * kColumn);
+  float* bias = memory.floats(kTileKeys * kLd);
+  float* row = memory.floats(kLanes * kRowLd);
   for (int n = 0; n < c.panels; ++n) {
     Panel& a = c.panel[n];
     a.bias = bias, a.row = row;
-    a.ot = reinterpret_cast<float*>(take(kMaxNv * kColumn * sizeof(float)));
+    a.ot = memory.floats(kMaxNv * kColumn);
     a.row_ld = kLanes, a.vec_ld = kColumn;
   }
 }

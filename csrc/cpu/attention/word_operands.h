@@ -51,21 +51,17 @@ static_assert(word_chunk_bytes(kWordPanels, kMaxHeadDim) <= int64_t(kMostLocalBy
               "a chunk of words must fit the local scratch");
 
 inline void place_scratch(WordChunk& c, char* local) {
-  char* p = local;
-  auto take = [&p](int64_t bytes) {
-    char* r = p;
-    p += bytes;
-    return r;
-  };
-  auto floats = [&](int64_t n) { return reinterpret_cast<float*>(take(n * 4)); };
-  c.queries = take(c.panels * c.query_bytes());
-  c.keys = take(kWordKeys * c.key_bytes()), c.rows = take(kLanes * c.key_bytes());
-  c.values = take(kWordKeys * c.v_dim * 2);
-  c.query_scale = floats(c.panels * kLd), c.key_scale = floats(kWordKeys), c.value_scale = floats(kWordKeys);
-  float *st = floats(kWordKeys * kLd), *bias = floats(kWordKeys * kLd), *row = floats(kLanes * kRowLd);
+  LocalMemory memory{local};
+  c.queries = memory.bytes(c.panels * c.query_bytes());
+  c.keys = memory.bytes(kWordKeys * c.key_bytes()), c.rows = memory.bytes(kLanes * c.key_bytes());
+  c.values = memory.bytes(kWordKeys * c.v_dim * 2);
+  c.query_scale = memory.floats(c.panels * kLd), c.key_scale = memory.floats(kWordKeys),
+  c.value_scale = memory.floats(kWordKeys);
+  float *st = memory.floats(kWordKeys * kLd), *bias = memory.floats(kWordKeys * kLd),
+        *row = memory.floats(kLanes * kRowLd);
   for (int n = 0; n < c.panels; ++n) {
     Panel& a = c.panel[n];
-    a.st = st, a.bias = bias, a.row = row, a.ot = floats(c.v_dim * kLd);
+    a.st = st, a.bias = bias, a.row = row, a.ot = memory.floats(c.v_dim * kLd);
     a.row_ld = kLd, a.vec_ld = kLanes;
   }
 }

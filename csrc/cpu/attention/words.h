@@ -11,6 +11,8 @@
 
 namespace {
 
+inline __attribute__((always_inline)) void add_product(IntVec& sum, IntVec a, IntVec b) { word_dot(sum, a, b); }
+
 // s[i][:] = k_scale[i] * sum over d of k[i][d] * q[d][:].
 struct WordScores {
   const char* k;
@@ -24,21 +26,11 @@ struct WordScores {
   __attribute__((noinline)) void tile(int64_t row) const {
     const char* key_row = k + row * k_stride;
     IntVec acc[MR][NV];
-#pragma GCC unroll 8
-    for (int i = 0; i < MR; ++i)
-#pragma GCC unroll 8
-      for (int v = 0; v < NV; ++v) acc[i][v] = iset(0);
-    for (int64_t d = 0; d < pairs; ++d) {
-      IntVec x[NV];
-#pragma GCC unroll 8
-      for (int v = 0; v < NV; ++v) x[v] = load_pairs(q + d * kPairLine + v * kLanes * 4);
-#pragma GCC unroll 8
-      for (int i = 0; i < MR; ++i) {
-        const IntVec key = all_pairs(key_row + i * k_stride + 4 * d);
-#pragma GCC unroll 8
-        for (int v = 0; v < NV; ++v) word_dot(acc[i][v], x[v], key);
-      }
-    }
+    each_of_tile<NV, MR>([&](int i, int v) __attribute__((always_inline)) { acc[i][v] = iset(0); });
+    for (int64_t d = 0; d < pairs; ++d)
+      add_products(
+          acc, [&](int v) __attribute__((always_inline)) { return load_pairs(q + d * kPairLine + v * kLanes * 4); },
+          [&](int i) __attribute__((always_inline)) { return all_pairs(key_row + i * k_stride + 4 * d); });
     each_of_tile<NV, MR>([&](int i, int v) __attribute__((always_inline)) {
       vstore(s + (row + i) * kLd + v * kLanes, vmul(vfrom_int(acc[i][v]), vset(k_scale[row + i])));
     });
@@ -58,21 +50,11 @@ struct WordValues {
   __attribute__((noinline)) void tile(int64_t row) const {
     const char* from = value + row * 4;
     IntVec acc[MR][NV];
-#pragma GCC unroll 8
-    for (int i = 0; i < MR; ++i)
-#pragma GCC unroll 8
-      for (int v = 0; v < NV; ++v) acc[i][v] = iset(0);
-    for (int64_t j = 0; j < pairs; ++j, from += v_stride) {
-      IntVec x[NV];
-#pragma GCC unroll 8
-      for (int v = 0; v < NV; ++v) x[v] = load_pairs(w + j * kPairLine + v * kLanes * 4);
-#pragma GCC unroll 8
-      for (int i = 0; i < MR; ++i) {
-        const IntVec pair = all_pairs(from + 4 * i);
-#pragma GCC unroll 8
-        for (int v = 0; v < NV; ++v) word_dot(acc[i][v], x[v], pair);
-      }
-    }
+    each_of_tile<NV, MR>([&](int i, int v) __attribute__((always_inline)) { acc[i][v] = iset(0); });
+    for (int64_t j = 0; j < pairs; ++j, from += v_stride)
+      add_products(
+          acc, [&](int v) __attribute__((always_inline)) { return load_pairs(w + j * kPairLine + v * kLanes * 4); },
+          [&](int i) __attribute__((always_inline)) { return all_pairs(from + 4 * i); });
     each_of_tile<NV, MR>([&](int i, int v) __attribute__((always_inline)) {
       float* out = o + (row + i) * kLd + v * kLanes;
       const Vec old = vmul(vload(alpha + v * kLanes), vload(out));

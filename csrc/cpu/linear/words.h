@@ -12,10 +12,10 @@
 //   void widen(panel, k0, k, to)                       f32 [k][kPanel]
 //   bool make_words(panel, k0, k, wide, to, scales)    as make_column_words; there is room for f32 [k][kPanel]
 #pragma once
-#include "cpu/fixed_point.h"
 #include "cpu/linear/epilogue.h"
 #include "cpu/linear/rows.h"
 #include "cpu/linear/tile.h"
+#include "cpu/linear/word_columns.h"
 
 namespace {
 
