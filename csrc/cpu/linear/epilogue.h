@@ -16,35 +16,68 @@ inline void with_activation_and_dtype(int64_t act, DType dtype, F f) {
   });
 }
 
-// The outputs of a panel in `rows` rows from row0 on, in one pass, in registers. sum(m, v, bias): vector v of the panel
-// in the m-th of them, with alpha and the bias.
-template <int64_t kAct, DType kOut, class Sum>
-void finish_rows(const Problem& p, int64_t panel, int64_t row0, int rows, Sum sum) {
-  const int64_t width = p.gated ? kLanes : kPanel;  // outputs of a panel
-  const int64_t n0 = panel * width;
-  const int left = static_cast<int>(min64(width, p.outputs() - n0));
-  const int first = left < kLanes ? left : kLanes, second = left - first;  // in either vector
-  Vec bias[2] = {vset(-0.0f), vset(-0.0f)};                                // changes nothing, not even a zero
-  if (p.bias.data) {
-    bias[0] = vload_as(p.bias.dtype, p.bias.data, n0, first);
-    if (p.gated)
-      bias[1] = vload_as(p.bias.dtype, p.bias.data, p.outputs() + n0, first);
-    else if (second > 0)
-      bias[1] = vload_as(p.bias.dtype, p.bias.data, n0 + kLanes, second);
+// Where the outputs of a panel go, from one row on, and what is the same in all of its rows.
+struct PanelOutputs {
+  char* y;                            // of the first row
+  const char* residual;               // or none
+  int64_t y_stride, residual_stride;  // bytes from row to row
+  DType residual_dtype;
+  bool gated;
+  int first, second;  // columns in either vector of the panel
+  int64_t act;
+  Vec bias[2];
+
+  PanelOutputs() = default;
+  PanelOutputs(const Problem& p, int64_t panel, int64_t row0)
+      : y_stride(p.y.stride[0] * itemsize(p.y.dtype)),
+        residual_stride(p.residual.stride[0] * itemsize(p.residual.dtype)),
+        residual_dtype(p.residual.dtype),
+        gated(p.gated),
+        act(p.act) {
+    const int64_t width = p.gated ? kLanes : kPanel;  // outputs of a panel
+    const int64_t n0 = panel * width;
+    const int left = static_cast<int>(min64(width, p.outputs() - n0));
+    first = left < kLanes ? left : kLanes, second = left - first;
+    bias[0] = bias[1] = vset(-0.0f);  // changes nothing, not even a zero
+    if (p.bias.data) {
+      bias[0] = vload_as(p.bias.dtype, p.bias.data, n0, first);
+      if (p.gated)
+        bias[1] = vload_as(p.bias.dtype, p.bias.data, p.outputs() + n0, first);
+      else if (second > 0)
+        bias[1] = vload_as(p.bias.dtype, p.bias.data, n0 + kLanes, second);
+    }
+    y = p.y.data + row0 * y_stride + n0 * itemsize(p.y.dtype);
+    residual = p.residual.data;
+    if (residual) residual += row0 * residual_stride + n0 * itemsize(residual_dtype);
   }
+  void advance(int64_t rows) {
+    y += rows * y_stride;
+    if (residual) residual += rows * residual_stride;
+  }
+};
+
+// `rows` rows of outputs, in one pass, in registers. sum(m, v, bias): vector v of the panel in the m-th of them, with
+// alpha and the bias.
+template <int64_t kAct, DType kOut, class Sum>
+inline __attribute__((always_inline)) void finish_rows(const PanelOutputs& o, int rows, Sum sum) {
   using Act = Activation<kAct, kOut != DType::f32>;
-  const Act act(p.act);
-  const int64_t y_stride = p.y.stride[0], residual_stride = p.residual.stride[0];
-  const DType residual_dtype = p.residual.dtype;
-  char* const y = p.y.data;
-  const char* const residual = p.residual.data;
-  auto with_residual = [=](int m, int v, Vec out, int lanes) __attribute__((always_inline)) {
+  const Act act(o.act);
+  const Vec bias[2] = {o.bias[0], o.bias[1]};
+  const int first = o.first, second = o.second;
+  const int64_t y_stride = o.y_stride, residual_stride = o.residual_stride;
+  const DType residual_dtype = o.residual_dtype;
+  char* y = o.y;
+  const char* residual = o.residual;
+  auto with_residual = [&](int v, Vec out, int lanes) __attribute__((always_inline)) {
     if (!residual) return out;
-    const int64_t at = (row0 + m) * residual_stride + n0 + v * kLanes;
-    return vadd(vrounded(out), vload_as(residual_dtype, residual, at, lanes));
+    return vadd(vrounded(out), vload_as(residual_dtype, residual, v * kLanes, lanes));
+  };
+  auto next_row = [&]() __attribute__((always_inline)) {
+    y += y_stride;
+    if (residual) residual += residual_stride;
   };
   int m = 0;
-  if (p.gated) {
+  if (o.gated) {
     auto some = [&](auto count) __attribute__((always_inline)) {
       constexpr int kRows = decltype(count)::value;
       Vecs<kRows> x;
@@ -52,10 +85,8 @@ void finish_rows(const Problem& p, int64_t panel, int64_t row0, int rows, Sum su
       for (int i = 0; i < kRows; ++i) x.v[i] = sum(m + i, 0, bias[0]);
       x = act(x);
 #pragma GCC unroll 4
-      for (int i = 0; i < kRows; ++i, ++m) {
-        const Vec out = with_residual(m, 0, vmul(x.v[i], sum(m, 1, bias[1])), first);
-        vstore_as(kOut, y, (row0 + m) * y_stride + n0, out, first);
-      }
+      for (int i = 0; i < kRows; ++i, ++m, next_row())
+        vstore_as(kOut, y, 0, with_residual(0, vmul(x.v[i], sum(m, 1, bias[1])), first), first);
     };
     while (m + Act::kChains <= rows) some(Constant<Act::kChains>{});
     while (m < rows) some(Constant<1>{});
@@ -68,33 +99,29 @@ void finish_rows(const Problem& p, int64_t panel, int64_t row0, int rows, Sum su
     for (int i = 0; i < 2 * kRows; ++i) x.v[i] = sum(m + i / 2, i % 2, bias[i % 2]);
     x = act(x);
 #pragma GCC unroll 2
-    for (int i = 0; i < kRows; ++i, ++m) {
-      const int64_t at = (row0 + m) * y_stride + n0;
-      const Vec low = with_residual(m, 0, x.v[2 * i], first), high = x.v[2 * i + 1];
+    for (int i = 0; i < kRows; ++i, ++m, next_row()) {
+      const Vec low = with_residual(0, x.v[2 * i], first), high = x.v[2 * i + 1];
       if (second == kLanes) {
-        vstore_pair_as(kOut, y, at, low, with_residual(m, 1, high, kLanes));
+        vstore_pair_as(kOut, y, 0, low, with_residual(1, high, kLanes));
         continue;
       }
-      vstore_as(kOut, y, at, low, first);
-      if (second > 0) vstore_as(kOut, y, at + kLanes, with_residual(m, 1, high, second), second);
+      vstore_as(kOut, y, 0, low, first);
+      if (second > 0) vstore_as(kOut, y, kLanes, with_residual(1, high, second), second);
     }
   };
   while (m + Act::kChains / 2 <= rows) some(Constant<Act::kChains / 2>{});
   while (m < rows) some(Constant<1>{});
 }
 
-template <class Sum>
-inline void finish(const Problem& p, int64_t panel, int64_t row0, int rows, Sum sum) {
-  with_activation_and_dtype(p.act, p.y.dtype, [&](auto act, auto out) {
-    finish_rows<decltype(act)::value, static_cast<DType>(decltype(out)::value)>(p, panel, row0, rows, sum);
-  });
-}
-
 // sums: [rows][kPanel].
 void finish_tile(const Problem& p, int64_t panel, int64_t row0, int rows, const float* sums) {
+  const PanelOutputs outputs(p, panel, row0);
   const Vec alpha = vset(p.alpha);
-  finish(p, panel, row0, rows, [=](int m, int v, Vec bias) __attribute__((always_inline)) {
-    return vfma(vload(sums + m * kPanel + v * kLanes), alpha, bias);
+  with_activation_and_dtype(p.act, p.y.dtype, [&](auto act, auto out) {
+    constexpr DType kOut = static_cast<DType>(decltype(out)::value);
+    finish_rows<decltype(act)::value, kOut>(outputs, rows, [=](int m, int v, Vec bias) __attribute__((always_inline)) {
+      return vfma(vload(sums + m * kPanel + v * kLanes), alpha, bias);
+    });
   });
 }
 
@@ -107,23 +134,5 @@ inline void fetch_outputs(const Problem& p, int64_t panel, int64_t row0, int row
       __builtin_prefetch(p.residual.data + (row * p.residual.stride[0] + n0) * itemsize(p.residual.dtype));
   }
 }
-
-// A product on tiles that is finished but for its epilogue. That is done some rows at a time between the steps of the
-// next product: the core looks only some hundred instructions ahead, so the tiles would idle while it works on all
-// rows. Beside tile products a core does one vector instruction a cycle instead of two, lookups and shuffles apart,
-// which have a port of their own: what an epilogue costs is the number of its other instructions.
-struct WaitingRows {
-  int64_t panel = 0, row = 0, left = 0;  // `row` is the next
-  float* sums = nullptr;                 // of it, `planes` rows of them for each
-
-  // f(n): the epilogue of the next n rows, at most so many.
-  template <class F>
-  void some(int64_t most, int planes, F f) {
-    const int64_t rows = min64(most, left);
-    if (rows == 0) return;
-    f(static_cast<int>(rows));
-    row += rows, left -= rows, sums += rows * planes * kPanel;
-  }
-};
 
 }  // namespace

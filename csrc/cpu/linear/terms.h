@@ -16,20 +16,20 @@
 //                                                       becomes false if a weight is not, and there are several terms
 //   void lone_row(panel, m, sums, x)                    row m of a panel without tiles; x: memory for kLoneK values
 #pragma once
-#include "cpu/linear/epilogue.h"
 #include "cpu/linear/rows.h"
+#include "cpu/linear/tile_epilogue.h"
 
 namespace {
 
-constexpr int64_t kTileK = 32;                       // k of one step
-constexpr int64_t kTileHeight = 2 * kTileRows;       // rows of a row tile
-constexpr int64_t kTermBytes = kTileK * kPanel * 2;  // of one step, rows and weights alike
-constexpr int64_t kTileWeights = 480 << 10;          // bytes of weight terms that stay in L2
-constexpr int64_t kTileSpan = 6;                     // panels that pass over a row tile together
-constexpr int64_t kTileL2 = 900 << 10;               // bytes of row tiles that stay in L2
-constexpr int64_t kPreparedRows = 8;                 // of a chunk
-constexpr int64_t kLoneK = 4096;                     // of a row that goes to the FMA kernels
-constexpr int64_t kRowsAStep = 16;                   // of an epilogue: fewer load its constants more often
+constexpr int64_t kTileK = 32;                          // k of one step
+constexpr int64_t kTermBytes = kTileK * kPanel * 2;     // of one step, rows and weights alike
+constexpr int64_t kTileWeights = 480 << 10;             // bytes of weight terms that stay in L2
+constexpr int64_t kTileSpan = 6;                        // panels of such weights that pass over a row tile together
+constexpr int64_t kTileL1 = 40 << 10;                   // bytes of a panel that stay in L1 while row tiles pass
+constexpr int64_t kTileL2 = 900 << 10;                  // bytes of row tiles that stay in L2
+constexpr int64_t kPreparedRows = 8;                    // of a chunk
+constexpr int64_t kTileProduct = kTileHeight * kPanel;  // sums of a product
+constexpr int64_t kLoneK = 4096;                        // of a row that goes to the FMA kernels
 static_assert(kTileHeight == kPanel && kTermBytes == 2 * kTileRows * kTileBytes);
 static_assert(kSumBytes + kTileWeights + kLoneK * 4 <= int64_t(kLocalBytes));
 
@@ -50,21 +50,42 @@ struct TileProblem : Problem {
   char* lone(char* shared) const { return shared + row_tiles() * tile_bytes(); }
 };
 
+// Weights that have to be split stay in L2 as terms, for all rows of the product. Others go through L1, panel by panel,
+// once for every so many rows as stay in L2.
 struct TileSchedule : Cut {
+  int64_t at_once;            // panels that pass over a row tile together
   int64_t k_block, k_blocks;  // in steps
 
   TileSchedule(const TileProblem& p, int threads) {
     panels = p.panels(), tiles = p.row_tiles();
+    span = at_once = blocks = 1, tiles_per_block = tiles;
+    k_block = p.steps(), k_blocks = 1;
+    if (panels == 0 || tiles == 0) return;
     const int64_t wanted = kChunksPerThread * threads;
     // Rows that do not stay in L2 pass by once for all panels of a chunk: then chunks are cut between rows instead.
     const bool rows_stay = tiles * p.tile_bytes() <= kTileL2;
-    span = max64(1, min64(kTileSpan, panels / (rows_stay ? wanted : int64_t{threads})));
-    // As many steps of K as the terms of all panels of a chunk have room for.
-    k_blocks = p.in_place ? 1 : ceil_div(p.steps(), kTileWeights / (p.terms * kTermBytes * span));
+    if (!p.in_place) at_once = max64(1, min64(kTileSpan, panels / (rows_stay ? wanted : int64_t{threads})));
+    const int64_t room = p.in_place ? kTileL1 : kTileWeights;
+    k_blocks = ceil_div(p.steps(), max64(1, room / (p.terms * kTermBytes * at_once)));
     k_block = ceil_div(p.steps(), k_blocks);
     k_blocks = ceil_div(p.steps(), k_block);
-    blocks = 1, tiles_per_block = tiles;
-    if (panels > 0) cut_rows(wanted, k_blocks > 1 ? kSumBytes / (span * kTileHeight * kPanel * 4) : tiles);
+    const int64_t most = k_blocks > 1 ? kSumBytes / (at_once * kTileProduct * 4) : tiles;  // whose sums wait
+    if (p.in_place) {
+      cut_own_rows(threads, min64(most, kTileL2 / p.tile_bytes()));
+      span = max64(1, panels * blocks / wanted);
+    } else {
+      span = at_once;
+      cut_rows(wanted, most);
+    }
+  }
+
+ private:
+  // Rows of a chunk stay in the L2 of a thread that has a range of chunks.
+  void cut_own_rows(int threads, int64_t most_tiles) {
+    const int64_t each = ceil_div(ceil_div(tiles, max64(1, most_tiles)), threads);
+    blocks = tiles * kTileHeight < kThreadRows * threads ? ceil_div(tiles, max64(1, most_tiles)) : each * threads;
+    tiles_per_block = ceil_div(tiles, blocks);
+    blocks = ceil_div(tiles, tiles_per_block);
   }
 };
 
@@ -132,39 +153,20 @@ inline void prepare_tile_rows(const TileProblem& p, int64_t chunk, char* shared)
 
 // ---- epilogues
 
-template <class Weights>
-class Epilogue {
- public:
-  Epilogue(const TileProblem& p, const Weights& weights, const char* lone, float* lone_x)
-      : p_(p), weights_(weights), lone_(lone), lone_x_(lone_x) {}
+struct TermSums {
+  const float* at;  // [rows][kPanel]
+  Vec alpha;
 
-  // lone: all rows are.
-  void begin(int64_t panel, int64_t row0, int rows, bool lone, float* sums) {
-    waiting_ = {panel, row0, rows, sums};
-    all_lone_ = lone;
+  inline __attribute__((always_inline)) Vec operator()(int m, int v, Vec bias) const {
+    return vfma(vload(at + m * kPanel + v * kLanes), alpha, bias);
   }
-  void some(int64_t most) {
-    waiting_.some(most, 1, [this](int rows) {
-      const WaitingRows& w = waiting_;
-      for (int r = 0; r < rows; ++r)
-        if (all_lone_ || lone_[w.row + r]) weights_.lone_row(w.panel, w.row + r, w.sums + r * kPanel, lone_x_);
-      finish_tile(p_, w.panel, w.row, rows, w.sums);
-    });
-  }
-  void rest() { some(waiting_.left); }
-
- private:
-  const TileProblem& p_;
-  const Weights& weights_;
-  const char* lone_;
-  float* lone_x_;
-  WaitingRows waiting_;
-  bool all_lone_ = false;
+  void advance(int64_t rows) { at += rows * kPanel; }
 };
+
+using TermEpilogue = TileEpilogue<TermSums>;
 
 // ---- products
 
-template <class Weights>
 struct TermArgs {
   const char* a;  // [steps][T][2][16][64 bytes]
   const char* b;  // [steps][T][16][128 bytes]
@@ -173,13 +175,13 @@ struct TermArgs {
   int64_t ahead_lines;
   float* sums;  // [32][kPanel]
   bool accumulate;
-  Epilogue<Weights>* before;  // of the product before
-  int rows_a_step;            // of it
+  TermEpilogue* before;  // of the product before
+  Pace pace;
 };
 
 // kHalves: 2 for a whole row tile, 1 when it has no more than 16 rows.
-template <int kTerms, int kHalves, class Weights>
-void term_tile(const TermArgs<Weights>& args) {
+template <int kTerms, int kHalves>
+void term_tile(const TermArgs& args) {
   constexpr int kSumStride = kPanel * 4, kHalf = kTileRows * kSumStride, kTile = kTileRows * kTileBytes;
   char* sums = reinterpret_cast<char*>(args.sums);
   if (args.accumulate) {
@@ -196,7 +198,13 @@ void term_tile(const TermArgs<Weights>& args) {
     _tile_zero(3);
   }
   const char *a = args.a, *b = args.b, *ahead = args.ahead;
+  // Rows that pass over a panel in L1 leave that there.
   auto rows = [&](int term) __attribute__((always_inline)) {
+    if (kTerms == 1) {
+      _tile_stream_loadd(4, a, kTileBytes);
+      if (kHalves == 2) _tile_stream_loadd(5, a + kTile, kTileBytes);
+      return;
+    }
     _tile_loadd(4, a + term * kTermBytes, kTileBytes);
     if (kHalves == 2) _tile_loadd(5, a + term * kTermBytes + kTile, kTileBytes);
   };
@@ -212,6 +220,7 @@ void term_tile(const TermArgs<Weights>& args) {
       _tile_dpbf16ps(3, 5, 7);
     }
   };
+  int64_t until = kStepsBefore + 1;
   for (int64_t step = args.steps; step > 0; --step, a += kTerms * kTermBytes, b += kTerms * kTermBytes) {
     for (int64_t line = args.ahead_lines; line > 0; --line, ahead += 64) __builtin_prefetch(ahead, 0, 2);
     // An order in which neighbours share a side, so that each product loads one. Six products take long enough to bring
@@ -233,8 +242,11 @@ void term_tile(const TermArgs<Weights>& args) {
       weights(1), multiply(), fetch();
       rows(2), weights(0), multiply(), fetch();
     }
-    args.before->some(args.rows_a_step);
+    if (--until > 0) continue;
+    until = args.pace.every;
+    args.before->some(args.pace.rows);
   }
+  args.before->rest();
   _tile_stored(0, sums, kSumStride);
   _tile_stored(1, sums + kTileBytes, kSumStride);
   if (kHalves == 2) {
@@ -243,56 +255,57 @@ void term_tile(const TermArgs<Weights>& args) {
   }
 }
 
-template <class Weights>
-using TermFunction = void (*)(const TermArgs<Weights>&);
+using TermFunction = void (*)(const TermArgs&);
 
-template <class Weights>
-TermFunction<Weights> term_function(int terms, int rows) {
-  if (rows <= kTileRows)
-    return terms == 1 ? term_tile<1, 1, Weights> : terms == 2 ? term_tile<2, 1, Weights> : term_tile<3, 1, Weights>;
-  return terms == 1 ? term_tile<1, 2, Weights> : terms == 2 ? term_tile<2, 2, Weights> : term_tile<3, 2, Weights>;
+inline TermFunction term_function(int terms, int64_t rows) {
+  if (rows <= kTileRows) return terms == 1 ? term_tile<1, 1> : terms == 2 ? term_tile<2, 1> : term_tile<3, 1>;
+  return terms == 1 ? term_tile<1, 2> : terms == 2 ? term_tile<2, 2> : term_tile<3, 2>;
 }
 
 template <class Weights>
 void run_tiles(const TileProblem& p, const Weights& weights, const TileSchedule& s, int64_t chunk, int threads,
                const Scratch& scratch) {
   const Chunk c = s.chunk(chunk);
-  const int64_t next_panel = s.next_panel(chunk, threads);
-  const int64_t panels = c.panel1 - c.panel0, tiles = c.tile1 - c.tile0;
+  const int64_t next_panel = s.next_panel(chunk, threads), tiles = c.tile1 - c.tile0;
+  const char* lone = p.lone(scratch.shared);
   float *waiting = reinterpret_cast<float*>(scratch.local), *lone_x = waiting + kSumBytes / 4;
   char* memory = scratch.local + kSumBytes + kLoneK * 4;
-  const char* terms[kTileSpan];
-  bool finite[kTileSpan] = {true, true, true, true, true, true};
-  Epilogue<Weights> epilogue(p, weights, p.lone(scratch.shared), lone_x);
+  TermEpilogue epilogue(p);
+  // A product is done but for its epilogue.
+  auto finish = [&](int64_t panel, int64_t row0, int64_t rows, bool finite, float* sums) {
+    for (int64_t r = 0; r < rows; ++r)
+      if (!finite || lone[row0 + r]) weights.lone_row(panel, row0 + r, sums + r * kPanel, lone_x);
+    epilogue.begin(PanelOutputs(p, panel, row0), rows, {sums, vset(p.alpha)});
+  };
   int64_t turn = 0;
   const TileScope scope;
-  for (int64_t step0 = 0; step0 < p.steps(); step0 += s.k_block) {
-    const int64_t step1 = min64(p.steps(), step0 + s.k_block), steps = step1 - step0;
-    const bool last = step1 == p.steps();
-    for (int64_t i = 0; i < panels; ++i)
-      terms[i] = weights.terms(c.panel0 + i, step0, step1, memory + i * s.k_block * p.terms * kTermBytes, finite[i]);
-    before_tile_loads();
-    const int64_t wanted0 = weights.bytes * (last ? 0 : step1) / p.steps(), wanted = weights.bytes * steps / p.steps();
-    TermArgs<Weights> args{};
-    args.steps = steps;
-    args.accumulate = step0 > 0;
-    args.before = &epilogue;
-    args.rows_a_step = static_cast<int>(max64(kRowsAStep, ceil_div(kTileHeight, steps)));
-    args.ahead_lines = ceil_div(wanted, 64 * steps * tiles);
-    for (int64_t tile = c.tile0; tile < c.tile1; ++tile) {
-      const int64_t row0 = tile * kTileHeight;
-      const int rows = static_cast<int>(min64(kTileHeight, p.M - row0));
-      args.a = scratch.shared + tile * p.tile_bytes() + step0 * p.terms * kTermBytes;
-      for (int64_t i = 0; i < panels; ++i) {
-        const int64_t slot = s.k_blocks == 1 ? ++turn % 2 : (tile - c.tile0) * panels + i;
-        args.sums = waiting + slot * kTileHeight * kPanel;
-        args.b = terms[i];
-        args.ahead = weights.packed((last ? next_panel : c.panel0) + i) + wanted0 +
-                     (tile - c.tile0) * steps * args.ahead_lines * 64;
-        term_function<Weights>(p.terms, rows)(args);
-        if (!last) continue;
-        epilogue.rest();
-        epilogue.begin(c.panel0 + i, row0, rows, !finite[i], args.sums);
+  for (int64_t panel0 = c.panel0; panel0 < c.panel1; panel0 += s.at_once) {
+    const int64_t panels = min64(s.at_once, c.panel1 - panel0);
+    const int64_t following = panel0 + panels < c.panel1 ? panel0 + panels : next_panel;
+    const char* terms[kTileSpan];
+    bool finite[kTileSpan] = {true, true, true, true, true, true};
+    for (int64_t step0 = 0; step0 < p.steps(); step0 += s.k_block) {
+      const int64_t step1 = min64(p.steps(), step0 + s.k_block), steps = step1 - step0;
+      const bool last = step1 == p.steps();
+      for (int64_t i = 0; i < panels; ++i)
+        terms[i] = weights.terms(panel0 + i, step0, step1, memory + i * s.k_block * p.terms * kTermBytes, finite[i]);
+      before_tile_loads();
+      const int64_t wanted0 = weights.bytes * (last ? 0 : step1) / p.steps();
+      const int64_t wanted = weights.bytes * min64(s.k_block, last ? p.steps() : p.steps() - step1) / p.steps();
+      TermArgs args{nullptr, nullptr,   steps,     nullptr,    ceil_div(wanted, 64 * steps * tiles),
+                    nullptr, step0 > 0, &epilogue, Pace(steps)};
+      for (int64_t tile = c.tile0; tile < c.tile1; ++tile) {
+        const int64_t row0 = tile * kTileHeight, rows = min64(kTileHeight, p.M - row0);
+        args.a = scratch.shared + tile * p.tile_bytes() + step0 * p.terms * kTermBytes;
+        for (int64_t i = 0; i < panels; ++i) {
+          const int64_t slot = s.k_blocks == 1 ? ++turn % 2 : (tile - c.tile0) * panels + i;
+          args.sums = waiting + slot * kTileProduct;
+          args.b = terms[i];
+          args.ahead = weights.packed((last ? following : panel0) + i) + wanted0 +
+                       (tile - c.tile0) * steps * args.ahead_lines * 64;
+          term_function(p.terms, rows)(args);
+          if (last) finish(panel0 + i, row0, rows, finite[i], args.sums);
+        }
       }
     }
   }

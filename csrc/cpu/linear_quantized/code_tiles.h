@@ -8,15 +8,13 @@
 
 namespace {
 
-constexpr int64_t kLeastCodeRows = 64;               // fewer do not pay for tiles
-constexpr int64_t kCodeSums = kTileHeight * kPanel;  // of a tile
-constexpr int64_t kCodeRowsAStep = 4;                // of an epilogue
+constexpr int64_t kLeastCodeRows = 64;  // fewer do not pay for tiles
 
 // Local memory: two tiles of sums, used in turn, then a panel of 8-bit codes made from 4-bit ones.
 inline bool runs_on_codes(const CodeTiles& p) {
   if (p.tuning.family != LinearFamily::automatic || p.K == 0 || p.form.groups() != 1) return false;
   if (p.M * p.planes < kLeastCodeRows || p.row_bytes() % kTileBytes) return false;
-  return 2 * 4 * kCodeSums + p.wide().panel_bytes() <= int64_t(kLocalBytes);
+  return 2 * 4 * kTileProduct + p.wide().panel_bytes() <= int64_t(kLocalBytes);
 }
 
 struct CodeSchedule : Cut {
@@ -40,54 +38,43 @@ const char* wide_codes(const CodeTiles& p, const char* packed, char* to) {
   return to;
 }
 
-// The scales of a finished product, and its epilogue.
-class CodeEpilogue {
- public:
-  explicit CodeEpilogue(const CodeTiles& p) : p_(p) {}
+// kPlanes: of a token, 1, or 0 for any number of them.
+template <int kPlanes>
+struct CodeSums {
+  const float* at;  // [rows][kPanel] integers
+  Prepared row;     // its tables begin with the next row
+  Vec scale[2], offset[2];
+  int planes;
+  bool offsets;
 
-  // factors: of the columns. sums: [32][kPanel] integers.
-  void begin(int64_t panel, int64_t token0, int64_t tokens, const Prepared& rows, const char* factors, float* sums) {
-    waiting_ = {panel, token0, tokens, sums};
-    row_ = rows;
+  CodeSums() = default;
+  // factors: of the columns.
+  CodeSums(const CodeTiles& p, const float* sums, const Prepared& rows, const char* factors)
+      : at(sums), row(rows), planes(p.planes), offsets(p.form.offsets) {
     const float* w = reinterpret_cast<const float*>(factors);
-    const Vec alpha = vset(p_.alpha);
+    const Vec alpha = vset(p.alpha);
     for (int v = 0; v < 2; ++v) {
-      scale_[v] = vmul(vload(w + v * kLanes), alpha);
-      offset_[v] = p_.form.offsets ? vmul(vload(w + kPanel + v * kLanes), alpha) : vzero();
+      scale[v] = vmul(vload(w + v * kLanes), alpha);
+      offset[v] = offsets ? vmul(vload(w + kPanel + v * kLanes), alpha) : vzero();
     }
   }
-  void some(int64_t most) {
-    waiting_.some(most, p_.planes, [this](int tokens) {
-      p_.planes == 1 ? finish_tokens<1>(tokens) : finish_tokens<0>(tokens);
-      const int64_t rows = tokens * p_.planes;
-      row_.scale += rows, row_.start += rows, row_.sum += rows;
-    });
+  inline __attribute__((always_inline)) Vec operator()(int m, int v, Vec total) const {
+    const int each = kPlanes ? kPlanes : planes;
+    for (int i = m * each; i < (m + 1) * each; ++i) {
+      const __m512i sum = _mm512_load_si512(at + i * kPanel + v * kLanes);
+      const Vec exact = vfrom_int({_mm512_add_epi32(sum, _mm512_set1_epi32(row.start[i]))});
+      if (offsets) total = vfma(offset[v], vset(row.sum[i]), total);
+      total = vfma(vmul(exact, scale[v]), vset(row.scale[i]), total);
+    }
+    return total;
   }
-  void rest() { some(waiting_.left); }
-
- private:
-  // kPlanes: 1, or 0 for any number of them.
-  template <int kPlanes>
-  void finish_tokens(int tokens) {
-    const int planes = kPlanes ? kPlanes : p_.planes;
-    const bool offsets = p_.form.offsets;
-    finish(p_, waiting_.panel, waiting_.row, tokens, [=](int m, int v, Vec total) __attribute__((always_inline)) {
-      for (int row = m * planes; row < (m + 1) * planes; ++row) {
-        const __m512i sum = _mm512_load_si512(waiting_.sums + row * kPanel + v * kLanes);
-        const Vec exact = vfrom_int({_mm512_add_epi32(sum, _mm512_set1_epi32(row_.start[row]))});
-        if (offsets) total = vfma(offset_[v], vset(row_.sum[row]), total);
-        total = vfma(vmul(exact, scale_[v]), vset(row_.scale[row]), total);
-      }
-      return total;
-    });
+  void advance(int64_t tokens) {
+    const int64_t rows = tokens * (kPlanes ? kPlanes : planes);
+    at += rows * kPanel, row.scale += rows, row.start += rows, row.sum += rows;
   }
-
-  const CodeTiles& p_;
-  WaitingRows waiting_;
-  Prepared row_{};  // its tables begin with the next row
-  Vec scale_[2], offset_[2];
 };
 
+template <int kPlanes>
 struct CodeTileArgs {
   const char* a;  // 32 rows, row_stride apart
   const char* b;  // a panel of unsigned 8-bit codes
@@ -95,23 +82,25 @@ struct CodeTileArgs {
   const char* ahead;  // weights wanted next: so many lines of 64 bytes in a step
   int64_t ahead_lines;
   float* sums;  // [32][kPanel], for integers
-  CodeEpilogue* before;
-  int64_t tokens_a_step;  // of it
+  TileEpilogue<CodeSums<kPlanes>>* before;
+  Pace pace;
 };
 
 // kHalves: 2 for a whole row tile, 1 when it has no more than 16 rows.
-template <int kHalves>
-void code_tile(const CodeTileArgs& args) {
+template <int kHalves, int kPlanes>
+void code_tile(const CodeTileArgs<kPlanes>& args) {
   constexpr int kStride = kPanel * 4, kHalf = kTileRows * kStride;
   const char *a = args.a, *b = args.b, *ahead = args.ahead;
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
   _tile_zero(3);
+  int64_t until = kStepsBefore + 1;
   for (int64_t k = 0; k < args.row_bytes; k += kTileBytes, b += kTileBytes / 4 * kStride) {
     for (int64_t line = args.ahead_lines; line > 0; --line, ahead += 64) __builtin_prefetch(ahead, 0, 2);
-    _tile_loadd(4, a + k, args.row_stride);
-    if (kHalves == 2) _tile_loadd(5, a + kTileRows * args.row_stride + k, args.row_stride);
+    // Rows that pass over a panel in L1 leave that there.
+    _tile_stream_loadd(4, a + k, args.row_stride);
+    if (kHalves == 2) _tile_stream_loadd(5, a + kTileRows * args.row_stride + k, args.row_stride);
     _tile_loadd(6, b, kStride);
     _tile_loadd(7, b + kTileBytes, kStride);
     _tile_dpbsud(0, 4, 6);
@@ -120,8 +109,11 @@ void code_tile(const CodeTileArgs& args) {
       _tile_dpbsud(2, 5, 6);
       _tile_dpbsud(3, 5, 7);
     }
-    args.before->some(args.tokens_a_step);
+    if (--until > 0) continue;
+    until = args.pace.every;
+    args.before->some(args.pace.rows);
   }
+  args.before->rest();
   char* to = reinterpret_cast<char*>(args.sums);
   _tile_stored(0, to, kStride);
   _tile_stored(1, to + kTileBytes, kStride);
@@ -131,22 +123,21 @@ void code_tile(const CodeTileArgs& args) {
   }
 }
 
-void run_codes(const CodeTiles& p, const CodeSchedule& s, int64_t chunk, int threads, const Scratch& scratch) {
+template <int kPlanes>
+void multiply_codes(const CodeTiles& p, const CodeSchedule& s, int64_t chunk, int threads, const Scratch& scratch) {
   const Chunk c = s.chunk(chunk);
   const int64_t next_panel = s.next_panel(chunk, threads);
   const int64_t bytes = p.form.panel_bytes(), tiles = c.tile1 - c.tile0, steps = p.row_bytes() / kTileBytes;
   float* sums = reinterpret_cast<float*>(scratch.local);
-  CodeEpilogue epilogue(p);
-  CodeTileArgs args{};
-  args.row_bytes = p.row_bytes(), args.row_stride = p.row_stride();
-  args.ahead_lines = ceil_div(bytes, 64 * tiles * steps);
-  args.before = &epilogue;
-  args.tokens_a_step = ceil_div(max64(kCodeRowsAStep, ceil_div(kTileHeight, steps)), p.planes);
+  TileEpilogue<CodeSums<kPlanes>> epilogue(p);
+  CodeTileArgs<kPlanes> args{nullptr,        nullptr,   p.row_bytes(),
+                             p.row_stride(), nullptr,   ceil_div(bytes, 64 * tiles * steps),
+                             nullptr,        &epilogue, Pace(steps)};
   int64_t turn = 0;
   const TileScope scope;
   for (int64_t panel = c.panel0; panel < c.panel1; ++panel) {
     const char* ahead = p.w.data + (panel + 1 < c.panel1 ? panel + 1 : next_panel) * bytes;
-    const char* codes = wide_codes(p, p.w.data + panel * bytes, scratch.local + 2 * 4 * kCodeSums);
+    const char* codes = wide_codes(p, p.w.data + panel * bytes, scratch.local + 2 * 4 * kTileProduct);
     args.b = codes;
     before_tile_loads();
     for (int64_t tile = c.tile0; tile < c.tile1; ++tile) {
@@ -154,13 +145,16 @@ void run_codes(const CodeTiles& p, const CodeSchedule& s, int64_t chunk, int thr
       const Prepared rows = p.tile(scratch.shared, tile);
       args.a = rows.codes;
       args.ahead = ahead + (tile - c.tile0) * steps * args.ahead_lines * 64;
-      args.sums = sums + ++turn % 2 * kCodeSums;
-      (tokens * p.planes <= kTileRows ? code_tile<1> : code_tile<2>)(args);
-      epilogue.rest();
-      epilogue.begin(panel, token0, tokens, rows, codes + p.wide().code_bytes(), args.sums);
+      args.sums = sums + ++turn % 2 * kTileProduct;
+      (tokens * p.planes <= kTileRows ? code_tile<1, kPlanes> : code_tile<2, kPlanes>)(args);
+      epilogue.begin(PanelOutputs(p, panel, token0), tokens, {p, args.sums, rows, codes + p.wide().code_bytes()});
     }
   }
   epilogue.rest();
+}
+
+void run_codes(const CodeTiles& p, const CodeSchedule& s, int64_t chunk, int threads, const Scratch& scratch) {
+  (p.planes == 1 ? multiply_codes<1> : multiply_codes<0>)(p, s, chunk, threads, scratch);
 }
 
 }  // namespace
