@@ -64,13 +64,13 @@ struct TileSchedule : Cut {
     const int64_t wanted = kChunksPerThread * threads;
     // Rows that do not stay in L2 pass by once for all panels of a chunk: then chunks are cut between rows instead.
     const bool rows_stay = tiles * p.tile_bytes() <= kTileL2;
-    if (!p.in_place) at_once = max64(1, min64(kTileSpan, panels / (rows_stay ? wanted : int64_t{threads})));
-    const int64_t room = p.in_place ? kTileL1 : kTileWeights;
+    if (p.terms > 1) at_once = max64(1, min64(kTileSpan, panels / (rows_stay ? wanted : int64_t{threads})));
+    const int64_t room = p.terms == 1 ? kTileL1 : kTileWeights;
     k_blocks = ceil_div(p.steps(), max64(1, room / (p.terms * kTermBytes * at_once)));
     k_block = ceil_div(p.steps(), k_blocks);
     k_blocks = ceil_div(p.steps(), k_block);
     const int64_t most = k_blocks > 1 ? kSumBytes / (at_once * kTileProduct * 4) : tiles;  // whose sums wait
-    if (p.in_place) {
+    if (p.terms == 1) {
       cut_own_rows(threads, min64(most, kTileL2 / p.tile_bytes()));
       span = max64(1, panels * blocks / wanted);
     } else {
