@@ -7,7 +7,7 @@
 // bfloat16 Artificial Intelligence Datatype For Higher-Precision Computations, 2019). Terms of an infinity would be
 // NaN: rows and panels that hold one or a NaN are left to the weights' own way.
 //
-//   rows      [row tiles][k steps][T][2][16 rows][32 k]   bf16, zero past M and K
+//   rows      [row tiles][k steps][T][2][16 rows][32 k]   bf16, zero past M and K, or where they lie
 //   weights   [k steps][T][16 k pairs][kPanel][2]         bf16, one K block of one panel
 //
 // The weights are a class of the op that includes this:
@@ -37,10 +37,11 @@ inline int terms_of(DType dtype) { return dtype == DType::bf16 ? 1 : dtype == DT
 
 struct TileProblem : Problem {
   const int terms;
-  const bool in_place;  // the terms of weights lie ready
+  const bool in_place;       // the terms of weights lie ready
+  const bool rows_in_place;  // those of rows do; the last tile of them begins earlier than after the one before
 
   TileProblem(const Step& s, int own_ints, int terms_, bool in_place_)
-      : Problem(s, own_ints), terms(terms_), in_place(in_place_) {}
+      : Problem(s, own_ints), terms(terms_), in_place(in_place_), rows_in_place(in_place && are_terms()) {}
 
   int64_t steps() const { return ceil_div(K, kTileK); }
   int64_t row_tiles() const { return ceil_div(M, kTileHeight); }
@@ -48,6 +49,30 @@ struct TileProblem : Problem {
   int64_t tile_bytes() const { return steps() * terms * kTermBytes; }
   // One byte a row behind the prepared rows: whether the FMA kernels have to take it.
   char* lone(char* shared) const { return shared + row_tiles() * tile_bytes(); }
+
+ private:
+  // A multiple of a page apart, rows of a tile would share lines of L1.
+  bool are_terms() const {
+    const bool fit = K % kTileK == 0 && M >= kTileHeight && x.stride[0] * 2 % kPage != 0;
+    return terms == 1 && x.dtype == DType::bf16 && norm == kNormNone && fit;
+  }
+};
+
+// The rows of a tile that a product has to do with, and where they lie.
+struct TileRows {
+  int64_t row0, rows, before;  // `before`: rows of the product in front of them, which are another tile's
+  const char* at;              // from step 0 on
+  int64_t stride, step_bytes;  // from row to row, from step to step
+  bool halves;                 // the product has 32 rows, else 16
+
+  TileRows(const TileProblem& p, int64_t tile, const char* prepared)
+      : row0(tile * kTileHeight), rows(min64(kTileHeight, p.M - row0)), halves(rows > kTileRows) {
+    const int64_t height = halves ? kTileHeight : kTileRows;
+    before = p.rows_in_place ? height - rows : 0;
+    at = p.rows_in_place ? p.x.data + (row0 - before) * p.x.stride[0] * 2 : prepared + tile * p.tile_bytes();
+    stride = p.rows_in_place ? p.x.stride[0] * 2 : kTileBytes;
+    step_bytes = p.rows_in_place ? kTileBytes : p.terms * kTermBytes;
+  }
 };
 
 // Weights that have to be split stay in L2 as terms, for all rows of the product. Others go through L1, panel by panel,
@@ -123,7 +148,7 @@ void prepare_terms(const TileProblem& p, int64_t chunk, char* shared) {
   for (int r = 0; r < kPreparedRows; ++r) lone[r] = !finite[r].all();
 }
 
-// Rows that are bf16 already are moved as they are, whole steps of them.
+// Rows that are bf16 already are moved as they are, whole steps of them, where they cannot stay.
 void move_rows(const TileProblem& p, int64_t chunk, char* shared) {
   const int64_t row0 = chunk * kPreparedRows;
   const int64_t rows = max64(0, min64(kPreparedRows, p.M - row0));
@@ -141,7 +166,10 @@ void move_rows(const TileProblem& p, int64_t chunk, char* shared) {
   for (int64_t r = 0; r < kPreparedRows; ++r) p.lone(shared)[row0 + r] = !finite[r].all();
 }
 
+inline int tile_phases(const TileProblem& p) { return p.rows_in_place ? 1 : 2; }
+
 inline size_t tile_workspace(const TileProblem& p) {
+  if (p.rows_in_place) return 0;
   return static_cast<size_t>(p.row_tiles() * p.tile_bytes() + p.padded_rows());
 }
 
@@ -168,7 +196,8 @@ using TermEpilogue = TileEpilogue<TermSums>;
 // ---- products
 
 struct TermArgs {
-  const char* a;  // [steps][T][2][16][64 bytes]
+  const char* a;  // [steps][T][2][16][64 bytes], or one term with rows and steps so many bytes apart
+  int64_t a_row, a_step;
   const char* b;  // [steps][T][16][128 bytes]
   int64_t steps;
   const char* ahead;  // weights wanted next: so many lines of 64 bytes in a step
@@ -176,7 +205,7 @@ struct TermArgs {
   float* sums;  // [32][kPanel]
   bool accumulate;
   TermEpilogue* before;  // of the product before
-  Pace pace;
+  Pace pace{0};
 };
 
 // kHalves: 2 for a whole row tile, 1 when it has no more than 16 rows.
@@ -198,11 +227,12 @@ void term_tile(const TermArgs& args) {
     _tile_zero(3);
   }
   const char *a = args.a, *b = args.b, *ahead = args.ahead;
+  const int64_t a_row = args.a_row, a_step = kTerms == 1 ? args.a_step : kTerms * kTermBytes;
   // Rows that pass over a panel in L1 leave that there.
   auto rows = [&](int term) __attribute__((always_inline)) {
     if (kTerms == 1) {
-      _tile_stream_loadd(4, a, kTileBytes);
-      if (kHalves == 2) _tile_stream_loadd(5, a + kTile, kTileBytes);
+      _tile_stream_loadd(4, a, a_row);
+      if (kHalves == 2) _tile_stream_loadd(5, a + kTileRows * a_row, a_row);
       return;
     }
     _tile_loadd(4, a + term * kTermBytes, kTileBytes);
@@ -221,7 +251,7 @@ void term_tile(const TermArgs& args) {
     }
   };
   int64_t until = kStepsBefore + 1;
-  for (int64_t step = args.steps; step > 0; --step, a += kTerms * kTermBytes, b += kTerms * kTermBytes) {
+  for (int64_t step = args.steps; step > 0; --step, a += a_step, b += kTerms * kTermBytes) {
     for (int64_t line = args.ahead_lines; line > 0; --line, ahead += 64) __builtin_prefetch(ahead, 0, 2);
     // An order in which neighbours share a side, so that each product loads one. Six products take long enough to bring
     // the operands of the next step to L1 meanwhile.
@@ -257,8 +287,8 @@ void term_tile(const TermArgs& args) {
 
 using TermFunction = void (*)(const TermArgs&);
 
-inline TermFunction term_function(int terms, int64_t rows) {
-  if (rows <= kTileRows) return terms == 1 ? term_tile<1, 1> : terms == 2 ? term_tile<2, 1> : term_tile<3, 1>;
+inline TermFunction term_function(int terms, bool halves) {
+  if (!halves) return terms == 1 ? term_tile<1, 1> : terms == 2 ? term_tile<2, 1> : term_tile<3, 1>;
   return terms == 1 ? term_tile<1, 2> : terms == 2 ? term_tile<2, 2> : term_tile<3, 2>;
 }
 
@@ -273,7 +303,7 @@ void run_tiles(const TileProblem& p, const Weights& weights, const TileSchedule&
   TermEpilogue epilogue(p);
   // A product is done but for its epilogue.
   auto finish = [&](int64_t panel, int64_t row0, int64_t rows, bool finite, float* sums) {
-    for (int64_t r = 0; r < rows; ++r)
+    for (int64_t r = 0; r < rows && !p.rows_in_place; ++r)
       if (!finite || lone[row0 + r]) weights.lone_row(panel, row0 + r, sums + r * kPanel, lone_x);
     epilogue.begin(PanelOutputs(p, panel, row0), rows, {sums, vset(p.alpha)});
   };
@@ -292,19 +322,20 @@ void run_tiles(const TileProblem& p, const Weights& weights, const TileSchedule&
       before_tile_loads();
       const int64_t wanted0 = weights.bytes * (last ? 0 : step1) / p.steps();
       const int64_t wanted = weights.bytes * min64(s.k_block, last ? p.steps() : p.steps() - step1) / p.steps();
-      TermArgs args{nullptr, nullptr,   steps,     nullptr,    ceil_div(wanted, 64 * steps * tiles),
-                    nullptr, step0 > 0, &epilogue, Pace(steps)};
+      TermArgs args{};
+      args.steps = steps, args.ahead_lines = ceil_div(wanted, 64 * steps * tiles), args.accumulate = step0 > 0;
+      args.before = &epilogue, args.pace = Pace(steps);
       for (int64_t tile = c.tile0; tile < c.tile1; ++tile) {
-        const int64_t row0 = tile * kTileHeight, rows = min64(kTileHeight, p.M - row0);
-        args.a = scratch.shared + tile * p.tile_bytes() + step0 * p.terms * kTermBytes;
+        const TileRows rows(p, tile, scratch.shared);
+        args.a = rows.at + step0 * rows.step_bytes, args.a_row = rows.stride, args.a_step = rows.step_bytes;
         for (int64_t i = 0; i < panels; ++i) {
           const int64_t slot = s.k_blocks == 1 ? ++turn % 2 : (tile - c.tile0) * panels + i;
           args.sums = waiting + slot * kTileProduct;
           args.b = terms[i];
           args.ahead = weights.packed((last ? following : panel0) + i) + wanted0 +
                        (tile - c.tile0) * steps * args.ahead_lines * 64;
-          term_function(p.terms, rows)(args);
-          if (last) finish(panel0 + i, row0, rows, finite[i], args.sums);
+          term_function(p.terms, rows.halves)(args);
+          if (last) finish(panel0 + i, rows.row0, rows.rows, finite[i], args.sums + rows.before * kPanel);
         }
       }
     }

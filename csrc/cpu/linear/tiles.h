@@ -106,12 +106,14 @@ void FloatWeights::lone_row(int64_t panel, int64_t m, float* sums, float* x) con
   }
 }
 
-int tier_phases(const Step& s, int threads) { return runs_on_tiles(Problem(s)) ? 2 : linear_phases(s, threads); }
+int tier_phases(const Step& s, int threads) {
+  return runs_on_tiles(Problem(s)) ? tile_phases(tile_problem(s)) : linear_phases(s, threads);
+}
 
 int64_t tier_chunks(const Step& s, int phase, int threads) {
   if (!runs_on_tiles(Problem(s))) return linear_chunks(s, phase, threads);
   const TileProblem p = tile_problem(s);
-  return phase == 0 ? tile_prepare_chunks(p) : TileSchedule(p, threads).chunks();
+  return phase + 1 < tile_phases(p) ? tile_prepare_chunks(p) : TileSchedule(p, threads).chunks();
 }
 
 size_t tier_workspace(const Step& s, int threads) {
@@ -121,7 +123,7 @@ size_t tier_workspace(const Step& s, int threads) {
 void tier_run(const Step& s, int phase, int64_t chunk, int threads, const Scratch& scratch) {
   if (!runs_on_tiles(Problem(s))) return linear_run(s, phase, chunk, threads, scratch);
   const TileProblem p = tile_problem(s);
-  if (phase == 0) return prepare_tile_rows(p, chunk, scratch.shared);
+  if (phase + 1 < tile_phases(p)) return prepare_tile_rows(p, chunk, scratch.shared);
   run_tiles(p, FloatWeights(p), TileSchedule(p, threads), chunk, threads, scratch);
 }
 
