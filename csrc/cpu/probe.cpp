@@ -10,8 +10,8 @@
 //              of 16-bit words with exact sums, in tiers that do two of them where FMA does one.
 // probe_tile_bf16, probe_tile_s8
 //              t: sink f32 [chunks].  i: iterations.  kTileSums products of two tile registers of ones per iteration
-//              and chunk: 16 * 16 * 32 * 2 flops each in bf16, 16 * 16 * 64 * 2 operations in s8. Only in tiers with
-//              tiles.
+//              and chunk: 16 * 16 * 32 * 2 flops each in bf16, 16 * 16 * 64 * 2 operations in s8; their operands are
+//              loaded from L1, as those of any product are that has other numbers. Only in tiers with tiles.
 // probe_read   t: buffer u8 [bytes], sink f32 [chunks].  Reads the buffer once, each chunk as four streams. The buffer
 //              must hold floats without denormals and NaNs (zeros do), which cost time of their own.
 #include "cpu/family.h"
@@ -82,18 +82,22 @@ constexpr int kTileSums = 4;
 // Four sums of two by two operands, as the GEMMs use the registers. The sink gets the first element of the first sum.
 template <class First, class Multiply>
 void tile_run(const Step& s, int64_t chunk, const Scratch& scratch, int16_t one, First first, Multiply multiply) {
+  constexpr int kTile = kTileRows * kTileBytes;
   auto* ones = reinterpret_cast<int16_t*>(scratch.local);
-  for (int i = 0; i < kTileRows * kTileBytes / 2; ++i) ones[i] = one;
+  for (int i = 0; i < 4 * kTile / 2; ++i) ones[i] = one;
   const TileScope scope;
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
   _tile_zero(3);
-  _tile_loadd(4, ones, kTileBytes);
-  _tile_loadd(5, ones, kTileBytes);
-  _tile_loadd(6, ones, kTileBytes);
-  _tile_loadd(7, ones, kTileBytes);
-  for (int64_t n = s.i[0]; n > 0; --n) multiply();
+  for (int64_t n = s.i[0]; n > 0; --n) {
+    before_tile_loads();
+    _tile_loadd(4, scratch.local, kTileBytes);
+    _tile_loadd(5, scratch.local + kTile, kTileBytes);
+    _tile_loadd(6, scratch.local + 2 * kTile, kTileBytes);
+    _tile_loadd(7, scratch.local + 3 * kTile, kTileBytes);
+    multiply();
+  }
   _tile_stored(0, scratch.local, kTileBytes);
   *sink(s, chunk) = first(scratch.local);
 }
