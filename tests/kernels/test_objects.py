@@ -192,6 +192,24 @@ def test_hot_loops_keep_their_sums_in_registers(objects, tier):
             assert not spills, f"{name}: {spills}"
 
 
+@pytest.mark.skipif("amx" not in isa_rows(), reason="this build has no tier with tiles")
+def test_tile_loops_keep_their_sums_in_registers(objects):
+    """Between the steps of a product an epilogue is called: its state must not cross the loop in vectors."""
+    functions = {
+        name: code
+        for family, kernel in (("linear", "term_tile"), ("linear_quantized", "code_tile"))
+        for name, code in disassemble(objects[family, "amx"]).items()
+        if f"::{kernel}<" in name
+    }
+    assert len(functions) >= 10
+    for name, code in functions.items():
+        hot = [loop for loop in inner_loops(code) if sum("tdp" in text for text in loop) >= 2]
+        assert hot, f"no multiplying loop found in {name}"
+        for loop in hot:
+            wrong = [t for t in loop if re.search("%[xyz]mm", t) or "tilestored" in t]
+            assert not wrong, f"{name}: {wrong}"
+
+
 @pytest.mark.parametrize("tier", [t for t in isa_rows() if t != "scalar"])
 def test_integer_loops_keep_their_sums_in_registers(objects, tier):
     """The same for codes: no vector goes to the stack between the products of a group."""
