@@ -60,11 +60,12 @@ def test_a_row_that_is_not_finite_stays_alone(tier):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_cuts_of_rows_give_the_same_bits(tier, dtype):
-    """From 128 rows a thread on, each has its own."""
-    problem = case(300, 200, 672, dtype)
-    want = problem.run(tier, 1)
-    for threads in (2, 3, 5):
-        assert torch.equal(problem.run(tier, threads), want)
+    """A block of rows for all, one a thread, and several a thread, because more of them than stay in a cache."""
+    for m, n, k in ((300, 200, 672), (700, 64, 1344)):
+        problem = case(m, n, k, dtype)
+        want = problem.run(tier, 1)
+        for threads in (2, 3, 5):
+            assert torch.equal(problem.run(tier, threads), want)
 
 
 @pytest.mark.parametrize("at_end", [False, True])

@@ -5,7 +5,8 @@
 // the products of T terms with T terms those whose places add up to less than T are taken: 1, 3 or 6. What is left out
 // is below 2^-24 of |x| * |w| in f32, no more than a rounding of the product (Henry, Tang, Heinecke: Leveraging the
 // bfloat16 Artificial Intelligence Datatype For Higher-Precision Computations, 2019). Terms of an infinity would be
-// NaN: rows and panels that hold one or a NaN are left to the weights' own way.
+// NaN: prepared rows that hold one or a NaN, and panels of several terms, are left to the weights' own way. In rows
+// where they lie an infinity is multiplied as it is; times a denormal weight, which counts as zero, it is NaN.
 //
 //   rows      [row tiles][k steps][T][2][16 rows][32 k]   bf16, zero past M and K, or where they lie
 //   weights   [k steps][T][16 k pairs][kPanel][2]         bf16, one K block of one panel
@@ -41,21 +42,20 @@ struct TileProblem : Problem {
   const bool rows_in_place;  // those of rows do; the last tile of them begins earlier than after the one before
 
   TileProblem(const Step& s, int own_ints, int terms_, bool in_place_)
-      : Problem(s, own_ints), terms(terms_), in_place(in_place_), rows_in_place(in_place && are_terms()) {}
+      : Problem(s, own_ints), terms(terms_), in_place(in_place_), rows_in_place(in_place && may_stay()) {}
 
   int64_t steps() const { return ceil_div(K, kTileK); }
   int64_t row_tiles() const { return ceil_div(M, kTileHeight); }
   int64_t padded_rows() const { return row_tiles() * kTileHeight; }
   int64_t tile_bytes() const { return steps() * terms * kTermBytes; }
+  // Rows are terms as they are, in whole steps.
+  bool are_terms() const { return terms == 1 && x.dtype == DType::bf16 && norm == kNormNone && K % kTileK == 0; }
   // One byte a row behind the prepared rows: whether the FMA kernels have to take it.
   char* lone(char* shared) const { return shared + row_tiles() * tile_bytes(); }
 
  private:
   // A multiple of a page apart, rows of a tile would share lines of L1.
-  bool are_terms() const {
-    const bool fit = K % kTileK == 0 && M >= kTileHeight && x.stride[0] * 2 % kPage != 0;
-    return terms == 1 && x.dtype == DType::bf16 && norm == kNormNone && fit;
-  }
+  bool may_stay() const { return are_terms() && M >= kTileHeight && x.stride[0] * 2 % kPage != 0; }
 };
 
 // The rows of a tile that a product has to do with, and where they lie.
@@ -95,22 +95,16 @@ struct TileSchedule : Cut {
     k_block = ceil_div(p.steps(), k_blocks);
     k_blocks = ceil_div(p.steps(), k_block);
     const int64_t most = k_blocks > 1 ? kSumBytes / (at_once * kTileProduct * 4) : tiles;  // whose sums wait
-    if (p.terms == 1) {
-      cut_own_rows(threads, min64(most, kTileL2 / p.tile_bytes()));
-      span = max64(1, panels * blocks / wanted);
-    } else {
-      span = at_once;
+    span = at_once;
+    if (p.terms > 1) {
       cut_rows(wanted, most);
+      return;
     }
-  }
-
- private:
-  // Rows of a chunk stay in the L2 of a thread that has a range of chunks.
-  void cut_own_rows(int threads, int64_t most_tiles) {
-    const int64_t each = ceil_div(ceil_div(tiles, max64(1, most_tiles)), threads);
-    blocks = tiles * kTileHeight < kThreadRows * threads ? ceil_div(tiles, max64(1, most_tiles)) : each * threads;
-    tiles_per_block = ceil_div(tiles, blocks);
-    blocks = ceil_div(tiles, tiles_per_block);
+    // As many blocks of rows for each thread as make them stay in its L2, whose share of chunks they are.
+    const int64_t fit = max64(1, min64(most, kTileL2 / p.tile_bytes()));
+    const bool own = p.M >= kThreadRows * threads;
+    cut_rows(wanted, fit, own ? ceil_div(ceil_div(tiles, fit), threads) * threads : 1);
+    span = max64(1, panels * blocks / wanted);
   }
 };
 
@@ -174,8 +168,7 @@ inline size_t tile_workspace(const TileProblem& p) {
 }
 
 inline void prepare_tile_rows(const TileProblem& p, int64_t chunk, char* shared) {
-  if (p.terms == 1 && p.x.dtype == DType::bf16 && p.norm == kNormNone && p.K % kTileK == 0)
-    return move_rows(p, chunk, shared);
+  if (p.are_terms()) return move_rows(p, chunk, shared);
   (p.terms == 1 ? prepare_terms<1> : p.terms == 2 ? prepare_terms<2> : prepare_terms<3>)(p, chunk, shared);
 }
 

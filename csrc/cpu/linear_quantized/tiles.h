@@ -13,7 +13,10 @@ inline Tiles tiles_of(const CodeTiles& p) {
 }
 
 int tier_phases(const Step& s, int threads) {
-  return tiles_of(CodeTiles(s)) == Tiles::none ? linear_phases(s, threads) : 2;
+  const CodeTiles p(s);
+  const Tiles tiles = tiles_of(p);
+  if (tiles == Tiles::none) return linear_phases(s, threads);
+  return tiles == Tiles::terms ? tile_phases(term_problem(s, p)) : 2;
 }
 
 int64_t tier_chunks(const Step& s, int phase, int threads) {
@@ -27,7 +30,7 @@ int64_t tier_chunks(const Step& s, int phase, int threads) {
       break;
   }
   const TileProblem t = term_problem(s, p);
-  return phase == 0 ? tile_prepare_chunks(t) : TileSchedule(t, threads).chunks();
+  return phase + 1 < tile_phases(t) ? tile_prepare_chunks(t) : TileSchedule(t, threads).chunks();
 }
 
 size_t tier_workspace(const Step& s, int threads) {
@@ -55,7 +58,7 @@ void tier_run(const Step& s, int phase, int64_t chunk, int threads, const Scratc
       break;
   }
   const TileProblem t = term_problem(s, p);
-  if (phase == 0) return prepare_tile_rows(t, chunk, scratch.shared);
+  if (phase + 1 < tile_phases(t)) return prepare_tile_rows(t, chunk, scratch.shared);
   run_tiles(t, CodeWeights(p, t.terms), TileSchedule(t, threads), chunk, threads, scratch);
 }
 
