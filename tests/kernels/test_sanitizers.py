@@ -87,4 +87,6 @@ def test_kernels_under_sanitizers(form: str, share: int, least: int):
     assert passed, output[-2000:]
     assert int(passed[1]) >= least, "the sample has become too small to mean anything"
     covered = output.splitlines()[-1].removeprefix("passed in: ").split()
-    assert covered == [f.name for f in files], "a family has no test in the sample"
+    # Where there are tiles nothing is multiplied as words.
+    wanted = [f.name for f in files if tiers != ["amx"] or not f.stem.endswith("_words")]
+    assert covered == wanted, "a family has no test in the sample"
