@@ -192,7 +192,6 @@ def test_hot_loops_keep_their_sums_in_registers(objects, tier):
             assert not spills, f"{name}: {spills}"
 
 
-@pytest.mark.skipif("amx" not in isa_rows(), reason="this build has no tier with tiles")
 def test_tile_loops_keep_their_sums_in_registers(objects):
     """Between the steps of a product an epilogue is called: its state must not cross the loop in vectors."""
     functions = {
