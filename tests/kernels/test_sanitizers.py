@@ -2,7 +2,8 @@
 
 Builds csrc at -O0, which optimises no access away, into build/sanitize, which is kept, and runs a sample of
 the tests of every family in one process: what they find is reads past a tail, scratch misuse, shifts,
-overflows. The suite takes the best tier of this machine, beside tiles the best without, and a small sample; --slow adds avx2 and a larger one.
+overflows. The suite takes the best tier of this machine, beside tiles the best without, and a small sample; --slow adds
+avx2 and a larger one.
 """
 
 from __future__ import annotations
