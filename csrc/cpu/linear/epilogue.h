@@ -113,15 +113,23 @@ inline __attribute__((always_inline)) void finish_rows(const PanelOutputs& o, in
   while (m < rows) some(Constant<1>{});
 }
 
+// What the sums of a tile become: the `sum` of finish_rows.
+struct TileSums {
+  const float* at;  // [rows][kPanel]
+  Vec alpha;
+
+  inline __attribute__((always_inline)) Vec operator()(int m, int v, Vec bias) const {
+    return vfma(vload(at + m * kPanel + v * kLanes), alpha, bias);
+  }
+  void advance(int64_t rows) { at += rows * kPanel; }
+};
+
 // sums: [rows][kPanel].
 void finish_tile(const Problem& p, int64_t panel, int64_t row0, int rows, const float* sums) {
   const PanelOutputs outputs(p, panel, row0);
-  const Vec alpha = vset(p.alpha);
+  const TileSums sum{sums, vset(p.alpha)};
   with_activation_and_dtype(p.act, p.y.dtype, [&](auto act, auto out) {
-    constexpr DType kOut = static_cast<DType>(decltype(out)::value);
-    finish_rows<decltype(act)::value, kOut>(outputs, rows, [=](int m, int v, Vec bias) __attribute__((always_inline)) {
-      return vfma(vload(sums + m * kPanel + v * kLanes), alpha, bias);
-    });
+    finish_rows<decltype(act)::value, static_cast<DType>(decltype(out)::value)>(outputs, rows, sum);
   });
 }
 

@@ -63,11 +63,11 @@ struct TileRows {
   int64_t row0, rows, before;  // `before`: rows of the product in front of them, which are another tile's
   const char* at;              // from step 0 on
   int64_t stride, step_bytes;  // from row to row, from step to step
-  bool halves;                 // the product has 32 rows, else 16
+  bool both_halves;            // the product has 32 rows, else 16
 
   TileRows(const TileProblem& p, int64_t tile, const char* prepared)
-      : row0(tile * kTileHeight), rows(min64(kTileHeight, p.M - row0)), halves(rows > kTileRows) {
-    const int64_t height = halves ? kTileHeight : kTileRows;
+      : row0(tile * kTileHeight), rows(min64(kTileHeight, p.M - row0)), both_halves(rows > kTileRows) {
+    const int64_t height = both_halves ? kTileHeight : kTileRows;
     before = p.rows_in_place ? height - rows : 0;
     at = p.rows_in_place ? p.x.data + (row0 - before) * p.x.stride[0] * 2 : prepared + tile * p.tile_bytes();
     stride = p.rows_in_place ? p.x.stride[0] * 2 : kTileBytes;
@@ -75,37 +75,41 @@ struct TileRows {
   }
 };
 
-// Weights that have to be split stay in L2 as terms, for all rows of the product. Others go through L1, panel by panel,
-// once for every so many rows as stay in L2.
+// Weights of several terms stay in L2, those of all panels of a chunk together, while all rows pass. Those of one go
+// through L1, panel by panel, once for every so many rows as stay in L2.
 struct TileSchedule : Cut {
-  int64_t at_once;            // panels that pass over a row tile together
   int64_t k_block, k_blocks;  // in steps
 
   TileSchedule(const TileProblem& p, int threads) {
     panels = p.panels(), tiles = p.row_tiles();
-    span = at_once = blocks = 1, tiles_per_block = tiles;
-    k_block = p.steps(), k_blocks = 1;
+    span = blocks = k_blocks = 1, tiles_per_block = tiles, k_block = p.steps();
     if (panels == 0 || tiles == 0) return;
     const int64_t wanted = kChunksPerThread * threads;
-    // Rows that do not stay in L2 pass by once for all panels of a chunk: then chunks are cut between rows instead.
-    const bool rows_stay = tiles * p.tile_bytes() <= kTileL2;
-    if (p.terms > 1) at_once = max64(1, min64(kTileSpan, panels / (rows_stay ? wanted : int64_t{threads})));
-    const int64_t room = p.terms == 1 ? kTileL1 : kTileWeights;
-    k_blocks = ceil_div(p.steps(), max64(1, room / (p.terms * kTermBytes * at_once)));
-    k_block = ceil_div(p.steps(), k_blocks);
-    k_blocks = ceil_div(p.steps(), k_block);
-    const int64_t most = k_blocks > 1 ? kSumBytes / (at_once * kTileProduct * 4) : tiles;  // whose sums wait
-    span = at_once;
     if (p.terms > 1) {
-      cut_rows(wanted, most);
+      // Rows that do not stay in L2 pass by once for all panels of a chunk: then chunks are cut between rows instead.
+      const bool rows_stay = tiles * p.tile_bytes() <= kTileL2;
+      span = max64(1, min64(kTileSpan, panels / (rows_stay ? wanted : int64_t{threads})));
+      cut_k(p, kTileWeights / span);
+      cut_rows(wanted, most_tiles());
       return;
     }
+    cut_k(p, kTileL1);
     // As many blocks of rows for each thread as make them stay in its L2, whose share of chunks they are.
-    const int64_t fit = max64(1, min64(most, kTileL2 / p.tile_bytes()));
+    const int64_t fit = max64(1, min64(most_tiles(), kTileL2 / p.tile_bytes()));
     const bool own = p.M >= kThreadRows * threads;
     cut_rows(wanted, fit, own ? ceil_div(ceil_div(tiles, fit), threads) * threads : 1);
     span = max64(1, panels * blocks / wanted);
   }
+
+ private:
+  // room: bytes for the terms of a panel.
+  void cut_k(const TileProblem& p, int64_t room) {
+    k_blocks = ceil_div(p.steps(), max64(1, room / (p.terms * kTermBytes)));
+    k_block = ceil_div(p.steps(), k_blocks);
+    k_blocks = ceil_div(p.steps(), k_block);
+  }
+  // Whose sums wait, for `span` panels.
+  int64_t most_tiles() const { return k_blocks > 1 ? kSumBytes / (span * kTileProduct * 4) : tiles; }
 };
 
 // ---- rows
@@ -172,20 +176,6 @@ inline void prepare_tile_rows(const TileProblem& p, int64_t chunk, char* shared)
   (p.terms == 1 ? prepare_terms<1> : p.terms == 2 ? prepare_terms<2> : prepare_terms<3>)(p, chunk, shared);
 }
 
-// ---- epilogues
-
-struct TermSums {
-  const float* at;  // [rows][kPanel]
-  Vec alpha;
-
-  inline __attribute__((always_inline)) Vec operator()(int m, int v, Vec bias) const {
-    return vfma(vload(at + m * kPanel + v * kLanes), alpha, bias);
-  }
-  void advance(int64_t rows) { at += rows * kPanel; }
-};
-
-using TermEpilogue = TileEpilogue<TermSums>;
-
 // ---- products
 
 struct TermArgs {
@@ -197,7 +187,7 @@ struct TermArgs {
   int64_t ahead_lines;
   float* sums;  // [32][kPanel]
   bool accumulate;
-  TermEpilogue* before;  // of the product before
+  TileEpilogue<TileSums>* before;  // of the product before
   Pace pace{0};
 };
 
@@ -280,8 +270,8 @@ void term_tile(const TermArgs& args) {
 
 using TermFunction = void (*)(const TermArgs&);
 
-inline TermFunction term_function(int terms, bool halves) {
-  if (!halves) return terms == 1 ? term_tile<1, 1> : terms == 2 ? term_tile<2, 1> : term_tile<3, 1>;
+inline TermFunction term_function(int terms, bool both_halves) {
+  if (!both_halves) return terms == 1 ? term_tile<1, 1> : terms == 2 ? term_tile<2, 1> : term_tile<3, 1>;
   return terms == 1 ? term_tile<1, 2> : terms == 2 ? term_tile<2, 2> : term_tile<3, 2>;
 }
 
@@ -293,7 +283,7 @@ void run_tiles(const TileProblem& p, const Weights& weights, const TileSchedule&
   const char* lone = p.lone(scratch.shared);
   float *waiting = reinterpret_cast<float*>(scratch.local), *lone_x = waiting + kSumBytes / 4;
   char* memory = scratch.local + kSumBytes + kLoneK * 4;
-  TermEpilogue epilogue(p);
+  TileEpilogue<TileSums> epilogue(p);
   // A product is done but for its epilogue.
   auto finish = [&](int64_t panel, int64_t row0, int64_t rows, bool finite, float* sums) {
     for (int64_t r = 0; r < rows && !p.rows_in_place; ++r)
@@ -302,8 +292,9 @@ void run_tiles(const TileProblem& p, const Weights& weights, const TileSchedule&
   };
   int64_t turn = 0;
   const TileScope scope;
-  for (int64_t panel0 = c.panel0; panel0 < c.panel1; panel0 += s.at_once) {
-    const int64_t panels = min64(s.at_once, c.panel1 - panel0);
+  const int64_t at_once = p.terms == 1 ? 1 : s.span;  // panels that pass over a row tile together
+  for (int64_t panel0 = c.panel0; panel0 < c.panel1; panel0 += at_once) {
+    const int64_t panels = min64(at_once, c.panel1 - panel0);
     const int64_t following = panel0 + panels < c.panel1 ? panel0 + panels : next_panel;
     const char* terms[kTileSpan];
     bool finite[kTileSpan] = {true, true, true, true, true, true};
@@ -327,7 +318,7 @@ void run_tiles(const TileProblem& p, const Weights& weights, const TileSchedule&
           args.b = terms[i];
           args.ahead = weights.packed((last ? following : panel0) + i) + wanted0 +
                        (tile - c.tile0) * steps * args.ahead_lines * 64;
-          term_function(p.terms, rows.halves)(args);
+          term_function(p.terms, rows.both_halves)(args);
           if (last) finish(panel0 + i, rows.row0, rows.rows, finite[i], args.sums + rows.before * kPanel);
         }
       }
