@@ -60,12 +60,31 @@ def test_a_row_that_is_not_finite_stays_alone(tier):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_cuts_of_rows_give_the_same_bits(tier, dtype):
-    """A block of rows for all, one a thread, and several a thread, because more of them than stay in a cache."""
-    for m, n, k in ((300, 200, 672), (700, 64, 1344)):
+    """A block of rows for all, one a thread, and several a thread; K in parts, because no more of it stays in a cache."""
+    for m, n, k in ((300, 200, 672), (700, 64, 1344), (400, 450, 2080)):
         problem = case(m, n, k, dtype)
         want = problem.run(tier, 1)
+        assert_close(want, problem.reference())
         for threads in (2, 3, 5):
             assert torch.equal(problem.run(tier, threads), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("k", [0, 1000, 2079])
+def test_what_is_not_finite_in_one_part_of_k_counts_in_all(tier, dtype, k):
+    problem = case(400, 450, 2080, dtype)
+    want = problem.run(tier, 2)
+    problem.x[70, k] = float("inf")
+    got = problem.run(tier, 2)
+    others = torch.arange(400) != 70
+    assert torch.equal(got[others], want[others])
+    assert got[70].isinf().all()
+    problem.x[70, k] = 1.0
+    problem.w[300, k] = float("-inf")
+    got = problem.run(tier, 2)
+    others = torch.arange(450) != 300
+    assert got[:, 300].isinf().all()
+    assert_close(got[:, others], problem.reference()[:, others])
 
 
 @pytest.mark.parametrize("at_end", [False, True])

@@ -24,16 +24,20 @@ namespace {
 
 constexpr int64_t kTileK = 32;                          // k of one step
 constexpr int64_t kTermBytes = kTileK * kPanel * 2;     // of one step, rows and weights alike
-constexpr int64_t kTileWeights = 480 << 10;             // bytes of weight terms that stay in L2
-constexpr int64_t kTileSpan = 6;                        // panels of such weights that pass over a row tile together
 constexpr int64_t kTileL1 = 40 << 10;                   // bytes of a panel that stay in L1 while row tiles pass
-constexpr int64_t kTileL2 = 900 << 10;                  // bytes of row tiles that stay in L2
+constexpr int64_t kTileL2 = 900 << 10;                  // bytes of row tiles that stay in L2 while panels pass
+constexpr int64_t kTileL2Sums = 640 << 10;              // beside sums that wait there
+constexpr int64_t kTilesAtOnce = 12;                    // of a chunk, unless more stay in L2 with all their k
+constexpr int64_t kPanelsAtOnce = 12;                   // of a chunk whose rows come once for each part of K, or more
 constexpr int64_t kPreparedRows = 8;                    // of a chunk
 constexpr int64_t kTileProduct = kTileHeight * kPanel;  // sums of a product
 constexpr int64_t kLoneK = 4096;                        // of a row that goes to the FMA kernels
 static_assert(kTileHeight == kPanel && kTermBytes == 2 * kTileRows * kTileBytes);
-static_assert(kSumBytes + kTileWeights + kLoneK * 4 <= int64_t(kLocalBytes));
+static_assert(kTilesAtOnce * kPanelsAtOnce * kTileProduct * 4 <= kTileL2Sums);
+static_assert(kTileL2Sums + kTileL1 + kLoneK * 4 <= int64_t(kLocalBytes));
 
+// Of the terms of numbers, that are multiplied.
+constexpr int products_of(int terms) { return terms * (terms + 1) / 2; }
 inline int terms_of(DType dtype) { return dtype == DType::bf16 ? 1 : dtype == DType::f16 ? 2 : 3; }
 
 struct TileProblem : Problem {
@@ -75,41 +79,30 @@ struct TileRows {
   }
 };
 
-// Weights of several terms stay in L2, those of all panels of a chunk together, while all rows pass. Those of one go
-// through L1, panel by panel, once for every so many rows as stay in L2.
+// The rows of a chunk stay in L2, part by part of K; meanwhile its panels go through L1, block by block of such a part.
 struct TileSchedule : Cut {
-  int64_t k_block, k_blocks;  // in steps
+  int64_t k_part, k_block;  // in steps
+  bool sums_wait;           // those of all panels of a chunk, from part to part
 
   TileSchedule(const TileProblem& p, int threads) {
     panels = p.panels(), tiles = p.row_tiles();
-    span = blocks = k_blocks = 1, tiles_per_block = tiles, k_block = p.steps();
+    span = blocks = 1, tiles_per_block = tiles, k_part = k_block = p.steps(), sums_wait = false;
     if (panels == 0 || tiles == 0) return;
-    const int64_t wanted = kChunksPerThread * threads;
-    if (p.terms > 1) {
-      // Rows that do not stay in L2 pass by once for all panels of a chunk: then chunks are cut between rows instead.
-      const bool rows_stay = tiles * p.tile_bytes() <= kTileL2;
-      span = max64(1, min64(kTileSpan, panels / (rows_stay ? wanted : int64_t{threads})));
-      cut_k(p, kTileWeights / span);
-      cut_rows(wanted, most_tiles());
-      return;
-    }
-    cut_k(p, kTileL1);
-    // As many blocks of rows for each thread as make them stay in its L2, whose share of chunks they are.
-    const int64_t fit = max64(1, min64(most_tiles(), kTileL2 / p.tile_bytes()));
+    const int64_t wanted = kChunksPerThread * threads, step_bytes = p.terms * kTermBytes;
+    // Rows in as many blocks for each thread as stay in its L2, whose share of chunks they are.
+    const int64_t fit = max64(kTilesAtOnce, kTileL2 / p.tile_bytes());
     const bool own = p.M >= kThreadRows * threads;
     cut_rows(wanted, fit, own ? ceil_div(ceil_div(tiles, fit), threads) * threads : 1);
+    k_part = even_steps(p.steps(), kTileL2 / (tiles_per_block * step_bytes));
+    k_block = even_steps(k_part, kTileL1 / step_bytes);
+    sums_wait = k_part < p.steps();
     span = max64(1, panels * blocks / wanted);
+    if (sums_wait) span = min64(max64(span, kPanelsAtOnce), kTileL2Sums / (tiles_per_block * kTileProduct * 4));
   }
+  bool one_block() const { return !sums_wait && k_block >= k_part; }
 
  private:
-  // room: bytes for the terms of a panel.
-  void cut_k(const TileProblem& p, int64_t room) {
-    k_blocks = ceil_div(p.steps(), max64(1, room / (p.terms * kTermBytes)));
-    k_block = ceil_div(p.steps(), k_blocks);
-    k_blocks = ceil_div(p.steps(), k_block);
-  }
-  // Whose sums wait, for `span` panels.
-  int64_t most_tiles() const { return k_blocks > 1 ? kSumBytes / (span * kTileProduct * 4) : tiles; }
+  static int64_t even_steps(int64_t steps, int64_t most) { return ceil_div(steps, ceil_div(steps, max64(1, most))); }
 };
 
 // ---- rows
@@ -194,7 +187,7 @@ struct TermArgs {
 // kHalves: 2 for a whole row tile, 1 when it has no more than 16 rows.
 template <int kTerms, int kHalves>
 void term_tile(const TermArgs& args) {
-  constexpr int kSumStride = kPanel * 4, kHalf = kTileRows * kSumStride, kTile = kTileRows * kTileBytes;
+  constexpr int kSumStride = kPanel * 4, kHalf = kTileRows * kSumStride;
   char* sums = reinterpret_cast<char*>(args.sums);
   if (args.accumulate) {
     _tile_loadd(0, sums, kSumStride);
@@ -210,21 +203,17 @@ void term_tile(const TermArgs& args) {
     _tile_zero(3);
   }
   const char *a = args.a, *b = args.b, *ahead = args.ahead;
-  const int64_t a_row = args.a_row, a_step = kTerms == 1 ? args.a_step : kTerms * kTermBytes;
+  const int64_t a_row = kTerms == 1 ? args.a_row : kTileBytes, a_step = kTerms == 1 ? args.a_step : kTerms * kTermBytes;
   // Rows that pass over a panel in L1 leave that there.
   auto rows = [&](int term) __attribute__((always_inline)) {
-    if (kTerms == 1) {
-      _tile_stream_loadd(4, a, a_row);
-      if (kHalves == 2) _tile_stream_loadd(5, a + kTileRows * a_row, a_row);
-      return;
-    }
-    _tile_loadd(4, a + term * kTermBytes, kTileBytes);
-    if (kHalves == 2) _tile_loadd(5, a + term * kTermBytes + kTile, kTileBytes);
+    _tile_stream_loadd(4, a + term * kTermBytes, a_row);
+    if (kHalves == 2) _tile_stream_loadd(5, a + term * kTermBytes + kTileRows * a_row, a_row);
   };
   auto weights = [&](int term) __attribute__((always_inline)) {
     _tile_loadd(6, b + term * kTermBytes, 2 * kTileBytes);
     _tile_loadd(7, b + term * kTermBytes + kTileBytes, 2 * kTileBytes);
   };
+  int64_t until = kProductsBefore + 1;
   auto multiply = [&]() __attribute__((always_inline)) {
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 4, 7);
@@ -232,32 +221,23 @@ void term_tile(const TermArgs& args) {
       _tile_dpbf16ps(2, 5, 6);
       _tile_dpbf16ps(3, 5, 7);
     }
-  };
-  int64_t until = kStepsBefore + 1;
-  for (int64_t step = args.steps; step > 0; --step, a += a_step, b += kTerms * kTermBytes) {
-    for (int64_t line = args.ahead_lines; line > 0; --line, ahead += 64) __builtin_prefetch(ahead, 0, 2);
-    // An order in which neighbours share a side, so that each product loads one. Six products take long enough to bring
-    // the operands of the next step to L1 meanwhile.
-    int64_t next = kTerms * kTermBytes;
-    auto fetch = [&]() __attribute__((always_inline)) {
-#pragma GCC unroll 16
-      for (int line = 0; line < (kTerms == 3 ? 16 : 0); ++line, next += 64) {
-        if (kHalves == 2 || next / kTile % 2 == 0) __builtin_prefetch(a + next);
-        __builtin_prefetch(b + next);
-      }
-    };
-    rows(0);
-    if (kTerms == 3) weights(2), multiply(), fetch();
-    if (kTerms >= 2) weights(1), multiply(), fetch();
-    weights(0), multiply(), fetch();
-    if (kTerms >= 2) rows(1), multiply(), fetch();
-    if (kTerms == 3) {
-      weights(1), multiply(), fetch();
-      rows(2), weights(0), multiply(), fetch();
-    }
-    if (--until > 0) continue;
+    if (--until > 0) return;
     until = args.pace.every;
     args.before->some(args.pace.rows);
+  };
+  for (int64_t step = args.steps; step > 0; --step, a += a_step, b += kTerms * kTermBytes) {
+    for (int64_t line = args.ahead_lines; line > 0; --line, ahead += 64) __builtin_prefetch(ahead, 0, 2);
+    keep_vectors_awake();
+    // An order in which neighbours share a side, so that most products load one.
+    rows(0);
+    if (kTerms == 3) weights(2), multiply();
+    if (kTerms >= 2) weights(1), multiply();
+    weights(0), multiply();
+    if (kTerms >= 2) rows(1), multiply();
+    if (kTerms == 3) {
+      weights(1), multiply();
+      rows(2), weights(0), multiply();
+    }
   }
   args.before->rest();
   _tile_stored(0, sums, kSumStride);
@@ -281,8 +261,8 @@ void run_tiles(const TileProblem& p, const Weights& weights, const TileSchedule&
   const Chunk c = s.chunk(chunk);
   const int64_t next_panel = s.next_panel(chunk, threads), tiles = c.tile1 - c.tile0;
   const char* lone = p.lone(scratch.shared);
-  float *waiting = reinterpret_cast<float*>(scratch.local), *lone_x = waiting + kSumBytes / 4;
-  char* memory = scratch.local + kSumBytes + kLoneK * 4;
+  float *waiting = reinterpret_cast<float*>(scratch.local), *lone_x = waiting + kTileL2Sums / 4;
+  char* memory = scratch.local + kTileL2Sums + kLoneK * 4;
   TileEpilogue<TileSums> epilogue(p);
   // A product is done but for its epilogue.
   auto finish = [&](int64_t panel, int64_t row0, int64_t rows, bool finite, float* sums) {
@@ -292,38 +272,40 @@ void run_tiles(const TileProblem& p, const Weights& weights, const TileSchedule&
   };
   int64_t turn = 0;
   const TileScope scope;
-  const int64_t at_once = p.terms == 1 ? 1 : s.span;  // panels that pass over a row tile together
-  for (int64_t panel0 = c.panel0; panel0 < c.panel1; panel0 += at_once) {
-    const int64_t panels = min64(at_once, c.panel1 - panel0);
-    const int64_t following = panel0 + panels < c.panel1 ? panel0 + panels : next_panel;
-    const char* terms[kTileSpan];
-    bool finite[kTileSpan] = {true, true, true, true, true, true};
-    for (int64_t step0 = 0; step0 < p.steps(); step0 += s.k_block) {
-      const int64_t step1 = min64(p.steps(), step0 + s.k_block), steps = step1 - step0;
-      const bool last = step1 == p.steps();
-      for (int64_t i = 0; i < panels; ++i)
-        terms[i] = weights.terms(panel0 + i, step0, step1, memory + i * s.k_block * p.terms * kTermBytes, finite[i]);
-      before_tile_loads();
-      const int64_t wanted0 = weights.bytes * (last ? 0 : step1) / p.steps();
-      const int64_t wanted = weights.bytes * min64(s.k_block, last ? p.steps() : p.steps() - step1) / p.steps();
-      TermArgs args{};
-      args.steps = steps, args.ahead_lines = ceil_div(wanted, 64 * steps * tiles), args.accumulate = step0 > 0;
-      args.before = &epilogue, args.pace = Pace(steps);
-      for (int64_t tile = c.tile0; tile < c.tile1; ++tile) {
-        const TileRows rows(p, tile, scratch.shared);
-        args.a = rows.at + step0 * rows.step_bytes, args.a_row = rows.stride, args.a_step = rows.step_bytes;
-        for (int64_t i = 0; i < panels; ++i) {
-          const int64_t slot = s.k_blocks == 1 ? ++turn % 2 : (tile - c.tile0) * panels + i;
+  bool finite[kTileL2Sums / 4 / kTileProduct];  // of the panels whose sums wait
+  for (int64_t part0 = 0; part0 < p.steps(); part0 += s.k_part)
+    for (int64_t panel = c.panel0; panel < c.panel1; ++panel) {
+      const int64_t part1 = min64(p.steps(), part0 + s.k_part), of_chunk = s.sums_wait ? panel - c.panel0 : 0;
+      if (part0 == 0) finite[of_chunk] = true;
+      for (int64_t step0 = part0; step0 < part1; step0 += s.k_block) {
+        const int64_t step1 = min64(part1, step0 + s.k_block), steps = step1 - step0;
+        const bool last = step1 == p.steps();
+        const char* terms = weights.terms(panel, step0, step1, memory, finite[of_chunk]);
+        before_tile_loads();
+        TermArgs args{};
+        args.steps = steps, args.b = terms, args.accumulate = step0 > 0;
+        args.before = &epilogue, args.pace = Pace(steps * products_of(p.terms));
+        // The block of weights that is wanted next.
+        const bool same = step1 < part1, beside = !same && panel + 1 < c.panel1, below = !same && !beside && !last;
+        const int64_t ahead0 = same || below ? step1 : beside ? part0 : 0;
+        const char* ahead = weights.packed(same     ? panel
+                                           : beside ? panel + 1
+                                           : below  ? c.panel0
+                                                    : next_panel) +
+                            weights.bytes * ahead0 / p.steps();
+        const int64_t wanted = weights.bytes * min64(s.k_block, p.steps() - ahead0) / p.steps();
+        args.ahead_lines = ceil_div(wanted, 64 * steps * tiles);
+        for (int64_t tile = c.tile0; tile < c.tile1; ++tile) {
+          const TileRows rows(p, tile, scratch.shared);
+          const int64_t slot = s.one_block() ? ++turn % 2 : of_chunk * tiles + tile - c.tile0;
+          args.a = rows.at + step0 * rows.step_bytes, args.a_row = rows.stride, args.a_step = rows.step_bytes;
           args.sums = waiting + slot * kTileProduct;
-          args.b = terms[i];
-          args.ahead = weights.packed((last ? following : panel0) + i) + wanted0 +
-                       (tile - c.tile0) * steps * args.ahead_lines * 64;
+          args.ahead = ahead + (tile - c.tile0) * steps * args.ahead_lines * 64;
           term_function(p.terms, rows.both_halves)(args);
-          if (last) finish(panel0 + i, rows.row0, rows.rows, finite[i], args.sums + rows.before * kPanel);
+          if (last) finish(panel, rows.row0, rows.rows, finite[of_chunk], args.sums + rows.before * kPanel);
         }
       }
     }
-  }
   epilogue.rest();
 }
 

@@ -12,15 +12,15 @@ namespace {
 
 constexpr int64_t kTileHeight = 2 * kTileRows;  // rows of a product
 constexpr int64_t kRowsAtOnce = 4;
-constexpr int64_t kStepsBefore = 3;  // of the next product: rows would wait for their sums to be stored
+constexpr int64_t kProductsBefore = 3;  // of the next sums: rows would wait for theirs to be stored
 
-// When a product of so many steps makes room for rows of the one before.
+// When so many products of four tiles, which add up to sums, make room for rows of the sums before.
 struct Pace {
   int64_t rows, every;
 
-  explicit Pace(int64_t steps) {
+  explicit Pace(int64_t products) {
     constexpr int64_t kCalls = kTileHeight / kRowsAtOnce;
-    const int64_t free = max64(1, steps - kStepsBefore);
+    const int64_t free = max64(1, products - kProductsBefore);
     every = max64(1, free / kCalls);
     rows = ceil_div(kCalls, free) * kRowsAtOnce;
   }

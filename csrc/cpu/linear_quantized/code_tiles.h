@@ -95,9 +95,10 @@ void code_tile(const CodeTileArgs<kPlanes>& args) {
   _tile_zero(1);
   _tile_zero(2);
   _tile_zero(3);
-  int64_t until = kStepsBefore + 1;
+  int64_t until = kProductsBefore + 1;
   for (int64_t k = 0; k < args.row_bytes; k += kTileBytes, b += kTileBytes / 4 * kStride) {
     for (int64_t line = args.ahead_lines; line > 0; --line, ahead += 64) __builtin_prefetch(ahead, 0, 2);
+    keep_vectors_awake();
     // Rows that pass over a panel in L1 leave that there.
     _tile_stream_loadd(4, a + k, args.row_stride);
     if (kHalves == 2) _tile_stream_loadd(5, a + kTileRows * args.row_stride + k, args.row_stride);
