@@ -1,8 +1,8 @@
 # The newcomer's commands. Each makes what it needs and skips what is already there.
 #   make demo    a real model through eager and llmopt, with times
 #   make test    the whole test suite          (ARGS="-k linear" to choose)
-#   make bench   the tables of the README: end to end, then kernel by kernel
-#   make peers   the tables of quantised systems, after building llama.cpp: an hour
+#   make bench   the tables of README and docs/benchmarks.md: end to end, then kernel by kernel
+#   make peers   the tables beside other systems, after building llama.cpp: an hour
 #   make lint    what pre-commit checks
 #   make clean   removes the environment and everything built
 PYTHON ?= python3
@@ -24,12 +24,14 @@ test: $(VENV)/installed
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/gpu/interpret $(ARGS) || [ $$? -eq 5 ]
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
+PAGE := docs/benchmarks.md
+
 bench: $(VENV)/installed
 	$(PIP) onnx onnxruntime onnxscript
-	$(BIN)/llmopt bench smollm2 --against eager,inductor --markdown README.md
-	$(BIN)/llmopt bench smollm2 --dtype bf16 --against eager --markdown README.md
-	$(BIN)/llmopt bench smollm2 --dtype fp16 --against eager --markdown README.md
-	$(BIN)/llmopt bench minilm --against eager,inductor,onnxruntime --markdown README.md
+	$(BIN)/llmopt bench smollm2 --against llmopt-w8a8,llmopt-w4a8,eager,inductor --markdown README.md
+	$(BIN)/llmopt bench smollm2 --dtype bf16 --against eager --markdown $(PAGE)
+	$(BIN)/llmopt bench smollm2 --dtype fp16 --against eager --markdown $(PAGE)
+	$(BIN)/llmopt bench minilm --against eager,inductor,onnxruntime --markdown $(PAGE)
 	$(BIN)/python -m pytest bench $(ARGS)
 
 QUANTISED := llmopt-w8a8,llmopt-w8a16,llmopt-w4a16,eager,torchao,torchao-w8a16,onnxruntime-int8,openvino,openvino-int8
@@ -37,10 +39,10 @@ ENCODERS := llmopt-w8a8,llmopt-w8a8-channel,llmopt-w4a16,eager,onnxruntime,onnxr
 
 peers: $(VENV)/installed
 	$(PIP) onnx onnxruntime onnxscript openvino nncf torchao llama-cpp-python
-	$(BIN)/llmopt bench smollm2 --markdown README.md --plot docs/smollm2-quantised.png \
+	$(BIN)/llmopt bench smollm2 --markdown $(PAGE) --plot docs/smollm2-quantised.png \
 	  --against $(QUANTISED),llama.cpp,llama.cpp-q4_0,llama.cpp-f16
-	$(BIN)/llmopt bench minilm --markdown README.md --against $(ENCODERS)
-	$(BIN)/llmopt bench bench/models.py:bert_base --markdown README.md --against $(ENCODERS)
+	$(BIN)/llmopt bench minilm --markdown $(PAGE) --against $(ENCODERS)
+	$(BIN)/llmopt bench bench/models.py:bert_base --markdown $(PAGE) --against $(ENCODERS)
 
 lint: $(VENV)/installed
 	$(PIP) ruff mypy clang-format

@@ -286,14 +286,15 @@ void run_tiles(const TileProblem& p, const Weights& weights, const TileSchedule&
         args.steps = steps, args.b = terms, args.accumulate = step0 > 0;
         args.before = &epilogue, args.pace = Pace(steps * products_of(p.terms));
         // The block of weights that is wanted next.
-        const bool same = step1 < part1, beside = !same && panel + 1 < c.panel1, below = !same && !beside && !last;
-        const int64_t ahead0 = same || below ? step1 : beside ? part0 : 0;
-        const char* ahead = weights.packed(same     ? panel
-                                           : beside ? panel + 1
-                                           : below  ? c.panel0
-                                                    : next_panel) +
-                            weights.bytes * ahead0 / p.steps();
-        const int64_t wanted = weights.bytes * min64(s.k_block, p.steps() - ahead0) / p.steps();
+        int64_t ahead_panel = panel, ahead_step = step1;
+        if (step1 == part1 && panel + 1 < c.panel1)
+          ahead_panel = panel + 1, ahead_step = part0;
+        else if (last)
+          ahead_panel = next_panel, ahead_step = 0;
+        else if (step1 == part1)
+          ahead_panel = c.panel0;
+        const char* ahead = weights.packed(ahead_panel) + weights.bytes * ahead_step / p.steps();
+        const int64_t wanted = weights.bytes * min64(s.k_block, p.steps() - ahead_step) / p.steps();
         args.ahead_lines = ceil_div(wanted, 64 * steps * tiles);
         for (int64_t tile = c.tile0; tile < c.tile1; ++tile) {
           const TileRows rows(p, tile, scratch.shared);
