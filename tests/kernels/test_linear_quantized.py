@@ -210,8 +210,8 @@ def check(c: QuantizedCase, tier: str, threads: int = 2) -> None:
 @pytest.mark.parametrize("planes", [1, 3])
 @pytest.mark.parametrize(("bits", "group", "offsets"), FORMS, ids=str)
 def test_many_rows(bits, group, offsets, planes):
-    """What tiles are for: whole and ragged row tiles, several panels, K blocks (scratch memory holds less than K = 8192)."""
-    for (m, n, k), dtype in product(((64, 70, 256), (97, 40, 384), (65, 33, 8192)), FLOATS):
+    """What tiles are for: whole and ragged row tiles, several panels, K in blocks and parts (a cache holds less than K = 8192)."""
+    for (m, n, k), dtype in product(((64, 70, 256), (97, 40, 384), (129, 33, 8192)), FLOATS):
         c = case(m, n, k, bits, group, offsets, planes, dtype)
         c.bias, c.residual = randn(n, dtype=dtype), randn(m, n, dtype=dtype)
         check(c, TIERS[0])

@@ -9,6 +9,7 @@ from itertools import product
 import pytest
 import torch
 
+from tests.kernels import test_linear_quantized as quantized
 from tests.kernels.test_linear import case, randn
 from tests.tolerance import assert_close
 
@@ -61,12 +62,21 @@ def test_a_row_that_is_not_finite_stays_alone(tier):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_cuts_of_rows_give_the_same_bits(tier, dtype):
     """A block of rows for all, one a thread, and several a thread; K in parts, because no more of it stays in a cache."""
-    for m, n, k in ((300, 200, 672), (700, 64, 1344), (400, 450, 2080)):
+    for m, n, k in ((300, 200, 672), (700, 64, 1344), (400, 450, 4096)):
         problem = case(m, n, k, dtype)
         want = problem.run(tier, 1)
         assert_close(want, problem.reference())
         for threads in (2, 3, 5):
             assert torch.equal(problem.run(tier, threads), want)
+
+
+@pytest.mark.parametrize("planes", [1, 2])
+@pytest.mark.parametrize("group", [64, 128, None])
+def test_cuts_of_rows_over_codes_give_the_same_bits(tier, group, planes):
+    problem = quantized.case(400, 450, 4096, 8, group, planes=planes)
+    want = problem.run(tier, 1)
+    for threads in (2, 3, 5):
+        assert torch.equal(problem.run(tier, threads), want)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)

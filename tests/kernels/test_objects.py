@@ -166,8 +166,9 @@ def test_lower_tiers_hold_no_higher_instructions(objects, family):
             assert not re.search(wrong, text), f"{family} {tier} {name}: {text}"
 
 
-# Micro-kernels over codes where bytes cannot be multiplied, and how many heights and panel counts of each there are.
 KEEPS_VECTORS_AWAKE = "vaddps %zmm16,%zmm16,%zmm16"  # csrc/cpu/isa/amx.h
+
+# Micro-kernels over codes where bytes cannot be multiplied, and how many heights and panel counts of each there are.
 CODE_KERNELS = {
     "avx2": {"pair_tile": 6, "nibble_tile": 12, "quantized_stream": 6, "nibble_stream": 6},
     "avx512": {"pair_tile": 6, "nibble_tile": 12, "quantized_stream": 18, "nibble_stream": 12},

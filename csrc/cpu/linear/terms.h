@@ -18,26 +18,19 @@
 //   void lone_row(panel, m, sums, x)                    row m of a panel without tiles; x: memory for kLoneK values
 #pragma once
 #include "cpu/linear/rows.h"
-#include "cpu/linear/tile_epilogue.h"
+#include "cpu/linear/tile_schedule.h"
 
 namespace {
 
-constexpr int64_t kTileK = 32;                          // k of one step
-constexpr int64_t kTermBytes = kTileK * kPanel * 2;     // of one step, rows and weights alike
-constexpr int64_t kTileL1 = 40 << 10;                   // bytes of a panel that stay in L1 while row tiles pass
-constexpr int64_t kTileL2 = 900 << 10;                  // bytes of row tiles that stay in L2 while panels pass
-constexpr int64_t kTileL2Sums = 640 << 10;              // beside sums that wait there
-constexpr int64_t kTilesAtOnce = 12;                    // of a chunk, unless more stay in L2 with all their k
-constexpr int64_t kPanelsAtOnce = 12;                   // of a chunk whose rows come once for each part of K, or more
-constexpr int64_t kPreparedRows = 8;                    // of a chunk
-constexpr int64_t kTileProduct = kTileHeight * kPanel;  // sums of a product
-constexpr int64_t kLoneK = 4096;                        // of a row that goes to the FMA kernels
+constexpr int64_t kTileK = 32;                       // k of one step
+constexpr int64_t kTermBytes = kTileK * kPanel * 2;  // of one step, rows and weights alike
+constexpr int64_t kPreparedRows = 8;                 // of a chunk
+constexpr int64_t kLoneK = 4096;                     // of a row that goes to the FMA kernels
 static_assert(kTileHeight == kPanel && kTermBytes == 2 * kTileRows * kTileBytes);
-static_assert(kTilesAtOnce * kPanelsAtOnce * kTileProduct * 4 <= kTileL2Sums);
 static_assert(kTileL2Sums + kTileL1 + kLoneK * 4 <= int64_t(kLocalBytes));
 
-// Of the terms of numbers, that are multiplied.
-constexpr int products_of(int terms) { return terms * (terms + 1) / 2; }
+// Of a step: the products of terms that are taken.
+constexpr int rounds_of(int terms) { return terms * (terms + 1) / 2; }
 inline int terms_of(DType dtype) { return dtype == DType::bf16 ? 1 : dtype == DType::f16 ? 2 : 3; }
 
 struct TileProblem : Problem {
@@ -79,31 +72,9 @@ struct TileRows {
   }
 };
 
-// The rows of a chunk stay in L2, part by part of K; meanwhile its panels go through L1, block by block of such a part.
-struct TileSchedule : Cut {
-  int64_t k_part, k_block;  // in steps
-  bool sums_wait;           // those of all panels of a chunk, from part to part
-
-  TileSchedule(const TileProblem& p, int threads) {
-    panels = p.panels(), tiles = p.row_tiles();
-    span = blocks = 1, tiles_per_block = tiles, k_part = k_block = p.steps(), sums_wait = false;
-    if (panels == 0 || tiles == 0) return;
-    const int64_t wanted = kChunksPerThread * threads, step_bytes = p.terms * kTermBytes;
-    // Rows in as many blocks for each thread as stay in its L2, whose share of chunks they are.
-    const int64_t fit = max64(kTilesAtOnce, kTileL2 / p.tile_bytes());
-    const bool own = p.M >= kThreadRows * threads;
-    cut_rows(wanted, fit, own ? ceil_div(ceil_div(tiles, fit), threads) * threads : 1);
-    k_part = even_steps(p.steps(), kTileL2 / (tiles_per_block * step_bytes));
-    k_block = even_steps(k_part, kTileL1 / step_bytes);
-    sums_wait = k_part < p.steps();
-    span = max64(1, panels * blocks / wanted);
-    if (sums_wait) span = min64(max64(span, kPanelsAtOnce), kTileL2Sums / (tiles_per_block * kTileProduct * 4));
-  }
-  bool one_block() const { return !sums_wait && k_block >= k_part; }
-
- private:
-  static int64_t even_steps(int64_t steps, int64_t most) { return ceil_div(steps, ceil_div(steps, max64(1, most))); }
-};
+inline TileSchedule tile_schedule(const TileProblem& p, int threads) {
+  return {p.M, p.row_tiles(), p.panels(), p.steps(), p.terms * kTermBytes, threads};
+}
 
 // ---- rows
 
@@ -187,21 +158,8 @@ struct TermArgs {
 // kHalves: 2 for a whole row tile, 1 when it has no more than 16 rows.
 template <int kTerms, int kHalves>
 void term_tile(const TermArgs& args) {
-  constexpr int kSumStride = kPanel * 4, kHalf = kTileRows * kSumStride;
   char* sums = reinterpret_cast<char*>(args.sums);
-  if (args.accumulate) {
-    _tile_loadd(0, sums, kSumStride);
-    _tile_loadd(1, sums + kTileBytes, kSumStride);
-    if (kHalves == 2) {
-      _tile_loadd(2, sums + kHalf, kSumStride);
-      _tile_loadd(3, sums + kHalf + kTileBytes, kSumStride);
-    }
-  } else {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-  }
+  begin_sums<kHalves>(sums, args.accumulate);
   const char *a = args.a, *b = args.b, *ahead = args.ahead;
   const int64_t a_row = kTerms == 1 ? args.a_row : kTileBytes, a_step = kTerms == 1 ? args.a_step : kTerms * kTermBytes;
   // Rows that pass over a panel in L1 leave that there.
@@ -213,7 +171,7 @@ void term_tile(const TermArgs& args) {
     _tile_loadd(6, b + term * kTermBytes, 2 * kTileBytes);
     _tile_loadd(7, b + term * kTermBytes + kTileBytes, 2 * kTileBytes);
   };
-  int64_t until = kProductsBefore + 1;
+  int64_t until = kRoundsBefore + 1;
   auto multiply = [&]() __attribute__((always_inline)) {
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 4, 7);
@@ -240,12 +198,7 @@ void term_tile(const TermArgs& args) {
     }
   }
   args.before->rest();
-  _tile_stored(0, sums, kSumStride);
-  _tile_stored(1, sums + kTileBytes, kSumStride);
-  if (kHalves == 2) {
-    _tile_stored(2, sums + kHalf, kSumStride);
-    _tile_stored(3, sums + kHalf + kTileBytes, kSumStride);
-  }
+  store_sums<kHalves>(sums);
 }
 
 using TermFunction = void (*)(const TermArgs&);
@@ -259,9 +212,9 @@ template <class Weights>
 void run_tiles(const TileProblem& p, const Weights& weights, const TileSchedule& s, int64_t chunk, int threads,
                const Scratch& scratch) {
   const Chunk c = s.chunk(chunk);
-  const int64_t next_panel = s.next_panel(chunk, threads), tiles = c.tile1 - c.tile0;
+  const int64_t tiles = c.tile1 - c.tile0;
   const char* lone = p.lone(scratch.shared);
-  float *waiting = reinterpret_cast<float*>(scratch.local), *lone_x = waiting + kTileL2Sums / 4;
+  float* lone_x = reinterpret_cast<float*>(scratch.local + kTileL2Sums);
   char* memory = scratch.local + kTileL2Sums + kLoneK * 4;
   TileEpilogue<TileSums> epilogue(p);
   // A product is done but for its epilogue.
@@ -270,43 +223,26 @@ void run_tiles(const TileProblem& p, const Weights& weights, const TileSchedule&
       if (!finite || lone[row0 + r]) weights.lone_row(panel, row0 + r, sums + r * kPanel, lone_x);
     epilogue.begin(PanelOutputs(p, panel, row0), rows, {sums, vset(p.alpha)});
   };
-  int64_t turn = 0;
+  TileSumSlots slots(s, c, scratch.local);
+  bool finite[kMostWaiting];  // of the panels whose sums wait, or of the one there is
   const TileScope scope;
-  bool finite[kTileL2Sums / 4 / kTileProduct];  // of the panels whose sums wait
-  for (int64_t part0 = 0; part0 < p.steps(); part0 += s.k_part)
-    for (int64_t panel = c.panel0; panel < c.panel1; ++panel) {
-      const int64_t part1 = min64(p.steps(), part0 + s.k_part), of_chunk = s.sums_wait ? panel - c.panel0 : 0;
-      if (part0 == 0) finite[of_chunk] = true;
-      for (int64_t step0 = part0; step0 < part1; step0 += s.k_block) {
-        const int64_t step1 = min64(part1, step0 + s.k_block), steps = step1 - step0;
-        const bool last = step1 == p.steps();
-        const char* terms = weights.terms(panel, step0, step1, memory, finite[of_chunk]);
-        before_tile_loads();
-        TermArgs args{};
-        args.steps = steps, args.b = terms, args.accumulate = step0 > 0;
-        args.before = &epilogue, args.pace = Pace(steps * products_of(p.terms));
-        // The block of weights that is wanted next.
-        int64_t ahead_panel = panel, ahead_step = step1;
-        if (step1 == part1 && panel + 1 < c.panel1)
-          ahead_panel = panel + 1, ahead_step = part0;
-        else if (last)
-          ahead_panel = next_panel, ahead_step = 0;
-        else if (step1 == part1)
-          ahead_panel = c.panel0;
-        const char* ahead = weights.packed(ahead_panel) + weights.bytes * ahead_step / p.steps();
-        const int64_t wanted = weights.bytes * min64(s.k_block, p.steps() - ahead_step) / p.steps();
-        args.ahead_lines = ceil_div(wanted, 64 * steps * tiles);
-        for (int64_t tile = c.tile0; tile < c.tile1; ++tile) {
-          const TileRows rows(p, tile, scratch.shared);
-          const int64_t slot = s.one_block() ? ++turn % 2 : of_chunk * tiles + tile - c.tile0;
-          args.a = rows.at + step0 * rows.step_bytes, args.a_row = rows.stride, args.a_step = rows.step_bytes;
-          args.sums = waiting + slot * kTileProduct;
-          args.ahead = ahead + (tile - c.tile0) * steps * args.ahead_lines * 64;
-          term_function(p.terms, rows.both_halves)(args);
-          if (last) finish(panel, rows.row0, rows.rows, finite[of_chunk], args.sums + rows.before * kPanel);
-        }
-      }
+  each_block(s, c, s.next_panel(chunk, threads), [&](const TileBlock& b) __attribute__((always_inline)) {
+    if (b.step0 == 0) finite[b.waiting] = true;
+    TermArgs args{};
+    args.steps = b.step1 - b.step0, args.accumulate = b.step0 > 0;
+    args.b = weights.terms(b.panel, b.step0, b.step1, memory, finite[b.waiting]);
+    before_tile_loads();
+    args.before = &epilogue, args.pace = Pace(args.steps * rounds_of(p.terms));
+    const TileAhead ahead(s, b, weights.packed(b.ahead_panel), weights.bytes, tiles);
+    args.ahead_lines = ahead.lines;
+    for (int64_t tile = c.tile0; tile < c.tile1; ++tile) {
+      const TileRows rows(p, tile, scratch.shared);
+      args.a = rows.at + b.step0 * rows.step_bytes, args.a_row = rows.stride, args.a_step = rows.step_bytes;
+      args.sums = slots.of(b, tile - c.tile0), args.ahead = ahead.of(b, tile - c.tile0);
+      term_function(p.terms, rows.both_halves)(args);
+      if (b.last) finish(b.panel, rows.row0, rows.rows, finite[b.waiting], args.sums + rows.before * kPanel);
     }
+  });
   epilogue.rest();
 }
 

@@ -1,10 +1,12 @@
 // The epilogue of products on AMX tiles.
 //
-// A product on tiles that is finished but for its epilogue waits. That is done a few rows at a time between the steps
-// of the next product: the core looks only some hundred instructions ahead, so the tiles would idle while it works on
-// all rows. Beside tile products a core does one vector instruction a cycle instead of two, lookups and shuffles apart,
-// which have a port of their own, and its loads wait for those of the tiles: what an epilogue costs is the number of
-// its other instructions, so all that is the same in all rows is found once a product, the code for it once a chunk.
+// A product of 32 rows and a panel is made of rounds: the two row tiles times the two tiles of a panel, for as many k
+// as a register holds. One that is finished but for its epilogue waits. That is done a few rows at a time between the
+// rounds of the next product: the core looks only some hundred instructions ahead, so the tiles would idle while it
+// works on all rows. Beside tile products a core does one vector instruction a cycle instead of two, lookups and
+// shuffles apart, which have a port of their own, and its loads wait for those of the tiles: what an epilogue costs is
+// the number of its other instructions, so all that is the same in all rows is found once a product, the code for it
+// once a chunk.
 #pragma once
 #include "cpu/linear/epilogue.h"
 
@@ -12,15 +14,15 @@ namespace {
 
 constexpr int64_t kTileHeight = 2 * kTileRows;  // rows of a product
 constexpr int64_t kRowsAtOnce = 4;
-constexpr int64_t kProductsBefore = 3;  // of the next sums: rows would wait for theirs to be stored
+constexpr int64_t kRoundsBefore = 3;  // of the next product: rows would wait for their sums to be stored
 
-// When so many products of four tiles, which add up to sums, make room for rows of the sums before.
+// When so many rounds make room for rows of the product before.
 struct Pace {
   int64_t rows, every;
 
-  explicit Pace(int64_t products) {
+  explicit Pace(int64_t rounds) {
     constexpr int64_t kCalls = kTileHeight / kRowsAtOnce;
-    const int64_t free = max64(1, products - kProductsBefore);
+    const int64_t free = max64(1, rounds - kRoundsBefore);
     every = max64(1, free / kCalls);
     rows = ceil_div(kCalls, free) * kRowsAtOnce;
   }

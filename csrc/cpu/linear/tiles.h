@@ -113,7 +113,7 @@ int tier_phases(const Step& s, int threads) {
 int64_t tier_chunks(const Step& s, int phase, int threads) {
   if (!runs_on_tiles(Problem(s))) return linear_chunks(s, phase, threads);
   const TileProblem p = tile_problem(s);
-  return phase + 1 < tile_phases(p) ? tile_prepare_chunks(p) : TileSchedule(p, threads).chunks();
+  return phase + 1 < tile_phases(p) ? tile_prepare_chunks(p) : tile_schedule(p, threads).chunks();
 }
 
 size_t tier_workspace(const Step& s, int threads) {
@@ -124,7 +124,7 @@ void tier_run(const Step& s, int phase, int64_t chunk, int threads, const Scratc
   if (!runs_on_tiles(Problem(s))) return linear_run(s, phase, chunk, threads, scratch);
   const TileProblem p = tile_problem(s);
   if (phase + 1 < tile_phases(p)) return prepare_tile_rows(p, chunk, scratch.shared);
-  run_tiles(p, FloatWeights(p), TileSchedule(p, threads), chunk, threads, scratch);
+  run_tiles(p, FloatWeights(p), tile_schedule(p, threads), chunk, threads, scratch);
 }
 
 Span tier_first_read(const Step& s, int phase, int threads, int thread) {

@@ -3,33 +3,26 @@
 //   tables          [row tiles][32 rows] each; what they mean is in prepare.h
 // Codes of weights are multiplied as they are packed, unsigned: `start` takes their zero point out of the sums.
 #pragma once
-#include "cpu/linear/terms.h"
+#include "cpu/linear/tile_schedule.h"
 #include "cpu/linear_quantized/code_rows.h"
 
 namespace {
 
 constexpr int64_t kLeastCodeRows = 64;  // fewer do not pay for tiles
 
-// Local memory: two tiles of sums, used in turn, then a panel of 8-bit codes made from 4-bit ones.
+// Local memory: sums (linear/tile_schedule.h), then a panel of 8-bit codes made from 4-bit ones.
 inline bool runs_on_codes(const CodeTiles& p) {
   if (p.tuning.family != LinearFamily::automatic || p.K == 0 || p.form.groups() != 1) return false;
   if (p.M * p.planes < kLeastCodeRows || p.row_bytes() % kTileBytes) return false;
-  return 2 * 4 * kTileProduct + p.wide().panel_bytes() <= int64_t(kLocalBytes);
+  return p.form.bits == 8 || kTileL2Sums + p.wide().panel_bytes() <= int64_t(kLocalBytes);
 }
 
-struct CodeSchedule : Cut {
-  CodeSchedule(const CodeTiles& p, int threads) {
-    panels = p.panels(), tiles = p.row_tiles();
-    const int64_t wanted = kChunksPerThread * threads;
-    // All panels of a chunk pass over its rows, which stay in L2. Fewer rows let more panels share a chunk: rows and
-    // weights are fetched about equally often then.
-    const int64_t fit = max64(1, kTileL2 / (kTileHeight * p.row_stride()));
-    const int64_t row_blocks = max64(1, ceil_div(tiles, fit));
-    span = max64(1, panels * row_blocks / wanted);
-    blocks = 1, tiles_per_block = tiles;
-    if (panels > 0) cut_rows(wanted, fit);
-  }
-};
+inline TileSchedule code_schedule(const CodeTiles& p, int threads) {
+  const int64_t steps = p.row_bytes() / kTileBytes;
+  TileSchedule s(p.M * p.planes, p.row_tiles(), p.panels(), steps, kTileHeight * kTileBytes, threads);
+  if (p.form.bits != 8) s.keep_k_whole();  // a panel is widened once a chunk
+  return s;
+}
 
 // The panel as 8-bit codes: where it lies, or made at `to`.
 const char* wide_codes(const CodeTiles& p, const char* packed, char* to) {
@@ -77,31 +70,30 @@ struct CodeSums {
 template <int kPlanes>
 struct CodeTileArgs {
   const char* a;  // 32 rows, row_stride apart
-  const char* b;  // a panel of unsigned 8-bit codes
-  int64_t row_bytes, row_stride;
+  const char* b;  // steps of a panel of unsigned 8-bit codes
+  int64_t steps, row_stride;
   const char* ahead;  // weights wanted next: so many lines of 64 bytes in a step
   int64_t ahead_lines;
   float* sums;  // [32][kPanel], for integers
-  TileEpilogue<CodeSums<kPlanes>>* before;
-  Pace pace;
+  bool accumulate;
+  TileEpilogue<CodeSums<kPlanes>>* before;  // of the product before
+  Pace pace{0};
 };
 
 // kHalves: 2 for a whole row tile, 1 when it has no more than 16 rows.
 template <int kHalves, int kPlanes>
 void code_tile(const CodeTileArgs<kPlanes>& args) {
-  constexpr int kStride = kPanel * 4, kHalf = kTileRows * kStride;
+  constexpr int kStride = kPanel * 4;
+  char* sums = reinterpret_cast<char*>(args.sums);
+  begin_sums<kHalves>(sums, args.accumulate);
   const char *a = args.a, *b = args.b, *ahead = args.ahead;
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-  int64_t until = kProductsBefore + 1;
-  for (int64_t k = 0; k < args.row_bytes; k += kTileBytes, b += kTileBytes / 4 * kStride) {
+  int64_t until = kRoundsBefore + 1;
+  for (int64_t step = args.steps; step > 0; --step, a += kTileBytes, b += kTileBytes / 4 * kStride) {
     for (int64_t line = args.ahead_lines; line > 0; --line, ahead += 64) __builtin_prefetch(ahead, 0, 2);
     keep_vectors_awake();
     // Rows that pass over a panel in L1 leave that there.
-    _tile_stream_loadd(4, a + k, args.row_stride);
-    if (kHalves == 2) _tile_stream_loadd(5, a + kTileRows * args.row_stride + k, args.row_stride);
+    _tile_stream_loadd(4, a, args.row_stride);
+    if (kHalves == 2) _tile_stream_loadd(5, a + kTileRows * args.row_stride, args.row_stride);
     _tile_loadd(6, b, kStride);
     _tile_loadd(7, b + kTileBytes, kStride);
     _tile_dpbsud(0, 4, 6);
@@ -115,46 +107,38 @@ void code_tile(const CodeTileArgs<kPlanes>& args) {
     args.before->some(args.pace.rows);
   }
   args.before->rest();
-  char* to = reinterpret_cast<char*>(args.sums);
-  _tile_stored(0, to, kStride);
-  _tile_stored(1, to + kTileBytes, kStride);
-  if (kHalves == 2) {
-    _tile_stored(2, to + kHalf, kStride);
-    _tile_stored(3, to + kHalf + kTileBytes, kStride);
-  }
+  store_sums<kHalves>(sums);
 }
 
 template <int kPlanes>
-void multiply_codes(const CodeTiles& p, const CodeSchedule& s, int64_t chunk, int threads, const Scratch& scratch) {
+void multiply_codes(const CodeTiles& p, const TileSchedule& s, int64_t chunk, int threads, const Scratch& scratch) {
   const Chunk c = s.chunk(chunk);
-  const int64_t next_panel = s.next_panel(chunk, threads);
-  const int64_t bytes = p.form.panel_bytes(), tiles = c.tile1 - c.tile0, steps = p.row_bytes() / kTileBytes;
-  float* sums = reinterpret_cast<float*>(scratch.local);
+  const int64_t bytes = p.form.panel_bytes();
+  TileSumSlots slots(s, c, scratch.local);
   TileEpilogue<CodeSums<kPlanes>> epilogue(p);
-  CodeTileArgs<kPlanes> args{nullptr,        nullptr,   p.row_bytes(),
-                             p.row_stride(), nullptr,   ceil_div(bytes, 64 * tiles * steps),
-                             nullptr,        &epilogue, Pace(steps)};
-  int64_t turn = 0;
   const TileScope scope;
-  for (int64_t panel = c.panel0; panel < c.panel1; ++panel) {
-    const char* ahead = p.w.data + (panel + 1 < c.panel1 ? panel + 1 : next_panel) * bytes;
-    const char* codes = wide_codes(p, p.w.data + panel * bytes, scratch.local + 2 * 4 * kTileProduct);
-    args.b = codes;
+  each_block(s, c, s.next_panel(chunk, threads), [&](const TileBlock& b) __attribute__((always_inline)) {
+    const char* codes = wide_codes(p, p.w.data + b.panel * bytes, scratch.local + kTileL2Sums);
     before_tile_loads();
+    CodeTileArgs<kPlanes> args{};
+    args.steps = b.step1 - b.step0, args.row_stride = p.row_stride(), args.accumulate = b.step0 > 0;
+    args.b = codes + b.step0 * kTileBytes * kPanel, args.before = &epilogue, args.pace = Pace(args.steps);
+    const TileAhead ahead(s, b, p.w.data + b.ahead_panel * bytes, bytes, c.tile1 - c.tile0);
+    args.ahead_lines = ahead.lines;
     for (int64_t tile = c.tile0; tile < c.tile1; ++tile) {
       const int64_t token0 = tile * p.tile_tokens(), tokens = min64(p.tile_tokens(), p.M - token0);
       const Prepared rows = p.tile(scratch.shared, tile);
-      args.a = rows.codes;
-      args.ahead = ahead + (tile - c.tile0) * steps * args.ahead_lines * 64;
-      args.sums = sums + ++turn % 2 * kTileProduct;
+      args.a = rows.codes + b.step0 * kTileBytes;
+      args.sums = slots.of(b, tile - c.tile0), args.ahead = ahead.of(b, tile - c.tile0);
       (tokens * p.planes <= kTileRows ? code_tile<1, kPlanes> : code_tile<2, kPlanes>)(args);
-      epilogue.begin(PanelOutputs(p, panel, token0), tokens, {p, args.sums, rows, codes + p.wide().code_bytes()});
+      if (!b.last) continue;
+      epilogue.begin(PanelOutputs(p, b.panel, token0), tokens, {p, args.sums, rows, codes + p.wide().code_bytes()});
     }
-  }
+  });
   epilogue.rest();
 }
 
-void run_codes(const CodeTiles& p, const CodeSchedule& s, int64_t chunk, int threads, const Scratch& scratch) {
+void run_codes(const CodeTiles& p, const TileSchedule& s, int64_t chunk, int threads, const Scratch& scratch) {
   (p.planes == 1 ? multiply_codes<1> : multiply_codes<0>)(p, s, chunk, threads, scratch);
 }
 

@@ -25,12 +25,12 @@ int64_t tier_chunks(const Step& s, int phase, int threads) {
     case Tiles::none:
       return linear_chunks(s, phase, threads);
     case Tiles::codes:
-      return phase == 0 ? ceil_div(p.M, kTokensPrepared) : CodeSchedule(p, threads).chunks();
+      return phase == 0 ? ceil_div(p.M, kTokensPrepared) : code_schedule(p, threads).chunks();
     case Tiles::terms:
       break;
   }
   const TileProblem t = term_problem(s, p);
-  return phase + 1 < tile_phases(t) ? tile_prepare_chunks(t) : TileSchedule(t, threads).chunks();
+  return phase + 1 < tile_phases(t) ? tile_prepare_chunks(t) : tile_schedule(t, threads).chunks();
 }
 
 size_t tier_workspace(const Step& s, int threads) {
@@ -53,13 +53,13 @@ void tier_run(const Step& s, int phase, int64_t chunk, int threads, const Scratc
       return linear_run(s, phase, chunk, threads, scratch);
     case Tiles::codes:
       if (phase == 0) return prepare_tokens(p, chunk, scratch);
-      return run_codes(p, CodeSchedule(p, threads), chunk, threads, scratch);
+      return run_codes(p, code_schedule(p, threads), chunk, threads, scratch);
     case Tiles::terms:
       break;
   }
   const TileProblem t = term_problem(s, p);
   if (phase + 1 < tile_phases(t)) return prepare_tile_rows(t, chunk, scratch.shared);
-  run_tiles(t, CodeWeights(p, t.terms), TileSchedule(t, threads), chunk, threads, scratch);
+  run_tiles(t, CodeWeights(p, t.terms), tile_schedule(t, threads), chunk, threads, scratch);
 }
 
 Span tier_first_read(const Step& s, int phase, int threads, int thread) {
