@@ -1,9 +1,11 @@
-// The Python module llmopt._C: tiers, memory, programs. The only file that sees pybind11.
+// The Python module llmopt._C: tiers, memory, programs. Only this file and those in python/ see Python.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include "cpu/dispatch.h"
 #include "gpu/launches.h"
+#include "python/arguments.h"
+#include "python/module_facts.h"
 #include "runtime/dlpack.h"
 #include "runtime/prefetch.h"
 #include "runtime/program.h"
@@ -68,67 +70,6 @@ std::string refuse(const std::string& tier_name, const std::string& op, const st
   return reason ? reason : "";
 }
 
-// Where some of a call's arguments were and how often they had been edited. They are tensors that somebody else keeps
-// alive: an object is asked only where a call has passed the same one again. In a loop of Python's this is a good part
-// of a short call.
-class Arguments {
- public:
-  // address_of, version_of: what Python has for a tensor's address (a method) and its count of edits (a property);
-  // counted: who has one.
-  Arguments(const py::tuple& arguments, const std::vector<size_t>& positions, py::object address_of,
-            py::object version_of, const std::vector<bool>& counted)
-      : address_of_(std::move(address_of)), version_of_(std::move(version_of)) {
-    if (positions.size() != counted.size()) throw std::invalid_argument("Arguments needs as many flags as positions");
-    if (!Py_TYPE(version_of_.ptr())->tp_descr_get) throw py::type_error("version_of is no property");
-    for (size_t i = 0; i < positions.size(); ++i) {
-      if (positions[i] >= arguments.size()) throw py::index_error("a position is beyond the arguments");
-      rows_.push_back({positions[i], PyTuple_GET_ITEM(arguments.ptr(), positions[i]), 0, 0, counted[i]});
-      if (!ask(rows_.back(), &rows_.back().address, &rows_.back().version)) throw py::error_already_set();
-    }
-  }
-
-  // The same objects, each where it was and as often edited.
-  bool same(const py::tuple& arguments) const {
-    const auto given = static_cast<size_t>(PyTuple_GET_SIZE(arguments.ptr()));
-    for (const Row& row : rows_)
-      if (row.position >= given || PyTuple_GET_ITEM(arguments.ptr(), row.position) != row.object) return false;
-    for (const Row& row : rows_) {
-      int64_t address = 0, version = 0;
-      if (!ask(row, &address, &version)) {
-        PyErr_Clear();  // what cannot be asked any more is not what it was; whoever looks closer gets the error
-        return false;
-      }
-      if (address != row.address || version != row.version) return false;
-    }
-    return true;
-  }
-
- private:
-  struct Row {
-    size_t position;
-    PyObject* object;
-    int64_t address, version;
-    bool counted;
-  };
-
-  bool ask(const Row& row, int64_t* address, int64_t* version) const {
-    if (!number(PyObject_CallOneArg(address_of_.ptr(), row.object), address)) return false;
-    PyObject* property = version_of_.ptr();
-    auto* type = reinterpret_cast<PyObject*>(Py_TYPE(row.object));
-    return !row.counted || number(Py_TYPE(property)->tp_descr_get(property, row.object, type), version);
-  }
-
-  static bool number(PyObject* value, int64_t* out) {
-    if (!value) return false;
-    *out = static_cast<int64_t>(PyLong_AsUnsignedLongLongMask(value));
-    Py_DECREF(value);
-    return !PyErr_Occurred();
-  }
-
-  py::object address_of_, version_of_;
-  std::vector<Row> rows_;
-};
-
 // nullptr for what is no exchange functions of DLPack 1.
 const dlpack::Exchange* exchange_in(const py::object& capsule) {
   constexpr const char* kName = "dlpack_exchange_api";
@@ -138,9 +79,22 @@ const dlpack::Exchange* exchange_in(const py::object& capsule) {
   return found && found->look_at ? found : nullptr;  // the one that DLPack lets a library leave out
 }
 
+const dlpack::Exchange* known_exchange(const py::object& capsule) {
+  if (const dlpack::Exchange* known = exchange_in(capsule)) return known;
+  throw std::invalid_argument("the exchange functions are not those of DLPack 1");
+}
+
+std::unique_ptr<ModuleFacts> make_facts(const std::vector<std::tuple<int, py::object, int, py::object>>& rows,
+                                        std::vector<std::pair<size_t, size_t>> same, const py::object& exchange,
+                                        const py::tuple& tensors) {
+  std::vector<Fact> facts;
+  for (const auto& [owner, key, kind, expected] : rows)
+    facts.push_back({owner, key, static_cast<FactKind>(kind), expected});
+  return std::make_unique<ModuleFacts>(std::move(facts), std::move(same), known_exchange(exchange), tensors);
+}
+
 std::unique_ptr<dlpack::Parts> make_parts(const py::object& exchange, const py::object& tensor) {
-  const dlpack::Exchange* known = exchange_in(exchange);
-  if (!known) throw std::invalid_argument("the exchange functions are not those of DLPack 1");
+  const dlpack::Exchange* known = known_exchange(exchange);
   dlpack::ManagedArray* memory = nullptr;
   if (known->from_object(tensor.ptr(), &memory)) throw py::error_already_set();
   return std::make_unique<dlpack::Parts>(known, memory);
@@ -244,6 +198,15 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<py::tuple, std::vector<size_t>, py::object, py::object, std::vector<bool>>(), py::arg("arguments"),
            py::arg("positions"), py::arg("address_of"), py::arg("version_of"), py::arg("counted"))
       .def("same", &Arguments::same, py::arg("arguments"));
+  py::class_<ModuleFacts>(m, "ModuleFacts", "What a module and the objects below it have to hold.")
+      .def(py::init(&make_facts), py::arg("facts"), py::arg("same"), py::arg("exchange"), py::arg("tensors"))
+      .def("hold", &ModuleFacts::hold, py::arg("root"), py::arg("known"))
+      .def("tensors", &ModuleFacts::tensors, py::arg("root"))
+      .def("memory", &ModuleFacts::memory, py::arg("root"));
+  py::class_<ArgumentOrder>(m, "ArgumentOrder",
+                            "Of a graph's arguments some come with a call, and a module holds others.")
+      .def(py::init<std::vector<int>>(), py::arg("places"))
+      .def("all", &ArgumentOrder::all, py::arg("held"), py::arg("given"));
   m.def(
       "knows_exchange", [](const py::object& exchange) { return exchange_in(exchange) != nullptr; },
       py::arg("exchange"), "Whether these are exchange functions that Parts can use.");

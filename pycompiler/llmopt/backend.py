@@ -19,12 +19,13 @@ from llmopt.executor import build_executable
 from llmopt.gpu.device import choose_target, gpu_among
 from llmopt.gpu.tune.lookup import chooser_for
 from llmopt.graph import fake, kind, tensors_in
+from llmopt.guards import take_over
 from llmopt.keywords import place_operands
 from llmopt.messages import say, warn_once
 from llmopt.options import Options, check_for_cpu, check_for_gpu, parse_options
 from llmopt.overlaps import Overlaps, overlaps_of
 from llmopt.passes import attention_precision, mirror_caches, narrow, quantize, results
-from llmopt.passes.pipeline import passes
+from llmopt.passes.pipeline import GUARDS, passes
 from llmopt.passes.simplify import drop_idle_dropouts
 from llmopt.passes.verify import check_form, check_values, run_again, run_copy
 from llmopt.plan import make_plan
@@ -82,7 +83,8 @@ def llmopt(
         check_for_cpu(chosen)
     else:
         check_for_gpu(chosen, str(machine))
-    return _compile(gm, example_inputs, chosen, machine, overlaps)
+    compiled = _compile(gm, example_inputs, chosen, machine, overlaps)
+    return compiled if GUARDS in settings.disabled_passes() else take_over(compiled, gm)
 
 
 def _raise_recompile_limit() -> None:

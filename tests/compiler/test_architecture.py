@@ -28,8 +28,8 @@ LAYERS = (
     ("passes", "native", "kernels"),
     ("packing",),
     ("kv", "weights", "options"),
-    ("tune", "watch", "overlaps"),
-    ("gpu",),
+    ("tune", "watch", "overlaps", "module_facts"),
+    ("gpu", "guards"),
     ("auto",),
     ("plan",),
     ("executor",),
@@ -160,9 +160,9 @@ def test_only_some_groups_write_files():
     assert found <= MAY_WRITE_FILES
 
 
-def test_csrc_sees_neither_torch_nor_python_outside_bind():
+def test_csrc_sees_neither_torch_nor_python_outside_its_bindings():
     for path in (ROOT / "csrc").rglob("*"):
-        if path.is_file() and path.name != "bind.cpp":
+        if path.is_file() and path.name != "bind.cpp" and path.parent.name != "python":
             includes = re.findall(r'#include\s+[<"]([^>"]+)', path.read_text())
             assert not [
                 i

@@ -65,6 +65,7 @@ PIPELINE: tuple[tuple[str, Pass], ...] = (
 
 QUANTIZE = "quantize"  # the last one, which needs to know the schemes
 NAMES = (*(name for name, _ in PIPELINE), QUANTIZE)
+GUARDS = "guards"  # no pass, but can be left out like one: see llmopt.guards
 
 
 def passes(quantise: Pass, disabled: Collection[str]) -> list[tuple[str, Pass]]:
@@ -72,8 +73,9 @@ def passes(quantise: Pass, disabled: Collection[str]) -> list[tuple[str, Pass]]:
 
     Raises ValueError when `disabled` names a pass that does not exist.
     """
-    unknown = sorted(set(disabled) - set(NAMES))
+    possible = (*NAMES, GUARDS)
+    unknown = sorted(set(disabled) - set(possible))
     if unknown:
-        raise ValueError(f"LLMOPT_DISABLE={','.join(unknown)}: possible: {', '.join(NAMES)}")
+        raise ValueError(f"LLMOPT_DISABLE={','.join(unknown)}: possible: {', '.join(possible)}")
     every = (*PIPELINE, (QUANTIZE, quantise))
     return [(name, run) for name, run in every if name not in disabled]
