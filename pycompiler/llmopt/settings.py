@@ -3,7 +3,7 @@
 LLMOPT_DEBUG      0..4: 1 fallbacks and their reasons, 2 the plan, 3 the graph after each pass, 4 everything
 LLMOPT_CPU_ISA    use this CPU tier (scalar, avx2, avx512, avx512_vnni, amx) instead of the best one
 LLMOPT_CACHE_DIR  where converted weights, mapped weights and tuning results are kept; default: the user's cache directory
-LLMOPT_DISABLE    comma-separated names of passes to leave out, for bisecting
+LLMOPT_DISABLE    comma-separated names of passes to leave out, for bisecting; "guards": guards.py
 LLMOPT_TUNE       0: leave every kernel to its own rules, whatever was measured for it
 LLMOPT_VERIFY     1: after every pass, run the graph on example inputs and compare with the graph before it
 """
