@@ -86,11 +86,12 @@ const dlpack::Exchange* known_exchange(const py::object& capsule) {
 
 std::unique_ptr<ModuleFacts> make_facts(const std::vector<std::tuple<int, py::object, int, py::object>>& rows,
                                         std::vector<std::pair<size_t, size_t>> same, const py::object& exchange,
-                                        const py::tuple& tensors) {
+                                        const py::tuple& tensors, py::object requires_grad) {
   std::vector<Fact> facts;
   for (const auto& [owner, key, kind, expected] : rows)
     facts.push_back({owner, key, static_cast<FactKind>(kind), expected});
-  return std::make_unique<ModuleFacts>(std::move(facts), std::move(same), known_exchange(exchange), tensors);
+  return std::make_unique<ModuleFacts>(std::move(facts), std::move(same), known_exchange(exchange), tensors,
+                                       std::move(requires_grad));
 }
 
 std::unique_ptr<dlpack::Parts> make_parts(const py::object& exchange, const py::object& tensor) {
@@ -199,7 +200,8 @@ PYBIND11_MODULE(_C, m) {
            py::arg("positions"), py::arg("address_of"), py::arg("version_of"), py::arg("counted"))
       .def("same", &Arguments::same, py::arg("arguments"));
   py::class_<ModuleFacts>(m, "ModuleFacts", "What a module and the objects below it have to hold.")
-      .def(py::init(&make_facts), py::arg("facts"), py::arg("same"), py::arg("exchange"), py::arg("tensors"))
+      .def(py::init(&make_facts), py::arg("facts"), py::arg("same"), py::arg("exchange"), py::arg("tensors"),
+           py::arg("requires_grad"))
       .def("hold", &ModuleFacts::hold, py::arg("root"), py::arg("known"))
       .def("tensors", &ModuleFacts::tensors, py::arg("root"))
       .def("memory", &ModuleFacts::memory, py::arg("root"));

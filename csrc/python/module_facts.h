@@ -22,7 +22,7 @@ enum class FactKind {
   kConstant,  // a number, string or the like: of the type that is expected, and equal
   kObject,    // of the type that is expected; its own dictionary may own further facts
   kDict,      // a dict, which may own further facts
-  kTensor,    // of the dtype, size and stride that the tensor had at first
+  kTensor,    // a tensor of the class, dtype, size and stride that the first had, and as much in need of gradients
 };
 
 struct Fact {
@@ -40,10 +40,14 @@ inline PyObject* referent(PyObject* reference) {
 
 class ModuleFacts {
  public:
-  // same: pairs of facts that stand for one object; tensors: those that are expected, in the order of their facts.
+  // same: pairs of facts that stand for one object; tensors: those that are expected, in the order of their facts;
+  // requires_grad: the property of tensors.
   ModuleFacts(std::vector<Fact> facts, std::vector<std::pair<size_t, size_t>> same, const dlpack::Exchange* exchange,
-              const py::tuple& tensors)
-      : facts_(std::move(facts)), same_(std::move(same)), exchange_(exchange) {
+              const py::tuple& tensors, py::object requires_grad)
+      : facts_(std::move(facts)),
+        same_(std::move(same)),
+        exchange_(exchange),
+        requires_grad_(std::move(requires_grad)) {
     for (size_t i = 0; i < facts_.size(); ++i) {
       const int owner = facts_[i].owner;
       if (owner >= static_cast<int>(i) || (owner >= 0 && !owns(facts_[owner].kind)))
@@ -54,10 +58,11 @@ class ModuleFacts {
       if (a >= facts_.size() || b >= facts_.size())
         throw std::invalid_argument("same names a fact that does not exist");
     if (tensors.size() != tensors_.size()) throw std::invalid_argument("facts need as many tensors as they speak of");
+    if (!Py_TYPE(requires_grad_.ptr())->tp_descr_get) throw py::type_error("requires_grad is no property");
     for (py::handle tensor : tensors) {
       dlpack::Array array;
       if (exchange_->look_at(tensor.ptr(), &array)) throw py::error_already_set();
-      forms_.emplace_back(array);
+      forms_.emplace_back(array, py::type::of(tensor), needs_gradients(tensor.ptr()));
     }
   }
 
@@ -66,7 +71,7 @@ class ModuleFacts {
     Found found;
     if (known.size() != tensors_.size() || !look_up(root.ptr(), &found)) return false;
     for (size_t i = 0; i < tensors_.size(); ++i)
-      if (referent(PyTuple_GET_ITEM(known.ptr(), i)) != found.values[tensors_[i]]) return false;
+      if (referent(PyTuple_GET_ITEM(known.ptr(), i)) != found.values[tensors_[i]].ptr()) return false;
     return have_forms(found);
   }
 
@@ -75,7 +80,7 @@ class ModuleFacts {
     Found found;
     if (!look_up(root.ptr(), &found) || !have_forms(found)) return py::none();
     py::tuple tensors(tensors_.size());
-    for (size_t i = 0; i < tensors_.size(); ++i) tensors[i] = py::handle(found.values[tensors_[i]]);
+    for (size_t i = 0; i < tensors_.size(); ++i) tensors[i] = found.values[tensors_[i]];
     return tensors;
   }
 
@@ -89,10 +94,10 @@ class ModuleFacts {
       bytes.push_back(size);
     };
     for (size_t i = 0; i < facts_.size(); ++i) {
-      const auto* dict = reinterpret_cast<const PyDictObject*>(found.dicts[i]);
+      const auto* dict = reinterpret_cast<const PyDictObject*>(found.dicts[i].ptr());
       if (!dict) continue;
       const bool shared = dict->ma_values;  // keys are the class's: the object has values alone
-      add(found.values[i], kObjectBytes);
+      add(found.values[i].ptr(), kObjectBytes);
       add(dict, sizeof *dict);
       add(shared ? static_cast<const void*>(dict->ma_values) : dict->ma_keys, kKeyBytes * (dict->ma_used + 1));
     }
@@ -103,7 +108,9 @@ class ModuleFacts {
   static constexpr int64_t kObjectBytes = 64, kKeyBytes = 24;
 
   struct Found {
-    std::vector<PyObject*> values, dicts;  // of each fact: what its key stands for, and the dictionary of that
+    // Of each fact: what its key stands for, and the dictionary of that. Python may run others in between (a key that
+    // is compared, garbage that is collected), who may change what owns these.
+    std::vector<py::object> values, dicts;
   };
 
   // What a tensor is but for its numbers: nobody has to put another into its place to change that.
@@ -111,14 +118,18 @@ class ModuleFacts {
     uint8_t dtype_code, dtype_bits;
     int32_t device_type, device_id;
     std::vector<int64_t> size, stride;
+    py::object type;
+    bool needs_gradients;
 
-    explicit Form(const dlpack::Array& a)
+    Form(const dlpack::Array& a, py::object type_, bool needs_gradients_)
         : dtype_code(a.dtype_code),
           dtype_bits(a.dtype_bits),
           device_type(a.device_type),
           device_id(a.device_id),
           size(a.shape, a.shape + a.ndim),
-          stride(a.strides, a.strides + a.ndim) {}
+          stride(a.strides, a.strides + a.ndim),
+          type(std::move(type_)),
+          needs_gradients(needs_gradients_) {}
 
     bool is_of(const dlpack::Array& a) const {
       return a.dtype_code == dtype_code && a.dtype_bits == dtype_bits && a.device_type == device_type &&
@@ -129,35 +140,45 @@ class ModuleFacts {
 
   bool have_forms(const Found& found) const {
     for (size_t i = 0; i < tensors_.size(); ++i) {
+      PyObject* tensor = found.values[tensors_[i]].ptr();
+      if (reinterpret_cast<PyObject*>(Py_TYPE(tensor)) != forms_[i].type.ptr()) return false;
       dlpack::Array array;
-      if (exchange_->look_at(found.values[tensors_[i]], &array)) {
+      if (exchange_->look_at(tensor, &array)) {
         PyErr_Clear();  // what cannot be looked at is of another kind
         return false;
       }
-      if (!forms_[i].is_of(array)) return false;
+      if (!forms_[i].is_of(array) || needs_gradients(tensor) != forms_[i].needs_gradients) return false;
     }
     return true;
   }
 
   static bool owns(FactKind kind) { return kind == FactKind::kObject || kind == FactKind::kDict; }
 
-  // All is borrowed: a value lives as long as its owner's dictionary has it, and nobody else runs meanwhile.
+  bool needs_gradients(PyObject* tensor) const {
+    PyObject* property = requires_grad_.ptr();
+    auto* type = reinterpret_cast<PyObject*>(Py_TYPE(tensor));
+    const auto said = py::reinterpret_steal<py::object>(Py_TYPE(property)->tp_descr_get(property, tensor, type));
+    if (!said) throw py::error_already_set();
+    return said.ptr() == Py_True;
+  }
+
   bool look_up(PyObject* root, Found* found) const {
-    found->values.assign(facts_.size(), nullptr);
-    found->dicts.assign(facts_.size(), nullptr);
-    PyObject* root_dict = dict_of(root);
+    found->values.resize(facts_.size());
+    found->dicts.resize(facts_.size());
+    const py::object root_dict = dict_of(root);
     for (size_t i = 0; i < facts_.size(); ++i) {
       const Fact& fact = facts_[i];
-      PyObject* owner = fact.owner < 0 ? root_dict : found->dicts[fact.owner];
+      const py::object& owner = fact.owner < 0 ? root_dict : found->dicts[fact.owner];
       if (!owner) return false;
-      PyObject* value = found->values[i] = PyDict_GetItemWithError(owner, fact.key.ptr());
+      auto value = py::reinterpret_borrow<py::object>(PyDict_GetItemWithError(owner.ptr(), fact.key.ptr()));
       if (!value && PyErr_Occurred()) throw py::error_already_set();
-      if (!holds(fact, value)) return false;
-      if (fact.kind == FactKind::kObject) found->dicts[i] = dict_of(value);
+      if (!holds(fact, value.ptr())) return false;
+      if (fact.kind == FactKind::kObject) found->dicts[i] = dict_of(value.ptr());
       if (fact.kind == FactKind::kDict) found->dicts[i] = value;
+      found->values[i] = std::move(value);
     }
     for (auto [a, b] : same_)
-      if (found->values[a] != found->values[b]) return false;
+      if (!found->values[a].is(found->values[b])) return false;
     return true;
   }
 
@@ -176,17 +197,17 @@ class ModuleFacts {
     return result == 1;
   }
 
-  // Of an object, which keeps it alive; nullptr where it has none.
-  static PyObject* dict_of(PyObject* object) {
+  // Of an object; null where it has none.
+  static py::object dict_of(PyObject* object) {
     PyObject* dict = PyObject_GenericGetDict(object, nullptr);
     if (!dict) PyErr_Clear();
-    Py_XDECREF(dict);
-    return dict;
+    return py::reinterpret_steal<py::object>(dict);
   }
 
   std::vector<Fact> facts_;
   std::vector<std::pair<size_t, size_t>> same_;
   const dlpack::Exchange* exchange_;
+  py::object requires_grad_;
   std::vector<size_t> tensors_;  // the facts of that kind
   std::vector<Form> forms_;      // of each of those
 };

@@ -36,9 +36,10 @@ class FactKind(IntEnum):
     CONSTANT = 2  # of the type that is expected, and equal
     OBJECT = 3  # of the type that is expected; may own further facts
     DICT = 4  # a dict; may own further facts
-    TENSOR = 5  # of the dtype, size and stride that the tensor had
+    TENSOR = 5  # a tensor of the class, dtype, size and stride that the first had, and as much in need of gradients
 
 
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int8, torch.uint8)
 _CONSTANTS = (bool, int, float, str, bytes, type(None), torch.dtype)
 _ATTRIBUTES = (AttrSource, UnspecializedParamBufferSource)
 _ITEMS = (DictGetItemSource, GetItemSource)
@@ -71,23 +72,26 @@ class FactBuilder:
         owners = [owner for owner, _ in self._keys]
         keys = [key for _, key in self._keys]
         rows = [*zip(owners, keys, self._kinds, self._expected, strict=True)]
-        return _C.ModuleFacts(rows, self._same, EXCHANGE, tuple(self.tensors()))
+        return _C.ModuleFacts(
+            rows, self._same, EXCHANGE, tuple(self.tensors()), Tensor.requires_grad
+        )
 
     def tensors(self) -> list[Tensor]:
         """In the order in which the facts give them."""
         kinds = zip(self._kinds, self._values, strict=True)
         return [value for kind, value in kinds if kind == FactKind.TENSOR]
 
-    def add_tensor(self, source: Source | None, tensor: Tensor) -> bool:
-        """Makes a fact of a tensor, if that is what the source stands for, and if C++ can look at it."""
-        plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
-        if EXCHANGE is None or not plain or tensor.is_conj() or tensor.is_neg():
+    def add_parameter(self, source: Source | None, tensor: Tensor) -> bool:
+        """Makes a fact of a parameter, if that is what the source stands for, and if C++ can look at it. Of other tensors Dynamo
+        also watches that no two of them become one."""
+        if EXCHANGE is None or type(tensor) is not nn.Parameter or tensor.dtype not in _DTYPES:
             return False
         number = self._number(source)
         if number is None or number == _ROOT or self._values[number] is not tensor:
             return False
-        self._kinds[number] = FactKind.TENSOR
-        return True
+        if tensor.layout is torch.strided and not tensor.is_neg():
+            self._kinds[number] = FactKind.TENSOR
+        return self._kinds[number] == FactKind.TENSOR
 
     def cover(self, guards: Iterable[Guard]) -> set[Guard]:
         """Makes facts of what guards say; returns those that need not be looked at any more."""
@@ -164,7 +168,8 @@ class FactBuilder:
         if held is None or name not in held:
             return None
         cls = type(self._root if owner == _ROOT else self._values[owner])
-        if hasattr(type(inspect.getattr_static(cls, name, None)), "__set__"):
+        described = type(inspect.getattr_static(cls, name, None))
+        if hasattr(described, "__set__") or hasattr(described, "__delete__"):
             return None
         return self._add(owner, name, FactKind.PRESENT, held)
 
@@ -182,7 +187,7 @@ class FactBuilder:
     def _dict_of(self, number: int, kind: FactKind) -> dict | None:
         """The dictionary of an object's attributes, after the fact says of which type the object is; None where it has none."""
         if number == _ROOT:
-            return vars(self._root)
+            return vars(self._root) if _has_plain_attributes(type(self._root)) else None
         value = self._values[number]
         if self._kinds[number] not in (FactKind.PRESENT, kind) or not _has_plain_attributes(
             type(value)

@@ -26,7 +26,7 @@ def module(**attributes: Any) -> nn.Module:
 
 
 def hold(facts: list[tuple], root: nn.Module, same: list[tuple[int, int]] = []) -> bool:  # noqa: B006
-    return _C.ModuleFacts(facts, same, EXCHANGE, ()).hold(root, ())
+    return _C.ModuleFacts(facts, same, EXCHANGE, (), torch.Tensor.requires_grad).hold(root, ())
 
 
 @pytest.mark.parametrize(
@@ -86,22 +86,35 @@ def test_two_keys_of_one_object() -> None:
 
 def test_tensors_by_form() -> None:
     first = torch.zeros(3, 4)
-    facts = _C.ModuleFacts([(-1, "w", FactKind.TENSOR, None)], [], EXCHANGE, (first,))
+    rows, grad = [(-1, "w", FactKind.TENSOR, None)], torch.Tensor.requires_grad
+    facts = _C.ModuleFacts(rows, [], EXCHANGE, (first,), grad)
     root = module(w=first)
     known = (weakref.ref(first),)
     assert facts.hold(root, known)
     assert not facts.hold(root, ()), "nobody knows it"
-    for other in (torch.zeros(4, 3), torch.zeros(4, 3).t(), first.int(), first[0], Part()):
-        root.w = other
+    for other in (
+        torch.zeros(4, 3),
+        torch.zeros(4, 3).t(),
+        first.int(),
+        first[0],
+        Part(),
+        nn.Parameter(first),
+    ):
+        vars(root)["w"] = other
         assert not facts.hold(root, (weakref.ref(other),))
         assert facts.tensors(root) is None
-    root.w = torch.ones(3, 4)
+    vars(root)["w"] = torch.ones(3, 4)
     assert not facts.hold(root, known), "another tensor"
     assert facts.tensors(root) == (root.w,)
     del first
     assert not facts.hold(root, known)
+    known = (weakref.ref(root.w),)
+    root.w.requires_grad_()
+    assert not facts.hold(root, known)
+    root.w.requires_grad_(False)
+    assert facts.hold(root, known)
     root.w.data = torch.ones(4, 3).t()
-    assert not facts.hold(root, (weakref.ref(root.w),))
+    assert not facts.hold(root, known)
 
 
 def test_lists_that_make_no_sense() -> None:

@@ -198,13 +198,13 @@ def test_what_makes_no_other_graph(change: Callable[[Reads], None], backend: str
 
 def held(module: object) -> list[HeldWeights]:
     """Those of compiled graphs that know a module."""
-    return [h for h in gc.get_objects() if type(h) is HeldWeights and id(module) in h._held]
+    return [h for h in gc.get_objects() if type(h) is HeldWeights and id(module) in h._known]
 
 
 def test_weights_and_attributes_are_no_business_of_dynamo_any_more(
     backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The compiled graph gets the module and x, and Dynamo looks no further than the module."""
+    """The compiled graph gets the module, x and a buffer, and Dynamo looks at that and no further."""
     module, x = build(Reads), block_input()
     calls = []
     call = ModuleCall.__call__
@@ -212,11 +212,16 @@ def test_weights_and_attributes_are_no_business_of_dynamo_any_more(
         ModuleCall, "__call__", lambda self, *given: calls.append(given) or call(self, *given)
     )
     torch.compile(module, backend=backend)(x)
-    assert [[type(a) for a in given] for given in calls] == [[Reads, torch.Tensor]]
+    assert [[type(a) for a in given] for given in calls] == [[Reads, torch.Tensor, torch.Tensor]]
     (entry,) = torch._dynamo.eval_frame._debug_get_cache_entry_list(Reads.forward.__code__)
     guards = str(entry.guard_manager)
     assert "holds what it held" in guards
-    assert set(re.findall(r"source=L\['self'\]([^,]*),", guards)) == {""}
+    assert set(re.findall(r"source=L\['self'\]([^,]*),", guards)) == {
+        "",
+        ".__dict__",
+        "._buffers",
+        "._buffers['offset']",
+    }
 
 
 def test_switched_off(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,7 +245,7 @@ def test_a_module_that_is_gone_is_forgotten(backend: str) -> None:
 
 @pytest.mark.parametrize("replace", [True, False])
 def test_calls_whose_guards_are_not_asked(replace: bool, backend: str) -> None:
-    """PyTorch has a stance in which it asks no guard of a function with one graph."""
+    """PyTorch has a stance in which it asks no guard that does not tell graphs apart. New weights are taken, others are an error."""
     module, x = build(Reads), block_input()
     compiled = torch.compile(module, backend=backend)
     compiled(x)
@@ -253,8 +258,122 @@ def test_calls_whose_guards_are_not_asked(replace: bool, backend: str) -> None:
                 module.first.weight.mul_(0.5)
             assert_same_output(compiled(x), module(x))
         module.scale = 0.125
-        with pytest.raises(RuntimeError, match="Reads is not what it was when it was compiled"):
+        with pytest.raises(RuntimeError, match=r"is not what it was when|Recompilation triggered"):
             compiled(x)
+
+
+@pytest.mark.parametrize("skipping", [True, False])
+def test_a_guard_that_was_asked_for_another_call(skipping: bool, backend: str) -> None:
+    """What a guard has found holds for the call that follows it, also where another guard then chose another graph."""
+    module = build(Reads)
+    compiled = torch.compile(module, backend=backend, dynamic=False)
+    inputs = [block_input(length) for length in (5, 7, 5)]
+    for x in inputs:
+        compiled(x)
+    before = list(module.parameters())
+    weights_of_the_same_form(module)
+    with torch.compiler.set_stance(skip_guard_eval_unsafe=skipping):
+        assert_same_output(compiled(inputs[0]), module(inputs[0]))
+    assert before[0] is not module.first.weight
+
+
+def unfreeze(m: Reads) -> None:
+    m.second.weight.requires_grad_()
+
+
+@pytest.mark.parametrize("back", [True, False])
+def test_weights_that_need_gradients_again(back: bool, backend: str) -> None:
+    module, x = build(Reads).requires_grad_(back), block_input()
+    compiled = torch.compile(module, backend=backend)
+    with torch.enable_grad():
+        assert compiled(x).requires_grad is back
+        module.requires_grad_(False)
+        assert not compiled(x).requires_grad
+        module.second.weight.requires_grad_()
+        compiled(x).sum().backward()
+    assert module.second.weight.grad is not None
+    assert module.first.weight.grad is None
+
+
+class ReadsTensors(nn.Module):
+    """Reads of its tensors more than numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(48, 48)
+        self.register_buffer("a", torch.ones(48))
+        self.register_buffer("b", torch.ones(48))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.up(x) * self.a + self.b
+        if self.a is self.b:
+            y = y * 2
+        return y * 3 if self.up.weight.requires_grad else y
+
+
+class Scaled(nn.Parameter):
+    pass
+
+
+def two_become_one(m: ReadsTensors) -> None:
+    m.b = m.a
+
+
+def needs_no_gradient(m: ReadsTensors) -> None:
+    m.up.weight.requires_grad_(False)
+
+
+def another_class_in_place(m: ReadsTensors) -> None:
+    m.up.weight.__class__ = Scaled
+
+
+@pytest.mark.parametrize("change", [two_become_one, needs_no_gradient, another_class_in_place])
+def test_what_tensors_are(change: Callable[[ReadsTensors], None], backend: str) -> None:
+    module, x = build(ReadsTensors), block_input()
+    compiled = torch.compile(module, backend=backend)
+    compiled(x)
+    change(module)
+    assert_same_output(compiled(x), module(x))
+
+
+@pytest.mark.parametrize(
+    "chosen", ["keep_tensor_guards_unsafe", "skip_guard_on_all_nn_modules_unsafe", "skip_all_guards_unsafe"]
+)  # fmt: skip
+def test_guards_that_somebody_chooses_stay_dynamos(chosen: str, backend: str) -> None:
+    module, x = build(Reads), block_input()
+    filters = {"guard_filter_fn": getattr(torch.compiler, chosen)}
+    compiled = torch.compile(module, backend=backend, options=filters)
+    want = compiled(x)
+    module.scale = 0.125  # which nobody looks at then
+    assert_same_output(compiled(x), want)
+    assert held(module) == []
+
+
+def test_sizes_that_get_graphs_of_their_own(backend: str) -> None:
+    """Dynamo calls the backend again for these, with the arguments of a call."""
+    module = build(Reads)
+    compiled = torch.compile(module, backend=backend)
+    for batch in (3, 2, 3):
+        x = block_input(batch=batch)
+        torch._dynamo.decorators.mark_dynamic(x, 0, specialize_on=[lambda size: size == 2])
+        assert_same_output(compiled(x), module(x))
+
+
+def test_parameters_of_other_dtypes(backend: str) -> None:
+    """Some that no exchange functions know."""
+
+    class Bits(Reads):
+        def __init__(self) -> None:
+            super().__init__()
+            codes = torch.empty(4, dtype=torch.bits8)
+            self.codes = nn.Parameter(codes, requires_grad=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * self.codes.view(torch.uint8).numel()
+
+    torch.manual_seed(0)
+    module, x = Bits().eval(), block_input()
+    assert_same_output(torch.compile(module, backend=backend)(x), module(x))
 
 
 def test_threads_with_modules_of_their_own(backend: str) -> None:
