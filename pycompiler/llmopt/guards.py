@@ -30,6 +30,9 @@ from llmopt.module_facts import FactBuilder
 from llmopt.sizes import expression
 
 
+_OLDEST = "2.13"  # PyTorch whose Dynamo keeps guards and reads arguments as this file has it
+
+
 class _Held(NamedTuple):
     """What is known of one module."""
 
@@ -134,8 +137,10 @@ def take_over(call: Callable, gm: fx.GraphModule) -> Callable:
 
 
 def _output_of(gm: fx.GraphModule) -> Any:
-    """Dynamo's record of the graph that it compiles now. None without Dynamo, and where guards are chosen by others, written to files or
-    skipped: what is covered would be missing there."""
+    """Dynamo's record of the graph that it compiles now. None without Dynamo or with an older one, and where guards are chosen by others,
+    written to files or skipped: what is covered would be missing there."""
+    if torch.__version__ < _OLDEST:
+        return None
     context = TracingContext.try_get()
     translator = getattr(symbolic_convert.tls, "current_tx", None)
     if context is None or translator is None or _chooses_guards():
