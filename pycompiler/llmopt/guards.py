@@ -29,7 +29,6 @@ from llmopt.messages import log
 from llmopt.module_facts import FactBuilder
 from llmopt.sizes import expression
 
-
 _OLDEST = "2.13"  # PyTorch whose Dynamo keeps guards and reads arguments as this file has it
 
 
