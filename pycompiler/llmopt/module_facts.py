@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
@@ -46,16 +47,24 @@ _ITEMS = (DictGetItemSource, GetItemSource)
 _ROOT = -1  # in the place of a fact's number
 
 
+@dataclass
+class _Fact:
+    """owner: the number of the fact whose value's dictionary has the key, or _ROOT."""
+
+    owner: int
+    key: str
+    kind: FactKind
+    value: Any  # what the key stands for now
+    expected: object = None  # a constant, or the type of an object
+
+
 class FactBuilder:
     """Collects facts of one module, each owner before what it owns."""
 
     def __init__(self, root: nn.Module, source: LocalSource) -> None:
         """source: the local variable of the compiled function that holds the root."""
         self._root, self._source = root, source
-        self._keys: list[tuple[int, str]] = []
-        self._kinds: list[FactKind] = []
-        self._expected: list[object] = []
-        self._values: list[Any] = []
+        self._facts: list[_Fact] = []
         self._numbers: dict[tuple[int, str], int] = {}
         self._same: list[tuple[int, int]] = []
         self._covering: dict[str, Callable[[Guard], bool]] = {
@@ -69,29 +78,26 @@ class FactBuilder:
         }
 
     def build(self) -> _C.ModuleFacts:
-        owners = [owner for owner, _ in self._keys]
-        keys = [key for _, key in self._keys]
-        rows = [*zip(owners, keys, self._kinds, self._expected, strict=True)]
+        rows = [(f.owner, f.key, f.kind, f.expected) for f in self._facts]
         return _C.ModuleFacts(
             rows, self._same, EXCHANGE, tuple(self.tensors()), Tensor.requires_grad
         )
 
     def tensors(self) -> list[Tensor]:
         """In the order in which the facts give them."""
-        kinds = zip(self._kinds, self._values, strict=True)
-        return [value for kind, value in kinds if kind == FactKind.TENSOR]
+        return [f.value for f in self._facts if f.kind is FactKind.TENSOR]
 
     def add_parameter(self, source: Source | None, tensor: Tensor) -> bool:
         """Makes a fact of a parameter, if that is what the source stands for, and if C++ can look at it. Of other tensors Dynamo
         also watches that no two of them become one."""
         if EXCHANGE is None or type(tensor) is not nn.Parameter or tensor.dtype not in _DTYPES:
             return False
-        number = self._number(source)
-        if number is None or number == _ROOT or self._values[number] is not tensor:
+        fact = self._fact(source)
+        if fact is None or fact.value is not tensor or tensor.layout is not torch.strided:
             return False
-        if tensor.layout is torch.strided and not tensor.is_neg():
-            self._kinds[number] = FactKind.TENSOR
-        return self._kinds[number] == FactKind.TENSOR
+        if not tensor.is_neg():
+            fact.kind = FactKind.TENSOR
+        return fact.kind is FactKind.TENSOR
 
     def cover(self, guards: Iterable[Guard]) -> set[Guard]:
         """Makes facts of what guards say; returns those that need not be looked at any more."""
@@ -101,33 +107,29 @@ class FactBuilder:
         return {g for g in by_name if (covers := self._covering.get(_name(g))) and covers(g)}
 
     def _constant(self, guard: Guard) -> bool:
-        number = self._number(guard.originating_source)
-        if number is None or number == _ROOT:
+        fact = self._fact(guard.originating_source)
+        if fact is None or type(fact.value) not in _CONSTANTS or fact.value != fact.value:
             return False
-        value = self._values[number]
-        if type(value) not in _CONSTANTS or value != value:
-            return False
-        self._kinds[number], self._expected[number] = FactKind.CONSTANT, value
+        fact.kind, fact.expected = FactKind.CONSTANT, fact.value
         return True
 
     def _tensor(self, guard: Guard) -> bool:
-        number = self._number(guard.originating_source)
-        return number is not None and number != _ROOT and self._kinds[number] == FactKind.TENSOR
+        fact = self._fact(guard.originating_source)
+        return fact is not None and fact.kind is FactKind.TENSOR
 
     def _type(self, guard: Guard) -> bool:
         number = self._number(guard.originating_source)
         if number is None or number == _ROOT:
             return False
-        said = self._kinds[number] in (FactKind.CONSTANT, FactKind.TENSOR)
-        return said or self._dict_of(number, FactKind.OBJECT) is not None or self._is_dict(number)
+        said = self._facts[number].kind in (FactKind.CONSTANT, FactKind.TENSOR)
+        return said or self._attributes(number) is not None or self._is_dict(number)
 
     def _absent(self, guard: Guard) -> bool:
-        owner = self._number(guard.originating_source)
-        held = None if owner is None else self._dict_of(owner, FactKind.OBJECT)
-        key = _keyword(guard, "attr")
+        owner, key = self._number(guard.originating_source), _keyword(guard, "attr")
+        held = None if owner is None else self._attributes(owner)
         if owner is None or held is None or key in held:
             return False
-        return self._add(owner, key, FactKind.ABSENT, None) is not None
+        return self._facts[self._add(owner, key, FactKind.ABSENT, None)].kind is FactKind.ABSENT
 
     def _present(self, guard: Guard) -> bool:
         owner = self._number(guard.originating_source)
@@ -137,13 +139,19 @@ class FactBuilder:
         """Of two places that hold one object."""
         pair = self._number(guard.originating_source), self._number(_keyword(guard, "source_b"))
         a, b = pair
-        if a is None or b is None or _ROOT in pair or self._values[a] is not self._values[b]:
+        if a is None or b is None or _ROOT in pair:
+            return False
+        if self._facts[a].value is not self._facts[b].value:
             return False
         self._same.append((a, b))
         return True
 
+    def _fact(self, source: Source | None) -> _Fact | None:
+        number = self._number(source)
+        return None if number is None or number == _ROOT else self._facts[number]
+
     def _number(self, source: Any) -> int | None:
-        """The fact of what a source stands for; None where it is none."""
+        """The number of the fact of what a source stands for; None where that is none."""
         if isinstance(source, NNModuleSource):
             return self._number(source.base)
         if type(source) is LocalSource:
@@ -157,50 +165,44 @@ class FactBuilder:
             return self._attribute(owner, source.member)
         if type(source.index) is not str or owner == _ROOT or not self._is_dict(owner):
             return None
-        held = self._values[owner]
-        return (
-            self._add(owner, source.index, FactKind.PRESENT, held) if source.index in held else None
-        )
+        return self._item(owner, source.index, self._facts[owner].value)
 
     def _attribute(self, owner: int, name: str) -> int | None:
         """The fact of an attribute that is in the owner's own dictionary, and that its class leaves alone."""
-        held = self._dict_of(owner, FactKind.OBJECT)
-        if held is None or name not in held:
-            return None
-        cls = type(self._root if owner == _ROOT else self._values[owner])
+        cls = type(self._root if owner == _ROOT else self._facts[owner].value)
         described = type(inspect.getattr_static(cls, name, None))
-        if hasattr(described, "__set__") or hasattr(described, "__delete__"):
+        held = self._attributes(owner)
+        if held is None or hasattr(described, "__set__") or hasattr(described, "__delete__"):
             return None
-        return self._add(owner, name, FactKind.PRESENT, held)
+        return self._item(owner, name, held)
 
-    def _add(self, owner: int, key: str, kind: FactKind, held: dict | None) -> int | None:
-        """The number of a fact about a key; None where one that is known says something else."""
-        number = self._numbers.get((owner, key))
-        if number is None:
-            number = self._numbers[owner, key] = len(self._keys)
-            self._keys.append((owner, key))
-            self._kinds.append(kind)
-            self._expected.append(None)
-            self._values.append(None if held is None else held[key])
-        return None if (self._kinds[number] == FactKind.ABSENT) != (held is None) else number
+    def _item(self, owner: int, key: str, held: dict) -> int | None:
+        return self._add(owner, key, FactKind.PRESENT, held[key]) if key in held else None
 
-    def _dict_of(self, number: int, kind: FactKind) -> dict | None:
-        """The dictionary of an object's attributes, after the fact says of which type the object is; None where it has none."""
+    def _add(self, owner: int, key: str, kind: FactKind, value: Any) -> int:
+        """The number of the fact about a key, which is a new one at first."""
+        number = self._numbers.setdefault((owner, key), len(self._facts))
+        if number == len(self._facts):
+            self._facts.append(_Fact(owner, key, kind, value))
+        return number
+
+    def _attributes(self, number: int) -> dict | None:
+        """The dictionary of an object's attributes, after its fact says of which type the object is; None where it has none."""
         if number == _ROOT:
             return vars(self._root) if _has_plain_attributes(type(self._root)) else None
-        value = self._values[number]
-        if self._kinds[number] not in (FactKind.PRESENT, kind) or not _has_plain_attributes(
-            type(value)
-        ):
+        fact = self._facts[number]
+        plain = _has_plain_attributes(type(fact.value))
+        if fact.kind not in (FactKind.PRESENT, FactKind.OBJECT) or not plain:
             return None
-        self._kinds[number], self._expected[number] = kind, type(value)
-        return vars(value)
+        fact.kind, fact.expected = FactKind.OBJECT, type(fact.value)
+        return vars(fact.value)
 
     def _is_dict(self, number: int) -> bool:
         """True where the fact says that it is of a dictionary."""
-        if self._kinds[number] == FactKind.PRESENT and type(self._values[number]) is dict:
-            self._kinds[number] = FactKind.DICT
-        return self._kinds[number] == FactKind.DICT
+        fact = self._facts[number]
+        if fact.kind is FactKind.PRESENT and type(fact.value) is dict:
+            fact.kind = FactKind.DICT
+        return fact.kind is FactKind.DICT
 
 
 def _has_plain_attributes(cls: type) -> bool:
