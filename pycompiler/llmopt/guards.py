@@ -47,9 +47,8 @@ class HeldWeights:
         """keys: by which PyTorch dispatches on each weight."""
         self._facts, self._keys = facts, keys
         self._known: dict[int, _Held] = {}  # by a module's id
-        self._asked = (
-            threading.local()
-        )  # .module: the id of the one that the guard has just found as it was
+        # .module: the id of the one that the guard has just found as it was
+        self._asked = threading.local()
 
     def holds(self, module: object) -> bool:
         """Whether a module holds what the graph was compiled for: the guard."""
