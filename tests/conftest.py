@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+from collections.abc import Iterator
 
 import pytest
 
@@ -38,12 +39,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """What was imported and collected stays until the end, so that no later garbage collection need walk it.
-
-    Tracing makes cycles by the hundred thousand and keeps most: looking at them less often frees as much.
-    """
-    gc.collect()
-    gc.freeze()
+    """Tracing makes cycles by the hundred thousand and keeps most: looking at them less often frees as much."""
+    _pass_over()
     gc.set_threshold(50_000, 20, 50)
     # Nobody reads Dynamo's trace of every compilation: without a handler it is not made, nor printed with a failure. pytest gives its
     # own to every logger that does not propagate.
@@ -55,6 +52,22 @@ def pytest_collection_finish() -> None:
 def pytest_sessionfinish() -> None:
     """Libraries complain at exit of what was never freed."""
     gc.unfreeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_graphs() -> Iterator[None]:
+    """What a module compiled goes with it. What PyTorch keeps of it, half a million objects in the end, is not walked again."""
+    yield
+    import torch  # not above: the process that only hands out tests needs none
+
+    torch._dynamo.reset()
+    _pass_over()
+
+
+def _pass_over() -> None:
+    """What is there now stays until the end, so that no later garbage collection need walk it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
