@@ -5,8 +5,8 @@ from __future__ import annotations
 import html
 import json
 import textwrap
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 
 from llmopt.auto.module import DECISION
 from llmopt.compiled import CompiledGraph, Run, alive, profiling
+from llmopt.native import probe as machine_probe
 from llmopt.native.probe import Probe, measure
 from llmopt.native.segment import StepRecord
 from llmopt.quant.budget import Decision
@@ -205,7 +206,7 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
             "with a warning after torch._dynamo.config.recompile_limit kinds of calls"
         )
     after = measure(threads)
-    probe = after.best(before)
+    probe = replace(after.best(before), read_bytes=_read_rate(threads, runs))
     graphs = list(dict.fromkeys(r.graph for r in runs))
     reasons = dict.fromkeys((r.graph, r.reason) for r in runs)
     here = target()
@@ -228,6 +229,14 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
         tiles=tuple(f"{n} {s}" for g in graphs if g.plan for s, n in g.plan.tiles().items()),
         decisions=_decisions(model, graphs),
     )
+
+
+def _read_rate(threads: int, runs: Sequence[Run]) -> float:
+    """Bytes per second of reading as much again and again as these calls did."""
+    costs = (cost for run in runs for segment in run.costs.values() for cost in segment)
+    rate = machine_probe.read_rate(threads, read_bytes=sum(num_bytes for _, num_bytes in costs))
+    machine_probe.give_back()
+    return rate
 
 
 def _decisions(model: Callable[..., Any], graphs: list[CompiledGraph]) -> tuple[Decision, ...]:

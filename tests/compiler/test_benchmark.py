@@ -25,7 +25,7 @@ from llmopt.benchmark.work import Form, Work, form_of, work_of
 from llmopt.benchmark.worker import Job, WorkerError
 from llmopt.models import LoadedModel, ModelError
 from llmopt.models.text import documentation
-from llmopt.native.probe import Probe
+from llmopt.native.probe import READ_BYTES, Probe
 from llmopt.packing import code_bytes
 from llmopt.quant.schemes import SCHEMES, CodeForm
 from transformers import BertConfig, BertModel
@@ -232,7 +232,7 @@ class FakeWorker:
 def run_fake(monkeypatch, probes, names=("llmopt", "eager", "inductor"), number=2, broken=()):
     probe = iter(probes)
     monkeypatch.setattr(rounds, "Worker", type("W", (FakeWorker,), {"broken": broken}))
-    monkeypatch.setattr(rounds, "measure", lambda threads: Probe(next(probe), 0.0, 1.0))
+    monkeypatch.setattr(rounds, "measure", lambda threads, read_bytes: Probe(next(probe), 0.0, 1.0))
     said = []
     chosen = [systems.SYSTEMS[name] for name in names]
     jobs = {name: Job(name, "toy", "fp32", 1, False) for name in {*names, "eager"}}
@@ -267,6 +267,19 @@ def test_a_disturbed_measurement_is_repeated(monkeypatch):
     assert (found.steady, found.probe.fma_flops) == (True, pytest.approx(0.975))
 
 
+def test_probes_read_as_much_as_a_call_of_the_system(monkeypatch):
+    asked = []
+    monkeypatch.setattr(rounds, "Worker", FakeWorker)
+    monkeypatch.setattr(
+        rounds, "measure", lambda threads, read_bytes: asked.append(read_bytes) or PROBE
+    )
+    chosen = [systems.SYSTEMS[name] for name in ("llmopt", "llmopt-w8a8", "llmopt-auto")]
+    rounds.run(chosen, [DECODE], lambda name: Job(name, "toy", "fp32", 1, False), 1, lambda _: None)
+    forms = [system.form for system in chosen[:2]]
+    assert asked[::2] == [*(WORK.num_bytes(form) / DECODE.new for form in forms), READ_BYTES]
+    assert asked[1::2] == asked[::2]
+
+
 def test_a_machine_that_never_calms_is_marked(monkeypatch):
     probes = [1.0, 0.5] * rounds.TRIES
     result, _ = run_fake(monkeypatch, probes, names=("llmopt",), number=1)
@@ -291,7 +304,7 @@ def test_without_eager_in_fp32_a_worker_is_asked_for_it_alone(monkeypatch):
             asked.append((job.system, job.dtype))
 
     monkeypatch.setattr(rounds, "Worker", Recorder)
-    monkeypatch.setattr(rounds, "measure", lambda threads: PROBE)
+    monkeypatch.setattr(rounds, "measure", lambda threads, read_bytes: PROBE)
     chosen = [systems.SYSTEMS["llmopt"], systems.SYSTEMS["eager"]]
     result = rounds.run(
         chosen, [DECODE], lambda name: Job(name, "toy", "bf16", 1, False), 1, lambda text: None

@@ -43,8 +43,16 @@ def test_shares_are_of_the_better_probe(monkeypatch: pytest.MonkeyPatch) -> None
     """One that other work disturbed would make kernels look faster than the machine; the summary says so."""
     probes = iter((Probe(9e9, 1e9, 8e9), Probe(3e9, 2e9, 9e9), *[Probe(9e9, 1e9, 8e9)] * 2))
     monkeypatch.setattr(report_module, "measure", lambda threads: next(probes))
+    asked = []
+
+    def read_rate(threads: int, read_bytes: float) -> float:
+        asked.append(read_bytes)
+        return 7e9
+
+    monkeypatch.setattr(report_module.machine_probe, "read_rate", read_rate)
     found = explained(nn.Linear(8, 8), torch.randn(2, 8))
-    assert found.probe == Probe(9e9, 2e9, 9e9)
+    assert found.probe == Probe(9e9, 2e9, 7e9)
+    assert asked == [sum(step.bytes for step in found.steps)]
     assert "probes before and after differ" in found.summary()
     assert "probes before and after differ" not in explained(nn.Linear(8, 8), torch.randn(2, 8)).summary()  # fmt: skip
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from llmopt import _C
+from llmopt.native import probe as probe_module
 from llmopt.native.probe import CHAINS, LANE_OPS, TILE_FLOPS, TILE_OPS, Probe, measure
 from llmopt.program import OneOp, run_op
 
@@ -100,6 +101,28 @@ def test_read_probe_reads_everything(tier):
     buffer, sink = torch.ones(1 << 16).view(torch.uint8), torch.zeros(8)
     run_op("probe_read", [buffer, sink], tier=tier, threads=2)
     assert torch.equal(sink, torch.full((8,), (1 << 16) / 8))
+
+
+def test_the_read_probe_reads_as_much_as_the_work(monkeypatch):
+    """Within bounds; memory for more than usual is given back when asked for."""
+    read = []
+
+    def one_op(name, tensors, *args, **kwargs):
+        read.append(tensors[0].numel())
+        return lambda: None
+
+    monkeypatch.setattr(probe_module, "OneOp", one_op)
+    most, usual = probe_module.MOST_READ_BYTES, probe_module.READ_BYTES
+    for wanted in (1, usual + 3, 1e12):
+        probe_module.read_rate(1, read_bytes=wanted)
+    assert read == [probe_module.LEAST_READ_BYTES, usual + 3, most]
+    memory = probe_module._READ_MEMORY
+    assert memory._memory.bytes >= most
+    probe_module.give_back()
+    assert memory._memory is None
+    probe_module.read_rate(1)
+    probe_module.give_back()
+    assert memory._memory.bytes >= usual
 
 
 def test_a_missing_probe_is_refused():

@@ -1,7 +1,8 @@
 """Interleaved rounds: each system measures each phase once a round, between two probes.
 
 A measurement whose probes before and after differ by more than 10 % met a disturbance and is
-repeated, up to three times; if it never gets calm it is kept and marked. Interleaving spreads slow
+repeated, up to three times; if it never gets calm it is kept and marked. Probes read as much memory as a call of the system does:
+caches hold a part of it. Interleaving spreads slow
 drifts over all systems. Before the rounds every system's outputs are compared with those of the model in fp32.
 """
 
@@ -16,10 +17,10 @@ import torch
 
 from llmopt.benchmark.accuracy import Accuracy, compare
 from llmopt.benchmark.phases import Phase
-from llmopt.benchmark.systems import System
+from llmopt.benchmark.systems import SYSTEMS, System
 from llmopt.benchmark.work import Work
 from llmopt.benchmark.worker import Job, Worker, WorkerError
-from llmopt.native.probe import Probe, measure
+from llmopt.native.probe import READ_BYTES, Probe, measure
 
 TRIES = 4
 
@@ -147,15 +148,16 @@ def _compare_with_fp32(
 
 def _measure(name: str, phase: Phase, workers: dict[str, Worker], result: Run) -> None:
     worker = workers[name]
+    read_bytes = _read_bytes(name, phase, result)
     for _ in range(TRIES):
-        before = measure(worker.job.threads)
+        before = measure(worker.job.threads, read_bytes=read_bytes)
         try:
             seconds = worker.ask("measure", phase)
         except WorkerError as error:
             result.failures[name] = f"{phase.describe()}: {error}"
             workers.pop(name).stop()
             return
-        after = measure(worker.job.threads)
+        after = measure(worker.job.threads, read_bytes=read_bytes)
         if before.is_near(after):
             break
     result.measurements.setdefault((name, phase.name), []).append(
@@ -165,6 +167,12 @@ def _measure(name: str, phase: Phase, workers: dict[str, Worker], result: Run) -
             before.is_near(after),
         )
     )
+
+
+def _read_bytes(name: str, phase: Phase, result: Run) -> float:
+    """What a call of a system reads, where that is known."""
+    work, form = result.work.get(phase.name), SYSTEMS[name].form
+    return READ_BYTES if work is None or form is None else work.read_bytes(form, phase)
 
 
 def _mean(probes: Sequence[Probe]) -> Probe:

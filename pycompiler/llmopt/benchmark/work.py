@@ -77,6 +77,10 @@ class Work:
         kv = own if form.kv_bytes is None else form.kv_bytes
         return self.weights * weight + self.head_weights * head + self.kv * kv + self.others * own
 
+    def read_bytes(self, form: Form, phase: Phase) -> float:
+        """Read in a form by each call of the model, the same at the next."""
+        return self.num_bytes(form) / (phase.new or 1)
+
     def least_seconds(self, form: Form, probe: Probe) -> float:
         """The least time on a machine of these rates: the roofline."""
         own = probe.linear_peak(self.dtype)

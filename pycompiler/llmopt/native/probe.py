@@ -1,8 +1,9 @@
 """What this machine can do at best, measured now: the yardstick of benchmarks and of the tuner.
 
-In: a number of threads. Out: a `Probe` with FLOP/s, int8 OP/s and bytes/s. A call takes twenty to thirty
-milliseconds, so that it can stand right before and right after what it is compared with: on shared
-machines the limits move. `glance` is for what itself takes no longer than that.
+In: a number of threads, and how much memory the work reads before it reads the same again: the smaller that is, the more of it
+caches shared by many cores hold. Out: a `Probe` with FLOP/s, int8 OP/s and bytes/s. A call takes twenty to sixty milliseconds, so
+that it can stand right before and right after what it is compared with: on shared machines the limits move. `glance` is for what
+itself takes no longer than that.
 """
 
 from __future__ import annotations
@@ -19,7 +20,11 @@ from llmopt import _C
 from llmopt.program import OneOp
 from llmopt.target import target
 
-READ_BYTES = 128 << 20  # four times the L3 of common machines
+READ_BYTES = (
+    128 << 20
+)  # where nobody says how much the work reads; four times the L3 of common machines
+LEAST_READ_BYTES = 32 << 20  # more than the L2 of cores
+MOST_READ_BYTES = 512 << 20  # what a probe may take of a machine's memory
 CHUNKS_PER_THREAD = 8  # unequal cores share the work
 ITERATIONS = 20_000
 REPEATS = 3
@@ -68,18 +73,29 @@ class Probe:
         return max(self.fma_flops, words, self.tile_flops / TILE_PRODUCTS[dtype])
 
 
-@functools.lru_cache(maxsize=1)
-def _read_memory() -> _C.Memory:
-    memory = _C.Memory(READ_BYTES)
-    # Pages nobody wrote all read from one page of zeros, which would measure a cache.
-    ctypes.memset(memory.address, 0, READ_BYTES)
-    return memory
+class _ReadMemory:
+    """What the read probe reads: kept, since filling it takes longer than reading it."""
+
+    def __init__(self) -> None:
+        self._memory: _C.Memory | None = None
+
+    def buffer(self, num_bytes: int) -> torch.Tensor:
+        """Zeros in huge pages, like packed weights: with small ones the page walks are measured too."""
+        if self._memory is None or self._memory.bytes < num_bytes:
+            self._memory = None  # before there is another
+            self._memory = _C.Memory(num_bytes)
+            # Pages nobody wrote all read from one page of zeros, which would measure a cache.
+            ctypes.memset(self._memory.address, 0, num_bytes)
+        memory = (ctypes.c_uint8 * num_bytes).from_address(self._memory.address)
+        return torch.frombuffer(memory, dtype=torch.uint8)
+
+    def shrink(self) -> None:
+        """Gives back what is beyond READ_BYTES."""
+        if self._memory is not None and self._memory.bytes > READ_BYTES:
+            self._memory = None
 
 
-def _read_buffer() -> torch.Tensor:
-    """Zeros in huge pages, like packed weights: with small ones the page walks are measured too."""
-    memory = (ctypes.c_uint8 * READ_BYTES).from_address(_read_memory().address)
-    return torch.frombuffer(memory, dtype=torch.uint8)
+_READ_MEMORY = _ReadMemory()
 
 
 @functools.lru_cache(maxsize=8)
@@ -104,7 +120,6 @@ def _ops(tier: str, threads: int) -> dict[str, tuple[OneOp, float]]:
             [TILE_ITERATIONS],
             chunks * TILE_ITERATIONS * TILE_SUMS * TILE_OPS,
         ),
-        "probe_read": ([_read_buffer(), sink], [], READ_BYTES),
     }
     return {
         name: (OneOp(name, tensors, ints, tier=tier, threads=threads), float(work))
@@ -119,23 +134,45 @@ def _rate(op: OneOp, work: float) -> float:
     return work / (perf_counter() - start)
 
 
-def measure(threads: int, tier: str | None = None) -> Probe:
-    """The best of a few runs of each probe; tier defaults to the one kernels use here."""
+def measure(threads: int, tier: str | None = None, read_bytes: float = READ_BYTES) -> Probe:
+    """The best of a few runs of each probe.
+
+    tier: the one that kernels use here where none is given; read_bytes: that the work reads before it reads the same again.
+    """
     ops = _ops(tier or target().tier, threads)
-    return _probe({n: max(_rate(*op) for _ in range(REPEATS)) for n, op in ops.items()})
+    rates = {n: max(_rate(*op) for _ in range(REPEATS)) for n, op in ops.items()}
+    return _probe(rates, read_rate(threads, tier, read_bytes))
+
+
+def read_rate(threads: int, tier: str | None = None, read_bytes: float = READ_BYTES) -> float:
+    """Bytes per second of reading that much memory again and again, from LEAST_ to MOST_READ_BYTES."""
+    op = _read_op(threads, tier, read_bytes)
+    return max(_rate(*op) for _ in range(REPEATS))
 
 
 def glance(threads: int, tier: str | None = None) -> Probe:
     """One run of the FMA and the read probe each, in a fifth of the time; the other rates are 0.0."""
-    ops = _ops(tier or target().tier, threads)
-    return _probe({name: _rate(*ops[name]) for name in ("probe_fma", "probe_read")})
+    fma = _ops(tier or target().tier, threads)["probe_fma"]
+    return _probe({"probe_fma": _rate(*fma)}, _rate(*_read_op(threads, tier, READ_BYTES)))
 
 
-def _probe(rates: Mapping[str, float]) -> Probe:
+def give_back() -> None:
+    """Lets go of the memory that probes of more than READ_BYTES took."""
+    _READ_MEMORY.shrink()
+
+
+def _read_op(threads: int, tier: str | None, read_bytes: float) -> tuple[OneOp, float]:
+    num_bytes = int(min(max(read_bytes, LEAST_READ_BYTES), MOST_READ_BYTES))
+    tensors = [_READ_MEMORY.buffer(num_bytes), torch.zeros(CHUNKS_PER_THREAD * threads)]
+    op = OneOp("probe_read", tensors, [], tier=tier or target().tier, threads=threads)
+    return op, float(num_bytes)
+
+
+def _probe(rates: Mapping[str, float], read_bytes: float) -> Probe:
     return Probe(
         rates["probe_fma"],
         rates.get("probe_bytes", 0.0),
-        rates["probe_read"],
+        read_bytes,
         rates.get("probe_tile_bf16", 0.0),
         rates.get("probe_tile_s8", 0.0),
         rates.get("probe_nibbles", 0.0),
