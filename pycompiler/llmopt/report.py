@@ -14,8 +14,7 @@ import torch
 
 from llmopt.auto.module import DECISION
 from llmopt.compiled import CompiledGraph, Run, alive, profiling
-from llmopt.native import probe as machine_probe
-from llmopt.native.probe import Probe, measure
+from llmopt.native.probe import READ_BYTES, Probe, give_back, measure
 from llmopt.native.segment import StepRecord
 from llmopt.quant.budget import Decision
 from llmopt.target import target
@@ -194,7 +193,7 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     changed by both calls. Raises ValueError when no graph of llmopt ran.
     """
     threads = torch.get_num_threads()
-    before = measure(threads)
+    before = measure(threads, read_bytes=0)  # what is in caches now, the next calls find there
     with torch.no_grad():
         model(*args, **kwargs)
         with profiling() as runs:
@@ -205,8 +204,9 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
             "left the forward to Python: without a word where its graph breaks inside a loop (TORCH_LOGS=graph_breaks says where), and "
             "with a warning after torch._dynamo.config.recompile_limit kinds of calls"
         )
-    after = measure(threads)
-    probe = replace(after.best(before), read_bytes=_read_rate(threads, runs))
+    after = measure(threads, read_bytes=_read_bytes(runs) or READ_BYTES)
+    give_back()
+    probe = after.best(before)
     graphs = list(dict.fromkeys(r.graph for r in runs))
     reasons = dict.fromkeys((r.graph, r.reason) for r in runs)
     here = target()
@@ -215,7 +215,7 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
         cpu=here.name,
         threads=threads,
         probe=probe,
-        steady=after.is_near(before),
+        steady=after.is_near(replace(before, read_bytes=after.read_bytes)),
         call_seconds=sum(r.seconds for r in runs),
         compile_seconds=_sum_phases(graphs),
         packed_bytes=_packed_bytes(graphs),
@@ -231,12 +231,9 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     )
 
 
-def _read_rate(threads: int, runs: Sequence[Run]) -> float:
-    """Bytes per second of reading as much again and again as these calls did."""
+def _read_bytes(runs: Sequence[Run]) -> int:
     costs = (cost for run in runs for segment in run.costs.values() for cost in segment)
-    rate = machine_probe.read_rate(threads, read_bytes=sum(num_bytes for _, num_bytes in costs))
-    machine_probe.give_back()
-    return rate
+    return sum(num_bytes for _, num_bytes in costs)
 
 
 def _decisions(model: Callable[..., Any], graphs: list[CompiledGraph]) -> tuple[Decision, ...]:

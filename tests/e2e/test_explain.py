@@ -41,18 +41,19 @@ def explained(module: nn.Module, *inputs: torch.Tensor) -> Report:
 
 def test_shares_are_of_the_better_probe(monkeypatch: pytest.MonkeyPatch) -> None:
     """One that other work disturbed would make kernels look faster than the machine; the summary says so."""
-    probes = iter((Probe(9e9, 1e9, 8e9), Probe(3e9, 2e9, 9e9), *[Probe(9e9, 1e9, 8e9)] * 2))
-    monkeypatch.setattr(report_module, "measure", lambda threads: next(probes))
-    asked = []
+    probes = iter(
+        (Probe(9e9, 1e9, 0), Probe(3e9, 2e9, 9e9), Probe(9e9, 1e9, 0), Probe(9e9, 1e9, 8e9))
+    )
+    read = []
 
-    def read_rate(threads: int, read_bytes: float) -> float:
-        asked.append(read_bytes)
-        return 7e9
+    def measure(threads: int, read_bytes: int) -> Probe:
+        read.append(read_bytes)
+        return next(probes)
 
-    monkeypatch.setattr(report_module.machine_probe, "read_rate", read_rate)
+    monkeypatch.setattr(report_module, "measure", measure)
     found = explained(nn.Linear(8, 8), torch.randn(2, 8))
-    assert found.probe == Probe(9e9, 2e9, 7e9)
-    assert asked == [sum(step.bytes for step in found.steps)]
+    assert found.probe == Probe(9e9, 2e9, 9e9)
+    assert read == [0, sum(step.bytes for step in found.steps)]
     assert "probes before and after differ" in found.summary()
     assert "probes before and after differ" not in explained(nn.Linear(8, 8), torch.randn(2, 8)).summary()  # fmt: skip
 

@@ -108,21 +108,22 @@ def test_the_read_probe_reads_as_much_as_the_work(monkeypatch):
     read = []
 
     def one_op(name, tensors, *args, **kwargs):
-        read.append(tensors[0].numel())
+        if name == "probe_read":
+            read.append(tensors[0].numel())
         return lambda: None
 
     monkeypatch.setattr(probe_module, "OneOp", one_op)
     most, usual = probe_module.MOST_READ_BYTES, probe_module.READ_BYTES
-    for wanted in (1, usual + 3, 1e12):
-        probe_module.read_rate(1, read_bytes=wanted)
+    for wanted in (0, 1, usual + 3, 1e12):
+        assert (measure(1, read_bytes=wanted).read_bytes > 0) == (wanted > 0)
     assert read == [probe_module.LEAST_READ_BYTES, usual + 3, most]
     memory = probe_module._READ_MEMORY
     assert memory._memory.bytes >= most
     probe_module.give_back()
     assert memory._memory is None
-    probe_module.read_rate(1)
+    measure(1)
     probe_module.give_back()
-    assert memory._memory.bytes >= usual
+    assert memory._memory.bytes == usual
 
 
 def test_a_missing_probe_is_refused():

@@ -137,17 +137,15 @@ def _rate(op: OneOp, work: float) -> float:
 def measure(threads: int, tier: str | None = None, read_bytes: float = READ_BYTES) -> Probe:
     """The best of a few runs of each probe.
 
-    tier: the one that kernels use here where none is given; read_bytes: that the work reads before it reads the same again.
+    tier: the one that kernels use here where none is given; read_bytes: that the work reads before it reads the same again, 0 to read
+    nothing, which leaves shared caches as they are and the rate 0.0.
     """
     ops = _ops(tier or target().tier, threads)
     rates = {n: max(_rate(*op) for _ in range(REPEATS)) for n, op in ops.items()}
-    return _probe(rates, read_rate(threads, tier, read_bytes))
-
-
-def read_rate(threads: int, tier: str | None = None, read_bytes: float = READ_BYTES) -> float:
-    """Bytes per second of reading that much memory again and again, from LEAST_ to MOST_READ_BYTES."""
+    if not read_bytes:
+        return _probe(rates, 0.0)
     op = _read_op(threads, tier, read_bytes)
-    return max(_rate(*op) for _ in range(REPEATS))
+    return _probe(rates, max(_rate(*op) for _ in range(REPEATS)))
 
 
 def glance(threads: int, tier: str | None = None) -> Probe:
@@ -162,6 +160,7 @@ def give_back() -> None:
 
 
 def _read_op(threads: int, tier: str | None, read_bytes: float) -> tuple[OneOp, float]:
+    """Reads so much, from LEAST_ to MOST_READ_BYTES."""
     num_bytes = int(min(max(read_bytes, LEAST_READ_BYTES), MOST_READ_BYTES))
     tensors = [_READ_MEMORY.buffer(num_bytes), torch.zeros(CHUNKS_PER_THREAD * threads)]
     op = OneOp("probe_read", tensors, [], tier=tier or target().tier, threads=threads)
