@@ -1,8 +1,8 @@
 """What this machine can do at best, measured now: the yardstick of benchmarks and of the tuner.
 
 In: a number of threads, and how much memory the work reads before it reads the same again: the smaller that is, the more of it
-caches shared by many cores hold. Out: a `Probe` with FLOP/s, int8 OP/s and bytes/s. A call takes twenty to sixty milliseconds, so
-that it can stand right before and right after what it is compared with: on shared machines the limits move. `glance` is for what
+caches shared by many cores hold. Out: a `Probe` with FLOP/s, int8 OP/s and bytes/s. A call takes twenty to a hundred and fifty milliseconds,
+so that it can stand right before and right after what it is compared with: on shared machines the limits move. `glance` is for what
 itself takes no longer than that.
 """
 
@@ -28,6 +28,7 @@ MOST_READ_BYTES = 512 << 20  # what a probe may take of a machine's memory
 CHUNKS_PER_THREAD = 8  # unequal cores share the work
 ITERATIONS = 20_000
 REPEATS = 3
+READS = 8  # a large L3 keeps more of what is read again until about the sixth time
 CHAINS = 12  # kChains in csrc/cpu/probe.cpp
 LANE_OPS = 8  # of one 32-bit lane in a product of bytes: four multiplications and four additions
 WORD_LANE_OPS = 4  # in one of 16-bit words
@@ -134,18 +135,20 @@ def _rate(op: OneOp, work: float) -> float:
     return work / (perf_counter() - start)
 
 
-def measure(threads: int, tier: str | None = None, read_bytes: float = READ_BYTES) -> Probe:
+def measure(
+    threads: int, tier: str | None = None, read_bytes: float = READ_BYTES, reads: int = READS
+) -> Probe:
     """The best of a few runs of each probe.
 
     tier: the one that kernels use here where none is given; read_bytes: that the work reads before it reads the same again, 0 to read
-    nothing, which leaves shared caches as they are and the rate 0.0.
+    nothing, which leaves shared caches as they are and the rate 0.0; reads: how often the probe reads it.
     """
     ops = _ops(tier or target().tier, threads)
     rates = {n: max(_rate(*op) for _ in range(REPEATS)) for n, op in ops.items()}
     if not read_bytes:
         return _probe(rates, 0.0)
     op = _read_op(threads, tier, read_bytes)
-    return _probe(rates, max(_rate(*op) for _ in range(REPEATS)))
+    return _probe(rates, max(_rate(*op) for _ in range(reads)))
 
 
 def glance(threads: int, tier: str | None = None) -> Probe:

@@ -18,6 +18,7 @@ from llmopt.types import LinearConfig, LinearProblem, Target
 Bench = Callable[[LinearConfig], float]
 _PROBE_SECONDS = 1.0  # as long as a probe is good for: on shared machines the limits move
 _MOVED = 1.25  # times that a limit may differ between the probes around a measurement
+_READS = 3  # by its probes
 
 
 class Tuning:
@@ -103,7 +104,8 @@ class Tuning:
         return taken
 
     def _machine_probe(self) -> Probe:
-        return machine_probe.measure(self._threads, self._target.tier)
+        # No more reads than make a glance comparable, which reads once.
+        return machine_probe.measure(self._threads, self._target.tier, reads=_READS)
 
     def _machine_glance(self) -> Probe:
         return machine_probe.glance(self._threads, self._target.tier)
