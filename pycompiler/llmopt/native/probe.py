@@ -1,9 +1,9 @@
 """What this machine can do at best, measured now: the yardstick of benchmarks and of the tuner.
 
 In: a number of threads, and how much memory the work reads before it reads the same again: the smaller that is, the more of it
-caches shared by many cores hold. Out: a `Probe` with FLOP/s, int8 OP/s and bytes/s. A call takes twenty to a hundred and fifty milliseconds,
-so that it can stand right before and right after what it is compared with: on shared machines the limits move. `glance` is for what
-itself takes no longer than that.
+caches shared by many cores hold. Out: a `Probe` with FLOP/s, int8 OP/s and bytes/s. A call takes twenty to a hundred and fifty
+milliseconds, so that it can stand right before and right after what it is compared with: on shared machines the limits move.
+`glance` is for what itself takes no longer than that.
 """
 
 from __future__ import annotations
