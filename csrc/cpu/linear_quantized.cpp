@@ -7,10 +7,11 @@
 //   i: bits, group, interleave (as in pack_linear).  layout.h has the layout and its size.
 // round_weight
 //   t: w [N, K] of floats, codes as pack_linear_quantized takes them, scales [N, groups] f32, offsets [N, groups] f32 |
-//      none (the grid is symmetric); last strides 1, results dense.
+//      none (the grid is symmetric), exact u8 [1] | none; last strides 1, results dense. Where exact is given, only the
+//      grid over the whole range of a group is tried, and exact becomes 0 unless codes stand for w as it is.
 //   i: bits, group.  w is finite.
 // linear_quantized
-//   t: as in linear.  i: N, K, u8, activation, gated, norm kind, bits, group, has offsets, planes,
+//   t: as in linear.  i: N, K, u8, activation, gated, norm kind, bits, group, has offsets, planes, exact,
 //   tuning (linear/tuning.h).
 //   f: as in linear.
 // grouped_linear_quantized
@@ -23,6 +24,9 @@
 //   Several rows that keep more than 8 bits are multiplied in f32 in tiers that do not multiply bytes
 //   (linear_quantized/floats.h), many of them as 16-bit fixed point where the tier has that (linear/words.h),
 //   which keeps 11 to 13 bits of ordinary values.
+//
+//   exact: results as by `linear` over f32 weights. 3 planes, but no words, all three terms on AMX, and rows that
+//   planes cannot stand for by FMA (linear_quantized/lone_rows.h).
 #include "cpu/family.h"
 #include "cpu/linear/grouped.h"
 #include "cpu/linear_quantized/gemm.h"
@@ -34,6 +38,9 @@
 #include "cpu/linear_quantized/word_tier.h"
 #else
 #include "cpu/linear_quantized/floats.h"
+namespace {
+constexpr const Kernel& kLinear = kByFloats;
+}
 #endif
 
 namespace {

@@ -141,8 +141,8 @@ bool dense_rows(const Tensor& t, int64_t rows, int64_t width, DType dtype) {
 
 const char* round_weight(const Call& c) {
   const Step& s = c.step;
-  if (!has(s, 4, 2, 0)) return kWrongCount;
-  const Tensor &w = s.t[0], &offsets = s.t[3];
+  if (!has(s, 5, 2, 0)) return kWrongCount;
+  const Tensor &w = s.t[0], &offsets = s.t[3], &exact = s.t[4];
   if (!float_rows(w, 2)) return "w is not float [N, K]";
   const int64_t rows = w.size[0], k = w.size[1], bits = s.i[0], group = s.i[1];
   if (const char* reason = quantized_form(k, bits, group, kMaxRoundedGroup)) return reason;
@@ -150,12 +150,15 @@ const char* round_weight(const Call& c) {
   if (!dense_rows(s.t[2], rows, k / group, DType::f32) ||
       (!absent(offsets) && !dense_rows(offsets, rows, k / group, DType::f32)))
     return "scales or offsets are not float32 [N, K / group]";
+  if (!absent(exact) && (!given(exact, 1) || exact.dtype != DType::u8 || exact.size[0] != 1))
+    return "what becomes 0 where codes are not exact is no byte";
   return nullptr;
 }
 
 const char* quantized_ints(const Step& s) {
   if (static_cast<DType>(s.i[2]) != DType::u8) return "packed codes are u8";
   if (s.i[9] < 1 || s.i[9] > 3) return "there are 1 to 3 planes";
+  if (s.i[10] && (s.i[9] != 3 || s.i[7] % 8)) return "exact products are of three planes, in groups of a multiple of 8";
   return quantized_form(s.i[1], s.i[6], s.i[7]);
 }
 

@@ -87,18 +87,19 @@ class QuantizedCase(Case):
 
     weights: Weights | None = None
     planes: int = 1  # 1: activations rounded to 8 bits; else as they are
+    exact: bool = False
 
     def on_terms(self, tier: str) -> bool:
         """Whether bf16 tiles multiply it: activations keep the bits of their terms then, no scheme rounds them."""
         (m, k), group = self.x.shape, self.weights.group
         least = 24 if self.planes > 1 else 40 if self.weights.bits == 4 else 64  # least_term_rows
-        return tier == "amx" and group < k and group % TERM_GROUP == 0 and m >= least
+        return tier == "amx" and group < k and group % TERM_GROUP == 0 and m >= least and not self.exact
 
     def on_words(self, tier: str) -> bool:
         """Whether it is multiplied as 16-bit fixed point."""
         (m, k), group = self.x.shape, self.weights.group
         may_widen = not self.tuning and (k <= 128 or group % 8 == 0 or group == k)
-        return tier == "avx512_vnni" and self.planes > 1 and m >= 24 and may_widen
+        return tier == "avx512_vnni" and self.planes > 1 and m >= 24 and may_widen and not self.exact
 
     def reference(self, as_they_are: bool = False) -> torch.Tensor:
         if self.planes > 1 or as_they_are:
@@ -135,7 +136,7 @@ class QuantizedCase(Case):
     def ints(self) -> list[int]:
         n, k = self.w.shape
         w = self.weights
-        form = [w.bits, w.group, int(w.offset is not None), self.planes]
+        form = [w.bits, w.group, int(w.offset is not None), self.planes, int(self.exact)]
         return [n, k, U8, self.act, int(self.gated), self.norm, *form]
 
 

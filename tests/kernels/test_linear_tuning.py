@@ -124,7 +124,7 @@ def test_the_row_of_the_height_counts():
 
 
 LINEAR = [6, 8, 0, 0, 0, 0]
-QUANTIZED = [6, 8, codes.U8, 0, 0, 0, 8, 8, 0, 3]
+QUANTIZED = [6, 8, codes.U8, 0, 0, 0, 8, 8, 0, 3, 0]
 BF16 = [6, 4096, 2, 0, 0, 0]
 
 REFUSED = {  # name → op, its own ints, the tuning's ints, words of the error
@@ -165,5 +165,5 @@ def test_refused(name):
 
 def test_panels_of_nibbles_too_long_to_unpack_are_refused():
     k = 1 << 16
-    ints = [6, k, codes.U8, 0, 0, 0, 4, 32, 0, 1, 1, 9, 3, 0, 0, 0, 0, 0]
+    ints = [6, k, codes.U8, 0, 0, 0, 4, 32, 0, 1, 0, 1, 9, 3, 0, 0, 0, 0, 0]
     assert "unpacked panels" in _C.refuse_tuning(TIERS[0], "linear_quantized", ints)

@@ -25,7 +25,7 @@ def rounded(w: torch.Tensor, form: CodeForm, tier: str, threads: int = 2) -> Cod
     codes = torch.full((n, k * form.bits // 8), 77, dtype=dtype)
     scales = torch.full((n, k // group), 7.0)
     offsets = None if form.symmetric else torch.full((n, k // group), 7.0)
-    run_op("round_weight", [w, codes, scales, offsets], [form.bits, group], [], tier, threads)
+    run_op("round_weight", [w, codes, scales, offsets, None], [form.bits, group], [], tier, threads)
     return Codes(codes, scales, offsets)
 
 

@@ -9,7 +9,7 @@
 // where they lie an infinity is multiplied as it is; times a denormal weight, which counts as zero, it is NaN.
 //
 //   rows      [row tiles][k steps][T][2][16 rows][32 k]   bf16, zero past M and K, or where they lie
-//   weights   [k steps][T][16 k pairs][kPanel][2]         bf16, one K block of one panel
+//   weights   [k steps][U][16 k pairs][kPanel][2]         bf16, one K block of one panel; U <= T terms hold them
 //
 // The weights are a class of the op that includes this:
 //   const char* packed(panel), int64_t bytes            what a panel is made from: asked for ahead
@@ -30,16 +30,23 @@ static_assert(kTileHeight == kPanel && kTermBytes == 2 * kTileRows * kTileBytes)
 static_assert(kTileL2Sums + kTileL1 + kLoneK * 4 <= int64_t(kLocalBytes));
 
 // Of a step: the products of terms that are taken.
-constexpr int rounds_of(int terms) { return terms * (terms + 1) / 2; }
+constexpr int rounds_of(int terms, int of_weights) {
+  const int left_out = terms - of_weights;
+  return terms * (terms + 1) / 2 - left_out * (left_out + 1) / 2;
+}
 inline int terms_of(DType dtype) { return dtype == DType::bf16 ? 1 : dtype == DType::f16 ? 2 : 3; }
 
 struct TileProblem : Problem {
-  const int terms;
+  const int terms, weight_terms;
   const bool in_place;       // the terms of weights lie ready
   const bool rows_in_place;  // those of rows do; the last tile of them begins earlier than after the one before
 
-  TileProblem(const Step& s, int own_ints, int terms_, bool in_place_)
-      : Problem(s, own_ints), terms(terms_), in_place(in_place_), rows_in_place(in_place && may_stay()) {}
+  TileProblem(const Step& s, int own_ints, int terms_, int weight_terms_, bool in_place_)
+      : Problem(s, own_ints),
+        terms(terms_),
+        weight_terms(weight_terms_),
+        in_place(in_place_),
+        rows_in_place(in_place && may_stay()) {}
 
   int64_t steps() const { return ceil_div(K, kTileK); }
   int64_t row_tiles() const { return ceil_div(M, kTileHeight); }
@@ -145,7 +152,7 @@ inline void prepare_tile_rows(const TileProblem& p, int64_t chunk, char* shared)
 struct TermArgs {
   const char* a;  // [steps][T][2][16][64 bytes], or one term with rows and steps so many bytes apart
   int64_t a_row, a_step;
-  const char* b;  // [steps][T][16][128 bytes]
+  const char* b;  // [steps][U][16][128 bytes]
   int64_t steps;
   const char* ahead;  // weights wanted next: so many lines of 64 bytes in a step
   int64_t ahead_lines;
@@ -155,8 +162,8 @@ struct TermArgs {
   Pace pace{0};
 };
 
-// kHalves: 2 for a whole row tile, 1 when it has no more than 16 rows.
-template <int kTerms, int kHalves>
+// kHalves: 2 for a whole row tile, 1 when it has no more than 16 rows. kWeightTerms: no more than kTerms.
+template <int kTerms, int kWeightTerms, int kHalves>
 void term_tile(const TermArgs& args) {
   char* sums = reinterpret_cast<char*>(args.sums);
   begin_sums<kHalves>(sums, args.accumulate);
@@ -183,18 +190,20 @@ void term_tile(const TermArgs& args) {
     until = args.pace.every;
     args.before->some(args.pace.rows);
   };
-  for (int64_t step = args.steps; step > 0; --step, a += a_step, b += kTerms * kTermBytes) {
+  for (int64_t step = args.steps; step > 0; --step, a += a_step, b += kWeightTerms * kTermBytes) {
     for (int64_t line = args.ahead_lines; line > 0; --line, ahead += 64) __builtin_prefetch(ahead, 0, 2);
     keep_vectors_awake();
     // An order in which neighbours share a side, so that most products load one.
     rows(0);
-    if (kTerms == 3) weights(2), multiply();
-    if (kTerms >= 2) weights(1), multiply();
+    if (kWeightTerms == 3) weights(2), multiply();
+    if (kWeightTerms >= 2) weights(1), multiply();
     weights(0), multiply();
     if (kTerms >= 2) rows(1), multiply();
     if (kTerms == 3) {
-      weights(1), multiply();
-      rows(2), weights(0), multiply();
+      if (kWeightTerms >= 2) weights(1), multiply();
+      rows(2);
+      if (kWeightTerms >= 2) weights(0);
+      multiply();
     }
   }
   args.before->rest();
@@ -203,9 +212,13 @@ void term_tile(const TermArgs& args) {
 
 using TermFunction = void (*)(const TermArgs&);
 
-inline TermFunction term_function(int terms, bool both_halves) {
-  if (!both_halves) return terms == 1 ? term_tile<1, 1> : terms == 2 ? term_tile<2, 1> : term_tile<3, 1>;
-  return terms == 1 ? term_tile<1, 2> : terms == 2 ? term_tile<2, 2> : term_tile<3, 2>;
+template <int kHalves>
+TermFunction term_function(int terms, int of_weights) {
+  if (terms == 1) return term_tile<1, 1, kHalves>;
+  if (terms == 2) return of_weights == 1 ? term_tile<2, 1, kHalves> : term_tile<2, 2, kHalves>;
+  return of_weights == 1   ? term_tile<3, 1, kHalves>
+         : of_weights == 2 ? term_tile<3, 2, kHalves>
+                           : term_tile<3, 3, kHalves>;
 }
 
 template <class Weights>
@@ -225,6 +238,8 @@ void run_tiles(const TileProblem& p, const Weights& weights, const TileSchedule&
   };
   TileSumSlots slots(s, c, scratch.local);
   bool finite[kMostWaiting];  // of the panels whose sums wait, or of the one there is
+  const TermFunction whole = term_function<2>(p.terms, p.weight_terms),
+                     half = term_function<1>(p.terms, p.weight_terms);
   const TileScope scope;
   each_block(s, c, s.next_panel(chunk, threads), [&](const TileBlock& b) __attribute__((always_inline)) {
     if (b.step0 == 0) finite[b.waiting] = true;
@@ -232,14 +247,14 @@ void run_tiles(const TileProblem& p, const Weights& weights, const TileSchedule&
     args.steps = b.step1 - b.step0, args.accumulate = b.step0 > 0;
     args.b = weights.terms(b.panel, b.step0, b.step1, memory, finite[b.waiting]);
     before_tile_loads();
-    args.before = &epilogue, args.pace = Pace(args.steps * rounds_of(p.terms));
+    args.before = &epilogue, args.pace = Pace(args.steps * rounds_of(p.terms, p.weight_terms));
     const TileAhead ahead(s, b, weights.packed(b.ahead_panel), weights.bytes, tiles);
     args.ahead_lines = ahead.lines;
     for (int64_t tile = c.tile0; tile < c.tile1; ++tile) {
       const TileRows rows(p, tile, scratch.shared);
       args.a = rows.at + b.step0 * rows.step_bytes, args.a_row = rows.stride, args.a_step = rows.step_bytes;
       args.sums = slots.of(b, tile - c.tile0), args.ahead = ahead.of(b, tile - c.tile0);
-      term_function(p.terms, rows.both_halves)(args);
+      (rows.both_halves ? whole : half)(args);
       if (b.last) finish(b.panel, rows.row0, rows.rows, finite[b.waiting], args.sums + rows.before * kPanel);
     }
   });

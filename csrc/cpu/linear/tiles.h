@@ -14,17 +14,19 @@ inline int terms_of(const Problem& p) {
   return terms;
 }
 
-// Fewer rows leave too much of a tile empty, or do not pay for splitting the weights. A tuning that names a family
+// Fewer rows leave too much of a tile empty, or do not pay for splitting rows and weights. A tuning that names a family
 // means one of the FMA kernels.
 inline bool runs_on_tiles(const Problem& p) {
-  constexpr int64_t kLeastRows[] = {0, 8, 20, 96};  // by terms
+  constexpr int64_t kLeastRows[] = {0, 8, 20, 96}, kLeastSplitRows = 16;  // by terms of weights
   static_assert(kLeastRows[3] <= kMinBlockRows);
-  return p.tuning.family == LinearFamily::automatic && p.K > 0 && p.M >= kLeastRows[terms_of(p)];
+  const int of_weights = terms_of(p.weight);
+  const int64_t least = of_weights == 1 && terms_of(p) > 1 ? kLeastSplitRows : kLeastRows[of_weights];
+  return p.tuning.family == LinearFamily::automatic && p.K > 0 && p.M >= least;
 }
 
 inline TileProblem tile_problem(const Step& s) {
   const Problem p(s);
-  return {s, kLinearInts, terms_of(p), terms_of(p) == 1 && p.K % kTileK == 0};
+  return {s, kLinearInts, terms_of(p), terms_of(p.weight), terms_of(p) == 1 && p.K % kTileK == 0};
 }
 
 // Two k of one panel half, as f32.
@@ -39,7 +41,7 @@ inline void load_weights(const char* panel, int64_t k, int v, bool has_odd, Vec&
   odd = has_odd ? vload_as(kWeight, panel, (k + 1) * kPanel + v * kLanes, kLanes) : vzero();
 }
 
-// Steps [step0, step1) of a packed panel as terms. False if a weight is not finite.
+// Steps [step0, step1) of a packed panel as terms. False if a weight is not finite and rows have several terms.
 template <DType kWeight, int kTerms>
 bool split_weights(const TileProblem& p, const char* panel, int64_t step0, int64_t step1, char* to) {
   FiniteWords finite;
@@ -56,21 +58,19 @@ bool split_weights(const TileProblem& p, const char* panel, int64_t step0, int64
         for (int term = 0; term < kTerms; ++term) {
           const __m512i pairs = split_pairs(even, odd);
           _mm512_store_si512(at + term * kTermBytes, pairs);
-          if (term == 0 && kTerms > 1) finite.see(pairs);
+          if (term == 0) finite.see(pairs);
         }
       }
     }
-  return finite.all();
+  return p.terms == 1 || finite.all();
 }
 
 using SplitFunction = bool (*)(const TileProblem&, const char*, int64_t, int64_t, char*);
 
-inline SplitFunction split_function(const TileProblem& p) {
-  if (p.weight == DType::f32) return split_weights<DType::f32, 3>;
-  if (p.weight == DType::f16) return p.terms == 2 ? split_weights<DType::f16, 2> : split_weights<DType::f16, 3>;
-  return p.terms == 1   ? split_weights<DType::bf16, 1>
-         : p.terms == 2 ? split_weights<DType::bf16, 2>
-                        : split_weights<DType::bf16, 3>;
+inline SplitFunction split_function(DType weight) {
+  return weight == DType::f32   ? split_weights<DType::f32, 3>
+         : weight == DType::f16 ? split_weights<DType::f16, 2>
+                                : split_weights<DType::bf16, 1>;
 }
 
 struct FloatWeights {
@@ -79,7 +79,7 @@ struct FloatWeights {
   const int64_t bytes;
 
   explicit FloatWeights(const TileProblem& problem)
-      : p(problem), split(split_function(problem)), bytes(panel_bytes(problem.K, problem.weight)) {}
+      : p(problem), split(split_function(problem.weight)), bytes(panel_bytes(problem.K, problem.weight)) {}
 
   const char* packed(int64_t panel) const { return p.w.data + panel * bytes; }
   const char* terms(int64_t panel, int64_t step0, int64_t step1, char* to, bool& finite) const {

@@ -26,7 +26,7 @@ struct LinearTuning {
   }
 };
 constexpr int kTuningRowInts = 7;
-constexpr int kLinearInts = 6, kLinearQuantizedInts = 10;  // of the ops themselves
+constexpr int kLinearInts = 6, kLinearQuantizedInts = 11;  // of the ops themselves
 constexpr int kLinearOperands = 7;
 constexpr int kExpertRowInts = 6;  // of a grouped linear's table (linear/grouped.h)
 

@@ -1,7 +1,7 @@
 // Packed codes as f32, K block by K block: for rows whose activations keep more than 8 bits.
 #pragma once
 #include "cpu/linear/blocked.h"
-#include "cpu/linear_quantized/gemm.h"
+#include "cpu/linear_quantized/tile.h"
 
 namespace {
 

@@ -2,6 +2,7 @@
 // where each thread rounds all of few rows for itself, or every chunk the rows that are its own.
 #pragma once
 #include "cpu/linear/epilogue.h"
+#include "cpu/linear_quantized/lone_rows.h"
 #include "cpu/linear_quantized/prepare.h"
 #ifdef LLMOPT_ISA_PAIRS
 #include "cpu/linear_quantized/pair_tile.h"
@@ -127,6 +128,7 @@ void stream_panels(const QuantizedProblem& p, const Chunk& c, int64_t next_panel
       for (int64_t i = 0; i < count; ++i) {
         float* tile_sums = sums + i * height * kPanel;
         settle(p, column_factors(p.form, b + i * bytes), tokens, tile_sums);
+        if (p.exact) mend_rows(p, panel + i, token0, tokens, tile_sums);
         finish_tile(p, panel + i, token0, static_cast<int>(tokens), tile_sums);
       }
     }
@@ -151,6 +153,7 @@ void block_panels(const QuantizedProblem& p, const Chunk& c, int64_t next_panel,
       fetch_outputs(p, panel, token0, static_cast<int>(tokens));
       code_tile_function(p.form, tokens * p.planes)(args);
       settle(p, nullptr, tokens, sums);
+      if (p.exact) mend_rows(p, panel, token0, tokens, sums);
       finish_tile(p, panel, token0, static_cast<int>(tokens), sums);
     }
   }

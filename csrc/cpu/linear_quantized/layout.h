@@ -73,6 +73,7 @@ constexpr int64_t kMostWideGroup = 0;
 struct QuantizedProblem : Problem {
   const Form form;
   const bool rounds_inputs, wide_planes;  // activations to signed bytes; planes have 16 bits
+  const bool exact;                       // results as those of f32 weights, of whatever activations
   const int planes;
   const bool is_lone, streamed;  // all rows in one tile of a stream; panels are read straight through
 
@@ -81,6 +82,7 @@ struct QuantizedProblem : Problem {
         form{K, s.i[6], s.i[7], s.i[8] != 0},
         rounds_inputs(s.i[9] == 1),
         wide_planes(!rounds_inputs && form.bits == 8 && form.group <= kMostWideGroup),
+        exact(s.i[10] != 0),
         planes(static_cast<int>(wide_planes ? ceil_div(s.i[9], 2) : s.i[9])),
         is_lone(tuning.rows == 0 && tuning.family <= LinearFamily::stream && M * planes <= stream_rows()),
         streamed(!has_room() ||

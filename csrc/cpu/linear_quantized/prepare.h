@@ -84,8 +84,9 @@ void quantize_groups(const QuantizedProblem& p, const Prepared& tile, const RowN
   for (int64_t i = 0; i < count; ++i) scale[i] = largest_magnitude(values + i * stride, stride);
   for (int64_t i = 0; i < count; ++i) {
     scale[i] /= largest_code;
-    inverse[i] = inverse_scale(scale[i]);
-    if (inverse[i] == 0.0f) scale[i] = 0.0f;
+    const bool is_lone = p.exact && scale[i] != 0.0f && !(scale[i] >= kLeastExactScale && scale[i] <= kMostExactScale);
+    inverse[i] = is_lone ? 0.0f : inverse_scale(scale[i]);
+    if (inverse[i] == 0.0f) scale[i] = is_lone ? __builtin_nanf("") : 0.0f;
   }
   for (int plane = 0; plane < p.planes; ++plane, ++row) {
     const bool last = plane + 1 == p.planes;

@@ -22,7 +22,8 @@ class Rounding {
   // values: [count][kLanes]
   Rounding(const float* values, int64_t count) : values_(values), count_(count) {}
 
-  Grid best() const {
+  // only_span: the grid over all of the range, and no other.
+  Grid best(bool only_span) const {
     Vec low = vload(values_), high = low;
     each([&](Vec v) { low = vmin(low, v), high = vmax(high, v); });
     const Vec largest = vlarger(high, vneg(low)), middle = vadd(half(high), half(low));
@@ -35,6 +36,7 @@ class Rounding {
       return {vmul(step, vset(share)), vfma(low, vset(share), vmul(middle, vset(1 - share)))};
     };
     Grid best = of(1);
+    if (only_span) return {kept(best.scale), kept(best.offset)};
     Vec error = this->error(best);
     auto see = [&](Grid grid) {
       const Vec own = this->error(grid);
@@ -48,14 +50,20 @@ class Rounding {
     return {kept(best.scale), kept(best.offset)};
   }
 
-  // codes: [count][kLanes], -127 to 127 or 0 to 15, of quotients that are rounded once.
-  void codes_by(Grid grid, float* codes) const {
+  // codes: [count][kLanes], -127 to 127 or 0 to 15, of quotients that are rounded once. Whether they stand for the
+  // values as they are.
+  bool codes_by(Grid grid, float* codes) const {
     const Mask none = veq(grid.scale, vzero());
+    Vec off = vzero();
     each([&](Vec v) {
       const Vec quotient = vdiv(vsub(v, grid.offset), grid.scale);
-      vstore(codes, limited(vround(vselect(none, vzero(), quotient))));
+      const Vec code = limited(vround(vselect(none, vzero(), quotient)));
+      const Vec value = vfma(vsub(code, vset(kZero)), grid.scale, grid.offset);
+      off = vadd(off, vselect(veq(value, v), vzero(), vset(1)));
+      vstore(codes, code);
       codes += kLanes;
     });
+    return vreduce_add(off) == 0.0f;
   }
 
  private:
@@ -174,10 +182,12 @@ void round_groups(const Step& s, int64_t q, char* local) {
   float* values = reinterpret_cast<float*>(local);
   gather_groups(s.t[0], group, q, values);
   const Rounding<kBits, kSymmetric> own(values, group);
-  const Grid grid = own.best();
+  uint8_t* exact = reinterpret_cast<uint8_t*>(s.t[4].data);
+  const Grid grid = own.best(exact != nullptr);
   vstore_n(reinterpret_cast<float*>(s.t[2].data) + q, grid.scale, static_cast<int>(groups));
   if (!kSymmetric) vstore_n(reinterpret_cast<float*>(s.t[3].data) + q, grid.offset, static_cast<int>(groups));
-  own.codes_by(grid, values);  // in their place
+  const bool is_exact = own.codes_by(grid, values);  // in their place
+  if (exact && !is_exact) __atomic_store_n(exact, 0, __ATOMIC_RELAXED);
   store_codes<kBits>(values, group, groups, s.t[1].data + q * group * kBits / 8);
 }
 

@@ -4,13 +4,17 @@
 // the scheme rounds activations and in bf16 models, else 16; denormals count as zero. A panel is unpacked once a chunk.
 #pragma once
 #include "cpu/linear/terms.h"
-#include "cpu/linear_quantized/tile.h"
+#include "cpu/linear_quantized/lone_rows.h"
 
 namespace {
 
+constexpr int64_t kLeastExactTermRows = 32;
+
 // Fewer rows do not pay for unpacking the weights. Where activations are as they are, the other kernels multiply three
 // bytes of each; where codes are nibbles, they unpack them too.
-inline int64_t least_term_rows(const QuantizedProblem& p) { return p.planes > 1 ? 24 : p.form.bits == 4 ? 40 : 64; }
+inline int64_t least_term_rows(const QuantizedProblem& p) {
+  return p.exact ? kLeastExactTermRows : p.planes > 1 ? 24 : p.form.bits == 4 ? 40 : 64;
+}
 
 inline bool runs_on_terms(const QuantizedProblem& p) {
   if (p.tuning.family != LinearFamily::automatic || p.K == 0) return false;
@@ -18,7 +22,8 @@ inline bool runs_on_terms(const QuantizedProblem& p) {
 }
 
 inline TileProblem term_problem(const Step& s, const QuantizedProblem& p) {
-  return {s, kLinearQuantizedInts, p.planes == 1 || p.x.dtype == DType::bf16 ? 1 : 2, false};
+  const int terms = p.exact ? 3 : p.planes == 1 || p.x.dtype == DType::bf16 ? 1 : 2;
+  return {s, kLinearQuantizedInts, terms, terms, false};
 }
 
 // scale * code + offset, from the code as it is stored.
@@ -34,7 +39,7 @@ struct CodeValues {
 template <int kTerms>
 inline void store_terms(Vec even, Vec odd, char* to) {
   if (kTerms == 1) return _mm512_store_si512(to, word_pairs(even, odd));
-#pragma GCC unroll 2
+#pragma GCC unroll 3
   for (int term = 0; term < kTerms; ++term) _mm512_store_si512(to + term * kTermBytes, split_pairs(even, odd));
 }
 
@@ -70,26 +75,33 @@ void code_terms(const Form& form, const char* panel, int64_t step0, int64_t step
   }
 }
 
+template <int kBits>
+auto code_terms_function(int terms) {
+  return terms == 1 ? code_terms<kBits, 1> : terms == 2 ? code_terms<kBits, 2> : code_terms<kBits, 3>;
+}
+
 struct CodeWeights {
-  const Form form;
+  const QuantizedProblem& p;
+  const Form& form;
   const char* data;
   const int64_t bytes;
   void (*const unpack)(const Form&, const char*, int64_t, int64_t, char*);
 
-  CodeWeights(const QuantizedProblem& p, int terms)
-      : form(p.form),
+  CodeWeights(const QuantizedProblem& problem, int terms)
+      : p(problem),
+        form(p.form),
         data(p.w.data),
         bytes(p.form.panel_bytes()),
-        unpack(p.form.bits == 8 ? (terms == 1 ? code_terms<8, 1> : code_terms<8, 2>)
-                                : (terms == 1 ? code_terms<4, 1> : code_terms<4, 2>)) {}
+        unpack(p.form.bits == 8 ? code_terms_function<8>(terms) : code_terms_function<4>(terms)) {}
 
   const char* packed(int64_t panel) const { return data + panel * bytes; }
   const char* terms(int64_t panel, int64_t step0, int64_t step1, char* to, bool&) const {
     unpack(form, packed(panel), step0, step1, to);
     return to;
   }
-  // NaN, as where an activation that is none or infinite has no code.
-  void lone_row(int64_t, int64_t, float* sums, float*) const {
+  // NaN, as where an activation that is none or infinite has no code; but exact steps compute it.
+  void lone_row(int64_t panel, int64_t m, float* sums, float*) const {
+    if (p.exact) return lone_code_row(p, panel, m, sums);
     for (int v = 0; v < kPanel; v += kLanes) vstore(sums + v, vset(__builtin_nanf("")));
   }
 };

@@ -2,6 +2,7 @@
 // scale a column as bytes.
 #pragma once
 #include "cpu/linear_quantized/code_tiles.h"
+#include "cpu/linear_quantized/floats.h"
 #include "cpu/linear_quantized/terms.h"
 
 namespace {
@@ -15,7 +16,7 @@ inline Tiles tiles_of(const CodeTiles& p) {
 int tier_phases(const Step& s, int threads) {
   const CodeTiles p(s);
   const Tiles tiles = tiles_of(p);
-  if (tiles == Tiles::none) return linear_phases(s, threads);
+  if (tiles == Tiles::none) return float_phases(s, threads);
   return tiles == Tiles::terms ? tile_phases(term_problem(s, p)) : 2;
 }
 
@@ -23,7 +24,7 @@ int64_t tier_chunks(const Step& s, int phase, int threads) {
   const CodeTiles p(s);
   switch (tiles_of(p)) {
     case Tiles::none:
-      return linear_chunks(s, phase, threads);
+      return float_chunks(s, phase, threads);
     case Tiles::codes:
       return phase == 0 ? ceil_div(p.M, kTokensPrepared) : code_schedule(p, threads).chunks();
     case Tiles::terms:
@@ -37,7 +38,7 @@ size_t tier_workspace(const Step& s, int threads) {
   const CodeTiles p(s);
   switch (tiles_of(p)) {
     case Tiles::none:
-      return linear_workspace(s, threads);
+      return float_workspace(s, threads);
     case Tiles::codes:
       return static_cast<size_t>(p.table_size() * (p.row_stride() + 3 * 4));
     case Tiles::terms:
@@ -50,7 +51,7 @@ void tier_run(const Step& s, int phase, int64_t chunk, int threads, const Scratc
   const CodeTiles p(s);
   switch (tiles_of(p)) {
     case Tiles::none:
-      return linear_run(s, phase, chunk, threads, scratch);
+      return float_run(s, phase, chunk, threads, scratch);
     case Tiles::codes:
       if (phase == 0) return prepare_tokens(p, chunk, scratch);
       return run_codes(p, code_schedule(p, threads), chunk, threads, scratch);
@@ -63,7 +64,7 @@ void tier_run(const Step& s, int phase, int64_t chunk, int threads, const Scratc
 }
 
 Span tier_first_read(const Step& s, int phase, int threads, int thread) {
-  return tiles_of(CodeTiles(s)) == Tiles::none ? linear_first_read(s, phase, threads, thread) : Span{};
+  return tiles_of(CodeTiles(s)) == Tiles::none ? float_first_read(s, phase, threads, thread) : Span{};
 }
 
 constexpr Kernel kLinear{"linear_quantized", tier_phases, tier_chunks, tier_workspace, tier_run, tier_first_read};

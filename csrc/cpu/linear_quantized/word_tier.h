@@ -2,14 +2,14 @@
 // integer kernels would multiply three planes of each.
 #pragma once
 #include "cpu/linear/words.h"
-#include "cpu/linear_quantized/code_panels.h"
+#include "cpu/linear_quantized/floats.h"
 
 namespace {
 
 constexpr int64_t kLeastWordRows = 24;  // fewer do not pay for making words of a panel
 
 inline bool runs_on_words(const QuantizedProblem& p) {
-  return p.M >= kLeastWordRows && may_widen(p, p.K <= kWordBlock);
+  return !p.exact && p.M >= kLeastWordRows && may_widen(p, p.K <= kWordBlock);
 }
 
 struct WordPanels : CodePanels {
@@ -20,9 +20,7 @@ struct WordPanels : CodePanels {
   }
 };
 
-constexpr Kernel kByCodes{"linear_quantized", linear_phases, linear_chunks,
-                          linear_workspace,   linear_run,    linear_first_read};
 constexpr Kernel kLinear =
-    WordKernel<QuantizedProblem, runs_on_words, WordPanels, kByCodes>::kernel("linear_quantized");
+    WordKernel<QuantizedProblem, runs_on_words, WordPanels, kByFloats>::kernel("linear_quantized");
 
 }  // namespace

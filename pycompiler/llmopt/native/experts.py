@@ -274,7 +274,7 @@ def _lower_linear(s: SegmentBuilder, node: fx.Node) -> None:
     else:
         products = PLANES[p["activations"]]
         ints = problem_ints(p, n, k, DTYPE_CODES[torch.uint8])
-        ints += [form.bits, form.group, int(not form.symmetric), products]
+        ints += [form.bits, form.group, int(not form.symmetric), products, 0]
         each, multiplies = weight_bytes(form, n, k), f"s{form.bits}"
         what += f" {_scheme_of(p, form).name} groups of {form.group}"
         op += "_quantized"

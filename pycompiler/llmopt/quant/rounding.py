@@ -22,6 +22,9 @@ from llmopt.quant.schemes import CodeForm
 SHARES = (0.95, 0.9, 0.85, 0.8)
 FITS = 3
 MOST_ROUNDED = 1 << 14  # weights of a group: kMaxRoundedGroup in csrc/runtime/contracts_linear.cpp
+# Of a channel's largest: f16 holds 11 bits of such a factor where the largest has 2^14, as the packed form puts it.
+_LEAST_FACTOR = 2.0**-27
+_LEAST_LARGEST = 2.0**-100
 WEIGHTS_AT_ONCE = 2**18  # so that the many passes of the search find them in L2
 
 
@@ -75,15 +78,39 @@ def round_weight(weight: Tensor, form: CodeForm) -> Codes:
     return by_reference(weight, form)
 
 
+def exact_codes(weight: Tensor, form: CodeForm) -> Codes | None:
+    """Codes that stand for every element of weight [N, K] as it is, also once they are packed; None where there are none.
+
+    Each group's range must be that of its codes, as where a file's codes became floats.
+    """
+    weight = weight.detach()
+    if form.reject(weight.shape[1]) or not _can_be_read(weight) or not weight.numel():
+        return None
+    exact = torch.ones(1, dtype=torch.uint8)
+    codes = _by_kernel(weight, form, exact)
+    return codes if exact and (form.bits == 8 or _packs_exactly(codes)) else None
+
+
+def _packs_exactly(codes: Codes) -> bool:
+    """Whether the factors of each channel are near enough to each other for f16 beside a power of two, which packing makes of them."""
+    factors = torch.cat([f for f in codes[1:] if f is not None], 1).abs()
+    most = factors.amax(1, keepdim=True)
+    fits = (most >= _LEAST_LARGEST) & (factors >= most * _LEAST_FACTOR)
+    return bool(((factors == 0) | fits).all())
+
+
 def _can_be_read(weight: Tensor) -> bool:
     """Whether its elements are floats that lie in memory as they are."""
     if type(weight) not in (Tensor, torch.nn.Parameter) or weight.device.type != "cpu":
+        return False
+    if weight.layout is not torch.strided:
         return False
     has_memory = weight.data_ptr() != 0 or weight.numel() == 0
     return has_memory and weight.dtype in FLOATS and not weight.is_neg()
 
 
-def _by_kernel(weight: Tensor, form: CodeForm) -> Codes:
+def _by_kernel(weight: Tensor, form: CodeForm, exact: Tensor | None = None) -> Codes:
+    """exact: becomes 0 unless the codes stand for the weight as it is."""
     if weight.stride(1) != 1:
         weight = weight.contiguous()
     n, k = weight.shape
@@ -92,7 +119,7 @@ def _by_kernel(weight: Tensor, form: CodeForm) -> Codes:
     codes = torch.empty((n, k * form.bits // 8), dtype=code_type)
     scales = torch.empty((n, k // group))
     offsets = None if form.symmetric else torch.empty((n, k // group))
-    run_op("round_weight", [weight, codes, scales, offsets], [form.bits, group])
+    run_op("round_weight", [weight, codes, scales, offsets, exact], [form.bits, group])
     return Codes(codes, scales, offsets)
 
 
