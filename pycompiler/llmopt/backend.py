@@ -21,6 +21,7 @@ from llmopt.gpu.tune.lookup import chooser_for
 from llmopt.graph import fake, kind, tensors_in
 from llmopt.guards import take_over
 from llmopt.keywords import place_operands
+from llmopt.lossless import look_at
 from llmopt.messages import say, warn_once
 from llmopt.options import Options, check_for_cpu, check_for_gpu, parse_options
 from llmopt.overlaps import Overlaps, overlaps_of
@@ -110,7 +111,8 @@ def _compile(
     separate_windows(gm.graph)
     decision = _run_passes(gm, example_inputs, options, machine, clock)
     if machine.gpu is None:
-        plan = make_plan(gm.graph, machine, tuner_for(machine, options.mode))
+        held = look_at(gm, example_inputs) if options.storage == "lossless" else None
+        plan = make_plan(gm.graph, machine, tuner_for(machine, options.mode), lossless=held)
     else:
         chooser = chooser_for(machine, options.mode, gpu_among(example_inputs))
         plan = make_plan(gm.graph, machine, lambda _: Choice(), chooser)

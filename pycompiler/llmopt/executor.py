@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,14 +16,14 @@ from llmopt.gpu.segment import GpuSegmentBuilder
 from llmopt.graph import fake, getitem, is_dense, is_in_place, kind, view_base
 from llmopt.kv import groups_of
 from llmopt.mirrors import CallerMirrors
-from llmopt.native.segment import SegmentBuilder, picker
+from llmopt.native.segment import PackedSpec, SegmentBuilder, picker
 from llmopt.offload import offload
 from llmopt.options import Options
 from llmopt.plan import Plan
 from llmopt.sizes import Size, SizeTable, expression
 from llmopt.types import Target
 from llmopt.watch import Watch
-from llmopt.weights import STORE, PackedWeight
+from llmopt.weights import STORE, NotHeld, PackedWeight
 from llmopt.writes import written_by
 
 _ADDRESS = Tensor.data_ptr
@@ -53,9 +53,14 @@ class Segment(torch.nn.Module):
         target: Target,
         name: str,
         options: Options,
+        without: Callable[[Collection[fx.Node]], Segment],
     ) -> None:
+        """without: makes the segment that packs the weights of these inputs as they are."""
         super().__init__()
         self.name = name
+        self._without = without
+        self._instead: list[Segment] = []  # at most one, since a weight was not held
+        self._inputs = [*builder.inputs]
         self.records = builder.records
         self.target_ = target
         sizes = builder.builder.sizes
@@ -108,12 +113,21 @@ class Segment(torch.nn.Module):
         """Like forward; leaves nanoseconds per step in `profile_ns`."""
         return self._call(arguments, profile=True)
 
+    def running(self) -> Segment:
+        """Itself, or what runs in its place."""
+        return self._instead[0].running() if self._instead else self
+
     def _call(self, arguments: tuple, profile: bool) -> tuple[Tensor, ...]:
+        if self._instead:
+            return self._instead[0].forward(*arguments)
         symbols = self.symbol_values(arguments)
         values = self.program.sizes(symbols, self._wanted) if self._wanted else ()
         if self._check_dense or self._check_strides:
             arguments = self._laid_out(arguments, values)
-        ready = self._weights_ready(arguments)
+        try:
+            ready = self._weights_ready(arguments)
+        except NotHeld:
+            return self._run_instead(arguments, profile)
         results = [spec.allocate(values) for spec in self._outputs]
         if self._num_kv:
             results += self._grown(arguments, values)
@@ -134,6 +148,23 @@ class Segment(torch.nn.Module):
         if ready.watch is not None:
             ready.watch.fetch()
         return tuple(results)
+
+    def _run_instead(self, arguments: tuple, profile: bool) -> tuple[Tensor, ...]:
+        """Runs, from this call on, what packs weights as they are that are not, or no longer, held in fewer bits."""
+        lost = {a for p in self._packed for a in self._not_held(p, arguments)}
+        other = self._without({self._inputs[a] for a in lost})
+        self._instead = [other]
+        results = other._call(arguments, profile)
+        self.profile_ns = other.profile_ns
+        return results
+
+    def _not_held(self, spec: PackedSpec, arguments: tuple) -> list[int]:
+        """The arguments whose weights a spec cannot hold as they are."""
+        try:
+            STORE.get(spec, arguments, self.target_, False, self)
+        except NotHeld:
+            return [v.argument for v in spec.sources]
+        return []
 
     def _grown(self, arguments: tuple, values: Sequence[int]) -> list[Tensor]:
         caches: list[Any] = [None] * self._num_kv
@@ -246,8 +277,9 @@ class Segment(torch.nn.Module):
 
     def forget_weights(self) -> None:
         """Makes the next calls pack every weight anew, of every layer that shares this graph."""
-        STORE.forget(self)
-        self.look_again()
+        reader = self.running()
+        STORE.forget(reader)
+        reader.look_again()
 
 
 def _address(weight: PackedWeight, source: str) -> int:
@@ -363,17 +395,31 @@ def _call_segment(
     modules: dict,
 ) -> None:
     builder = plan.segments[level]
-    symbols = []
-    for node, dimension in plan.symbol_nodes[level]:
-        symbols.append((builder.argument(node), dimension))
     if isinstance(builder, GpuSegmentBuilder):
+        symbols = _symbols_of(plan, level)
         modules[name] = GpuSegment(builder, symbols, plan.target, name, options.mode)
     else:
-        modules[name] = Segment(builder, symbols, plan.target, name, options)
+        modules[name] = _segment(plan, level, name, options)
     call = graph.call_module(name, tuple(value(n) for n in builder.inputs))
     for i, result in enumerate((*builder.results, *builder.kv_results)):
         made[result] = graph.call_function(getitem, (call, i))
 
 
+def _symbols_of(plan: Plan, level: int) -> list[tuple[int, int | None]]:
+    """Which argument of a segment, or which dimension of it, each of its symbols is."""
+    builder = plan.segments[level]
+    return [(builder.argument(node), dimension) for node, dimension in plan.symbol_nodes[level]]
+
+
+def _segment(plan: Plan, level: int, name: str, options: Options) -> Segment:
+    def without(weights: Collection[fx.Node]) -> Segment:
+        plan.lower_without(level, weights)
+        return _segment(plan, level, name, options)
+
+    symbols = _symbols_of(plan, level)
+    return Segment(plan.segments[level], symbols, plan.target, name, options, without)
+
+
 def segments_of(executable: fx.GraphModule) -> list[Segment]:
-    return [m for m in executable.children() if isinstance(m, Segment)]
+    """Those that run."""
+    return [m.running() for m in executable.children() if isinstance(m, Segment)]

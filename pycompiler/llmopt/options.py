@@ -13,6 +13,7 @@ MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagrap
 PRECISIONS = ("exact", *SCHEMES, "auto")
 WEIGHTS = ("keep", "packed")
 KV_CACHES = ("same", "int8")
+STORAGES = ("lossless", "same")
 ATTENTIONS = ("exact", "bf16", "int8")
 DEVICES = ("cpu", "cuda", "hip")
 CPU_ONLY = (("precision", "auto"), ("weights", "packed"), ("attention", "bf16"))
@@ -32,6 +33,7 @@ class Options:
         None  # what products may round to; None: bf16 where linears round activations to 8 bits, else exact
     )
     target: str | None = None  # None: the machine or GPU the tensors are on
+    storage: str = "lossless"  # of float32 weights: in fewer bits where those hold them as they are
     weights: str = "keep"  # "packed": the module's own leave memory once packed, see llmopt.offload
 
     @property
@@ -56,7 +58,7 @@ def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> Option
             f"llmopt: options={options!r} is no dictionary; possible: options={{'precision': 'w8a8'}}"
         )
     given = dict(options or {})
-    names = ("mode", "precision", "group", "accuracy_budget", "kv_cache", "attention", "target", "weights")  # fmt: skip
+    names = ("mode", "precision", "group", "accuracy_budget", "kv_cache", "attention", "storage", "target", "weights")  # fmt: skip
     for name in given:
         if name not in names:
             raise ValueError(
@@ -86,6 +88,7 @@ def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> Option
         attention=_choose("attention", given["attention"], ATTENTIONS)
         if "attention" in given
         else None,
+        storage=_choose("storage", given.get("storage", "lossless"), STORAGES),
         target=wanted_target,
         weights=_choose("weights", given.get("weights", "keep"), WEIGHTS),
     )

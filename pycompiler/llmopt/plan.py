@@ -6,7 +6,7 @@ of a transformer's arithmetic ends in one segment unless something in the middle
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +32,7 @@ from llmopt.graph import (
     view_base,
 )
 from llmopt.launch import Launch
+from llmopt.lossless import Lossless
 from llmopt.memory import Life, assign_slots
 from llmopt.native import kernels as native_kernels
 from llmopt.native.operands import NativeKernel
@@ -69,10 +70,21 @@ class Plan:
     ]  # per segment: where each symbol's value comes from
     fallbacks: list[Fallback] = field(default_factory=list)
     notes: tuple[str, ...] = ()  # what was asked for and could not be done, and why
+    lossless: Lossless = field(default_factory=Lossless)
+    _lower: Callable[[SegmentBuilder, int], None] = field(default=lambda *_: None)
 
     def records(self) -> Iterator[StepRecord]:
         for level in sorted(self.segments):
             yield from self.segments[level].records
+
+    def lower_without(self, level: int, weights: Collection[fx.Node]) -> SegmentBuilder:
+        """Lowers a segment again, as it was called but with these weights as they are."""
+        self.lossless = self.lossless.without(weights)
+        before = self.segments[level]
+        again = SegmentBuilder(before.tuner, self.lossless.common, dict(before.inputs))
+        self._lower(again, level)
+        self.segments[level] = again
+        return again
 
     def tiles(self) -> dict[str, int]:
         """Where the tiles of launches on a GPU come from → of how many launches; empty for a CPU."""
@@ -112,27 +124,37 @@ class Plan:
         return "\n".join(lines)
 
 
-def make_plan(graph: fx.Graph, target: Target, tuner: Tuner, chooser: Chooser = by_default) -> Plan:
+def make_plan(
+    graph: fx.Graph,
+    target: Target,
+    tuner: Tuner,
+    chooser: Chooser = by_default,
+    lossless: Lossless | None = None,
+) -> Plan:
     """Classifies, orders and lowers every node of a graph.
 
-    tuner: says how each linear is cut on a CPU; chooser: which kernel and tile each launch on a GPU runs with.
+    tuner: says how each linear is cut on a CPU; chooser: which kernel and tile each launch on a GPU runs with; lossless: what weights
+    are packed in on a CPU, where that is not as they are.
     """
     roles = _Roles(graph, target)
     levels = _levels(graph, roles)
-    plan = Plan(target, {}, {}, {}, roles.fallbacks)
+    plan = Plan(target, {}, {}, {}, roles.fallbacks, lossless=lossless or Lossless())
+
+    def lower(segment: SegmentBuilder, level: int) -> None:
+        _lower(segment, plan.levels[level], level, levels, roles)
+        symbols = segment.builder.sizes.symbols
+        plan.symbol_nodes[level] = [roles.symbols[s] for s in symbols]
+
+    plan._lower = lower
     for node in graph.nodes:
         if node in levels:
             plan.levels.setdefault(levels[node], []).append(node)
-    for level, nodes in sorted(plan.levels.items()):
+    for level in sorted(plan.levels):
         if level % 2:
-            segment = (
-                SegmentBuilder(tuner) if target.gpu is None else GpuSegmentBuilder(choose=chooser)
-            )
-            _lower(segment, nodes, level, levels, roles)
+            on_cpu = SegmentBuilder(tuner, plan.lossless.common)
+            segment = on_cpu if target.gpu is None else GpuSegmentBuilder(choose=chooser)
+            lower(segment, level)
             plan.segments[level] = segment
-            plan.symbol_nodes[level] = [
-                roles.symbols[s] for s in plan.segments[level].builder.sizes.symbols
-            ]
     return plan
 
 

@@ -16,15 +16,20 @@ import torch
 from torch import Tensor
 
 from llmopt import _C, packing
+from llmopt.lossless import is_held
 from llmopt.native.segment import PackedSpec, WeightView
 from llmopt.offload import is_moved
 from llmopt.ops.reference import outside_autocast
-from llmopt.quant.rounding import Codes, round_weight
+from llmopt.quant.rounding import Codes, exact_codes, round_weight
 from llmopt.quant.schemes import CodeForm
 from llmopt.types import Target
 
 _LINE = 64  # bytes
 _LINES = 16  # of a moved tensor that are compared
+
+
+class NotHeld(Exception):
+    """A weight is not, or no longer, what the storage that was chosen for it can hold as it is."""
 
 
 class Reader(Protocol):
@@ -225,7 +230,9 @@ def _identity(
         tuple(b is None for b in spec.biases),
         spec.interleave,
         spec.dtype,
+        spec.stored,
         spec.form,
+        spec.is_exact,
         str(target),
     )
     return bases, key
@@ -235,12 +242,15 @@ def _packed_floats(
     spec: PackedSpec, arguments: Sequence[Tensor], target: Target, memory: _C.Memory | None
 ) -> _C.Memory:
     n, k = sum(v.size[-2] for v in spec.sources), spec.sources[0].size[-1]
-    each = packing.float_bytes(n, k, spec.dtype, target.panel_width)
+    dtype = spec.stored or spec.dtype
+    each = packing.float_bytes(n, k, dtype, target.panel_width)
     needed = packing.memory_bytes(each, spec.experts or 1)
     if memory is None or memory.bytes < needed:  # of another dtype
         memory = _C.Memory(needed)
     for expert, sources in enumerate(_matrices(spec.sources, arguments)):
-        weights = [w.to(spec.dtype) for w in sources]
+        weights = [w.to(dtype) for w in sources]
+        if spec.stored is not None and not all(map(is_held, sources, weights)):
+            raise NotHeld
         packing.pack(weights, memory, spec.interleave, target.tier, expert * each)
     return memory
 
@@ -267,6 +277,8 @@ def _packed_codes(
         if scales:
             starts = offsets[expert] if offsets else [None] * len(weights)
             codes = [Codes(*parts) for parts in zip(weights, scales[expert], starts, strict=True)]
+        elif spec.is_exact:
+            codes = _exact_codes(weights, form)
         else:
             try:
                 codes = [round_weight(w, form) for w in weights]
@@ -282,6 +294,13 @@ def _packed_codes(
         packing.pack_codes(codes, form, memory, spec.interleave, target.tier, expert * each)
     assert memory is not None
     return memory
+
+
+def _exact_codes(weights: Sequence[Tensor], form: CodeForm) -> list[Codes]:
+    found = [exact_codes(w, form) for w in weights]
+    if any(c is None for c in found):
+        raise NotHeld
+    return [c for c in found if c is not None]
 
 
 def _bias_vector(spec: PackedSpec, arguments: Sequence[Tensor]) -> Tensor | None:

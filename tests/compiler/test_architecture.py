@@ -26,7 +26,7 @@ LAYERS = (
     ("autocast",),
     ("quant", "contexts", "constants", "regions", "windows"),
     ("passes", "native", "kernels"),
-    ("packing",),
+    ("packing", "lossless"),
     ("kv", "weights", "options"),
     ("tune", "watch", "overlaps", "module_facts"),
     ("gpu", "guards"),

@@ -20,9 +20,7 @@ HEIGHTS = (1, 2, 5, 7, 8, 15, 40, 95, 96, 130)  # on either side of where the ke
 
 def case(m: int, n: int, k: int, bits: int, offsets: bool, **options) -> QuantizedCase:
     w = weights(n, k, bits, 32, offsets)
-    return QuantizedCase(
-        randn(m, k, seed=1), w.dense(), weights=w, planes=3, exact=True, **options
-    )
+    return QuantizedCase(randn(m, k, seed=1), w.dense(), weights=w, planes=3, exact=True, **options)
 
 
 def rms_error(got: torch.Tensor, want: torch.Tensor) -> float:
@@ -48,9 +46,7 @@ def test_codes_err_as_floats_do(tier: str, bits: int, offsets: bool) -> None:
 @pytest.mark.parametrize("norm", [0, 1])
 @pytest.mark.parametrize(("bits", "offsets"), FORMS, ids=str)
 @pytest.mark.parametrize("tier", TIERS)
-def test_rows_that_planes_cannot_stand_for(
-    tier: str, bits: int, offsets: bool, norm: int
-) -> None:
+def test_rows_that_planes_cannot_stand_for(tier: str, bits: int, offsets: bool, norm: int) -> None:
     """NaN, infinities and values near the ends of f32 give what they give with f32 weights, and rows beside them what they gave."""
     for m in (1, 3, 20, 120):
         for bad in (float("nan"), float("inf"), -float("inf"), 1e37, 1e-37, 3e-39):

@@ -93,13 +93,21 @@ class QuantizedCase(Case):
         """Whether bf16 tiles multiply it: activations keep the bits of their terms then, no scheme rounds them."""
         (m, k), group = self.x.shape, self.weights.group
         least = 24 if self.planes > 1 else 40 if self.weights.bits == 4 else 64  # least_term_rows
-        return tier == "amx" and group < k and group % TERM_GROUP == 0 and m >= least and not self.exact
+        return (
+            tier == "amx"
+            and group < k
+            and group % TERM_GROUP == 0
+            and m >= least
+            and not self.exact
+        )
 
     def on_words(self, tier: str) -> bool:
         """Whether it is multiplied as 16-bit fixed point."""
         (m, k), group = self.x.shape, self.weights.group
         may_widen = not self.tuning and (k <= 128 or group % 8 == 0 or group == k)
-        return tier == "avx512_vnni" and self.planes > 1 and m >= 24 and may_widen and not self.exact
+        return (
+            tier == "avx512_vnni" and self.planes > 1 and m >= 24 and may_widen and not self.exact
+        )
 
     def reference(self, as_they_are: bool = False) -> torch.Tensor:
         if self.planes > 1 or as_they_are:

@@ -14,6 +14,7 @@ from llmopt.graph import fake
 from llmopt.launch import Launch, LinearProblem, RowProblem
 from llmopt.native import linear as cpu
 from llmopt.native import linear_quantized as cpu_quantized
+from llmopt.native.linear_parts import rows_of, step_record
 from llmopt.native.operands import NativeKernel, as_rows, num_bytes
 from llmopt.native.segment import PackedSpec
 from llmopt.ops.linear import parts as linear_parts
@@ -213,9 +214,9 @@ def _add(
     )
     has_bias = any(b is not None for b in spec.biases)
     k = fake(p["x"]).shape[-1]
-    flops = 2 * cpu.rows_of(p) * sum(v.size[0] for v in spec.sources) * k
+    flops = 2 * rows_of(p) * sum(v.size[0] for v in spec.sources) * k
     size = weight_bytes + num_bytes(p["x"], node, residual)
-    record = cpu.step_record(node, p, op, what, has_bias, flops, size, Choice(), impl="triton")
+    record = step_record(node, p, op, what, has_bias, flops, size, Choice(), impl="triton")
     s.launch(step.launches, record)
 
 

@@ -18,7 +18,7 @@ from llmopt.graph import (
     readers,
     same_size,
 )
-from llmopt.native.linear import problem_floats, problem_ints, step_record
+from llmopt.native.linear_parts import problem_floats, problem_ints, step_record
 from llmopt.native.linear_quantized import PLANES, reject_form, weight_bytes
 from llmopt.native.operands import (
     FLOATS,
@@ -307,7 +307,7 @@ def _spec_of(s: SegmentBuilder, p: dict[str, Any], form: CodeForm | None) -> Pac
         form,
         tuple(s.weight_view(t) for t in p["scales"] or ()),
         tuple(s.weight_view(t) for t in p["offsets"] or ()),
-        "" if form is None else f"{names} to {_scheme_of(p, form)}",
+        what="" if form is None else f"{names} to {_scheme_of(p, form)}",
     )
 
 

@@ -1,28 +1,30 @@
-"""linear.cpu: ops.linear → pack once, one GEMM or GEMV step with everything fused."""
+"""linear.cpu: ops.linear → pack once, one GEMM or GEMV step with everything fused.
+
+Weights of float32 that fewer bits hold as they are (llmopt.lossless) are packed in those.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import fx
 
-from llmopt.graph import NOTE, fake, is_dense, kind
-from llmopt.native.operands import (
-    FLOATS,
-    NativeKernel,
-    are_static,
-    as_rows,
-    num_bytes,
-    reads_as_rows,
-    rows,
+from llmopt.graph import NOTE, fake, kind
+from llmopt.native.linear_parts import (
+    operands,
+    problem,
+    problem_floats,
+    problem_ints,
+    reject_around,
+    rows_of,
+    step_record,
 )
-from llmopt.native.segment import SHORT_DTYPES, SegmentBuilder, StepRecord, describe
-from llmopt.ops import activation
+from llmopt.native.linear_quantized import lower_exact
+from llmopt.native.operands import FLOATS, NativeKernel, are_static, num_bytes
+from llmopt.native.segment import SHORT_DTYPES, PackedSpec, SegmentBuilder
 from llmopt.ops.linear import parts
-from llmopt.ops.norm import KINDS as NORM_KINDS
-from llmopt.program import DTYPE_CODES, View
-from llmopt.sizes import Size, expression, size_hint
-from llmopt.types import Choice, LinearProblem
+from llmopt.program import DTYPE_CODES
 
 
 def reject(node: fx.Node) -> str:
@@ -36,135 +38,46 @@ def reject(node: fx.Node) -> str:
     return reject_around(node, p)
 
 
-def reject_around(node: fx.Node, p: dict[str, Any]) -> str:
-    """The reasons that are not in the weights."""
-    if not reads_as_rows(p["x"]) or not reads_as_rows(p["residual"]):
-        return "input rows are not evenly spaced in memory"
-    if not reads_as_rows(node):
-        return "output rows are not known to be evenly spaced in memory"
-    if p["act"] not in activation.CODES:
-        return f"activation {p['act']} is not in the kernel"
-    vectors = [v for v in (*(p["biases"] or ()), p["norm_weight"], p["norm_bias"]) if v is not None]
-    if any(fake(v).dtype not in FLOATS or not is_dense(fake(v)) for v in vectors):
-        return "bias or norm weight is not a dense float vector"
-    return ""
-
-
 def lower(s: SegmentBuilder, node: fx.Node) -> None:
     p = parts(node)
-    weights = p["weights"]
-    dtype = fake(p["x"]).dtype
-    biases = p["biases"] or (None,) * len(weights)
-    packed, bias = s.packed_weight(weights, biases, p["gated"], dtype)
+    weights, dtype = p["weights"], fake(p["x"]).dtype
+    stored = None
+    if dtype == torch.float32 and all(fake(w).dtype == dtype for w in weights):
+        stored = s.storage(weights)
+    if stored is None or isinstance(stored, torch.dtype):
+        _lower_floats(s, node, p, stored)
+    else:
+        lower_exact(s, node, p, stored)
+
+
+def _lower_floats(
+    s: SegmentBuilder, node: fx.Node, p: dict[str, Any], stored: torch.dtype | None
+) -> None:
+    """stored: what the weights are packed in, where that is not the dtype of the rows."""
+    weights, dtype = p["weights"], fake(p["x"]).dtype
+    spec = PackedSpec(
+        tuple(s.weight_view(w) for w in weights),
+        tuple(
+            None if b is None else s.weight_view(b) for b in p["biases"] or (None,) * len(weights)
+        ),
+        p["gated"],
+        dtype,
+        stored=stored,
+    )
+    packed, bias = s.packed_operands(spec)
     n, k = sum(fake(w).shape[0] for w in weights), fake(weights[0]).shape[1]
-    ints = problem_ints(p, n, k, DTYPE_CODES[dtype])
-    note = node.meta.get(NOTE, "")
-    size = n * k * dtype.itemsize + num_bytes(p["x"], node, p["residual"])
-    weight = SHORT_DTYPES[dtype]
+    in_memory = stored or dtype
+    ints = problem_ints(p, n, k, DTYPE_CODES[in_memory])
+    size = n * k * in_memory.itemsize + num_bytes(p["x"], node, p["residual"])
+    weight = SHORT_DTYPES[in_memory]
     choice = s.tuner(problem("linear", node, p, n, k, weight, bias is not None))
+    note = node.meta.get(NOTE, "") if stored is None else f"{weight}, lossless"
+    multiplies = weight if stored is None else f"f32·{weight}"
     flops = 2 * rows_of(p) * n * k
     what, has_bias = f"{n}x{k}", bias is not None
-    record = step_record(node, p, "linear", what, has_bias, flops, size, choice, note, weight)
+    record = step_record(node, p, "linear", what, has_bias, flops, size, choice, note, multiplies)
     ints += choice.ints()
     s.step("linear", operands(s, node, p, packed, bias), ints, problem_floats(p), record)
-
-
-def problem(
-    op: str,
-    node: fx.Node,
-    p: dict[str, Any],
-    n: int,
-    k: int,
-    weight: str,
-    has_bias: bool,
-    **form: Any,
-) -> LinearProblem:
-    """What the tuner is asked about; form: the fields of quantised weights."""
-    rows = rows_of(p)
-    m = expression(rows)
-    return LinearProblem(
-        op,
-        m if isinstance(m, int) else None,
-        n,
-        k,
-        SHORT_DTYPES[fake(p["x"]).dtype],
-        weight,
-        SHORT_DTYPES[fake(node).dtype],
-        p["gated"],
-        p["norm_kind"],
-        p["act"],
-        has_bias,
-        p["residual"] is not None,
-        hint=size_hint(rows),
-        **form,
-    )
-
-
-def rows_of(p: dict[str, Any]) -> Size:
-    return rows(fake(p["x"]))[0]  # type: ignore[index]
-
-
-def operands(
-    s: SegmentBuilder, node: fx.Node, p: dict[str, Any], packed: View, bias: View | None
-) -> list[View | None]:
-    """The operands of a linear, whatever its weights are, in the order of csrc/cpu/linear.cpp."""
-    residual = p["residual"]
-    return [
-        as_rows(s.view(p["x"]), fake(p["x"])),
-        packed,
-        bias,
-        None if residual is None else as_rows(s.view(residual), fake(residual)),
-        as_rows(s.view(node), fake(node)),
-        s.view(p["norm_weight"]),
-        s.view(p["norm_bias"]),
-    ]
-
-
-def problem_ints(p: dict[str, Any], n: int, k: int, dtype_code: int) -> list[Size]:
-    act, norm = activation.CODES[p["act"]], NORM_KINDS.index(p["norm_kind"])
-    return [n, k, dtype_code, act, int(p["gated"]), norm]
-
-
-def problem_floats(p: dict[str, Any]) -> list[float]:
-    return [p["norm_eps"], p["alpha"], p["norm_offset"]]
-
-
-def step_record(
-    node: fx.Node,
-    p: dict[str, Any],
-    op: str,
-    what: str,
-    has_bias: bool,
-    flops: Size,
-    size: Size,
-    choice: Choice,
-    note: str = "",
-    multiplies: str = "",
-    products: int = 1,
-    impl: str = "cpu",
-) -> StepRecord:
-    """The record of a linear: what it multiplies, in which dtype, what is fused into it, and a remark."""
-    fused = [p["norm_kind"] + "_norm"] if p["norm_kind"] != "none" else []
-    fused += ["bias"] if has_bias else []
-    fused += [p["act"]] if p["act"] != "none" else []
-    fused += ["gated"] if p["gated"] else []
-    fused += ["residual"] if p["residual"] is not None else []
-    detail = what + (" " + "+".join(fused) if fused else "") + (f" ({note})" if note else "")
-    inputs = tuple(describe(v) for v in (p["x"], p["residual"]) if v is not None)
-    return StepRecord(
-        op,
-        f"{op}.{impl}",
-        detail,
-        inputs,
-        (describe(node),),
-        flops,
-        size,
-        node,
-        str(choice),
-        choice.source,
-        multiplies,
-        products,
-    )
 
 
 KERNELS = {"llmopt.linear": NativeKernel("linear.cpu", reject, lower)}

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from llmopt.graph import fake
-from llmopt.native.linear import (
+from llmopt.native.linear_parts import (
     operands,
     problem,
     problem_floats,
@@ -23,6 +23,7 @@ from llmopt.ops.linear_quantized import parts
 from llmopt.parameters import weight_name
 from llmopt.program import DTYPE_CODES
 from llmopt.quant.schemes import CodeForm, Scheme
+from llmopt.types import Choice
 
 # Signed bytes an activation is as exact as the sum of: one is 8 bits, three keep 23 bits of the largest in a group, as many as float32
 # has. Of many rows kernels may keep fewer than three do: docs/quantization.md.
@@ -97,7 +98,7 @@ def spec_of(
         form,
         tuple(s.weight_view(t) for t in p["scales"] if t is not None),
         tuple(s.weight_view(t) for t in p["offsets"] if t is not None),
-        f"{', '.join(map(weight_name, p['codes']))} to {scheme_of(p, form)}",
+        what=f"{', '.join(map(weight_name, p['codes']))} to {scheme_of(p, form)}",
     )
 
 
@@ -109,37 +110,58 @@ def weight_bytes(form: CodeForm, n: int, k: int) -> int:
 
 def lower(s: SegmentBuilder, node: fx.Node) -> None:
     p = parts(node)
-    form, k = form_of(p), inputs_of(p)
+    form = form_of(p)
     scheme = scheme_of(p, form)
-    n = sum(fake(c).shape[0] for c in p["codes"])
-    packed, bias = s.packed_operands(spec_of(s, p, form, fake(node).dtype))
+    spec = spec_of(s, p, form, fake(node).dtype)
+    what = f"{scheme.name} groups of {form.group}"
+    _lower(s, node, p, spec, form, inputs_of(p), PLANES[p["activations"]], what)
+
+
+def lower_exact(s: SegmentBuilder, node: fx.Node, p: dict[str, Any], form: CodeForm) -> None:
+    """An ops.linear whose float32 weights codes of this form stand for as they are."""
+    weights = p["weights"]
+    spec = PackedSpec(
+        tuple(s.weight_view(w) for w in weights),
+        tuple(
+            None if b is None else s.weight_view(b) for b in p["biases"] or (None,) * len(weights)
+        ),
+        p["gated"],
+        fake(p["x"]).dtype,
+        form,
+        is_exact=True,
+    )
+    what = f"{form.bits}-bit groups of {form.group}, lossless"
+    _lower(s, node, p, spec, form, fake(weights[0]).shape[1], PLANES["same"], what)
+
+
+def _lower(
+    s: SegmentBuilder,
+    node: fx.Node,
+    p: dict[str, Any],
+    spec: PackedSpec,
+    form: CodeForm,
+    k: int,
+    planes: int,
+    what: str,
+) -> None:
+    n = sum(v.size[0] for v in spec.sources)
+    packed, bias = s.packed_operands(spec)
     ints = problem_ints(p, n, k, DTYPE_CODES[torch.uint8])
-    planes = PLANES[p["activations"]]
-    ints += [form.bits, form.group, int(not form.symmetric), planes]
-    what = f"{n}x{k} {scheme.name} groups of {form.group}"
+    ints += [form.bits, form.group, int(not form.symmetric), planes, int(spec.is_exact)]
     size = weight_bytes(form, n, k) + num_bytes(p["x"], node, p["residual"])
     flops = 2 * rows_of(p) * n * k
-    choice = s.tuner(
-        problem(
-            "linear_quantized",
-            node,
-            p,
-            n,
-            k,
-            f"q{form.bits}",
-            bias is not None,
-            group=form.group,
-            offsets=not form.symmetric,
-            planes=planes,
-        )
-    )
-    ints += choice.ints()
     has_bias = bias is not None
+    choice = Choice(source="default: weights stored without loss are not tuned")
+    if not spec.is_exact:
+        facts = {"group": form.group, "offsets": not form.symmetric, "planes": planes}
+        own = problem("linear_quantized", node, p, n, k, f"q{form.bits}", has_bias, **facts)
+        choice = s.tuner(own)
+    ints += choice.ints()
     record = step_record(
         node,
         p,
         "linear_quantized",
-        what,
+        f"{n}x{k} {what}",
         has_bias,
         flops,
         size,

@@ -39,7 +39,7 @@ TILE_OPS = 16 * 16 * 64 * 2  # of one product of byte tiles
 UNSTEADY = 0.10  # how far probes of a quiet machine may differ
 
 # Products of bf16 tiles that one product of this dtype is made of (docs/adr/0004).
-TILE_PRODUCTS = {"bf16": 1, "f16": 3, "f32": 6}
+TILE_PRODUCTS = {"bf16": 1, "f16": 3, "f32": 6, "f32·bf16": 3, "f32·f16": 5}
 
 
 @dataclass(frozen=True)
@@ -64,13 +64,14 @@ class Probe:
         return Probe(*map(max, astuple(self), astuple(other)))
 
     def linear_peak(self, dtype: str, products: int = 1, instead: str = "f32") -> float:
-        """Multiplications and additions per second of a linear at best. dtype: what it multiplies, f32, f16, bf16, s8, or
-        s4 for codes of 4 bits with bytes; products: of those one product is made of, where one of `instead` would do."""
+        """Multiplications and additions per second of a linear at best. dtype: what it multiplies, f32, f16, bf16, f32·bf16 or f32·f16
+        (rows and weights), s8, or s4 for codes of 4 bits with bytes; products: of those one product is made of, where one of `instead`
+        would do."""
         if dtype in ("s8", "s4"):
             ops = max(self.byte_ops, self.tile_ops, self.nibble_ops if dtype == "s4" else 0.0)
             least = self.linear_peak(instead) if products > 1 or not ops else 0.0
             return max(ops / products, least, self.word_ops if products > 1 else 0.0)
-        words = 0.0 if dtype == "f32" else self.word_ops
+        words = 0.0 if dtype.startswith("f32") else self.word_ops
         return max(self.fma_flops, words, self.tile_flops / TILE_PRODUCTS[dtype])
 
 

@@ -23,6 +23,9 @@ from llmopt.types import Choice, LinearProblem
 # Where externals come from, in the order in which a run gets their addresses.
 SOURCES = ("packed", "bias", "argument", "result", "kv", "mirror")
 
+# How float32 weights are packed that fewer bits hold as they are.
+Storage = CodeForm | torch.dtype
+
 # Which configs a linear runs with: what was measured, or nothing and why.
 Tuner = Callable[[LinearProblem], Choice]
 
@@ -50,7 +53,7 @@ class PackedSpec:
     Sources [E,N_i,K] are a weight for each of E experts, packed one behind the other; their biases are a matrix.
 
     With a form it is quantised: sources are codes, with their scales and offsets, or float weights without, which are rounded when
-    they are packed.
+    they are packed. What `stored` or an exact form cannot hold as it is, is not packed.
     """
 
     sources: tuple[WeightView, ...]
@@ -60,6 +63,8 @@ class PackedSpec:
     form: CodeForm | None = None
     scales: tuple[WeightView, ...] = ()
     offsets: tuple[WeightView, ...] = ()
+    stored: torch.dtype | None = None  # of float weights, where it is another than that of biases
+    is_exact: bool = False  # codes stand for every float weight as it is
     what: str = field(default="", compare=False)  # layer and scheme in words, for errors
 
     @property
@@ -121,6 +126,8 @@ class SegmentBuilder:
     """Emits steps for the nodes of one segment."""
 
     tuner: Tuner = field(default=lambda _: Choice())
+    # What linears' float32 weights, side by side, are packed in; None: as they are.
+    storage: Callable[[Sequence[fx.Node]], Storage | None] = field(default=lambda _: None)
     inputs: dict[fx.Node, int] = field(default_factory=dict)  # value from outside → argument number
     builder: ProgramBuilder = field(default_factory=ProgramBuilder)
     records: list[StepRecord] = field(default_factory=list)
@@ -230,24 +237,8 @@ class SegmentBuilder:
             self.argument(base), tuple(value.shape), tuple(value.stride()), int(offset)
         )
 
-    def packed_weight(
-        self,
-        weights: Sequence[fx.Node],
-        biases: Sequence[fx.Node | None],
-        interleave: bool,
-        dtype: torch.dtype,
-    ) -> tuple[View, View | None]:
-        """Operands for the packed weights and for their biases as one vector (None when there is no bias), in `dtype`."""
-        spec = PackedSpec(
-            tuple(self.weight_view(w) for w in weights),
-            tuple(None if b is None else self.weight_view(b) for b in biases),
-            interleave,
-            dtype,
-        )
-        return self.packed_operands(spec)
-
     def packed_operands(self, spec: PackedSpec) -> tuple[View, View | None]:
-        """The same for any spec; equal specs share one packed weight."""
+        """Operands for the packed weights and for their biases as one vector (None when there is no bias); equal specs share one."""
         number, _ = self.packed.setdefault(spec, (len(self.packed), spec))
         n = sum(w.size[-2] for w in spec.sources)
         packed = View(self.external("packed", number), torch.uint8, (1,), (1,))
