@@ -6,7 +6,7 @@ out not to be held, or no longer, is packed as it is.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,6 +52,12 @@ def is_held(weight: Tensor, stored: Tensor) -> bool:
     return finite and torch.equal(stored.to(weight.dtype), weight)
 
 
+def form_held(weight: Tensor) -> CodeForm | torch.dtype | None:
+    """The smallest form that holds every element of a float32 weight [N,K]; None where there is none."""
+    is_float32 = weight.dtype == torch.float32 and weight.numel() > 0
+    return next(_forms_of(weight.detach()), None) if is_float32 else None
+
+
 def look_at(gm: fx.GraphModule, inputs: Sequence[Any]) -> Lossless:
     """What seems to hold the float32 parameters that the linears of a graph multiply. inputs: what the graph is called with."""
     placeholders = (n for n in gm.graph.nodes if n.op == "placeholder")
@@ -62,7 +68,7 @@ def look_at(gm: fx.GraphModule, inputs: Sequence[Any]) -> Lossless:
             continue
         for weight in parts(node)["weights"]:
             if weight not in forms and (rows := _some_rows(gm, values, weight)) is not None:
-                forms[weight] = _forms_of(rows)
+                forms[weight] = frozenset(_forms_of(rows))
     return Lossless(forms)
 
 
@@ -84,16 +90,14 @@ def _some_rows(gm: fx.GraphModule, values: Mapping[fx.Node, Any], weight: fx.Nod
     return matrix[picked]
 
 
-def _forms_of(rows: Tensor) -> Collection[CodeForm | torch.dtype]:
-    """Zeros are held by everything, but are where training begins."""
+def _forms_of(rows: Tensor) -> Iterator[CodeForm | torch.dtype]:
+    """Those that hold all of the rows, smallest first. Zeros are held by everything, but are where training begins."""
     if not rows.any():
-        return ()
-    return [
-        form
-        for form in FORMS
-        if (
-            exact_codes(rows, form) is not None
-            if isinstance(form, CodeForm)
-            else is_held(rows, rows.to(form))
-        )
-    ]
+        return
+    yield from (form for form in FORMS if _holds(form, rows))
+
+
+def _holds(form: CodeForm | torch.dtype, rows: Tensor) -> bool:
+    if isinstance(form, CodeForm):
+        return exact_codes(rows, form) is not None
+    return is_held(rows, rows.to(form))

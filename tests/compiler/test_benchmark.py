@@ -21,7 +21,7 @@ from llmopt.benchmark.results import (
     write_markdown,
 )
 from llmopt.benchmark.rounds import Measurement, Run
-from llmopt.benchmark.work import Form, Work, form_of, work_of
+from llmopt.benchmark.work import EXACT, Form, Work, form_of, form_stored, work_of
 from llmopt.benchmark.worker import Job, WorkerError
 from llmopt.models import LoadedModel, ModelError
 from llmopt.models.text import documentation
@@ -117,6 +117,23 @@ def test_models_without_a_bound():
 WORK = Work("f32", 6e3, 1e3, weights=100.0, head_weights=10.0, kv=8.0, others=1.0)
 FAST_MEMORY = Probe(1e3, 3e3, 1e9, tile_flops=12e3, tile_ops=24e3)  # f32 by tiles: 12e3 / 6
 FAST_CORES = Probe(1e9, 1e9, 100.0)
+
+
+def test_the_form_of_weights_that_fewer_bits_hold():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 32)).eval()
+    assert form_stored(model) == EXACT
+    with torch.no_grad():
+        model[0].weight.copy_(model[0].weight.bfloat16())
+    mean = (64 * 64 * 2 + 64 * 32 * 4) / (64 * 64 + 64 * 32)
+    assert form_stored(model) == Form("f32·bf16", 1, weight_bytes=mean)
+    with torch.no_grad():
+        for layer in model:
+            codes = torch.randint(-126, 127, layer.weight.shape)
+            codes[:, ::32] = 127
+            layer.weight.copy_(codes / 1024)
+    assert form_stored(model) == Form("s8", 3, weight_bytes=1 + 4 / 32)
+    assert form_stored(model.double()) == EXACT
 
 
 @pytest.mark.parametrize(
@@ -222,8 +239,13 @@ class FakeWorker:
             "sample": torch.tensor([1.0, -2.0]) * (1.5 if self.job.system == "llmopt" else 1.0),
             "measure": self.seconds,
             "peak_mib": 10.0,
+            "form": self.form(),
         }
         return answers[command]
+
+    def form(self):
+        form = systems.SYSTEMS[self.job.system].form
+        return EXACT if callable(form) else form
 
     def stop(self):
         self.stopped = True
@@ -275,7 +297,7 @@ def test_probes_read_as_much_as_a_call_of_the_system(monkeypatch):
     )
     chosen = [systems.SYSTEMS[name] for name in ("llmopt", "llmopt-w8a8", "llmopt-auto")]
     rounds.run(chosen, [DECODE], lambda name: Job(name, "toy", "fp32", 1, False), 1, lambda _: None)
-    forms = [system.form for system in chosen[:2]]
+    forms = [EXACT, chosen[1].form]
     assert asked[::2] == [*(WORK.num_bytes(form) / DECODE.new for form in forms), READ_BYTES]
     assert asked[1::2] == asked[::2]
 
@@ -328,6 +350,7 @@ def a_run() -> Run:
     return Run(
         systems=["llmopt", "eager"],
         work={"decode": Work("f32", 1.0, 0.0, 2.5e9, 0.0, 0.0, 0.0)},  # one second of reading
+        forms={"llmopt": EXACT, "eager": EXACT},
         compile_seconds={"llmopt": 1.5},
         peak_mib={"llmopt": 900.0, "eager": 800.0},
         accuracy={"llmopt": accuracy.Accuracy(1040, divergence=0.0123, top1=0.956)},
@@ -369,6 +392,7 @@ def test_systems_have_roofs_of_their_own(a_run):
     a_run.systems = ["llmopt-w8a16", "llmopt-auto"]
     a_run.measurements = {(name, "decode"): measured(1.0) for name in a_run.systems}
     a_run.compile_seconds, a_run.peak_mib = {}, {}
+    a_run.forms = {name: systems.SYSTEMS[name].form for name in a_run.systems}
     eight, auto = rows_of(a_run, [DECODE])
     assert eight.of_bound == pytest.approx((1 + 4 / 32) / 4)
     assert auto.of_bound is None  # what it reads is not known before

@@ -16,7 +16,6 @@ import torch
 from llmopt.benchmark.accuracy import Accuracy
 from llmopt.benchmark.phases import Phase
 from llmopt.benchmark.rounds import Measurement, Run
-from llmopt.benchmark.systems import SYSTEMS
 from llmopt.models import ModelError
 from llmopt.native.probe import Probe
 from llmopt.target import target
@@ -82,7 +81,7 @@ def _row(
 ) -> Row:
     seconds = _median_seconds(found)
     probe = _median_probe(found)
-    work, form = run.work[phase.name], SYSTEMS[system].form
+    work, form = run.work[phase.name], run.forms[system]
     least = None if work is None or form is None else work.least_seconds(form, probe)
     return Row(
         system,

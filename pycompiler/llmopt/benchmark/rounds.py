@@ -17,8 +17,8 @@ import torch
 
 from llmopt.benchmark.accuracy import Accuracy, compare
 from llmopt.benchmark.phases import Phase
-from llmopt.benchmark.systems import SYSTEMS, System
-from llmopt.benchmark.work import Work
+from llmopt.benchmark.systems import System
+from llmopt.benchmark.work import Form, Work
 from llmopt.benchmark.worker import Job, Worker, WorkerError
 from llmopt.native.probe import READ_BYTES, Probe, measure
 
@@ -40,6 +40,7 @@ class Run:
 
     systems: list[str] = field(default_factory=list)  # those that ran, in the order asked for
     work: dict[str, Work | None] = field(default_factory=dict)  # by phase name
+    forms: dict[str, Form | None] = field(default_factory=dict)  # by system
     compile_seconds: dict[str, float] = field(default_factory=dict)  # by system
     peak_mib: dict[str, float] = field(default_factory=dict)  # by system
     difference: dict[str, float] = field(default_factory=dict)  # from eager, by system
@@ -91,6 +92,7 @@ def _start(
         if not result.work:
             result.work = {phase.name: worker.ask("work", phase) for phase in phases}
         seconds = worker.ask("start")
+        result.forms[system.name] = worker.ask("form")
     except WorkerError as error:
         result.failures[system.name] = str(error)
         worker.stop()
@@ -171,7 +173,7 @@ def _measure(name: str, phase: Phase, workers: dict[str, Worker], result: Run) -
 
 def _read_bytes(name: str, phase: Phase, result: Run) -> float:
     """What a call of a system reads, where that is known."""
-    work, form = result.work.get(phase.name), SYSTEMS[name].form
+    work, form = result.work.get(phase.name), result.forms[name]
     return READ_BYTES if work is None or form is None else work.read_bytes(form, phase)
 
 

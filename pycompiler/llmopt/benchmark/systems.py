@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from llmopt.benchmark.phases import Phase, Runner, last_logits_only
-from llmopt.benchmark.work import EXACT, Form, form_of
+from llmopt.benchmark.work import EXACT, Form, form_of, form_stored
 from llmopt.layers import mark_layers
 from llmopt.models import LoadedModel, ModelError
 from llmopt.quant.schemes import SCHEMES, scheme_of
@@ -32,11 +32,12 @@ class System:
     compiles: bool  # has a compile or export time worth a row
     missing: Callable[[], str]  # "" or what is missing and how to install it
     build: Builder
-    form: Form | None = EXACT  # of its roof; None: it differs from layer to layer
+    # Of its roof, or what finds it for a model; None: it differs from layer to layer.
+    form: Form | Callable[[torch.nn.Module], Form] | None = EXACT
 
     @property
     def quantised(self) -> bool:
-        return self.form != EXACT
+        return self.form not in (EXACT, form_stored)
 
 
 @dataclass
@@ -152,7 +153,8 @@ INT8 = Form("s8", weight_bytes=1.0)  # a scale per channel is nothing beside it
 SYSTEMS = {
     row.name: row
     for row in (
-        System("llmopt", True, _nothing, _llmopt("exact")),
+        System("llmopt", True, _nothing, _llmopt("exact"), form_stored),
+        System("llmopt-same-storage", True, _nothing, _llmopt("exact", storage="same")),
         *(
             System(f"llmopt-{name}", True, _nothing, _llmopt(name), form_of(scheme))
             for name, scheme in SCHEMES.items()
@@ -164,7 +166,7 @@ SYSTEMS = {
             _llmopt("w8a8", group="channel"),
             form_of(scheme_of("w8a8", "channel")),
         ),
-        System("llmopt-marked", True, _nothing, _llmopt_marked),
+        System("llmopt-marked", True, _nothing, _llmopt_marked, form_stored),
         System("llmopt-auto", True, _nothing, _llmopt("auto"), None),
         System("eager", False, _nothing, _eager),
         System("inductor", True, _no_compiler, _inductor),

@@ -6,6 +6,7 @@ model's linears; `least_seconds` puts both beside the rates of a probe.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,13 +14,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from llmopt.benchmark.phases import Phase, inputs_of, last_logits_only
+from llmopt.lossless import form_held
 from llmopt.models import LoadedModel
 from llmopt.native.linear_quantized import PLANES
 from llmopt.native.probe import Probe
 from llmopt.quant.experts import counts_of
-from llmopt.quant.layers import linears_of, output_head, text_config_of
+from llmopt.quant.layers import linears_of, output_head, text_config_of, weight_of
 from llmopt.quant.module import Quantized
-from llmopt.quant.schemes import Scheme, of_head
+from llmopt.quant.schemes import CodeForm, Scheme, of_head
 
 DTYPE_NAMES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 
@@ -51,10 +53,39 @@ def form_of(scheme: Scheme, channel: int = 1024) -> Form:
     )
 
 
-def _code_bytes(scheme: Scheme, channel: int) -> float:
+def _code_bytes(scheme: CodeForm, channel: int) -> float:
     """Of one weight: its code, and its share of a scale (and an offset), of 4 bytes beside 8 bits and of 2 beside 4."""
     numbers = 1 if scheme.symmetric else 2
     return scheme.bits / 8 + numbers * (4 if scheme.bits == 8 else 2) / scheme.group_of(channel)
+
+
+def form_stored(model: torch.nn.Module) -> Form:
+    """Our form of a model that keeps its precision: its own, but for weights of float32 that fewer bits hold as they are."""
+    head = output_head(model)
+    weights = {m: weight_of(m) for m in linears_of(model).values()}
+    forms = {m: form_held(weight) for m, weight in weights.items()}
+    if not any(forms.values()):
+        return EXACT
+
+    def mean_bytes(of_head: bool) -> float | None:
+        own = {m: weight for m, weight in weights.items() if (m is head) == of_head}
+        size = sum(w.numel() * _stored_bytes(forms[m] or w.dtype) for m, w in own.items())
+        return size / sum(w.numel() for w in own.values()) if own else None
+
+    counts = Counter[Any]()
+    for m, weight in weights.items():
+        counts[forms[m]] += weight.numel()
+    usual = counts.most_common(1)[0][0]
+    multiplies, products = None, 1
+    if isinstance(usual, CodeForm):
+        multiplies, products = f"s{usual.bits}", PLANES["same"]
+    elif usual is not None:
+        multiplies = f"f32·{DTYPE_NAMES[usual]}"
+    return Form(multiplies, products, mean_bytes(False), mean_bytes(True))
+
+
+def _stored_bytes(form: CodeForm | torch.dtype) -> float:
+    return float(form.itemsize) if isinstance(form, torch.dtype) else _code_bytes(form, form.group)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ import torch
 from llmopt.benchmark.accuracy import outputs
 from llmopt.benchmark.phases import Phase, Runner, run_once, sample
 from llmopt.benchmark.systems import SYSTEMS
-from llmopt.benchmark.work import work_of
+from llmopt.benchmark.work import Form, work_of
 from llmopt.models import DTYPES, LoadedModel, load
 from llmopt.models.errors import sentence
 
@@ -112,6 +112,11 @@ class _State:
     def work(self, phase: Phase) -> Any:
         """Counted on the eager model, before anything is compiled."""
         return work_of(self.loaded, phase)
+
+    def form(self, _: None) -> Form | None:
+        """How the system keeps this model, for its roof."""
+        form = SYSTEMS[self.job.system].form
+        return form(self.loaded.model) if callable(form) else form
 
     def build(self, _: None) -> None:
         """Builds the system, once, without running it."""

@@ -33,7 +33,8 @@ def add(commands: Any) -> None:
         type=options.names,
         default=["eager"],
         metavar="SYSTEM,…",
-        help="eager, inductor, inductor-freezing; llmopt-marked (by llmopt.mark_layers); "
+        help="eager, inductor, inductor-freezing; llmopt-marked (by llmopt.mark_layers), "
+        "llmopt-same-storage (weights as they are, though fewer bits hold them); "
         "llmopt-w8a8, llmopt-w8a8-channel, llmopt-w8a16, llmopt-w4a16, llmopt-w4a8, llmopt-auto; "
         "in 8 bits: torchao, torchao-w8a16, onnxruntime-int8, openvino-int8; onnxruntime, openvino; the GGUF of smollm2 as Q8_0, "
         "Q4_0 and F16: llama.cpp, llama.cpp-q4_0, llama.cpp-f16 (default: eager). What is not installed says how to install it",
