@@ -6,7 +6,7 @@ out not to be held, or no longer, is packed as it is.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,14 +32,14 @@ _ROWS = 3  # that are looked at while a graph is compiled
 
 @dataclass(frozen=True)
 class Lossless:
-    """Which forms seem to hold a graph's weights."""
+    """The smallest form that seems to hold each of a graph's weights; None for those that none holds."""
 
-    forms: Mapping[fx.Node, Collection[CodeForm | torch.dtype]] = field(default_factory=dict)
+    forms: Mapping[fx.Node, CodeForm | torch.dtype | None] = field(default_factory=dict)
 
     def common(self, weights: Sequence[fx.Node]) -> CodeForm | torch.dtype | None:
-        """The smallest form that seems to hold every one of these weights; None where there is none."""
-        held = [self.forms.get(w, ()) for w in weights]
-        return next((f for f in FORMS if all(f in forms for forms in held)), None)
+        """The form of all of these weights; None where they differ in it, or have none."""
+        forms = {self.forms.get(w) for w in weights}
+        return forms.pop() if len(forms) == 1 else None
 
     def without(self, tensors: Collection[fx.Node]) -> Lossless:
         """The same without the weights that are these tensors or views of them."""
@@ -54,21 +54,22 @@ def is_held(weight: Tensor, stored: Tensor) -> bool:
 
 def form_held(weight: Tensor) -> CodeForm | torch.dtype | None:
     """The smallest form that holds every element of a float32 weight [N,K]; None where there is none."""
-    is_float32 = weight.dtype == torch.float32 and weight.numel() > 0
-    return next(_forms_of(weight.detach()), None) if is_float32 else None
+    if weight.dtype != torch.float32 or not weight.any():
+        return None  # zeros are held by everything, but are where training begins
+    return next((form for form in FORMS if _holds(form, weight.detach())), None)
 
 
 def look_at(gm: fx.GraphModule, inputs: Sequence[Any]) -> Lossless:
     """What seems to hold the float32 parameters that the linears of a graph multiply. inputs: what the graph is called with."""
     placeholders = (n for n in gm.graph.nodes if n.op == "placeholder")
     values = dict(zip(placeholders, inputs, strict=True))
-    forms: dict[fx.Node, Collection[CodeForm | torch.dtype]] = {}
+    forms: dict[fx.Node, CodeForm | torch.dtype | None] = {}
     for node in gm.graph.nodes:
         if kind(node) != "llmopt.linear" or fake(node.args[0]).dtype != torch.float32:
             continue
         for weight in parts(node)["weights"]:
             if weight not in forms and (rows := _some_rows(gm, values, weight)) is not None:
-                forms[weight] = frozenset(_forms_of(rows))
+                forms[weight] = form_held(rows)
     return Lossless(forms)
 
 
@@ -88,13 +89,6 @@ def _some_rows(gm: fx.GraphModule, values: Mapping[fx.Node, Any], weight: fx.Nod
     matrix = tensor.detach().as_strided(view.shape, view.stride(), offset)
     picked = torch.linspace(0, len(matrix) - 1, min(_ROWS, len(matrix))).long()
     return matrix[picked]
-
-
-def _forms_of(rows: Tensor) -> Iterator[CodeForm | torch.dtype]:
-    """Those that hold all of the rows, smallest first. Zeros are held by everything, but are where training begins."""
-    if not rows.any():
-        return
-    yield from (form for form in FORMS if _holds(form, rows))
 
 
 def _holds(form: CodeForm | torch.dtype, rows: Tensor) -> bool:

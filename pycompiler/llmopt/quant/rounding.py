@@ -22,6 +22,7 @@ from llmopt.quant.schemes import CodeForm
 SHARES = (0.95, 0.9, 0.85, 0.8)
 FITS = 3
 MOST_ROUNDED = 1 << 14  # weights of a group: kMaxRoundedGroup in csrc/runtime/contracts_linear.cpp
+_WORTH_WAKING = 2**16  # weights, other threads
 # Of a channel's largest: f16 holds 11 bits of such a factor where the largest has 2^14, as the packed form puts it.
 _LEAST_FACTOR = 2.0**-27
 _LEAST_LARGEST = 2.0**-100
@@ -119,7 +120,9 @@ def _by_kernel(weight: Tensor, form: CodeForm, exact: Tensor | None = None) -> C
     codes = torch.empty((n, k * form.bits // 8), dtype=code_type)
     scales = torch.empty((n, k // group))
     offsets = None if form.symmetric else torch.empty((n, k // group))
-    run_op("round_weight", [weight, codes, scales, offsets, exact], [form.bits, group])
+    threads = 1 if weight.numel() < _WORTH_WAKING else None
+    operands = [weight, codes, scales, offsets, exact]
+    run_op("round_weight", operands, [form.bits, group], threads=threads)
     return Codes(codes, scales, offsets)
 
 
