@@ -28,9 +28,10 @@ PAGE := docs/benchmarks.md
 
 bench: $(VENV)/installed
 	$(PIP) onnx onnxruntime onnxscript
-	$(BIN)/llmopt bench smollm2 --against llmopt-w8a8,llmopt-w4a8,eager,inductor --markdown README.md
+	$(BIN)/llmopt bench smollm2 --against llmopt-same-storage,llmopt-w8a8,llmopt-w4a8,eager,inductor --markdown README.md
 	$(BIN)/llmopt bench smollm2 --dtype bf16 --against eager --markdown $(PAGE)
 	$(BIN)/llmopt bench smollm2 --dtype fp16 --against eager --markdown $(PAGE)
+	$(BIN)/llmopt bench bench/models.py:smollm2_bf16 --against llmopt-same-storage,eager,inductor --markdown $(PAGE)
 	$(BIN)/llmopt bench minilm --against eager,inductor,onnxruntime --markdown $(PAGE)
 	$(BIN)/python -m pytest bench $(ARGS)
 

@@ -1,8 +1,9 @@
-"""Models to benchmark that no package carries, as `llmopt bench bench/models.py:bert_base`: architectures with seeded random weights."""
+"""Models to benchmark that no package carries as they are, as `llmopt bench bench/models.py:bert_base`: most with seeded random weights."""
 
 from __future__ import annotations
 
 import torch
+from llmopt.models import load
 from transformers import (
     BertConfig,
     BertModel,
@@ -17,6 +18,11 @@ def bert_base() -> BertModel:
     """BERT-base: 12 layers, hidden 768, 12 heads, FFN 3072."""
     torch.manual_seed(0)
     return BertModel(BertConfig())
+
+
+def smollm2_bf16() -> torch.nn.Module:
+    """SmolLM2-135M-Instruct rounded to bf16, as checkpoints are: with `--dtype fp32` a float32 model whose weights have 16 bits."""
+    return load("smollm2", torch.bfloat16).model
 
 
 def mixture() -> Qwen3MoeForCausalLM:
