@@ -21,7 +21,7 @@ from llmopt.gpu.tune.lookup import chooser_for
 from llmopt.graph import fake, kind, tensors_in
 from llmopt.guards import take_over
 from llmopt.keywords import place_operands
-from llmopt.lossless import look_at
+from llmopt.lossless import Lossless, look_at
 from llmopt.messages import say, warn_once
 from llmopt.options import Options, check_for_cpu, check_for_gpu, parse_options
 from llmopt.overlaps import Overlaps, overlaps_of
@@ -111,7 +111,7 @@ def _compile(
     separate_windows(gm.graph)
     decision = _run_passes(gm, example_inputs, options, machine, clock)
     if machine.gpu is None:
-        held = look_at(gm, example_inputs) if options.storage == "lossless" else None
+        held = _held(gm, example_inputs, options)
         plan = make_plan(gm.graph, machine, tuner_for(machine, options.mode), lossless=held)
     else:
         chooser = chooser_for(machine, options.mode, gpu_among(example_inputs))
@@ -171,7 +171,9 @@ def _run_passes(
         nonlocal decision
         schemes = None
         if options.precision == "auto":
-            chosen = auto.choose(gm, example_inputs, options.accuracy_budget, options.mode)
+            held = _held(gm, example_inputs, options)
+            budget = options.accuracy_budget
+            chosen = auto.choose(gm, example_inputs, budget, options.mode, lossless=held)
             if chosen is not None:
                 decision, schemes = chosen.decision, chosen.schemes
         exact = quantize.run(graph, options.scheme, schemes)
@@ -197,6 +199,10 @@ def _run_passes(
             clock.lap("verify")
     results.keep(gm.graph, before)
     return decision
+
+
+def _held(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Lossless:
+    return look_at(gm, inputs) if options.storage == "lossless" else Lossless()
 
 
 def _attention(graph: fx.Graph, options: Options, machine: Target) -> str:

@@ -56,6 +56,7 @@ class LinearProblem:
     group: int = 0  # of quantised weights: inputs that share a scale
     offsets: bool = False
     planes: int = 0  # signed bytes an activation is as exact as the sum of
+    exact: bool = False  # results as over f32 weights, for which the codes stand as they are
     hint: int = field(default=0, compare=False)  # M of the call that is compiled, where m is None
 
     def facts(self) -> dict[str, str | int]:

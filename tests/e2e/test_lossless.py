@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import llmopt
 import pytest
 import torch
+from llmopt.auto import choose as auto
+from llmopt.auto import timing
+from llmopt.auto.plans import LayerShape
 from llmopt.compiled import alive
+from llmopt.lossless import look_at
+from llmopt.passes import pipeline
 from llmopt.quant.rounding import Codes
-from llmopt.quant.schemes import CodeForm
-from torch import nn
+from llmopt.quant.schemes import W8A8, CodeForm, Scheme
+from torch import fx, nn
 
 from tests.e2e import zoo
 from tests.e2e.blocks import Block, build
@@ -296,6 +301,37 @@ def test_generate_from_weights_of_sixteen_bits() -> None:
     want = same.generate(**x, max_new_tokens=6, do_sample=False)
     assert torch.equal(model.generate(**x, max_new_tokens=6, do_sample=False), want)
     assert any(lossless())
+
+
+def test_auto_times_exact_layers_as_they_are_stored() -> None:
+    """A scheme has to beat that."""
+    seen: list[LayerShape] = []
+
+    def seconds(shape: LayerShape, scheme: Scheme | None) -> float:
+        seen.append(shape)
+        return 1.0 if scheme is None else 2.0
+
+    module = nn.Sequential(nn.Linear(WIDTH, 96), nn.ReLU(), nn.Linear(96, WIDTH)).eval()
+    hold(module[0].weight, torch.bfloat16)
+
+    def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        for _, run in pipeline.passes(lambda _: None, ()):
+            run(gm.graph)
+        chosen = auto.choose(gm, inputs, seconds=seconds, lossless=look_at(gm, inputs))
+        assert chosen is not None
+        assert set(chosen.decision.choice.values()) == {"exact"}
+        gm.recompile()
+        return gm
+
+    torch.compile(module, backend=backend)(x_of(3))
+    assert {(s.k, s.stored) for s in seen} == {(WIDTH, torch.bfloat16), (96, None)}
+    words = timing.problem_of(LayerShape(1, 64, 64, torch.float32, stored=torch.bfloat16), None)
+    assert (words.x, words.w, words.exact) == ("f32", "bf16", False)
+    shape = LayerShape(1, 64, 64, torch.float32, stored=Q4_1)
+    codes = timing.problem_of(shape, None)
+    assert (codes.w, codes.group, codes.offsets, codes.planes) == ("q4", 32, True, 3)
+    assert codes.exact
+    assert not timing.problem_of(shape, W8A8).exact
 
 
 def test_storage_is_lossless_or_the_same() -> None:

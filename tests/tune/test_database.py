@@ -75,6 +75,7 @@ def test_every_fact_of_a_problem_is_in_its_key():
     changed = {
         "op": "linear_quantized", "m": 8, "n": 97, "k": 65, "x": "f16", "w": "q8", "y": "bf16", "gated": True, "norm": "rms",
         "act": "silu", "bias": True, "residual": True, "group": 32, "offsets": True, "planes": 1,
+        "exact": True,
     }  # fmt: skip
     assert {*changed, "hint"} == {f.name for f in dataclasses.fields(base)}
     others = [dataclasses.replace(base, **{name: value}) for name, value in changed.items()]

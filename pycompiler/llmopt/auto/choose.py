@@ -5,6 +5,7 @@ Kernels are timed first, so that only schemes whose time could win are tried for
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -32,6 +33,7 @@ from llmopt.auto.plans import (
 from llmopt.auto.timing import LayerClock
 from llmopt.auto.trial import PARTS, Layers, Trial
 from llmopt.graph import FLOATS, fake, kind, map_fakes, view_base
+from llmopt.lossless import Lossless
 from llmopt.ops.attention import APPENDS
 from llmopt.parameters import is_buffer, is_weight, weight_name
 from llmopt.passes.quantize import chooses
@@ -59,16 +61,19 @@ class GraphProblem:
     values: Sequence[Any]
     layers: Layers
     weights: Mapping[str, Sequence[Tensor]]
+    lossless: Lossless
 
 
-def problem_of(gm: fx.GraphModule, inputs: Sequence[Any]) -> GraphProblem | None:
-    """None for a graph without a linear that has a float weight."""
+def problem_of(
+    gm: fx.GraphModule, inputs: Sequence[Any], lossless: Lossless | None = None
+) -> GraphProblem | None:
+    """None for a graph without a linear that has a float weight. lossless: what its weights are packed in while they are exact."""
     layers = _layers(gm.graph)
     if not layers:
         return None
     values = [_number(i) if isinstance(i, torch.SymInt) else i for i in inputs]
     weights = {name: _tensors(gm, values, nodes[0]) for name, nodes in layers.items()}
-    return GraphProblem(gm, values, layers, weights)
+    return GraphProblem(gm, values, layers, weights, lossless or Lossless())
 
 
 # By weight, so that every graph of a model reads the same packed weights.
@@ -81,14 +86,15 @@ def choose(
     budget: float = DEFAULT_BUDGET,
     mode: str = "default",
     seconds: Seconds | None = None,
+    lossless: Lossless | None = None,
 ) -> Chosen | None:
     """Which of a graph's linears get which scheme; None when it has no linear with a float weight.
 
     inputs: what the graph is called with; the graph runs on copies, a few times. Weights that were decided upon in another graph of
     their model, with the same budget, keep their plan. mode: of torch.compile, which decides what linears are tuned. seconds: how long
-    layers take; measured by default.
+    layers take; measured by default. lossless: as for `problem_of`.
     """
-    problem = problem_of(gm, inputs)
+    problem = problem_of(gm, inputs, lossless)
     if problem is None:
         return None
     layers, weights = problem.layers, problem.weights
@@ -176,7 +182,7 @@ def _tensors(gm: fx.GraphModule, values: Sequence[Any], node: fx.Node) -> list[T
     return [inputs[b] if b in inputs else getattr(gm, str(b.target)) for b in bases]
 
 
-def _shape(node: fx.Node, m: int) -> LayerShape:
+def _shape(node: fx.Node, m: int, lossless: Lossless) -> LayerShape:
     p = PARTS[kind(node)](node)
     n, k = sum(fake(w).shape[-2] for w in p["weights"]), fake(p["weights"][0]).shape[-1]
     experts = 1
@@ -184,7 +190,8 @@ def _shape(node: fx.Node, m: int) -> LayerShape:
         places = m * _places_of_a_token(node)
         experts = _active(node, places)
         m = -(-places // experts)
-    return LayerShape(m, n, k, fake(p["x"]).dtype, p["gated"], experts)
+    stored = lossless.common(p["weights"])
+    return LayerShape(m, n, k, fake(p["x"]).dtype, p["gated"], experts, stored)
 
 
 def _buckets(graph: fx.Graph, layers: Layers) -> list[Bucket]:
@@ -207,7 +214,8 @@ def decide_for(
     by default the graph runs with it.
     """
     buckets = _buckets(problem.gm.graph, problem.layers)
-    forms = {n: _forms(problem.weights[n], _shape(a[0], 1).k) for n, a in problem.layers.items()}
+    shape_of = functools.partial(_shape, lossless=problem.lossless)
+    forms = {n: _forms(problem.weights[n], shape_of(a[0], 1).k) for n, a in problem.layers.items()}
     refused = [(n, scheme, why) for n, (_, no) in forms.items() for scheme, why in no]
     if not any(possible for possible, _ in forms.values()):
         name, _, why = refused[0]
@@ -216,7 +224,7 @@ def decide_for(
         return replace(decision, impossible=tuple(refused)), dict.fromkeys(forms, exact)
     plans: dict[str, list[TimedPlan]] = {}
     for name, nodes in problem.layers.items():
-        shapes = [(bucket, _shape(nodes[0], bucket.m)) for bucket in buckets]
+        shapes = [(bucket, shape_of(nodes[0], bucket.m)) for bucket in buckets]
         plans[name], slow = worth_trying(timed_plans(shapes, forms[name][0], seconds, mixed))
         refused += [(name, timed.plan.name, why) for timed, why in slow]
     tried = {n: {s for p in own if (s := p.plan.coarsest)} for n, own in plans.items()}

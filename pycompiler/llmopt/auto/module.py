@@ -18,6 +18,7 @@ from llmopt.auto.choose import GraphProblem, decide_for, problem_of
 from llmopt.auto.comparison import Comparison, compared_result
 from llmopt.auto.plans import Plan, Seconds
 from llmopt.auto.timing import LayerClock
+from llmopt.lossless import look_at
 from llmopt.passes.pipeline import passes
 from llmopt.passes.simplify import drop_idle_dropouts
 from llmopt.quant import convert
@@ -156,7 +157,7 @@ def _capture(model: nn.Module, sample: Sample, decide: Callable[[GraphProblem], 
 
     def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         def before_rounding(_: fx.Graph) -> None:
-            if (problem := problem_of(gm, inputs)) is not None:
+            if (problem := problem_of(gm, inputs, look_at(gm, inputs))) is not None:
                 decide(problem)
 
         drop_idle_dropouts(gm.graph)

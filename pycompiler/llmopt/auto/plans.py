@@ -39,7 +39,8 @@ def bucket_of(m: int) -> Bucket:
 
 @dataclass(frozen=True)
 class LayerShape:
-    """A linear as the clock sees it: x [m, k] times weights [n, k], all of one dtype; `experts` of them, where it is that of experts."""
+    """A linear as the clock sees it: x [m, k] times weights [n, k], all of one dtype; `experts` of them, where it is that of experts.
+    stored: what its weights are packed in while they are exact, where that is not their dtype."""
 
     m: int
     n: int
@@ -47,6 +48,7 @@ class LayerShape:
     dtype: torch.dtype
     gated: bool = False
     experts: int = 1
+    stored: CodeForm | torch.dtype | None = None
 
 
 @dataclass(frozen=True)

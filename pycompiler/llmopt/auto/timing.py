@@ -11,7 +11,7 @@ from llmopt.auto.plans import LayerShape, schemes_tried
 from llmopt.native import probe
 from llmopt.native.linear_quantized import PLANES
 from llmopt.native.segment import SHORT_DTYPES
-from llmopt.quant.schemes import Scheme
+from llmopt.quant.schemes import CodeForm, Scheme
 from llmopt.target import target
 from llmopt.tune.candidates import Machine, predict
 from llmopt.tune.lookup import tuner_for
@@ -102,19 +102,23 @@ def problem_of(shape: LayerShape, scheme: Scheme | None) -> LinearProblem:
     """The linear of a shape as the tuner knows it."""
     dtype, act = SHORT_DTYPES[shape.dtype], "silu" if shape.gated else "none"
     m, n, k = shape.m, shape.n, shape.k
-    if scheme is None:
-        return LinearProblem("linear", m, n, k, dtype, dtype, dtype, shape.gated, act=act)
+    if scheme is None and not isinstance(shape.stored, CodeForm):
+        weight = SHORT_DTYPES[shape.stored or shape.dtype]
+        return LinearProblem("linear", m, n, k, dtype, weight, dtype, shape.gated, act=act)
+    form = scheme or shape.stored
+    assert isinstance(form, CodeForm)
     return LinearProblem(
         "linear_quantized",
         m,
         n,
         k,
         dtype,
-        f"q{scheme.bits}",
+        f"q{form.bits}",
         dtype,
         shape.gated,
         act=act,
-        group=scheme.group_of(k),
-        offsets=not scheme.symmetric,
-        planes=PLANES[scheme.activations],
+        group=form.group_of(k),
+        offsets=not form.symmetric,
+        planes=PLANES["same" if scheme is None else scheme.activations],
+        exact=scheme is None,
     )

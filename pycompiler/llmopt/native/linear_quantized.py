@@ -23,7 +23,6 @@ from llmopt.ops.linear_quantized import parts
 from llmopt.parameters import weight_name
 from llmopt.program import DTYPE_CODES
 from llmopt.quant.schemes import CodeForm, Scheme
-from llmopt.types import Choice
 
 # Signed bytes an activation is as exact as the sum of: one is 8 bits, three keep 23 bits of the largest in a group, as many as float32
 # has. Of many rows kernels may keep fewer than three do: docs/quantization.md.
@@ -151,11 +150,10 @@ def _lower(
     size = weight_bytes(form, n, k) + num_bytes(p["x"], node, p["residual"])
     flops = 2 * rows_of(p) * n * k
     has_bias = bias is not None
-    choice = Choice(source="default: weights stored without loss are not tuned")
-    if not spec.is_exact:
-        facts = {"group": form.group, "offsets": not form.symmetric, "planes": planes}
-        own = problem("linear_quantized", node, p, n, k, f"q{form.bits}", has_bias, **facts)
-        choice = s.tuner(own)
+    facts = {"group": form.group, "offsets": not form.symmetric, "planes": planes}
+    facts["exact"] = spec.is_exact
+    own = problem("linear_quantized", node, p, n, k, f"q{form.bits}", has_bias, **facts)
+    choice = s.tuner(own)
     ints += choice.ints()
     record = step_record(
         node,

@@ -60,7 +60,7 @@ def op_ints(problem: LinearProblem) -> list[int]:
     if problem.op == "linear":
         return [problem.n, problem.k, _CODES[problem.w], 0, int(problem.gated), 0]
     bits, offsets = (8 if problem.w == "q8" else 4), int(problem.offsets)
-    form = [bits, problem.group, offsets, problem.planes, 0]
+    form = [bits, problem.group, offsets, problem.planes, int(problem.exact)]
     return [problem.n, problem.k, DTYPE_CODES[torch.uint8], 0, int(problem.gated), 0, *form]
 
 
