@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, fx
 
 from llmopt.graph import fake, is_tensor, kind, view_base
-from llmopt.ops.linear import parts
+from llmopt.ops.grouped_linear import parts as grouped_parts
+from llmopt.ops.linear import parts as linear_parts
 from llmopt.parameters import is_buffer, is_weight
 from llmopt.quant.rounding import exact_codes
 from llmopt.quant.schemes import CodeForm
@@ -27,6 +28,8 @@ FORMS: tuple[CodeForm | torch.dtype, ...] = (
     torch.bfloat16,
     torch.float16,
 )
+# The arguments of ops that multiply with weights, by name.
+_LINEARS = {"llmopt.linear": linear_parts, "llmopt.grouped_linear": grouped_parts}
 _ROWS = 3  # that are looked at while a graph is compiled
 
 
@@ -65,16 +68,16 @@ def look_at(gm: fx.GraphModule, inputs: Sequence[Any]) -> Lossless:
     values = dict(zip(placeholders, inputs, strict=True))
     forms: dict[fx.Node, CodeForm | torch.dtype | None] = {}
     for node in gm.graph.nodes:
-        if kind(node) != "llmopt.linear" or fake(node.args[0]).dtype != torch.float32:
+        if kind(node) not in _LINEARS or fake(node.args[0]).dtype != torch.float32:
             continue
-        for weight in parts(node)["weights"]:
+        for weight in _LINEARS[kind(node)](node)["weights"]:
             if weight not in forms and (rows := _some_rows(gm, values, weight)) is not None:
                 forms[weight] = form_held(rows)
     return Lossless(forms)
 
 
 def _some_rows(gm: fx.GraphModule, values: Mapping[fx.Node, Any], weight: fx.Node) -> Tensor | None:
-    """A few rows of a float32 parameter, or of a view of one; None for what is none."""
+    """A few rows of a float32 parameter [N,K] or [E,N,K], or of a view of one; None for what is none."""
     if not is_tensor(weight) or not is_weight(weight) or is_buffer(weight):
         return None
     base, view = view_base(weight), fake(weight)
@@ -86,9 +89,12 @@ def _some_rows(gm: fx.GraphModule, values: Mapping[fx.Node, Any], weight: fx.Nod
     if any(not isinstance(s, int) for s in (*view.shape, *view.stride())):
         return None
     offset = tensor.storage_offset() + view.storage_offset() - fake(base).storage_offset()
-    matrix = tensor.detach().as_strided(view.shape, view.stride(), offset)
-    picked = torch.linspace(0, len(matrix) - 1, min(_ROWS, len(matrix))).long()
-    return matrix[picked]
+    matrices = tensor.detach().as_strided(view.shape, view.stride(), offset)
+    if matrices.dim() == 2:
+        matrices = matrices[None]
+    experts, n, _ = matrices.shape
+    picked = torch.linspace(0, experts * n - 1, min(_ROWS, experts * n)).long()
+    return matrices[picked // n, picked % n]
 
 
 def _holds(form: CodeForm | torch.dtype, rows: Tensor) -> bool:

@@ -152,7 +152,14 @@ class PackedStore:
                 or not self._is_unchanged(entry, reader)
             ):
                 readers = [] if entry is None else list(entry.readers)
-                entry = self._make(spec, arguments, target, bases, key, entry)
+                try:
+                    entry = self._make(spec, arguments, target, bases, key, entry)
+                except NotHeld:
+                    if entry is not None:  # some experts may have been packed
+                        entry.is_forgotten = True
+                    for other in readers:
+                        other.look_again()
+                    raise
                 self._entries[key] = entry
                 for other in readers:
                     if other is not reader:

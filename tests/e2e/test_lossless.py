@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import llmopt
@@ -301,6 +302,44 @@ def test_generate_from_weights_of_sixteen_bits() -> None:
     want = same.generate(**x, max_new_tokens=6, do_sample=False)
     assert torch.equal(model.generate(**x, max_new_tokens=6, do_sample=False), want)
     assert any(lossless())
+
+
+@pytest.mark.parametrize("form", [Q4_1, Q8_0, torch.bfloat16, torch.float16], ids=str)
+def test_experts(form: CodeForm | torch.dtype) -> None:
+    """One weight after the other; one of an expert that is not held makes all of that product be packed as they are."""
+    sizes = {"hidden_size": 96, "intermediate_size": 64}
+    model, same = zoo.make("mixtral", **sizes), zoo.make("mixtral", **sizes)
+    for name, p in model.named_parameters():
+        if "experts" in name:
+            for expert in p:
+                hold(expert, form)
+    same.load_state_dict(model.state_dict())
+    model.compile(backend="llmopt")
+
+    def check(products: int) -> None:
+        for length in (24, 3):
+            x = zoo.inputs("mixtral", length)
+            assert_same_output(model(**x), same(**x))
+        grouped = [words for words in linears() if "grouped" in words]
+        assert sum("lossless" in words for words in grouped) == products, grouped
+
+    layers = len(same.model.layers)
+    check(2 * layers)
+    for m in (model, same):
+        m.model.layers[-1].mlp.experts.down_proj[-1, 5, 5] += 1e-3
+    check(2 * layers - 1)
+
+
+def test_max_autotune(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("LLMOPT_TUNE", "1")
+    monkeypatch.setenv("LLMOPT_CACHE_DIR", str(tmp_path))
+    for form in (Q4_1, torch.bfloat16):
+        module = block(form)
+        fast = compiled(module, mode="max-autotune")
+        for tokens in (1, 40, 130):
+            assert_same_output(fast(x_of(tokens)), module(x_of(tokens)))
+        assert lossless() == [True] * 4
+        assert any(tmp_path.rglob("*.json"))
 
 
 def test_auto_times_exact_layers_as_they_are_stored() -> None:

@@ -35,10 +35,15 @@ def linear(
 
 
 def quantized(
-    bits: int = 8, group: int = 4, weight: int = U8, **change: Any
+    bits: int = 8,
+    group: int = 4,
+    weight: int = U8,
+    planes: int = 1,
+    exact: bool = False,
+    **change: Any,
 ) -> tuple[str, list, list, list]:
     op, operands, ints, floats = linear(weight=weight, **change)
-    return f"{op}_quantized", operands, [*ints, bits, group, 0, 1], floats
+    return f"{op}_quantized", operands, [*ints, bits, group, 0, planes, int(exact)], floats
 
 
 def pack_quantized(
@@ -51,7 +56,7 @@ def pack_quantized(
 
 def round_weight(bits: int = 8, group: int = 4, **change: Any) -> tuple[str, list, list, list]:
     operands: dict[str, Any] = {"w": ONES(6, 8), "codes": ONES(6, 8, dtype=torch.int8)}
-    operands |= {"scales": ONES(6, 2), "offsets": None} | change
+    operands |= {"scales": ONES(6, 2), "offsets": None, "exact": None} | change
     return "round_weight", list(operands.values()), [bits, group], []
 
 
@@ -149,6 +154,7 @@ WRONG = {
     "codes with gaps": (round_weight(codes=torch.zeros(6, 9, dtype=torch.int8)[:, :8]), "codes are not"),
     "scales of other rows": (round_weight(scales=ONES(5, 2)), "scales or offsets"),
     "offsets in halves": (round_weight(offsets=ONES(6, 2).half()), "scales or offsets"),
+    "a verdict of two bytes": (round_weight(exact=torch.ones(2, dtype=torch.uint8)), "is no byte"),
     "groups that do not divide a weight": (round_weight(group=3), "do not divide K"),
     "a weight of three bits": (round_weight(bits=3), "8 or 4 bits"),
     "experts without ends": (grouped(ends=None), "ends are not"),
@@ -171,10 +177,10 @@ WRONG = {
     "bias of a product": (matmul(bias=ONES(5)), "bias is not float"),
     "experts as a linear": (("grouped_linear", *linear()[1:]), "another number"),
     "codes of experts in floats": (
-        ("grouped_linear_quantized", grouped()[1], [6, 4, F32, 0, 0, 0, 8, 4, 0, 1], [0, 1, 0]), "packed codes are u8"
+        ("grouped_linear_quantized", grouped()[1], [6, 4, F32, 0, 0, 0, 8, 4, 0, 1, 0], [0, 1, 0]), "packed codes are u8"
     ),
     "groups that do not divide K of experts": (
-        ("grouped_linear_quantized", grouped()[1], [6, 4, U8, 0, 0, 0, 8, 3, 0, 1], [0, 1, 0]), "do not divide K"
+        ("grouped_linear_quantized", grouped()[1], [6, 4, U8, 0, 0, 0, 8, 3, 0, 1, 0], [0, 1, 0]), "do not divide K"
     ),
     "ids in floats": (sort_by_expert(ids=ONES(6)), "ids are not"),
     "an order that is too short": (sort_by_expert(order=PLACES[:5]), "order and inverse"),
@@ -198,6 +204,9 @@ WRONG = {
     "groups that do not divide K": (quantized(group=3), "do not divide K"),
     "codes as bf16": (quantized(weight=BF16), "packed codes are u8"),
     "codes of three bits": (quantized(bits=3), "8 or 4 bits"),
+    "four planes": (quantized(planes=4), "1 to 3 planes"),
+    "exact products of one plane": (quantized(group=2, exact=True), "of three planes"),
+    "exact products in groups of half a step": (quantized(planes=3, exact=True), "multiple of 8"),
     "odd groups of 4-bit codes": (quantized(bits=4, group=1), "is odd"),
     "quantised x of another width": (quantized(x=ONES(3, 5)), "x is not float"),
     "codes in floats": (pack_quantized(codes=ONES(6, 8)), "codes are not bytes"),

@@ -117,10 +117,12 @@ def test_grouped_linear_quantized_is_the_linear_of_each_expert(tier, rows, bits,
     n, k = 72, 96
     ends = ends_of(rows)
     parts = [codes_of(n, k, bits, group, offsets) for _ in rows]
-    for dtype, planes, threads in ((torch.float32, 1, 2), (torch.bfloat16, 3, 1)):
+    forms = ((torch.float32, 1, False), (torch.bfloat16, 3, False), (torch.float32, 3, True))
+    for threads, (dtype, planes, exact) in enumerate(forms, 1):
         x = randn(sum(rows), k, dtype=dtype, seed=5)
         packed = [pack_codes([w], tier)[:-4096] for w in parts]
-        ints = [n, k, DTYPE_CODES[torch.uint8], 0, 0, 0, bits, group, int(offsets), planes]
+        form = [bits, group, int(offsets), planes, int(exact)]
+        ints = [n, k, DTYPE_CODES[torch.uint8], 0, 0, 0, *form]
         case = Grouped("linear_quantized", x, packed, ends, ints, n)
         y = case.together(tier, threads)
         assert torch.equal(y, case.one_by_one(tier))

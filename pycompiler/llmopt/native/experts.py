@@ -18,7 +18,7 @@ from llmopt.graph import (
     readers,
     same_size,
 )
-from llmopt.native.linear_parts import problem_floats, problem_ints, step_record
+from llmopt.native.linear_parts import problem_floats, problem_ints, step_record, storage_of
 from llmopt.native.linear_quantized import PLANES, reject_form, weight_bytes
 from llmopt.native.operands import (
     FLOATS,
@@ -265,18 +265,24 @@ def _lower_linear(s: SegmentBuilder, node: fx.Node) -> None:
     x, weights, form = p["x"], p["weights"], _form_of(p)
     experts, k = int(fake(weights[0]).shape[0]), _inputs_of(p)
     n = sum(fake(w).shape[1] for w in weights)
-    packed, bias = s.packed_operands(_spec_of(s, p, form))
+    stored = storage_of(s, p) if form is None else None
+    exact, short = (stored, None) if isinstance(stored, CodeForm) else (None, stored)
+    packed, bias = s.packed_operands(_spec_of(s, p, form or exact, short, exact is not None))
     what, op = f"{experts} x {n}x{k}", "grouped_linear"
-    if form is None:
-        dtype = fake(x).dtype
+    codes = form or exact
+    if codes is None:
+        dtype = short or fake(x).dtype
         ints = problem_ints(p, n, k, DTYPE_CODES[dtype])
         each, multiplies, products = n * k * dtype.itemsize, SHORT_DTYPES[dtype], 1
+        if short is not None:
+            what, multiplies = f"{what} {multiplies}, lossless", f"f32·{multiplies}"
     else:
-        products = PLANES[p["activations"]]
+        products = PLANES["same" if form is None else p["activations"]]
         ints = problem_ints(p, n, k, DTYPE_CODES[torch.uint8])
-        ints += [form.bits, form.group, int(not form.symmetric), products, 0]
-        each, multiplies = weight_bytes(form, n, k), f"s{form.bits}"
-        what += f" {_scheme_of(p, form).name} groups of {form.group}"
+        ints += [codes.bits, codes.group, int(not codes.symmetric), products, int(form is None)]
+        each, multiplies = weight_bytes(codes, n, k), f"s{codes.bits}"
+        scheme = f"{codes.bits}-bit" if form is None else _scheme_of(p, form).name
+        what += f" {scheme} groups of {codes.group}" + (", lossless" if form is None else "")
         op += "_quantized"
     places = fake(x).shape[0]
     known = expression(places)
@@ -295,7 +301,13 @@ def _scheme_of(p: dict[str, Any], form: CodeForm) -> Scheme:
     return Scheme(form.bits, form.group, form.symmetric, p["activations"])
 
 
-def _spec_of(s: SegmentBuilder, p: dict[str, Any], form: CodeForm | None) -> PackedSpec:
+def _spec_of(
+    s: SegmentBuilder,
+    p: dict[str, Any],
+    form: CodeForm | None,
+    stored: torch.dtype | None,
+    is_exact: bool,
+) -> PackedSpec:
     weights = p["weights"]
     biases = p["biases"] or (None,) * len(weights)
     names = ", ".join(map(weight_name, weights))
@@ -307,7 +319,9 @@ def _spec_of(s: SegmentBuilder, p: dict[str, Any], form: CodeForm | None) -> Pac
         form,
         tuple(s.weight_view(t) for t in p["scales"] or ()),
         tuple(s.weight_view(t) for t in p["offsets"] or ()),
-        what="" if form is None else f"{names} to {_scheme_of(p, form)}",
+        stored,
+        is_exact,
+        "" if form is None else f"{names} to {_scheme_of(p, form)}",
     )
 
 

@@ -19,6 +19,7 @@ from llmopt.native.linear_parts import (
     reject_around,
     rows_of,
     step_record,
+    storage_of,
 )
 from llmopt.native.linear_quantized import lower_exact
 from llmopt.native.operands import FLOATS, NativeKernel, are_static, num_bytes
@@ -40,10 +41,7 @@ def reject(node: fx.Node) -> str:
 
 def lower(s: SegmentBuilder, node: fx.Node) -> None:
     p = parts(node)
-    weights, dtype = p["weights"], fake(p["x"]).dtype
-    stored = None
-    if dtype == torch.float32 and all(fake(w).dtype == dtype for w in weights):
-        stored = s.storage(weights)
+    stored = storage_of(s, p)
     if stored is None or isinstance(stored, torch.dtype):
         _lower_floats(s, node, p, stored)
     else:

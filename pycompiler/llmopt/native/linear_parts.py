@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import fx
 
 from llmopt.graph import fake, is_dense
 from llmopt.native.operands import FLOATS, as_rows, reads_as_rows, rows
-from llmopt.native.segment import SHORT_DTYPES, SegmentBuilder, StepRecord, describe
+from llmopt.native.segment import SHORT_DTYPES, SegmentBuilder, StepRecord, Storage, describe
 from llmopt.ops import activation
 from llmopt.ops.norm import KINDS as NORM_KINDS
 from llmopt.program import View
@@ -28,6 +29,12 @@ def reject_around(node: fx.Node, p: dict[str, Any]) -> str:
     if any(fake(v).dtype not in FLOATS or not is_dense(fake(v)) for v in vectors):
         return "bias or norm weight is not a dense float vector"
     return ""
+
+
+def storage_of(s: SegmentBuilder, p: dict[str, Any]) -> Storage | None:
+    """What float32 weights beside float32 rows are packed in, where that is not as they are."""
+    dtypes = {fake(value).dtype for value in (p["x"], *p["weights"])}
+    return s.storage(p["weights"]) if dtypes == {torch.float32} else None
 
 
 def problem(
