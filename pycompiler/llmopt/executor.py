@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +15,7 @@ from llmopt.gpu.executor import GpuSegment
 from llmopt.gpu.segment import GpuSegmentBuilder
 from llmopt.graph import fake, getitem, is_dense, is_in_place, kind, view_base
 from llmopt.kv import groups_of
+from llmopt.lossless import Lossless
 from llmopt.mirrors import CallerMirrors
 from llmopt.native.segment import PackedSpec, SegmentBuilder, picker
 from llmopt.offload import offload
@@ -43,6 +44,66 @@ class _Ready(NamedTuple):
 _NOTHING_READY = _Ready([], None)
 
 
+class _Elsewhere(Exception):
+    """Another segment of the family runs with the weights of a call."""
+
+    def __init__(self, segment: Segment) -> None:
+        super().__init__()
+        self.segment = segment
+
+
+class _Family:
+    """The segments that stand for one native segment: each packs its weights in other forms, as `Lossless` has them."""
+
+    def __init__(self, plan: Plan, level: int, name: str, options: Options) -> None:
+        self._plan, self._level, self._name, self._options = plan, level, name, options
+        self._is_new = (
+            True  # nobody has called it: the forms are those of the weights that come first
+        )
+        self._lock = threading.RLock()
+        self._homes: dict[tuple[int, ...], Segment] = {}  # by weights
+        self.last = self._segment(plan.segments[level])
+        self._inputs = [*self.last.builder.inputs]
+        self._seems = plan.lossless.of_inputs(self._inputs)
+        self._made: dict[Lossless, Segment] = {self._seems: self.last}
+
+    def all(self) -> list[Segment]:
+        return list(self._made.values())
+
+    def made_ready(self, asked: Segment, arguments: tuple, edited: bool) -> _Ready:
+        """Packs the weights of a call in what holds them. Raises _Elsewhere where `asked` does not pack them so."""
+        weights = asked.set_of(arguments)
+        with self._lock:
+            home = self._homes.get(weights, asked)
+            if home is asked:
+                home, ready = self._packed(arguments, edited)
+                self._homes[weights] = home
+                if len(self._homes) > _MOST_SETS:
+                    del self._homes[next(iter(self._homes))]
+            self.last, self._plan.segments[self._level] = home, home.builder
+        if home is not asked:
+            raise _Elsewhere(home)
+        return ready
+
+    def _packed(self, arguments: tuple, edited: bool) -> tuple[Segment, _Ready]:
+        values = dict(zip(self._inputs, arguments, strict=True))
+        forms = self._seems if self._is_new else self._seems.of(values)
+        self._is_new = False
+        while True:
+            if forms not in self._made:
+                builder = self._plan.lowered_again(self._level, forms)
+                self._made[forms] = self._segment(builder)
+            segment = self._made[forms]
+            try:
+                return segment, segment.pack(arguments, edited)
+            except NotHeld:
+                forms = forms.without({self._inputs[a] for a in segment.not_held(arguments)})
+
+    def _segment(self, builder: SegmentBuilder) -> Segment:
+        symbols = _symbols_of(builder, self._plan.symbol_nodes[self._level])
+        return Segment(builder, symbols, self._plan.target, self._name, self._options, self)
+
+
 class Segment(torch.nn.Module):
     """A native segment as a callable: values from outside in, values read outside out."""
 
@@ -53,14 +114,12 @@ class Segment(torch.nn.Module):
         target: Target,
         name: str,
         options: Options,
-        without: Callable[[Collection[fx.Node]], Segment],
+        family: _Family,
     ) -> None:
-        """without: makes the segment that packs the weights of these inputs as they are."""
         super().__init__()
         self.name = name
-        self._without = without
-        self._instead: list[Segment] = []  # at most one, since a weight was not held
-        self._inputs = [*builder.inputs]
+        self.builder = builder
+        self._family = family
         self.records = builder.records
         self.target_ = target
         sizes = builder.builder.sizes
@@ -103,31 +162,31 @@ class Segment(torch.nn.Module):
         self._told = 0  # how often others told it to look again
         # The store owns them, for as long as their tensors live.
         self._held: weakref.WeakSet[PackedWeight] = weakref.WeakSet()
-        self._lock = threading.Lock()
         self.profile_ns: list[int] | None = None
 
     def forward(self, *arguments: Any) -> tuple[Tensor, ...]:
-        return self._call(arguments, profile=False)
+        last = self._family.last
+        return self._call(arguments, False) if last is self else last.forward(*arguments)
 
     def profiled(self, *arguments: Any) -> tuple[Tensor, ...]:
         """Like forward; leaves nanoseconds per step in `profile_ns`."""
-        return self._call(arguments, profile=True)
+        return self._call(arguments, True)
 
     def running(self) -> Segment:
-        """Itself, or what runs in its place."""
-        return self._instead[0].running() if self._instead else self
+        """Itself, or the one that ran last in its place."""
+        return self._family.last
 
     def _call(self, arguments: tuple, profile: bool) -> tuple[Tensor, ...]:
-        if self._instead:
-            return self._instead[0].forward(*arguments)
         symbols = self.symbol_values(arguments)
         values = self.program.sizes(symbols, self._wanted) if self._wanted else ()
         if self._check_dense or self._check_strides:
             arguments = self._laid_out(arguments, values)
         try:
             ready = self._weights_ready(arguments)
-        except NotHeld:
-            return self._run_instead(arguments, profile)
+        except _Elsewhere as found:
+            theirs = found.segment._call(arguments, profile)
+            self.profile_ns = found.segment.profile_ns
+            return theirs
         results = [spec.allocate(values) for spec in self._outputs]
         if self._num_kv:
             results += self._grown(arguments, values)
@@ -148,23 +207,6 @@ class Segment(torch.nn.Module):
         if ready.watch is not None:
             ready.watch.fetch()
         return tuple(results)
-
-    def _run_instead(self, arguments: tuple, profile: bool) -> tuple[Tensor, ...]:
-        """Runs, from this call on, what packs weights as they are that are not, or no longer, held in fewer bits."""
-        lost = {a for p in self._packed for a in self._not_held(p, arguments)}
-        other = self._without({self._inputs[a] for a in lost})
-        self._instead = [other]
-        results = other._call(arguments, profile)
-        self.profile_ns = other.profile_ns
-        return results
-
-    def _not_held(self, spec: PackedSpec, arguments: tuple) -> list[int]:
-        """The arguments whose weights a spec cannot hold as they are."""
-        try:
-            STORE.get(spec, arguments, self.target_, False, self)
-        except NotHeld:
-            return [v.argument for v in spec.sources]
-        return []
 
     def _grown(self, arguments: tuple, values: Sequence[int]) -> list[Tensor]:
         caches: list[Any] = [None] * self._num_kv
@@ -226,47 +268,59 @@ class Segment(torch.nn.Module):
         return tuple(fixed.get(n, a) for n, a in enumerate(arguments)) if fixed else arguments
 
     def _weights_ready(self, arguments: tuple) -> _Ready:
-        """The packed weights and biases of a call, made again first where a source changed."""
+        """The packed weights and biases of a call, made again first where a source changed. Raises _Elsewhere where another segment of
+        the family has them."""
         if not self._packed:
             return self._ready
         ready = self._ready  # another thread may forget it
         if not ready.is_of(arguments):
             ready = self._known(arguments)
             if not ready.is_of(arguments):
-                return self._made_ready(arguments, edited=False)
+                return self._family.made_ready(self, arguments, edited=False)
         if ready.watch is None or not ready.watch.same_content():
-            return self._made_ready(arguments, edited=True)
+            return self._family.made_ready(self, arguments, edited=True)
         return ready
 
     def _known(self, arguments: tuple) -> _Ready:
         """What is remembered of these weights, which the next call is likely to bring too."""
         with STORE.lock:  # nobody forgets it in between
-            self._ready = self._ready_sets.get(self._set_of(arguments), _NOTHING_READY)
+            self._ready = self._ready_sets.get(self.set_of(arguments), _NOTHING_READY)
             return self._ready
 
-    def _set_of(self, arguments: tuple) -> tuple[int, ...]:
+    def set_of(self, arguments: tuple) -> tuple[int, ...]:
+        """What tells a call's weights from others'."""
         return tuple(map(id, self._weights_of(arguments)))
 
-    def _made_ready(self, arguments: tuple, edited: bool) -> _Ready:
-        with self._lock:
-            told, watch = self._told, Watch(arguments, self._weights)
-            held = [STORE.get(p, arguments, self.target_, edited, self) for p in self._packed]
-            if self._offload and offload(arguments[a] for a in self._matrices):
-                STORE.follow(self._packed, arguments, self.target_)
-                watch = Watch(arguments, self._weights)
-            addresses = [
-                _address(held[number], source) for source, number in self._packed_externals
-            ]
-            self._held.update(held)
-            ready = _Ready(addresses, watch.sweep(held))
-            with STORE.lock:
-                if told == self._told:
-                    self._ready = ready
-                    self._ready_sets.pop(self._set_of(arguments), None)
-                    self._ready_sets[self._set_of(arguments)] = ready
-                    if len(self._ready_sets) > _MOST_SETS:
-                        del self._ready_sets[next(iter(self._ready_sets))]
-            return ready
+    def pack(self, arguments: tuple, edited: bool) -> _Ready:
+        """Packs the weights of a call, where that is not done. Raises NotHeld."""
+        told, watch = self._told, Watch(arguments, self._weights)
+        held = [STORE.get(p, arguments, self.target_, edited, self) for p in self._packed]
+        if self._offload and offload(arguments[a] for a in self._matrices):
+            STORE.follow(self._packed, arguments, self.target_)
+            watch = Watch(arguments, self._weights)
+        addresses = [_address(held[number], source) for source, number in self._packed_externals]
+        self._held.update(held)
+        ready = _Ready(addresses, watch.sweep(held))
+        with STORE.lock:
+            if told == self._told:
+                self._ready = ready
+                self._ready_sets.pop(self.set_of(arguments), None)
+                self._ready_sets[self.set_of(arguments)] = ready
+                if len(self._ready_sets) > _MOST_SETS:
+                    del self._ready_sets[next(iter(self._ready_sets))]
+        return ready
+
+    def not_held(self, arguments: tuple) -> list[int]:
+        """The arguments whose weights cannot be packed as they were to be."""
+        lost = [spec for spec in self._packed if not self._holds(spec, arguments)]
+        return [v.argument for spec in lost for v in spec.sources]
+
+    def _holds(self, spec: PackedSpec, arguments: tuple) -> bool:
+        try:
+            STORE.get(spec, arguments, self.target_, False, self)
+        except NotHeld:
+            return False
+        return True
 
     def look_again(self) -> None:
         """The next call asks the store for every weight, also where a call that goes on now has just done so."""
@@ -277,9 +331,9 @@ class Segment(torch.nn.Module):
 
     def forget_weights(self) -> None:
         """Makes the next calls pack every weight anew, of every layer that shares this graph."""
-        reader = self.running()
-        STORE.forget(reader)
-        reader.look_again()
+        for segment in self._family.all():
+            STORE.forget(segment)
+            segment.look_again()
 
 
 def _address(weight: PackedWeight, source: str) -> int:
@@ -396,28 +450,20 @@ def _call_segment(
 ) -> None:
     builder = plan.segments[level]
     if isinstance(builder, GpuSegmentBuilder):
-        symbols = _symbols_of(plan, level)
+        symbols = _symbols_of(builder, plan.symbol_nodes[level])
         modules[name] = GpuSegment(builder, symbols, plan.target, name, options.mode)
     else:
-        modules[name] = _segment(plan, level, name, options)
+        modules[name] = _Family(plan, level, name, options).last
     call = graph.call_module(name, tuple(value(n) for n in builder.inputs))
     for i, result in enumerate((*builder.results, *builder.kv_results)):
         made[result] = graph.call_function(getitem, (call, i))
 
 
-def _symbols_of(plan: Plan, level: int) -> list[tuple[int, int | None]]:
+def _symbols_of(
+    builder: SegmentBuilder | GpuSegmentBuilder, nodes: Sequence[tuple[fx.Node, int | None]]
+) -> list[tuple[int, int | None]]:
     """Which argument of a segment, or which dimension of it, each of its symbols is."""
-    builder = plan.segments[level]
-    return [(builder.argument(node), dimension) for node, dimension in plan.symbol_nodes[level]]
-
-
-def _segment(plan: Plan, level: int, name: str, options: Options) -> Segment:
-    def without(weights: Collection[fx.Node]) -> Segment:
-        plan.lower_without(level, weights)
-        return _segment(plan, level, name, options)
-
-    symbols = _symbols_of(plan, level)
-    return Segment(plan.segments[level], symbols, plan.target, name, options, without)
+    return [(builder.argument(node), dimension) for node, dimension in nodes]
 
 
 def segments_of(executable: fx.GraphModule) -> list[Segment]:

@@ -6,7 +6,7 @@ of a transformer's arithmetic ends in one segment unless something in the middle
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,13 +77,11 @@ class Plan:
         for level in sorted(self.segments):
             yield from self.segments[level].records
 
-    def lower_without(self, level: int, weights: Collection[fx.Node]) -> SegmentBuilder:
-        """Lowers a segment again, as it was called but with these weights as they are."""
-        self.lossless = self.lossless.without(weights)
+    def lowered_again(self, level: int, lossless: Lossless) -> SegmentBuilder:
+        """A segment with its weights packed in these forms, called as before."""
         before = self.segments[level]
-        again = SegmentBuilder(before.tuner, self.lossless.common, dict(before.inputs))
+        again = SegmentBuilder(before.tuner, lossless.common, dict(before.inputs))
         self._lower(again, level)
-        self.segments[level] = again
         return again
 
     def tiles(self) -> dict[str, int]:

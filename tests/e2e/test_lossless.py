@@ -207,6 +207,24 @@ def test_a_weight_whose_first_rows_alone_are_held() -> None:
     assert sum("lossless" in str(step.detail) for step in report.steps) == 2
 
 
+def test_models_that_share_a_graph_have_forms_of_their_own() -> None:
+    """Dynamo compiles one forward once for modules alike; each call finds what its own weights are packed in."""
+    forms = (None, Q4_1, torch.bfloat16, Q8_0)
+    modules = [build(lambda: Block(WIDTH, heads=2)) if f is None else block(f) for f in forms]
+    modules[0].up, modules[0].down = nn.Linear(WIDTH, 96), nn.Linear(96, WIDTH)
+    fast = [compiled(module) for module in modules]
+    before = len(alive())
+    for _ in range(3):
+        for module, call, form in zip(modules, fast, forms, strict=True):
+            assert_same_output(call(x_of(5)), module(x_of(5)))
+            assert lossless() == [form is not None] * 4
+            assert form is None or all(WORDS[form] in words for words in linears())
+    assert len(alive()) == before + 1, "one graph for all"
+    hold(modules[0].up.weight, Q4_1)
+    assert_same_output(fast[0](x_of(5)), modules[0](x_of(5)))
+    assert lossless() == [False, False, True, False], "back on a grid"
+
+
 def test_zeros_are_where_training_begins() -> None:
     module = nn.Linear(WIDTH, WIDTH).eval()
     module.weight.zero_()
@@ -215,6 +233,7 @@ def test_zeros_are_where_training_begins() -> None:
     assert lossless() == [False]
     module.weight.normal_()
     assert_same_output(fast(x_of(3)), module(x_of(3)))
+    assert lossless() == [False]
 
 
 def test_gradients_between_calls() -> None:
