@@ -28,6 +28,7 @@ from llmopt.weights import STORE, NotHeld, PackedWeight
 from llmopt.writes import written_by
 
 _ADDRESS = Tensor.data_ptr
+_MOST_FORMS = 8  # in which the weights of one segment are packed, each by a segment of its own
 _MOST_SETS = 512  # of weights that one segment remembers: those of all layers, or experts, that share its graph
 
 
@@ -90,14 +91,22 @@ class _Family:
         forms = self._seems if self._is_new else self._seems.of(values)
         self._is_new = False
         while True:
-            if forms not in self._made:
-                builder = self._plan.lowered_again(self._level, forms)
-                self._made[forms] = self._segment(builder)
-            segment = self._made[forms]
+            segment = self._of(forms)
             try:
                 return segment, segment.pack(arguments, edited)
             except NotHeld:
                 forms = forms.without({self._inputs[a] for a in segment.not_held(arguments)})
+
+    def _of(self, forms: Lossless) -> Segment:
+        """The segment that packs weights in these forms; the one that was not asked for longest makes room for another."""
+        segment = self._made.pop(forms, None)
+        if segment is None:
+            segment = self._segment(self._plan.lowered_again(self._level, forms))
+        self._made[forms] = segment
+        if len(self._made) > _MOST_FORMS:
+            gone = self._made.pop(next(iter(self._made)))
+            self._homes = {w: home for w, home in self._homes.items() if home is not gone}
+        return segment
 
     def _segment(self, builder: SegmentBuilder) -> Segment:
         symbols = _symbols_of(builder, self._plan.symbol_nodes[self._level])

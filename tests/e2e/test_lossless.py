@@ -10,6 +10,7 @@ from typing import Any
 import llmopt
 import pytest
 import torch
+from llmopt import executor
 from llmopt.auto import choose as auto
 from llmopt.auto import timing
 from llmopt.auto.plans import LayerShape
@@ -272,6 +273,21 @@ def test_segments_that_lose_one_after_the_other_run_once() -> None:
                 m.b.up.weight[5, 5] += 1e-3
         assert_same_output(fast(x_of(3)), same(x_of(3)))
         assert_same_output(module.seen, same.seen)
+
+
+def test_edits_without_end_make_no_segments_without_end() -> None:
+    module = block(torch.bfloat16)
+    fast = compiled(module)
+    for step in range(30):
+        which = [module.qkv, module.out, module.up, module.down]
+        for i, linear in enumerate(which):  # another subset is held each time
+            hold(linear.weight, torch.bfloat16)
+            if step >> i & 1:
+                linear.weight[2, 2] += 1e-3
+        assert_same_output(fast(x_of(3)), module(x_of(3)))
+        assert lossless() == [not step >> i & 1 for i in range(4)]
+    (segment,) = alive()[-1].segments()
+    assert len(segment._family.all()) == executor._MOST_FORMS
 
 
 def test_threads_that_meet_an_edit_together() -> None:
