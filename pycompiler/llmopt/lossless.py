@@ -32,7 +32,6 @@ FORMS: tuple[Form, ...] = (
 )
 # The arguments of ops that multiply with weights, by name.
 _LINEARS = {"llmopt.linear": linear_parts, "llmopt.grouped_linear": grouped_parts}
-_ROWS = 3  # that are looked at while a graph is compiled
 
 
 @dataclass(frozen=True)
@@ -113,8 +112,9 @@ def _form_of(weight: fx.Node, value: Any) -> Form | None:
     if matrices.dim() == 2:
         matrices = matrices[None]
     experts, n, _ = matrices.shape
-    picked = torch.linspace(0, experts * n - 1, min(_ROWS, experts * n)).long()
-    return form_held(matrices[picked // n, picked % n])
+    rows = experts * n
+    picked = sorted({0, rows // 2, rows - 1})
+    return form_held(torch.stack([matrices[row // n, row % n] for row in picked]))
 
 
 def _holds(form: Form, rows: Tensor) -> bool:

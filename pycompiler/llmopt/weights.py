@@ -314,7 +314,7 @@ def _bias_vector(spec: PackedSpec, arguments: Sequence[Tensor]) -> Tensor | None
     if all(b is None for b in spec.biases):
         return None
     pieces = [
-        torch.zeros(w.size[:-1]) if b is None else _cut(arguments[b.argument], b)
+        torch.zeros(w.size[:-1], device="cpu") if b is None else _cut(arguments[b.argument], b)
         for w, b in zip(spec.sources, spec.biases, strict=True)
     ]
     return torch.cat(pieces, -1).to(spec.dtype)

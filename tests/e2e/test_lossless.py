@@ -226,6 +226,20 @@ def test_models_that_share_a_graph_have_forms_of_their_own() -> None:
     assert lossless() == [False, False, True, False], "back on a grid"
 
 
+@pytest.mark.parametrize("form", [Q4_1, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_whatever_dtype_is_the_default(dtype: torch.dtype, form: CodeForm | torch.dtype) -> None:
+    module, x = block(form), x_of(5)
+    want = module(x)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        assert_same_output(compiled(module)(x), want)
+    finally:
+        torch.set_default_dtype(before)
+    assert lossless() == [True] * 4
+
+
 def test_zeros_are_where_training_begins() -> None:
     module = nn.Linear(WIDTH, WIDTH).eval()
     module.weight.zero_()

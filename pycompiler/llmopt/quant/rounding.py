@@ -87,7 +87,7 @@ def exact_codes(weight: Tensor, form: CodeForm) -> Codes | None:
     weight = weight.detach()
     if form.reject(weight.shape[1]) or not _can_be_read(weight) or not weight.numel():
         return None
-    exact = torch.ones(1, dtype=torch.uint8)
+    exact = torch.ones(1, dtype=torch.uint8, device="cpu")
     codes = _by_kernel(weight, form, exact)
     return codes if exact and (form.bits == 8 or _packs_exactly(codes)) else None
 
@@ -117,9 +117,9 @@ def _by_kernel(weight: Tensor, form: CodeForm, exact: Tensor | None = None) -> C
     n, k = weight.shape
     group = form.group_of(k)
     code_type = torch.int8 if form.bits == 8 else torch.uint8
-    codes = torch.empty((n, k * form.bits // 8), dtype=code_type)
-    scales = torch.empty((n, k // group))
-    offsets = None if form.symmetric else torch.empty((n, k // group))
+    codes = torch.empty((n, k * form.bits // 8), dtype=code_type, device="cpu")
+    scales = torch.empty((n, k // group), dtype=torch.float32, device="cpu")
+    offsets = None if form.symmetric else torch.empty_like(scales)
     threads = 1 if weight.numel() < _WORTH_WAKING else None
     operands = [weight, codes, scales, offsets, exact]
     run_op("round_weight", operands, [form.bits, group], threads=threads)
