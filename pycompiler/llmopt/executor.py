@@ -28,7 +28,7 @@ from llmopt.weights import STORE, NotHeld, PackedWeight
 from llmopt.writes import written_by
 
 _ADDRESS = Tensor.data_ptr
-_MOST_FORMS = 8  # in which the weights of one segment are packed, each by a segment of its own
+_MOST_FORMS = 64  # in which the weights of one segment are packed, each by a segment of its own
 _MOST_SETS = 512  # of weights that one segment remembers: those of all layers, or experts, that share its graph
 
 
@@ -76,11 +76,13 @@ class _Family:
         weights = asked.set_of(arguments)
         with self._lock:
             home = self._homes.get(weights, asked)
-            if home is asked:
+            if home is asked or edited:
                 home, ready = self._packed(arguments, edited)
                 self._homes[weights] = home
                 if len(self._homes) > _MOST_SETS:
                     del self._homes[next(iter(self._homes))]
+            for other in {asked, *self._made.values()} - {home}:
+                other.drop(weights)  # packed before they were edited
             self.last, self._plan.segments[self._level] = home, home.builder
         if home is not asked:
             raise _Elsewhere(home)
@@ -318,6 +320,12 @@ class Segment(torch.nn.Module):
                 if len(self._ready_sets) > _MOST_SETS:
                     del self._ready_sets[next(iter(self._ready_sets))]
         return ready
+
+    def drop(self, weights: tuple[int, ...]) -> None:
+        """Forgets what it knows of a set of weights, which another segment packs now."""
+        with STORE.lock:
+            self._ready = _NOTHING_READY
+            self._ready_sets.pop(weights, None)
 
     def not_held(self, arguments: tuple) -> list[int]:
         """The arguments whose weights cannot be packed as they were to be."""
