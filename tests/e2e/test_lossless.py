@@ -345,7 +345,8 @@ def test_threads_that_meet_an_edit_together() -> None:
         for t in threads:
             t.start()
         for t in threads:
-            t.join()
+            t.join(60)
+        assert len(got) == 2
         for result in got:
             assert_same_output(result, want)
 
