@@ -7,7 +7,7 @@ import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import fx
 
@@ -20,16 +20,22 @@ from llmopt.quant.budget import Decision
 from llmopt.weights import PackedWeight
 
 
+class RanSegment(NamedTuple):
+    """A segment in one profiled call, with nanoseconds and (flops, bytes) per step."""
+
+    segment: Segment
+    step_ns: list[int]
+    costs: list[tuple[int, int]]
+
+
 @dataclass
 class Run:
-    """One profiled call of a compiled graph: nanoseconds per step of every segment that ran, and the whole call."""
+    """One profiled call of a compiled graph: every segment that ran, and the whole call."""
 
     graph: CompiledGraph
     reason: str  # why the call ran as in PyTorch, if it did
     seconds: float = 0.0
-    step_ns: dict[str, list[int]] = field(default_factory=dict)
-    # segment → (flops, bytes) per step
-    costs: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
+    segments: dict[str, RanSegment] = field(default_factory=dict)  # by name
 
 
 @dataclass(eq=False)
@@ -78,9 +84,8 @@ class CompiledGraph:
     def _profiled(self, arguments: tuple) -> Any:
         run = Run(self, self._why_not(arguments))
         segments = self.segments()
-        seen: dict[str, tuple] = {}
         for segment in segments:
-            segment.forward = _profiling(segment, seen)  # type: ignore[method-assign]
+            segment.forward = _profiling(segment, run.segments)  # type: ignore[method-assign]
         start = time.perf_counter()
         try:
             result = self._forward(*arguments)
@@ -88,9 +93,6 @@ class CompiledGraph:
             for segment in segments:
                 del segment.forward
         run.seconds = time.perf_counter() - start
-        for segment in [s for s in segments if s.name in seen]:
-            run.step_ns[segment.name] = list(segment.profile_ns or [])
-            run.costs[segment.name] = segment.costs(seen[segment.name])
         assert _profile.runs is not None
         _profile.runs.append(run)
         return result
@@ -100,10 +102,13 @@ class CompiledGraph:
         return self.reason or (self.overlaps.found(arguments) if self.overlaps is not None else "")
 
 
-def _profiling(segment: Segment, seen: dict[str, tuple]) -> Callable[..., Any]:
+def _profiling(segment: Segment, seen: dict[str, RanSegment]) -> Callable[..., Any]:
     def forward(*arguments: Any) -> Any:
-        seen[segment.name] = tuple(segment.symbol_values(arguments))
-        return segment.profiled(*arguments)
+        results = segment.profiled(*arguments)
+        ran = segment.running()  # another one, where that packs these weights
+        symbols = ran.symbol_values(arguments)
+        seen[ran.name] = RanSegment(ran, list(ran.profile_ns or []), ran.costs(symbols))
+        return results
 
     return forward
 

@@ -58,9 +58,8 @@ class _Family:
 
     def __init__(self, plan: Plan, level: int, name: str, options: Options) -> None:
         self._plan, self._level, self._name, self._options = plan, level, name, options
-        self._is_new = (
-            True  # nobody has called it: the forms are those of the weights that come first
-        )
+        # Nobody has called it: the forms are those of the weights that come first.
+        self._is_new = True
         self._lock = threading.RLock()
         self._homes: dict[tuple[int, ...], Segment] = {}  # by weights
         self.last = self._segment(plan.segments[level])
@@ -254,7 +253,8 @@ class Segment(torch.nn.Module):
         return [arguments[a] if d is None else arguments[a].size(d) for a, d in self._symbols]
 
     def packed(self) -> list[PackedWeight]:
-        return list(self._held)
+        """Of all of its family: what one has packed stays while the weights live."""
+        return [weight for segment in self._family.all() for weight in segment._held]
 
     def _want(self, sizes: SizeTable) -> Callable[[Size], int]:
         """Gives a size the position its value will have in a call's `values`."""

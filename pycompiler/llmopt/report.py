@@ -232,7 +232,7 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
 
 
 def _read_bytes(runs: Sequence[Run]) -> int:
-    costs = (cost for run in runs for segment in run.costs.values() for cost in segment)
+    costs = (cost for run in runs for ran in run.segments.values() for cost in ran.costs)
     return sum(num_bytes for _, num_bytes in costs)
 
 
@@ -269,8 +269,7 @@ def _packed_bytes(graphs: list[CompiledGraph]) -> int:
 
 def _steps(run: Run, probe: Probe) -> list[StepTime]:
     steps = []
-    for segment in [s for s in run.graph.segments() if s.name in run.step_ns]:
-        times, costs = run.step_ns[segment.name], run.costs[segment.name]
+    for segment, times, costs in run.segments.values():
         for record, ns, (flops, num_bytes) in zip(segment.records, times, costs, strict=True):
             isa = segment.target_.tier  # of the program that ran, whatever is set now
             steps.append(_step(record, isa, ns, flops, num_bytes, probe))

@@ -32,7 +32,7 @@ def called(compiled: Callable, eager: Callable, ours: tuple, theirs: tuple) -> R
     torch.testing.assert_close(got, eager(*theirs))
     torch.testing.assert_close(ours, theirs)
     (run,) = runs
-    assert bool(run.step_ns) != bool(run.reason), "either kernels ran or there is a reason"
+    assert bool(run.segments) != bool(run.reason), "either kernels ran or there is a reason"
     return run
 
 

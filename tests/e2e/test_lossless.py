@@ -289,6 +289,29 @@ def test_segments_that_lose_one_after_the_other_run_once() -> None:
         assert_same_output(module.seen, same.seen)
 
 
+def test_explain_names_what_each_call_ran() -> None:
+    """Modules that share a graph and are stored in other forms, in one call."""
+    modules = [nn.Linear(WIDTH, WIDTH, bias=False).eval() for _ in range(3)]
+    for module in modules[:2]:
+        hold(module.weight, torch.bfloat16)
+    fast = {module: compiled(module) for module in modules}
+
+    def chain(x: torch.Tensor) -> torch.Tensor:
+        for module in modules:
+            x = fast[module](x)
+        return x
+
+    for order in (modules, modules[::-1]):
+        modules = order
+        chain(x_of(3))
+        steps = llmopt.explain(chain, x_of(3)).steps
+        want = ["lossless" if m.weight.bfloat16().float().equal(m.weight) else "" for m in modules]
+        assert ["lossless" if "lossless" in s.detail else "" for s in steps] == want
+        sizes = [4096 * (2 if words else 4) for words in want]
+        rows = 2 * 2 * 3 * WIDTH * 4  # in and out
+        assert [s.bytes for s in steps] == [size + rows for size in sizes]
+
+
 def test_an_edit_between_calls_of_another_model_is_not_forgotten() -> None:
     """Weights that another segment packs since an edit are never read as they were before it."""
     modules = [nn.Linear(WIDTH, WIDTH, bias=False).eval() for _ in range(2)]
