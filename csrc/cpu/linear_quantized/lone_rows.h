@@ -9,6 +9,23 @@ namespace {
 // The scales of a group's first plane that leave the last one, and sums with any weight, well inside f32.
 constexpr float kLeastExactScale = 0x1p-90f, kMostExactScale = 0x1p90f;
 
+// The share of the largest value that all others of a group add up to, at least: with less, the planes of that one
+// leave them too few bits, which shows where its own weights are zeros.
+constexpr float kLeastRest = 0x1p-8f;
+
+// Whether three planes stand for a group of this scale as well as f32 does.
+inline bool fits_planes(const float* values, int64_t count, float scale, float largest_code) {
+  if (!(scale >= kLeastExactScale && scale <= kMostExactScale)) return false;
+  const float most = scale * largest_code, below = most * 0.999f;  // the largest is `most` but for a rounding
+  Vec rest = vzero();
+  for (int64_t k = 0; k < count; k += kLanes) {
+    const Vec x = vabs(vload(values + k));
+    rest = vadd(rest, vselect(vlt(x, vset(below)), x, vzero()));
+  }
+  const float sum = vreduce_add(rest);
+  return sum == 0.0f || sum >= most * kLeastRest;
+}
+
 // Row m of a panel.
 __attribute__((noinline)) void lone_code_row(const QuantizedProblem& p, int64_t panel, int64_t m, float* sums) {
   constexpr int64_t kPiece = 64;  // k, whole steps of a group

@@ -84,7 +84,8 @@ void quantize_groups(const QuantizedProblem& p, const Prepared& tile, const RowN
   for (int64_t i = 0; i < count; ++i) scale[i] = largest_magnitude(values + i * stride, stride);
   for (int64_t i = 0; i < count; ++i) {
     scale[i] /= largest_code;
-    const bool is_lone = p.exact && scale[i] != 0.0f && !(scale[i] >= kLeastExactScale && scale[i] <= kMostExactScale);
+    const bool is_lone =
+        p.exact && scale[i] != 0.0f && !fits_planes(values + i * stride, stride, scale[i], largest_code);
     inverse[i] = is_lone ? 0.0f : inverse_scale(scale[i]);
     if (inverse[i] == 0.0f) scale[i] = is_lone ? __builtin_nanf("") : 0.0f;
   }
