@@ -14,7 +14,7 @@ from tests.kernels.test_linear import TIERS, Case, randn
 from tests.kernels.test_linear_quantized import QuantizedCase, Weights, weights
 from tests.tolerance import assert_close
 
-FORMS = ((4, False), (4, True), (8, False))  # bits, offsets
+FORMS = ((4, True), (4, False), (8, False))  # bits, offsets
 HEIGHTS = (1, 2, 5, 7, 8, 15, 40, 95, 96, 130)  # on either side of where the kernel changes
 
 
@@ -59,6 +59,25 @@ def test_rows_that_planes_cannot_stand_for(tier: str, bits: int, offsets: bool, 
             assert torch.equal(got[: m - 1], plain[: m - 1])
             up = 2.0**100 if abs(bad) < 1 else 1.0  # to where they count beside the least bound
             assert_close(got[m - 1] * up, want[m - 1] * up)
+
+
+@pytest.mark.parametrize(("bits", "offsets"), FORMS[1:], ids=str)
+@pytest.mark.parametrize("tier", TIERS)
+def test_an_outlier_whose_weights_are_zero(tier: str, bits: int, offsets: bool) -> None:
+    """Planes keep 23 bits of the largest in a group: beside one that is much larger, the others would be lost, and are all that counts."""
+    for outlier, m in product((1e2, 1e4, 1e6, 1e20), (1, 2, 8, 15)):
+        w = weights(75, 256, bits, 32, False)
+        dense = w.dense()
+        zeroed = w.codes.clone()
+        if bits == 8:
+            zeroed[:, 12] = 0
+        else:
+            zeroed[:, 6] = (zeroed[:, 6] & 0xF0) | 8
+        w.codes, dense[:, 12] = zeroed, 0
+        assert torch.equal(w.dense(), dense)
+        c = QuantizedCase(randn(m, 256, seed=1), dense, weights=w, planes=3, exact=True)
+        c.x[:, 12] = outlier
+        assert rms_error(c.run(tier, 2), c.reference()) < 2e-5, (outlier, m)
 
 
 @pytest.mark.parametrize("tier", TIERS)

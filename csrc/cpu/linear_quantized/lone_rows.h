@@ -1,5 +1,6 @@
-// Rows of an exact step that planes cannot stand for: those that hold a NaN, an infinity, or a group whose largest
-// value leaves no room for three planes. Their sums come out of the integers as no numbers, and are made again by FMA.
+// Rows of an exact step that planes cannot stand for: those that hold a NaN, an infinity, a group whose largest value
+// leaves no room for three planes, or one that is nearly all in that value. Their sums come out of the integers as no
+// numbers, and are made again by FMA.
 #pragma once
 #include "cpu/linear/rows.h"
 #include "cpu/linear_quantized/code_panels.h"
@@ -11,7 +12,7 @@ constexpr float kLeastExactScale = 0x1p-90f, kMostExactScale = 0x1p90f;
 
 // The share of the largest value that all others of a group add up to, at least: with less, the planes of that one
 // leave them too few bits, which shows where its own weights are zeros.
-constexpr float kLeastRest = 0x1p-8f;
+constexpr float kLeastRest = 0x1p-5f;
 
 // Whether three planes stand for a group of this scale as well as f32 does.
 inline bool fits_planes(const float* values, int64_t count, float scale, float largest_code) {
