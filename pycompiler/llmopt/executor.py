@@ -191,12 +191,13 @@ class Segment(torch.nn.Module):
         values = self.program.sizes(symbols, self._wanted) if self._wanted else ()
         if self._check_dense or self._check_strides:
             arguments = self._laid_out(arguments, values)
+        other = None
         try:
             ready = self._weights_ready(arguments)
         except _Elsewhere as found:
-            theirs = found.segment._call(arguments, profile)
-            self.profile_ns = found.segment.profile_ns
-            return theirs
+            other = found.segment
+        if other is not None:
+            return other._call(arguments, profile)
         results = [spec.allocate(values) for spec in self._outputs]
         if self._num_kv:
             results += self._grown(arguments, values)
@@ -328,7 +329,7 @@ class Segment(torch.nn.Module):
             self._ready_sets.pop(weights, None)
 
     def not_held(self, arguments: tuple) -> list[int]:
-        """The arguments whose weights cannot be packed as they were to be."""
+        """The arguments whose weights cannot be packed as they were to be; packs the others."""
         lost = [spec for spec in self._packed if not self._holds(spec, arguments)]
         return [v.argument for spec in lost for v in spec.sources]
 

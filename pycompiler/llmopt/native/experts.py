@@ -18,7 +18,13 @@ from llmopt.graph import (
     readers,
     same_size,
 )
-from llmopt.native.linear_parts import problem_floats, problem_ints, step_record, storage_of
+from llmopt.native.linear_parts import (
+    packed_spec,
+    problem_floats,
+    problem_ints,
+    step_record,
+    storage_of,
+)
 from llmopt.native.linear_quantized import PLANES, reject_form, weight_bytes
 from llmopt.native.operands import (
     FLOATS,
@@ -266,23 +272,26 @@ def _lower_linear(s: SegmentBuilder, node: fx.Node) -> None:
     experts, k = int(fake(weights[0]).shape[0]), _inputs_of(p)
     n = sum(fake(w).shape[1] for w in weights)
     stored = storage_of(s, p) if form is None else None
-    exact, short = (stored, None) if isinstance(stored, CodeForm) else (None, stored)
-    packed, bias = s.packed_operands(_spec_of(s, p, form or exact, short, exact is not None))
+    is_exact = isinstance(stored, CodeForm)
+    if isinstance(stored, CodeForm):
+        form, stored = stored, None
+    packed, bias = s.packed_operands(_spec_of(s, p, form, stored, is_exact))
     what, op = f"{experts} x {n}x{k}", "grouped_linear"
-    codes = form or exact
-    if codes is None:
-        dtype = short or fake(x).dtype
+    if form is None:
+        dtype = stored or fake(x).dtype
         ints = problem_ints(p, n, k, DTYPE_CODES[dtype])
         each, multiplies, products = n * k * dtype.itemsize, SHORT_DTYPES[dtype], 1
-        if short is not None:
+        if stored is not None:
             what, multiplies = f"{what} {multiplies}, lossless", f"f32·{multiplies}"
     else:
-        products = PLANES["same" if form is None else p["activations"]]
+        products = PLANES[p["activations"]]
         ints = problem_ints(p, n, k, DTYPE_CODES[torch.uint8])
-        ints += [codes.bits, codes.group, int(not codes.symmetric), products, int(form is None)]
-        each, multiplies = weight_bytes(codes, n, k), f"s{codes.bits}"
-        scheme = f"{codes.bits}-bit" if form is None else _scheme_of(p, form).name
-        what += f" {scheme} groups of {codes.group}" + (", lossless" if form is None else "")
+        ints += [form.bits, form.group, int(not form.symmetric), products, int(is_exact)]
+        each, multiplies = weight_bytes(form, n, k), f"s{form.bits}"
+        if is_exact:
+            what += f" {form.bits}-bit groups of {form.group}, lossless"
+        else:
+            what += f" {_scheme_of(p, form).name} groups of {form.group}"
         op += "_quantized"
     places = fake(x).shape[0]
     known = expression(places)
@@ -308,20 +317,16 @@ def _spec_of(
     stored: torch.dtype | None,
     is_exact: bool,
 ) -> PackedSpec:
-    weights = p["weights"]
-    biases = p["biases"] or (None,) * len(weights)
-    names = ", ".join(map(weight_name, weights))
-    return PackedSpec(
-        tuple(s.weight_view(w) for w in weights),
-        tuple(None if b is None else s.weight_view(b) for b in biases),
-        p["gated"],
-        fake(p["x"]).dtype,
-        form,
-        tuple(s.weight_view(t) for t in p["scales"] or ()),
-        tuple(s.weight_view(t) for t in p["offsets"] or ()),
-        stored,
-        is_exact,
-        "" if form is None else f"{names} to {_scheme_of(p, form)}",
+    names = ", ".join(map(weight_name, p["weights"]))
+    return packed_spec(
+        s,
+        p,
+        form=form,
+        scales=tuple(s.weight_view(t) for t in p["scales"] or ()),
+        offsets=tuple(s.weight_view(t) for t in p["offsets"] or ()),
+        stored=stored,
+        is_exact=is_exact,
+        what="" if form is None else f"{names} to {_scheme_of(p, form)}",
     )
 
 

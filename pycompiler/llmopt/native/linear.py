@@ -13,6 +13,7 @@ from torch import fx
 from llmopt.graph import NOTE, fake, kind
 from llmopt.native.linear_parts import (
     operands,
+    packed_spec,
     problem,
     problem_floats,
     problem_ints,
@@ -23,7 +24,7 @@ from llmopt.native.linear_parts import (
 )
 from llmopt.native.linear_quantized import lower_exact
 from llmopt.native.operands import FLOATS, NativeKernel, are_static, num_bytes
-from llmopt.native.segment import SHORT_DTYPES, PackedSpec, SegmentBuilder
+from llmopt.native.segment import SHORT_DTYPES, SegmentBuilder
 from llmopt.ops.linear import parts
 from llmopt.program import DTYPE_CODES
 
@@ -53,16 +54,7 @@ def _lower_floats(
 ) -> None:
     """stored: what the weights are packed in, where that is not the dtype of the rows."""
     weights, dtype = p["weights"], fake(p["x"]).dtype
-    spec = PackedSpec(
-        tuple(s.weight_view(w) for w in weights),
-        tuple(
-            None if b is None else s.weight_view(b) for b in p["biases"] or (None,) * len(weights)
-        ),
-        p["gated"],
-        dtype,
-        stored=stored,
-    )
-    packed, bias = s.packed_operands(spec)
+    packed, bias = s.packed_operands(packed_spec(s, p, stored=stored))
     n, k = sum(fake(w).shape[0] for w in weights), fake(weights[0]).shape[1]
     in_memory = stored or dtype
     ints = problem_ints(p, n, k, DTYPE_CODES[in_memory])

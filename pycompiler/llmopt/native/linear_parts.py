@@ -9,7 +9,14 @@ from torch import fx
 
 from llmopt.graph import fake, is_dense
 from llmopt.native.operands import FLOATS, as_rows, reads_as_rows, rows
-from llmopt.native.segment import SHORT_DTYPES, SegmentBuilder, StepRecord, Storage, describe
+from llmopt.native.segment import (
+    SHORT_DTYPES,
+    PackedSpec,
+    SegmentBuilder,
+    StepRecord,
+    Storage,
+    describe,
+)
 from llmopt.ops import activation
 from llmopt.ops.norm import KINDS as NORM_KINDS
 from llmopt.program import View
@@ -35,6 +42,18 @@ def storage_of(s: SegmentBuilder, p: dict[str, Any]) -> Storage | None:
     """What float32 weights beside float32 rows are packed in, where that is not as they are."""
     dtypes = {fake(value).dtype for value in (p["x"], *p["weights"])}
     return s.storage(p["weights"]) if dtypes == {torch.float32} else None
+
+
+def packed_spec(s: SegmentBuilder, p: dict[str, Any], **how: Any) -> PackedSpec:
+    """Float weights and biases side by side, biases in the dtype of the rows; how: the fields of other forms."""
+    biases = p["biases"] or (None,) * len(p["weights"])
+    return PackedSpec(
+        tuple(s.weight_view(w) for w in p["weights"]),
+        tuple(None if b is None else s.weight_view(b) for b in biases),
+        p["gated"],
+        fake(p["x"]).dtype,
+        **how,
+    )
 
 
 def problem(

@@ -10,6 +10,7 @@ from torch import fx
 from llmopt.graph import fake
 from llmopt.native.linear_parts import (
     operands,
+    packed_spec,
     problem,
     problem_floats,
     problem_ints,
@@ -118,19 +119,9 @@ def lower(s: SegmentBuilder, node: fx.Node) -> None:
 
 def lower_exact(s: SegmentBuilder, node: fx.Node, p: dict[str, Any], form: CodeForm) -> None:
     """An ops.linear whose float32 weights codes of this form stand for as they are."""
-    weights = p["weights"]
-    spec = PackedSpec(
-        tuple(s.weight_view(w) for w in weights),
-        tuple(
-            None if b is None else s.weight_view(b) for b in p["biases"] or (None,) * len(weights)
-        ),
-        p["gated"],
-        fake(p["x"]).dtype,
-        form,
-        is_exact=True,
-    )
+    spec = packed_spec(s, p, form=form, is_exact=True)
     what = f"{form.bits}-bit groups of {form.group}, lossless"
-    _lower(s, node, p, spec, form, fake(weights[0]).shape[1], PLANES["same"], what)
+    _lower(s, node, p, spec, form, fake(p["weights"][0]).shape[1], PLANES["same"], what)
 
 
 def _lower(
@@ -150,9 +141,19 @@ def _lower(
     size = weight_bytes(form, n, k) + num_bytes(p["x"], node, p["residual"])
     flops = 2 * rows_of(p) * n * k
     has_bias = bias is not None
-    facts = {"group": form.group, "offsets": not form.symmetric, "planes": planes}
-    facts["exact"] = spec.is_exact
-    own = problem("linear_quantized", node, p, n, k, f"q{form.bits}", has_bias, **facts)
+    own = problem(
+        "linear_quantized",
+        node,
+        p,
+        n,
+        k,
+        f"q{form.bits}",
+        has_bias,
+        group=form.group,
+        offsets=not form.symmetric,
+        planes=planes,
+        exact=spec.is_exact,
+    )
     choice = s.tuner(own)
     ints += choice.ints()
     record = step_record(
