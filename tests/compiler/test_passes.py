@@ -32,6 +32,7 @@ EFFECTS = {
     "kv_cache": "attention.cpu append",
     "activations": "gelu_tanh",
     "sliding_caches": "slide.cpu",
+    "masks": "pytorch: full\n",  # and no indices that count
     "convolutions": "vm.cpu mul+mul+add+mul",
     "shifts": "[1,1,3]f32",
     "linears": "  linear.cpu",
@@ -63,6 +64,7 @@ class Step(nn.Module):
         self.mix = nn.Parameter(torch.randn(12, 8) / 60)
         self.experts = nn.Parameter(torch.randn(2, 32, 32) / 60)
         self.register_buffer("kept", torch.zeros(1, 4, 5, 8))
+        self.register_buffer("seen", torch.tensor([[True, True, False, True, True, True]]))
         self.register_buffer("ends", torch.tensor([0, 1], dtype=torch.int32))
 
     def forward(
@@ -88,7 +90,8 @@ class Step(nn.Module):
         window.copy_(moved)
         self.kept[:, :, 1:2] = v
         k, v = (torch.cat((old, new), 2) for old, new in zip(cache, (k, v), strict=True))
-        y = F.scaled_dot_product_attention(q, k, v)
+        batch, keys = torch.arange(1)[:, None, None, None], torch.arange(6)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=self.seen[batch, keys])
         y = y + window[:, :, -1:] + torch.einsum("bhsd,ed->bhse", y, self.mix)[..., :8]
         x = x + self.out(y.transpose(1, 2).flatten(2))
         h = F.layer_norm(cache[0][:, 0].mT, (5,)).sum() + self.norm(x)

@@ -210,7 +210,7 @@ def _identity_of(node: fx.Node, written: set[int]) -> fx.Node | None:
     if name in ("mul", "div"):
         other = argument(node, 1, "other")
         plain = scalar(other) == 1.0 and "rounding_mode" not in node.kwargs
-        return source if plain and not _copy_matters(node, source, written) else None
+        return source if plain and not copy_matters(node, source, written) else None
     return None
 
 
@@ -233,7 +233,7 @@ def _slice_for_list(graph: fx.Graph, node: fx.Node, written: set[int]) -> bool:
     others = [i for i in index if not isinstance(i, (list, slice)) and i is not Ellipsis]
     if len(lists) != 1 or others or len(lists[0]) != 1 or type(lists[0][0]) is not int:
         return False  # a list of a bool is a mask
-    if _copy_matters(node, source, written):
+    if copy_matters(node, source, written):
         return False
     i = lists[0][0]
     at = next(n for n, part in enumerate(index) if isinstance(part, list))
@@ -264,7 +264,11 @@ def _shift_arange(graph: fx.Graph, node: fx.Node, written: set[int]) -> bool:
     if value.dtype != torch.int64 or fake(counter).dtype != torch.int64:
         return False
     with graph.inserting_before(node):
-        end = emit(graph, value.fake_mode, operator.add, (shift, counter.args[0]), like=node)
+        end = counter.args[0]
+        if isinstance(shift, int) and isinstance(end, int):
+            end += shift
+        elif shift != 0:
+            end = emit(graph, value.fake_mode, operator.add, (shift, end), like=node)
         new = emit(
             graph, value.fake_mode, torch.arange, (shift, end), dict(counter.kwargs), like=node
         )
@@ -272,7 +276,7 @@ def _shift_arange(graph: fx.Graph, node: fx.Node, written: set[int]) -> bool:
     return True
 
 
-def _copy_matters(copy: fx.Node, source: fx.Node, written: set[int]) -> bool:
+def copy_matters(copy: fx.Node, source: fx.Node, written: set[int]) -> bool:
     """True when a copy may not become its source: one of them is edited in place, or the caller of the graph gets the copy."""
     return storage(source) in written or storage(copy) in written or is_returned(copy)
 
